@@ -1,0 +1,1 @@
+"""Drop-by-Drop: quantize an LLM once, run it at any precision."""

@@ -1,0 +1,33 @@
+"""Errors a user can cause or meet. Each message says what was found, why it is refused, what to do.
+
+Everything derives from `DropError`; the command line prints its text without a traceback and
+exits with status 2. Bugs raise ordinary exceptions (AssertionError, TypeError, ...) instead.
+"""
+
+
+class DropError(Exception):
+    """Base of all errors that are about the user's input or files, not about a bug."""
+
+
+class FormatError(DropError):
+    """A checkpoint that is damaged, unknown, or not one of ours."""
+
+
+class MissingPlaneError(FormatError):
+    """A plane that was asked for is not in the folder."""
+
+
+class PrecisionError(DropError):
+    """A precision that this checkpoint (or this loaded view) cannot serve."""
+
+
+class UnsupportedModelError(DropError):
+    """A model whose structure cannot be walked or quantized; names what was found."""
+
+
+class CalibrationError(DropError):
+    """Calibration text that is missing, empty or too short."""
+
+
+class KernelError(DropError):
+    """A kernel asked for by name that this machine or build does not have."""
