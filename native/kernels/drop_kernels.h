@@ -1,0 +1,91 @@
+// C interface of the CPU kernels, as called through ctypes. Everything is a pointer, an integer or
+// a float; strings are static; nothing is kept between calls except scratch memory per thread.
+//
+// Kernels are numbered 0 .. drop_kernel_count() - 1, best first. A table belongs to the kernel that
+// built it. `type`: 0 float32, 1 float16, 2 bfloat16. Functions that return int give 0, or -1 when
+// the kernel number is wrong or not supported by this machine. Pointers must be valid for the
+// shapes given; the Python side checks them.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define DROP_API __declspec(dllexport)
+#else
+#define DROP_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+DROP_API int drop_kernels_version(void);  // of this interface
+DROP_API int drop_kernel_count(void);
+DROP_API const char* drop_kernel_name(int kernel);
+DROP_API const char* drop_kernel_summary(int kernel);
+DROP_API int drop_kernel_supported(int kernel);
+DROP_API const char* drop_team_kind(void);
+
+// Packed planes (geometry.h). codes uint8 [rows, groups].
+DROP_API int64_t drop_packed_bytes(int64_t rows, int64_t groups);
+DROP_API void drop_pack(const uint8_t* codes, int64_t rows, int64_t groups, uint8_t* packed);
+DROP_API void drop_unpack(const uint8_t* packed, int64_t rows, int64_t groups, uint8_t* codes);
+
+// Prepared codebooks. values float32 [entries, 8]; entries 128 means sign-symmetric.
+DROP_API int64_t drop_codebook_bytes(int64_t entries);
+DROP_API void drop_prepare_codebook(const float* values, int64_t entries, void* prepared);
+
+// Tables of one activation row.
+DROP_API int64_t drop_table_bytes(int kernel, int64_t groups, int64_t prefix, int64_t entries);
+
+// x [n, x_stride] of x_type -> out float32 [n, d]. Hadamard over blocks of `block` after signs
+// (float32 [d]); `odd` float32 [d / block, d / block] or null. Null signs: conversion only.
+DROP_API int drop_rotate(int kernel, const void* x, int x_type, int64_t n, int64_t x_stride,
+                         int64_t d, int64_t block, const float* signs, const float* odd,
+                         float* out, int threads);
+
+// x float32 [n, groups * 8], codebooks [prefix] prepared -> tables uint8 [n, drop_table_bytes].
+DROP_API int drop_build(int kernel, const float* x, int64_t n, int64_t groups, int64_t prefix,
+                        const void* const* codebooks, uint8_t* tables, int threads);
+
+typedef struct {
+  const uint8_t* const* planes;  // [prefix], packed
+  int64_t rows;
+  const void* scales;  // [rows]
+  int64_t scale_type;
+  const void* bias;  // [rows] or null
+  int64_t bias_type;
+} DropMatrix;
+
+// Products of one input with `count` matrices. out: matrix after matrix, each [n, rows], out_type.
+DROP_API int drop_multiply(int kernel, const uint8_t* tables, int64_t n, int64_t groups,
+                           int64_t prefix, int64_t entries, const DropMatrix* matrices,
+                           int64_t count, void* out, int out_type, int threads);
+
+// Everything that consumes one input: rotation, tables, products, in one call of one team.
+typedef struct {
+  int64_t d, block;
+  const float* signs;
+  const float* odd;
+  int64_t prefix, entries;
+  const void* const* codebooks;
+  const DropMatrix* matrices;
+  int64_t count;
+} DropSite;
+
+DROP_API int drop_site(int kernel, const DropSite* site, const void* x, int x_type, int64_t n,
+                       int64_t x_stride, void* out, int out_type, int threads);
+
+// First `prefix` planes, rows first_row .. last_row -> out [last_row - first_row, groups * 8] of
+// out_type (0 or 2). planes packed or row major; scales [rows]. Equals the reference bit for bit.
+DROP_API int drop_decode(int kernel, const uint8_t* const* planes, int packed, int64_t rows,
+                         int64_t groups, int64_t prefix, const void* const* codebooks,
+                         const void* scales, int scale_type, int64_t first_row, int64_t last_row,
+                         void* out, int out_type, int threads);
+
+// One plain sequential read (its checksum): the yardstick of the benchmarks.
+DROP_API uint64_t drop_stream_read(int kernel, const uint8_t* data, int64_t bytes, int threads);
+
+#ifdef __cplusplus
+}
+#endif

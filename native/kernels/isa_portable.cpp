@@ -1,0 +1,89 @@
+// Portable C++: the reference of all kernels, and the fall-back where no other fits.
+// A table holds one 16-bit word for each of the 256 codes, signs expanded.
+#define DROP_ISA portable
+#include "dense.h"
+
+namespace drop {
+namespace portable {
+
+// Squared norms of groups of 8 int16.
+DROP_INLINE void squared_norms(const int16_t* x, int64_t count, int32_t* norms) {
+  for (int64_t j = 0; j < count; ++j) {
+    norms[j] = 0;
+    for (int i = 0; i < kGroup; ++i) norms[j] += x[j * kGroup + i] * x[j * kGroup + i];
+  }
+}
+
+}  // namespace portable
+}  // namespace drop
+
+#include "tables.h"
+
+namespace drop {
+namespace portable {
+
+template <int kTableBits>
+struct Words {
+  static constexpr int kBits = kTableBits;
+  static constexpr int64_t kGroupBytes[2] = {kEntries * 2, kEntries * 2};
+
+  static int32_t dot(const int16_t* x, const Codebook& codebook, int k) {
+    int32_t sum = 0;
+    for (int p = 0; p < 4; ++p) {
+      const int16_t* pair = codebook.pairs() + (p * codebook.entries + k) * 2;
+      sum += x[2 * p] * pair[0] + x[2 * p + 1] * pair[1];
+    }
+    return sum;
+  }
+
+  static int32_t group_max(const int16_t* x, const Codebook& codebook) {
+    int32_t most = 0;
+    for (int k = 0; k < codebook.entries; ++k) {
+      int32_t value = dot(x, codebook, k);
+      value = value < 0 ? -value : value;
+      most = value > most ? value : most;
+    }
+    return most;
+  }
+
+  static void group_table(const int16_t* x, const Codebook& codebook, uint8_t* out) {
+    uint16_t table[kEntries];
+    for (int k = 0; k < codebook.entries; ++k) {
+      table[k] = static_cast<uint16_t>(((1 << 30) + dot(x, codebook, k)) >> (31 - kBits));
+    }
+    if (codebook.entries == kHalf) {
+      for (int k = 0; k < kHalf; ++k) {
+        table[kHalf + k] = static_cast<uint16_t>((1 << kBits) - 1 - table[k]);
+      }
+    }
+    memcpy(out, table, sizeof table);
+  }
+
+  static void block(bool, int64_t strips, const uint8_t* codes, int64_t stride, int64_t count,
+                    const uint8_t* tables, float half_step, float* sums) {
+    for (int64_t s = 0; s < strips; ++s) {
+      int32_t totals[kStrip] = {};
+      for (int64_t j = 0; j < count; ++j) {
+        const uint16_t* table = reinterpret_cast<const uint16_t*>(tables) + j * kEntries;
+        const uint8_t* row = codes + j * stride + s * kStrip;
+        for (int64_t i = 0; i < kStrip; ++i) totals[i] += table[row[i]];
+      }
+      const int32_t offset = static_cast<int32_t>(count) * ((1 << kBits) - 1);
+      for (int64_t i = 0; i < kStrip; ++i) {
+        sums[s * kStrip + i] += static_cast<float>(2 * totals[row_byte(i)] - offset) * half_step;
+      }
+    }
+  }
+};
+
+}  // namespace portable
+
+static bool always() { return true; }
+
+extern const Kernel portable_kernel;
+extern const Kernel portable_u8_kernel;
+constexpr Kernel portable_kernel =
+    portable::make_kernel<portable::Words<14>>("portable", "plain C++, 14-bit tables", always);
+constexpr Kernel portable_u8_kernel =
+    portable::make_kernel<portable::Words<8>>("portable-u8", "plain C++, 8-bit tables", always);
+}  // namespace drop

@@ -1,0 +1,165 @@
+#include "parallel.h"
+
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#ifndef _WIN32
+#include <dlfcn.h>
+#endif
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace drop {
+namespace {
+
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins, then yields: on a machine with fewer idle cores than members, giving up the core is what
+// lets the others arrive.
+template <typename Ready>
+void spin_until(Ready ready) {
+  for (int turn = 0; !ready(); ++turn) {
+    if (turn < 2000) {
+      relax();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+struct Call {
+  void (*body)(void*, const Member&);
+  void* context;
+  Barrier barrier;
+};
+
+struct OpenMp {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*thread_num)() = nullptr;
+  int (*num_threads)() = nullptr;
+
+  OpenMp() {
+#ifndef _WIN32
+    const char* off = std::getenv("DROPBYDROP_OPENMP");
+    if (off && off[0] == '0') return;
+    parallel = reinterpret_cast<decltype(parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    thread_num = reinterpret_cast<decltype(thread_num)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    num_threads =
+        reinterpret_cast<decltype(num_threads)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+#endif
+  }
+  bool usable() const { return parallel && thread_num && num_threads; }
+};
+
+const OpenMp& openmp() {
+  static const OpenMp found;
+  return found;
+}
+
+void openmp_entry(void* data) {
+  Call& call = *static_cast<Call*>(data);
+  const Member member{openmp().thread_num(), openmp().num_threads(), &call.barrier};
+  call.body(call.context, member);
+}
+
+// Workers sleep between calls. A call that finds the pool busy (another thread is inside) runs
+// alone instead of waiting.
+class Pool {
+ public:
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
+  void run(int threads, Call& call) {
+    std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
+    if (threads < 2 || !busy.owns_lock()) {
+      call.body(call.context, Member{0, 1, &call.barrier});
+      return;
+    }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (static_cast<int>(workers_.size()) < threads - 1) {
+        const int rank = static_cast<int>(workers_.size()) + 1;
+        workers_.emplace_back([this, rank, seen = generation_] { work(rank, seen); });
+      }
+      call_ = &call;
+      size_ = threads;
+      left_.store(threads - 1);
+      ++generation_;
+    }
+    wake_.notify_all();
+    call.body(call.context, Member{0, threads, &call.barrier});
+    spin_until([this] { return left_.load() == 0; });
+  }
+
+ private:
+  void work(int rank, unsigned seen) {
+    for (;;) {
+      Call* call;
+      int size;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
+        if (stop_) return;
+        seen = generation_;
+        call = call_;
+        size = size_;
+      }
+      if (rank >= size) continue;
+      call->body(call->context, Member{rank, size, &call->barrier});
+      left_.fetch_sub(1);
+    }
+  }
+
+  std::mutex busy_, mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+  std::atomic<int> left_{0};
+  Call* call_ = nullptr;
+  int size_ = 0;
+  unsigned generation_ = 0;
+  bool stop_ = false;
+};
+
+}  // namespace
+
+void Barrier::wait(int members) {
+  const unsigned round = round_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == members - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    round_.store(round + 1, std::memory_order_release);
+  } else {
+    spin_until([&] { return round_.load(std::memory_order_acquire) != round; });
+  }
+}
+
+void run_team(int threads, void (*body)(void*, const Member&), void* context) {
+  Call call{body, context, {}};
+  if (threads <= 1) {
+    body(context, Member{0, 1, &call.barrier});
+  } else if (openmp().usable()) {
+    openmp().parallel(openmp_entry, &call, static_cast<unsigned>(threads), 0);
+  } else {
+    static Pool pool;
+    pool.run(threads, call);
+  }
+}
+
+const char* team_kind() { return openmp().usable() ? "openmp" : "std::thread"; }
+
+}  // namespace drop

@@ -1,0 +1,197 @@
+// Building tables, and walking a packed plane with them. Included once per instruction set, inside
+// its own namespace, after dense.h; the instruction set supplies the few vector routines named
+// below and nothing else.
+//
+// A table entry is the dot product of one group of 8 activations with one codebook entry, as an
+// unsigned integer v of kBits bits, standing for (v - V / 2) * step with V = 2^kBits - 1. Negation
+// is V - v, a bitwise complement, hence a sign-symmetric codebook needs half the entries and the
+// sign of a code costs one masked subtraction.
+//
+// Steps, for one block of at most kBlock groups (one unit):
+//   1. T = max |x . c| over the block. Exact, but only groups whose norm bound |x| max |c| exceeds
+//      the maximum so far are evaluated: a few per cent of them on Gaussian-like inputs.
+//   2. x -> int16 with the factor a for which a * scale * T is just under 2^30.
+//   3. v = (2^30 + xq . cq) >> (31 - kBits): one multiply-add per pair of coordinates, and the
+//      rounding offset is the accumulator's first value.
+// The sum S of n entries is exact in integers; it returns to float32 once a block, as
+// (2 S - n V) * step / 2, added in plane order, then block order. All instruction sets compute the
+// same integers and the same float operations, so they agree bit for bit, as do all numbers of
+// rows and threads.
+//
+// Error of an entry: at most step / 2 = T / V, plus 2^-15 relative from the int16 activations. One
+// step a block and plane keeps an outlier's harm inside its block. Inputs below 1e-25 count as 0;
+// a block with an infinity or NaN gives NaN.
+#pragma once
+
+#include "dense.h"
+
+namespace drop {
+namespace DROP_ISA {
+
+constexpr int kBits16 = 14;  // "16-bit" tables: two base-128 digits, or one 16-bit word
+constexpr int kBits8 = 8;
+
+DROP_INLINE void quantize(const float* x, int64_t count, float factor, int16_t* out) {
+  for (int64_t i = 0; i < count; ++i) {  // adding 1.5 * 2^23 rounds to nearest even
+    const float shifted = x[i] * factor + 12582912.0f;
+    int32_t bits;
+    memcpy(&bits, &shifted, 4);
+    out[i] = static_cast<int16_t>(bits - 0x4b400000);
+  }
+}
+
+// Step 1, on activations rounded to 13 bits: an upper bound of max |x . c|, at most 2^-10 above it.
+// `rounded` is scratch. Of the instruction set: squared_norms (a multiple of 4 groups), and
+// Isa::group_max, max |xq . cq| over the entries of a codebook.
+template <typename Isa>
+static float block_reach(const float* x, int64_t count, float largest, const Codebook& codebook,
+                         int16_t* rounded) {
+  const float factor = 4095.0f / largest;
+  quantize(x, count * kGroup, factor, rounded);
+  int32_t norms[kBlock];
+  for (int64_t i = count * kGroup; i < round_up(count, 4) * kGroup; ++i) rounded[i] = 0;
+  squared_norms(rounded, round_up(count, 4), norms);
+  int32_t top = -1;
+  int64_t best = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    if (norms[j] > top) {
+      top = norms[j];
+      best = j;
+    }
+  }
+  int32_t reach = 0, enough = -1;  // groups of at most `enough` cannot exceed `reach`
+  for (int64_t j = best;; ++j) {
+    if (norms[j] > enough) {
+      const int32_t here = Isa::group_max(rounded + j * kGroup, codebook);
+      if (here > reach) {
+        reach = here;
+        const float ratio = static_cast<float>(reach) / codebook.norm;
+        enough = static_cast<int32_t>(ratio * ratio);
+      }
+    }
+    if (j + 1 == count) j = -1;
+    if (j + 1 == best) break;
+  }
+  // Rounding moves xq . cq by at most 4 * 32767.
+  return (static_cast<float>(reach) + 131072.0f) / (factor * codebook.scale);
+}
+
+template <typename Isa>
+static void build(const BuildJob& job, int64_t first, int64_t last) {
+  const TableShape& shape = job.shape;
+  const int64_t blocks = shape.blocks();
+  alignas(64) int16_t rounded[kBlock * kGroup];
+  for (int64_t unit = first; unit < last; ++unit) {
+    const int64_t block = unit % blocks, plane = unit / blocks % shape.prefix;
+    const int64_t row = unit / blocks / shape.prefix, start = block * kBlock;
+    const int64_t count = shape.groups - start < kBlock ? shape.groups - start : kBlock;
+    const float* x = job.x + row * job.x_stride + start * kGroup;
+    const Codebook& codebook = *job.codebooks[plane];
+    uint8_t* tables = job.tables + row * shape.bytes();
+    float* half_step = reinterpret_cast<float*>(tables + shape.steps_offset()) + plane * blocks +
+                       block;
+    tables += (plane * shape.groups + start) * shape.group_bytes;
+
+    uint32_t bits = 0;  // of the largest |x|; integer order is float order, NaN above all
+    for (int64_t i = 0; i < count * kGroup; ++i) {
+      uint32_t here;
+      memcpy(&here, x + i, 4);
+      here &= 0x7fffffff;
+      bits = here > bits ? here : bits;
+    }
+    float largest, factor = 0;
+    memcpy(&largest, &bits, 4);
+    if (bits >= 0x7f800000) {
+      bits = 0x7fc00000;
+      memcpy(half_step, &bits, 4);
+    } else if (largest < 1e-25f || codebook.largest == 0) {
+      *half_step = 0;
+    } else {
+      const float reach = block_reach<Isa>(x, count, largest, codebook, rounded);
+      factor = 1073479680.0f / (codebook.scale * reach);  // 2^30 - 2^18
+      if (factor * largest > 32767.0f) factor = 32767.0f / largest;
+      *half_step = static_cast<float>(1 << (30 - Isa::kBits)) / (factor * codebook.scale);
+    }
+    if (factor == 0) {
+      memset(rounded, 0, sizeof rounded);
+    } else {
+      quantize(x, count * kGroup, factor, rounded);
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      Isa::group_table(rounded + j * kGroup, codebook, tables + j * shape.group_bytes);
+    }
+  }
+}
+
+// Rows first_strip * kStrip .. last_strip * kStrip of one matrix, all n activation rows.
+template <typename Isa>
+static void multiply(const MultiplyJob& job, int64_t first, int64_t last) {
+  const int64_t rows = (last - first) * kStrip;
+  for (int64_t i = 0; i < job.n; ++i) {
+    memset(job.sums + i * job.sums_stride, 0, static_cast<size_t>(rows) * 4);
+  }
+  for (int64_t m = 0; m < job.table.prefix; ++m) {
+    for (int64_t block = 0; block < job.plane.blocks(); ++block) {
+      const int64_t count = job.plane.block_groups(block);
+      const int64_t offset =
+          (m * job.table.groups + block * kBlock) * job.table.group_bytes;
+      for (int64_t strip = first; strip < last;) {
+        int64_t strips = kTileStrips - strip % kTileStrips;
+        if (strips > last - strip) strips = last - strip;
+        const StripView view = job.plane.strip(block, strip);
+        for (int64_t i = 0; i < job.n; ++i) {
+          const uint8_t* tables = job.tables + i * job.table.bytes();
+          float half_step;
+          memcpy(&half_step,
+                 tables + job.table.steps_offset() + (m * job.plane.blocks() + block) * 4, 4);
+          Isa::block(job.symmetric, strips, job.planes[m] + view.offset, view.stride, count,
+                     tables + offset, half_step,
+                     job.sums + i * job.sums_stride + (strip - first) * kStrip);
+        }
+        strip += strips;
+      }
+    }
+  }
+}
+
+// Adapts T::tile<symmetric, strips> to a number of strips known at run time.
+template <typename T>
+struct Tiled : T {
+  template <bool kSymmetric>
+  static void any(int64_t strips, const uint8_t* codes, int64_t stride, int64_t count,
+                  const uint8_t* tables, float half_step, float* sums) {
+    switch (strips) {
+      case 1: return T::template tile<kSymmetric, 1>(codes, stride, count, tables, half_step, sums);
+      case 2: return T::template tile<kSymmetric, 2>(codes, stride, count, tables, half_step, sums);
+      case 3: return T::template tile<kSymmetric, 3>(codes, stride, count, tables, half_step, sums);
+      default:
+        return T::template tile<kSymmetric, 4>(codes, stride, count, tables, half_step, sums);
+    }
+  }
+  static void block(bool symmetric, int64_t strips, const uint8_t* codes, int64_t stride,
+                    int64_t count, const uint8_t* tables, float half_step, float* sums) {
+    if (symmetric) return any<true>(strips, codes, stride, count, tables, half_step, sums);
+    return any<false>(strips, codes, stride, count, tables, half_step, sums);
+  }
+};
+
+// One row of the kernel table. A constant expression: nothing of an instruction set may run before
+// the machine has been asked.
+template <typename Isa>
+constexpr Kernel make_kernel(const char* name, const char* summary, bool (*supported)()) {
+  return {name,
+          summary,
+          Isa::kBits == kBits8 ? 8 : 16,
+          Isa::kGroupBytes[0],
+          Isa::kGroupBytes[1],
+          supported,
+          build<Isa>,
+          multiply<Isa>,
+          finish,
+          decode,
+          rotate,
+          stream};
+}
+
+}  // namespace DROP_ISA
+}  // namespace drop

@@ -1,0 +1,7 @@
+// The search with 8 rows in a vector; see search_core.h.
+#define DROP_LANES 8
+#include "search_core.h"
+
+void drop::search_rows_avx2(const Problem& p, int64_t first, int64_t last, int64_t* changed) {
+  search_rows(p, first, last, changed);
+}

@@ -1,0 +1,25 @@
+"""The nested checkpoint on disk: `format` (what is written), `writer`, `reader`.
+
+The specification is docs/format.md; `format.py` is its executable form.
+"""
+
+from .files import Manifest
+from .format import (
+    Embeddings,
+    PlaneSpec,
+    QuantizationConfig,
+    SiteSpec,
+)
+from .reader import Checkpoint, Finding
+from .writer import CheckpointWriter
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointWriter",
+    "Embeddings",
+    "Finding",
+    "Manifest",
+    "PlaneSpec",
+    "QuantizationConfig",
+    "SiteSpec",
+]

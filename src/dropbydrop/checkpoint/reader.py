@@ -1,0 +1,389 @@
+"""Read a checkpoint: what is there, what it costs, whether it is intact, and its tensors.
+
+Three depths of checking, each cheap enough for its moment:
+- `open` parses config and manifest, compares the size of model.safetensors with the manifest and
+  its header with the config (names, dtypes, shapes). No plane is touched.
+- `require(P)`, and every read, does the same for the files of planes 1..P. Exchanged plane files
+  are found here, without hashing, because tensor names carry the number of the plane.
+- `verify` hashes every file. A flipped bit inside a tensor is found only here.
+
+Which planes are present is read off the folder; an absent plane is an error only when asked for.
+Nothing in a checkpoint is executed or unpickled, and no file outside the folder is named by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from ..code import GROUP
+from ..errors import FormatError, MissingPlaneError
+from ..rotation import Rotation, split_odd
+from .files import Manifest, TensorInfo, read_header, read_json
+from .format import (
+    CONFIG_FILE,
+    LEVELS_SUFFIX,
+    MANIFEST_FILE,
+    RESERVED_PREFIXES,
+    REST_FILE,
+    QuantizationConfig,
+    codebook_name,
+    codes_name,
+    odd_name,
+    signs_name,
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem that `Checkpoint.verify` found. kind: "missing", "size", "header" or "hash"."""
+
+    file: str
+    kind: str
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Checkpoint:
+    """An opened checkpoint folder; immutable, safe to share between threads.
+
+    Attributes:
+        path: the folder.
+        config: config.json as a dict.
+        quantization: its validated `quantization_config`.
+        manifest: the validated manifest.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        quantization: QuantizationConfig,
+        manifest: Manifest,
+    ) -> None:
+        self.path, self.config = path, config
+        self.quantization, self.manifest = quantization, manifest
+        self._lock = threading.Lock()
+        self._handles: dict[str, Any] = {}
+        self._checked: set[int] = set()
+
+    @staticmethod
+    def open(path: Path | str) -> Checkpoint:
+        """Open and validate a folder without touching its planes.
+
+        Raises:
+            FormatError: not a checkpoint of this version, or damaged; the message says which file
+                is concerned and what to do.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise FormatError(
+                f"{folder} is not a folder. Checkpoints are local folders; fetch one from the Hub "
+                "first (hf download REPO --local-dir FOLDER)."
+            )
+        config = read_json(folder / CONFIG_FILE)
+        if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
+            raise FormatError(
+                f"{folder / CONFIG_FILE} has no quantization_config: this is not a dropbydrop "
+                "checkpoint. Make one with: dropbydrop quantize MODEL OUT --bits 2,3,4"
+            )
+        if "auto_map" in config:
+            raise FormatError(
+                f"{folder / CONFIG_FILE} has 'auto_map', which asks to run code from the "
+                "checkpoint. dropbydrop checkpoints never carry code; do not use this one."
+            )
+        quantization = QuantizationConfig.from_dict(config["quantization_config"])
+        manifest = Manifest.from_dict(read_json(folder / MANIFEST_FILE))
+        if len(manifest.planes) != len(quantization.planes):
+            raise FormatError(
+                f"{folder}: the manifest lists {len(manifest.planes)} planes, the config "
+                f"{len(quantization.planes)}: files of two checkpoints are mixed. Fetch it again."
+            )
+        checkpoint = Checkpoint(folder, config, quantization, manifest)
+        checkpoint._check_rest()
+        return checkpoint
+
+    # -- what is there --------------------------------------------------------------------
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The precisions P that can be asked for."""
+        return self.quantization.levels
+
+    def planes_present(self) -> tuple[int, ...]:
+        """Planes whose files are all in the folder (their contents are not looked at)."""
+        return tuple(
+            m
+            for m, names in enumerate(self.manifest.planes, 1)
+            if all((self.path / name).is_file() for name in names)
+        )
+
+    def plane_paths(self, m: int) -> tuple[Path, ...]:
+        """Files of plane m, whether present or not."""
+        return tuple(self.path / name for name in self.manifest.planes[m - 1])
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Quantized module -> (d_out, d_in)."""
+        result = {}
+        for site in self.quantization.sites:
+            for module in site.modules:
+                info = self.rest.get(f"{module}.scales") or self.rest[f"{module}.level_scales"]
+                result[module] = (info.shape[-1], site.d_in)
+        return result
+
+    @cached_property
+    def rest(self) -> dict[str, TensorInfo]:
+        """Header of model.safetensors."""
+        self._check_size(REST_FILE)
+        return read_header(self.path / REST_FILE)
+
+    @property
+    def per_level(self) -> tuple[str, ...]:
+        """Ordinary parameters that are stored in one variant per level."""
+        return tuple(n[: -len(LEVELS_SUFFIX)] for n in self.rest if n.endswith(LEVELS_SUFFIX))
+
+    def level_index(self, bits: int) -> int:
+        """Row of a precision in level_scales and in `.levels` tensors (PrecisionError)."""
+        return self.levels.index(self.quantization.check_level(bits))
+
+    # -- what it costs --------------------------------------------------------------------
+
+    def bytes_at(self, bits: int) -> int:
+        """Bytes of the files that precision `bits` reads: planes 1..P and model.safetensors.
+
+        Raises:
+            PrecisionError: not a level.
+        """
+        prefix = self.quantization.check_level(bits)
+        names = [*self.manifest.rest, *(n for p in self.manifest.planes[:prefix] for n in p)]
+        return sum(self.manifest.files[name].size for name in names)
+
+    def true_bits(self, bits: int) -> float:
+        """Bits a weight of the quantized linears at precision `bits`, everything counted.
+
+        8 * bytes(codes 1..P, one scale row a matrix, codebooks 1..P, signs, odd factors) /
+        sum(d_out * d_in).
+
+        Raises:
+            PrecisionError: not a level.
+        """
+        prefix, q = self.quantization.check_level(bits), self.quantization
+        weights = sum(d_out * d_in for d_out, d_in in self.shapes.values())
+        total = prefix * weights // GROUP
+        total += sum(2 * d_out for d_out, _ in self.shapes.values())
+        total += len(q.sets) * sum(2 * GROUP * p.stored_entries for p in q.planes[:prefix])
+        total += sum(
+            info.nbytes
+            for name, info in self.rest.items()
+            if name.startswith(("sites.", "rotations."))
+        )
+        return 8 * total / weights
+
+    def true_bits_whole(self, bits: int) -> float:
+        """Bits a parameter of the whole model: 8 * bytes_at(bits) / original parameters."""
+        return 8 * self.bytes_at(bits) / self.manifest.total_parameters
+
+    # -- reading --------------------------------------------------------------------------
+
+    def require(self, bits: int) -> int:
+        """Check that precision `bits` is a level and that planes 1..P are present and plausible.
+
+        Returns:
+            The prefix P.
+
+        Raises:
+            PrecisionError: not a level.
+            MissingPlaneError: a plane is absent.
+            FormatError: a plane is cut off, damaged, or in the wrong file.
+        """
+        prefix = self.quantization.check_level(bits)
+        for m in range(1, prefix + 1):
+            self._check_plane(m)
+        return prefix
+
+    def read_codes(self, module: str, m: int) -> Tensor:
+        """Codes of plane m of a quantized linear: uint8 [d_out, G].
+
+        Raises:
+            MissingPlaneError, FormatError: as `require`.
+            KeyError: `module` is not quantized.
+        """
+        if module not in self.shapes or not 1 <= m <= len(self.manifest.planes):
+            raise KeyError(f"plane {m} of {module}")
+        self._check_plane(m)
+        name = codes_name(module, m)
+        for file in self.manifest.planes[m - 1]:
+            handle = self._handle(file)
+            if name in handle.keys():  # noqa: SIM118 - a safetensors handle is no dict
+                return handle.get_tensor(name)
+        raise AssertionError(name)  # _check_plane has seen it
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of model.safetensors (KeyError if there is none of this name)."""
+        if name not in self.rest:
+            raise KeyError(name)
+        return self._handle(REST_FILE).get_tensor(name)
+
+    def read_codebooks(self, set_name: str) -> list[Tensor]:
+        """The stored codebooks of a set: M tensors float16 [K/2 or K, g]."""
+        count = len(self.quantization.planes)
+        return [self.read(codebook_name(set_name, m)) for m in range(1, count + 1)]
+
+    def read_rotation(self, site: int) -> Rotation:
+        """The rotation of site i."""
+        spec = self.quantization.sites[site]
+        if spec.rotation["kind"] == "none":
+            return Rotation.from_stored(dict(spec.rotation), spec.d_in, None, None)
+        odd = split_odd(spec.d_in)[1]
+        stored = self.read(odd_name(odd)) if spec.rotation["kind"] == "full" and odd > 1 else None
+        signs = self.read(signs_name(site))
+        return Rotation.from_stored(dict(spec.rotation), spec.d_in, signs, stored)
+
+    # -- checking -------------------------------------------------------------------------
+
+    def verify(self, hashes: bool = True) -> list[Finding]:
+        """Check every file that is present against the manifest; absent planes are no problem.
+
+        Args:
+            hashes: also compare SHA-256, which reads everything once.
+
+        Returns:
+            The problems, in the order of the manifest; empty when all is well.
+        """
+        findings = []
+        planes = {name for names in self.manifest.planes for name in names}
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if not path.is_file():
+                if name not in planes:
+                    findings.append(Finding(name, "missing", f"{path} is missing. Fetch it again."))
+                continue
+            size = path.stat().st_size
+            if size != entry.size:
+                text = (
+                    f"{path} has {size} bytes, the manifest says {entry.size}: cut off, or edited."
+                )
+                findings.append(Finding(name, "size", text))
+            elif hashes and (found := _sha256(path)) != entry.sha256:
+                text = (
+                    f"{path} has SHA-256 {found[:16]}…, the manifest says {entry.sha256[:16]}…: "
+                    "damaged or edited. Fetch it again."
+                )
+                findings.append(Finding(name, "hash", text))
+        wrong_size = {finding.file for finding in findings}
+        for m in self.planes_present():
+            if not wrong_size.intersection(self.manifest.planes[m - 1]):
+                try:
+                    self._check_plane(m)
+                except FormatError as error:
+                    findings.append(Finding(self.manifest.planes[m - 1][0], "header", str(error)))
+        return findings
+
+    def _check_size(self, name: str) -> None:
+        path, entry = self.path / name, self.manifest.files[name]
+        if not path.is_file():
+            raise FormatError(f"{path} is missing. Fetch it again; every precision needs it.")
+        if path.stat().st_size != entry.size:
+            raise FormatError(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {entry.size}: cut off, "
+                "or from another checkpoint. Fetch it again."
+            )
+
+    def _check_rest(self) -> None:
+        """Everything the config implies must be in model.safetensors, in dtype and shape."""
+        problems = list(self._rest_problems())
+        if problems:
+            raise FormatError(
+                f"{self.path / REST_FILE} contradicts {CONFIG_FILE}: {'; '.join(problems[:4])}"
+                f"{' …' if len(problems) > 4 else ''}. Files of two checkpoints mixed, or damaged; "
+                "fetch it again."
+            )
+
+    def _rest_problems(self) -> Iterator[str]:
+        rest, q = self.rest, self.quantization
+        expected = {name: TensorInfo("F16", (0,)) for name in q.guards}
+        for name in q.sets:
+            for m, plane in enumerate(q.planes, 1):
+                book = TensorInfo("F16", (plane.stored_entries, GROUP))
+                expected[codebook_name(name, m)] = book
+        for i, site in enumerate(q.sites):
+            odd = split_odd(site.d_in)[1]
+            if site.rotation["kind"] != "none":
+                expected[signs_name(i)] = TensorInfo("U8", (-(-site.d_in // 8),))
+            if site.rotation["kind"] == "full" and odd > 1:
+                expected[odd_name(odd)] = TensorInfo("F32", (odd, odd))
+        ours = {name for name in rest if name.startswith(RESERVED_PREFIXES)}
+        for name in sorted(ours - set(expected)):
+            yield f"{name} is not described"
+        for module in q.modules:
+            row, table = rest.get(f"{module}.scales"), rest.get(f"{module}.level_scales")
+            if (row is None) == (table is None):
+                yield f"{module} needs either scales or level_scales"
+            elif row is not None:
+                expected[f"{module}.scales"] = TensorInfo("F16", row.shape[:1] or (0,))
+            elif table is not None:
+                shape = (len(q.levels), *table.shape[1:2])
+                expected[f"{module}.level_scales"] = TensorInfo("F16", shape)
+        if q.embeddings.bits == 8:
+            for module in q.embeddings.modules:
+                rows = rest[f"{module}.rows"].shape if f"{module}.rows" in rest else (0, 0)
+                expected[f"{module}.rows"] = TensorInfo("I8", rows)
+                expected[f"{module}.row_scales"] = TensorInfo("F16", rows[:1])
+        for name in (n for n in rest if n.endswith(LEVELS_SUFFIX)):
+            if rest[name].shape[:1] != (len(q.levels),) or name[: -len(LEVELS_SUFFIX)] in rest:
+                yield f"{name} does not have one variant for each of {len(q.levels)} levels"
+        for name, info in expected.items():
+            if name not in rest:
+                yield f"{name} is missing"
+            elif rest[name] != info:
+                yield f"{name} is {rest[name]}, expected {info}"
+
+    def _check_plane(self, m: int) -> None:
+        """Presence, sizes and headers of the files of plane m; once per Checkpoint."""
+        if m in self._checked:
+            return
+        for path in self.plane_paths(m):
+            if not path.is_file():
+                present = ", ".join(map(str, self.planes_present())) or "none"
+                raise MissingPlaneError(
+                    f"plane {m} is needed, but {path} is missing (complete planes here: {present})."
+                    f" Fetch this file, or ask for a lower precision."
+                )
+            self._check_size(path.name)
+        found = {n: info for p in self.plane_paths(m) for n, info in read_header(p).items()}
+        expected = {
+            codes_name(module, m): TensorInfo("U8", (d_out, d_in // GROUP))
+            for module, (d_out, d_in) in self.shapes.items()
+        }
+        if found != expected:
+            name = min(set(found) ^ set(expected), default=None)
+            if name is None:
+                name = min(n for n in expected if expected[n] != found[n])
+            raise FormatError(
+                f"{self.plane_paths(m)[0]} does not hold plane {m} of this checkpoint: {name} is "
+                f"{found.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}. "
+                "Files were exchanged or renamed, or belong to another checkpoint; fetch it again."
+            )
+        self._checked.add(m)
+
+    def _handle(self, file: str) -> Any:
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = safe_open(self.path / file, framework="pt")
+            return self._handles[file]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,266 @@
+"""The command line. Each command parses, calls one function of the library, prints a table.
+
+With --json the last line on stdout is one JSON object; tables and progress go to stderr.
+User errors (errors.DropError) print their message and exit with status 2, Ctrl-C with 130.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import CalibrationError, DropError, PrecisionError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Quantize an LLM once, run it at any precision.",
+)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")
+]
+Bits = Annotated[str, typer.Option(help="Levels, such as 2,3,4.")]
+
+
+def parse_bits(text: str) -> list[int]:
+    """ "2,3,4" -> [2, 3, 4].
+
+    Raises:
+        PrecisionError: not integers separated by commas.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise PrecisionError(f"--bits {text!r}: give whole numbers, such as 2,3,4.") from None
+
+
+def _console(as_json: bool) -> Console:
+    return Console(stderr=as_json)
+
+
+def _finish(as_json: bool, result: dict[str, Any]) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+
+
+@app.command()
+def quantize(
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face folder, .gguf file, hub id, or smollm2.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder to create.")],
+    bits: Bits = "2,3,4",
+    calibration: Annotated[
+        str, typer.Option(help="Text or .jsonl file, or self: text the model writes itself.")
+    ] = "self",
+    preset: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
+    seed: Annotated[int, typer.Option(help="Of rotations and calibration.")] = 0,
+    head_bits: Annotated[int, typer.Option(help="8 or 16, for embedding and head.")] = 8,
+    windows: Annotated[
+        int | None, typer.Option(help="Calibration windows [from the preset].")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 1024,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    backend: Annotated[
+        str | None, typer.Option(help="Search backend by name [the best here].")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL once for all levels, and write the checkpoint folder OUT."""
+    from . import quantize as life
+    from .checkpoint import Checkpoint
+    from .report import print_report
+
+    report = life.quantize(
+        model,
+        out,
+        parse_bits(bits),
+        calibration=calibration,
+        preset=preset,
+        seed=seed,
+        head_bits=head_bits,
+        windows=windows,
+        seq_len=seq_len,
+        device=device,
+        backend=backend,
+        overwrite=overwrite,
+    )
+    checkpoint = Checkpoint.open(report.out)
+    print_report(report, checkpoint, _console(as_json))
+    levels = {
+        str(p): {
+            "true_bits": checkpoint.true_bits(p),
+            "true_bits_whole": checkpoint.true_bits_whole(p),
+            "bytes": checkpoint.bytes_at(p),
+        }
+        for p in report.levels
+    }
+    _finish(as_json, report.to_dict() | {"bits": levels})
+
+
+@app.command()
+def info(
+    out: Annotated[Path | None, typer.Argument(help="Checkpoint folder.")] = None,
+    verify: Annotated[bool, typer.Option(help="Read everything and compare the hashes.")] = True,
+    kernels: Annotated[bool, typer.Option("--kernels", help="What runs on this machine.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Levels, true bits, bytes and integrity of a checkpoint; or the kernels of this machine."""
+    from .checkpoint import Checkpoint
+    from .report import describe, print_info
+    from .search import backends
+
+    console = _console(as_json)
+    result: dict[str, Any] = {}
+    if kernels:
+        result["search"] = backends()
+        console.print(f"search backends, best first: {', '.join(result['search'])}")
+    if out is None:
+        if not kernels:
+            raise DropError("name a checkpoint folder, or ask for --kernels.")
+        return _finish(as_json, result)
+    checkpoint = Checkpoint.open(out)
+    result |= describe(checkpoint)
+    print_info(result, console)
+    findings = checkpoint.verify(hashes=verify)
+    result["findings"] = [str(finding) for finding in findings]
+    for finding in findings:
+        console.print(f"[red]{finding}[/red]")
+    if not findings:
+        console.print("all files present are intact" if verify else "sizes and headers are right")
+    _finish(as_json, result)
+    if findings:
+        raise typer.Exit(2)
+
+
+@app.command("eval")
+def evaluate(
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    text: Annotated[Path, typer.Option(help="Text, .raw or .jsonl file.")],
+    bits: Annotated[str | None, typer.Option(help="Levels [all that are here].")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="How many windows [all].")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Original model, for KL and excess loss.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of each level, and its divergence from the original model."""
+    from .report import print_evaluation
+
+    levels = None if bits is None else parse_bits(bits)
+    result = run_evaluation(out, text, levels, seq_len, windows, reference, seed)
+    print_evaluation(result, _console(as_json))
+    _finish(as_json, result)
+
+
+def run_evaluation(
+    out: Path,
+    text: Path,
+    levels: Sequence[int] | None,
+    seq_len: int,
+    windows: int | None,
+    reference: str | None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluate views of one loaded checkpoint; the JSON object of `dropbydrop eval`.
+
+    Raises:
+        DropError: text, levels, checkpoint or reference are not usable.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from . import at, load
+    from .checkpoint import Checkpoint
+    from .evaluate import evaluate as run
+    from .quiet import quiet_transformers
+    from .sources import resolve
+    from .texts import text_windows
+
+    checkpoint = Checkpoint.open(out)
+    if levels is None:
+        present = len(checkpoint.planes_present())
+        levels = [p for p in checkpoint.levels if p <= present]
+    for p in levels:
+        checkpoint.require(p)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids, described = text_windows(text, tokenizer, seq_len, windows)
+    context = checkpoint.config.get("max_position_embeddings")
+    if context is not None and seq_len > context:
+        raise CalibrationError(
+            f"--seq-len {seq_len} is longer than the model's context of {context} tokens."
+        )
+    with quiet_transformers():
+        top = load(out, bits=max(levels), dtype=torch.float32)
+        original = None
+        if reference is not None:
+            folder = resolve(reference).folder
+            original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    views = {str(p): at(top, p) for p in sorted(levels)}
+    result = run(views, original, ids, seed=seed)
+    for p in sorted(levels):
+        result["bits"][str(p)] |= {
+            "true_bits": checkpoint.true_bits(p),
+            "true_bits_whole": checkpoint.true_bits_whole(p),
+            "bytes": checkpoint.bytes_at(p),
+        }
+    return {**described, **result}
+
+
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    prompt: Annotated[str, typer.Option(help="What to continue.")],
+    bits: Annotated[int | None, typer.Option(help="Level [the highest].")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the chat template.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt at one precision."""
+    from .generate import generate_text
+
+    result = generate_text(
+        out,
+        prompt,
+        bits=bits,
+        max_new_tokens=max_new_tokens,
+        chat=chat,
+        temperature=temperature,
+        seed=seed,
+    )
+    if not as_json:
+        typer.echo(result["text"])
+    _finish(as_json, result)
+
+
+def main() -> None:
+    """Entry point of the `dropbydrop` command."""
+    try:
+        app(standalone_mode=False)
+    except DropError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("interrupted; nothing was left half-written\n")
+        sys.exit(130)
+    except Exception as error:
+        usage = getattr(error, "show", None)  # click's usage errors
+        if usage is None:
+            raise
+        usage()
+        sys.exit(2)

@@ -1,0 +1,45 @@
+"""CPU kernels for a prefix of additive codes.
+
+    kernel = select()                          # or select("avx2-u8"), or DROPBYDROP_KERNEL=torch
+    packed = pack(codes)                       # once per matrix; planes can be appended later
+    books = prepare_codebooks(tables, symmetric=True)
+    matrix = Matrix(packed, scales, bias)
+    q, k, v = linears(x, [mq, mk, mv], books, rotation, prefix=2)
+    weight = decode_dense(packed, books, scales, prefix=2, dtype=torch.bfloat16)
+
+A product of a few rows goes through tables of dot products (registry, ops, native/kernels); more
+rows, and every device but the CPU, decode to a dense matrix and use torch's product.
+"""
+
+from .layout import (
+    Codebooks,
+    Packed,
+    pack,
+    pack_plane,
+    prepare_codebooks,
+    unpack,
+    unpack_plane,
+)
+from .linear import Matrix, decode_dense, linear, linears, rotate
+from .registry import Kernel, available, by_name, describe, select, table
+
+__all__ = [
+    "Codebooks",
+    "Kernel",
+    "Matrix",
+    "Packed",
+    "available",
+    "by_name",
+    "decode_dense",
+    "describe",
+    "linear",
+    "linears",
+    "pack",
+    "pack_plane",
+    "prepare_codebooks",
+    "rotate",
+    "select",
+    "table",
+    "unpack",
+    "unpack_plane",
+]

@@ -1,0 +1,247 @@
+"""Modules that run from planes: `NestedLinear`, and eight-bit rows for embeddings and head.
+
+    y = W x + b,   W = (scales * sum_{m<=P} C_m[codes_m]) Q   (decoded, then back from x' = Q x)
+
+A module registers the codes of its own P planes as parameters (uint8, so never trained by
+accident) and its scales as buffers; their names are the tensors' names in the checkpoint. The
+codebooks, the rotation and all other planes are in the shared `PlaneStore`. P never changes after
+construction: another precision is another view (`dropbydrop.at`).
+
+Numerics. Activations may be float64, float32, bfloat16 or float16. The rotation runs in float32
+for the 16-bit types and its result is rounded once to the activation's type: each Hadamard stage
+in 16 bits would add a rounding of its own. Weights are summed and scaled in float32 and rounded
+once to the activation's type. Scales are buffers of fixed type float16: `model.to(dtype)` leaves
+them alone (bfloat16 would cost them three bits), and `model.dtype`, which transformers takes from
+the first floating-point parameter, stays the type of the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .code import GROUP, decode
+from .errors import PrecisionError
+from .store import PlaneStore, Site
+
+_SLAB = 16384  # rows of the head that are widened at a time
+
+
+class Planes(nn.Module):
+    """The container `codes` of a NestedLinear: parameters named "1".."P", uint8 [d_out, G]."""
+
+    def __init__(self, planes: list[Tensor]) -> None:
+        super().__init__()
+        for m, codes in enumerate(planes, 1):
+            self.register_parameter(str(m), nn.Parameter(codes, requires_grad=False))
+
+    def __getitem__(self, m: int) -> Tensor:
+        """Plane m, counted from 1."""
+        return cast(Tensor, self._parameters[str(m)])
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def tensors(self) -> list[Tensor]:
+        """Planes 1..P."""
+        return [self[m] for m in range(1, len(self) + 1)]
+
+
+class _FixedScales(nn.Module):
+    """Keeps float16 scales in float16 when the module is cast; devices change as usual."""
+
+    _fixed: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _FixedScales:
+        fixed = [self._buffers.get(name) for name in self._fixed]
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if any(tensor is scale for scale in fixed) and result.dtype != tensor.dtype:
+                return tensor.to(result.device)
+            return result
+
+        return super()._apply(moved, recurse)
+
+
+class NestedLinear(_FixedScales):
+    """A linear layer that reads the first P planes of its codes.
+
+    Attributes (on disk under the same names, see docs/format.md):
+        codes: `Planes`, uint8 [d_out, G] each.
+        scales: float16 [d_out], or level_scales: float16 [levels, d_out].
+        bias: [d_out] or None.
+        store, name: where planes, codebooks and rotation are, and the key to them.
+    """
+
+    bias: nn.Parameter | None
+    _fixed = ("scales", "level_scales")
+
+    def __init__(
+        self,
+        store: PlaneStore,
+        name: str,
+        prefix: int,
+        bias: Tensor | None,
+        codes: list[Tensor] | None = None,
+    ) -> None:
+        """Build the module of `name`; without `codes` its planes are on the meta device."""
+        super().__init__()
+        self.store, self.name, self._prefix = store, name, prefix
+        self.out_features, self.in_features = store.checkpoint.shapes[name]
+        if codes is None:
+            grid = (self.out_features, self.in_features // GROUP)
+            codes = [torch.empty(grid, dtype=torch.uint8, device="meta") for _ in range(prefix)]
+        self.codes = Planes(codes)
+        rest = store.checkpoint.rest
+        kind = "scales" if f"{name}.scales" in rest else "level_scales"
+        shape = rest[f"{name}.{kind}"].shape
+        self.register_buffer(kind, torch.empty(shape, dtype=torch.float16, device="meta"))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
+
+    @property
+    def prefix(self) -> int:
+        """P, the number of planes this module reads. Read-only; see `dropbydrop.at`."""
+        return self._prefix
+
+    @prefix.setter
+    def prefix(self, value: object) -> None:
+        raise PrecisionError(
+            f"the precision of a loaded model is fixed at {self._prefix}; make a view of another "
+            f"precision with dropbydrop.at(model, {value})."
+        )
+
+    @property
+    def site(self) -> Site:
+        """Rotation and codebooks on this module's device, shared with its sister matrices."""
+        return self.store.site(self.name, self.codes[1].device)
+
+    @property
+    def row_scales(self) -> Tensor:
+        """The row scales of this precision: float16 [d_out]."""
+        if "scales" in self._buffers:
+            return cast(Tensor, self.scales)
+        index = self.store.checkpoint.level_index(self._prefix)
+        return cast(Tensor, self.level_scales)[index]
+
+    def rotated_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W' = W Q^T decoded from P planes: [d_out, d_in], for rotated inputs."""
+        return decode(self.codes.tensors(), self.site.tables, self.row_scales, self._prefix, dtype)
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W decoded from P planes, in the coordinates of the original model: [d_out, d_in]."""
+        return self.site.rotation.inverse(self.rotated_weight()).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_in] -> [..., d_out], in the dtype of x."""
+        return _multiply(self, x)
+
+    def _set_prefix(self, prefix: int) -> None:
+        """Turn a fresh copy into a view of `prefix` planes; for `dropbydrop.at` only."""
+        device = self.codes[1].device
+        planes = [
+            self.codes[m] if m <= self._prefix else self.store.codes(self.name, m).to(device)
+            for m in range(1, prefix + 1)
+        ]
+        self.codes, self._prefix = Planes([plane.detach() for plane in planes]), prefix
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"prefix={self._prefix}, bias={self.bias is not None}"
+        )
+
+
+def _multiply(module: NestedLinear, x: Tensor) -> Tensor:
+    """y = W x + b. The one place where a kernel is chosen; today decode and multiply."""
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    rotated = module.site.rotation.apply(wide).to(x.dtype)
+    bias = module.bias if module.bias is None else module.bias.to(x.dtype)
+    return F.linear(rotated, module.rotated_weight(x.dtype), bias)
+
+
+class NestedEmbedding(_FixedScales):
+    """Eight-bit token embedding: w = rows * row_scales. rows int8 [vocab, d], row_scales [vocab].
+
+    `dtype` is the type of the output; casting the module changes it, and nothing else.
+    """
+
+    _fixed = ("row_scales",)
+
+    def __init__(self, vocab: int, dim: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.dtype = vocab, dim, dtype
+        _register_rows(self, vocab, dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., d]."""
+        rows, row_scales = cast(Tensor, self.rows), cast(Tensor, self.row_scales)
+        wide = F.embedding(ids, rows).float() * F.embedding(ids, row_scales[:, None]).float()
+        return wide.to(self.dtype)
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[vocab, d]."""
+        return _dense_rows(self, dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NestedEmbedding:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return cast(NestedEmbedding, super()._apply(fn, recurse))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class NestedHead(_FixedScales):
+    """Eight-bit output head: logits = (x rows^T) * row_scales (+ bias).
+
+    When `tied`, rows are the embedding's (transformers ties the parameter `rows`) and row_scales
+    is its buffer, not saved a second time. The rows are widened a slab at a time, so that a large
+    vocabulary needs no dense copy.
+    """
+
+    bias: nn.Parameter | None
+    _fixed = ("row_scales",)
+
+    def __init__(self, vocab: int, dim: int, bias: Tensor | None, tied: bool) -> None:
+        super().__init__()
+        self.out_features, self.in_features, self.tied = vocab, dim, tied
+        _register_rows(self, vocab, dim)
+        if tied:
+            self.register_buffer("row_scales", None, persistent=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] -> logits [..., vocab], in the dtype of x."""
+        rows, row_scales = cast(Tensor, self.rows), cast(Tensor, self.row_scales)
+        logits = x.new_empty(*x.shape[:-1], self.out_features)
+        for start in range(0, self.out_features, _SLAB):
+            part = slice(start, start + _SLAB)
+            scale = row_scales[part]
+            if x.dtype == torch.float16:  # 127 x summed over d inputs could overflow: scale first
+                logits[..., part] = F.linear(x, rows[part].to(x.dtype) * scale[:, None])
+            else:  # int8 is exact in the other types: one pass less over the rows
+                logits[..., part] = F.linear(x, rows[part].to(x.dtype)) * scale.to(x.dtype)
+        return logits if self.bias is None else logits + self.bias.to(x.dtype)
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[vocab, d]."""
+        return _dense_rows(self, dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, tied={self.tied}"
+
+
+def _register_rows(module: nn.Module, vocab: int, dim: int) -> None:
+    rows = torch.empty(vocab, dim, dtype=torch.int8, device="meta")
+    module.register_parameter("rows", nn.Parameter(rows, requires_grad=False))
+    module.register_buffer(
+        "row_scales", torch.empty(vocab, dtype=torch.float16, device="meta"), persistent=True
+    )
+
+
+def _dense_rows(module: Any, dtype: torch.dtype) -> Tensor:
+    return (module.rows.float() * module.row_scales.float()[:, None]).to(dtype)

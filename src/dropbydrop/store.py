@@ -1,0 +1,162 @@
+"""One store of planes for all views of a checkpoint.
+
+A model loaded at P bits and every view made from it share one `PlaneStore`: codes per module and
+plane, the expanded codebooks, the rotations, and whatever layouts kernels derive from them. Views
+hold references; the store is never copied (`copy.deepcopy` returns it), so a view costs no memory
+of its own.
+
+Rules that make sharing safe:
+- What is in the store is never changed, only added to. Values handed out are immutable.
+- Planes can be added while views run (`extend`): a view keeps its own prefix.
+- Everything is computed at most once, under a lock; readers take no lock once it is there.
+
+Limit: planes stay on the device they were loaded to. `model.to(device)` moves the model, and the
+store keeps its own copy; `load(..., device=...)` avoids that.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .code import codebook_table
+from .errors import DropError
+from .rotation import Rotation
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """What the matrices of one input site share, on one device. Immutable.
+
+    q/k/v of a block get the identical object, so that code which rotates or builds tables from
+    their common input can do it once (compare with `is`) without keeping state between calls.
+
+    Attributes:
+        name: name of the site.
+        codebooks: name of its codebook set; equal sets share the identical `tables`.
+        rotation: x -> x' of this site.
+        tables: M expanded codebooks, float32 [K, g]; all planes, whatever the view's prefix.
+        sign_symmetric: per plane; when true, tables[m][c + K/2] == -tables[m][c].
+    """
+
+    name: str
+    codebooks: str
+    rotation: Rotation
+    tables: tuple[Tensor, ...]
+    sign_symmetric: tuple[bool, ...]
+
+
+class PlaneStore:
+    """Codes, codebooks, rotations and derived layouts of one opened checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._lock = threading.RLock()
+        self._codes: dict[tuple[str, int], Tensor] = {}
+        self._modules: dict[str, torch.device] = {}
+        self._loaded = 0
+        self._derived: dict[Hashable, Any] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlaneStore:
+        return self
+
+    def __copy__(self) -> PlaneStore:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise DropError(
+            "a loaded dropbydrop model cannot be pickled (torch.save, multiprocessing); load its "
+            f"folder {self.checkpoint.path} again where it is needed."
+        )
+
+    @property
+    def loaded(self) -> int:
+        """Number of planes in memory: 1..loaded can be served."""
+        return self._loaded
+
+    def codes(self, module: str, m: int) -> Tensor:
+        """Codes of plane m of a module: uint8 [d_out, G] (KeyError if not in memory)."""
+        return self._codes[module, m]
+
+    def add(self, module: str, planes: list[Tensor]) -> None:
+        """Register the loaded planes 1..P of a module; called once per module while loading."""
+        with self._lock:
+            if module in self._modules:
+                raise ValueError(f"{module} is already in this store")
+            for m, codes in enumerate(planes, 1):
+                self._codes[module, m] = codes
+            self._modules[module] = planes[0].device
+            loaded = len(planes) if len(self._modules) == 1 else min(self._loaded, len(planes))
+            self._loaded = loaded
+
+    def extend(self, bits: int) -> None:
+        """Read further planes, so that `at(model, bits)` can serve them. Thread-safe.
+
+        Memory grows by the new planes only. They become available together at the end: views
+        that run meanwhile never see a plane that some modules lack.
+
+        Raises:
+            PrecisionError: `bits` is not a level.
+            MissingPlaneError, FormatError: a plane is absent or damaged.
+        """
+        prefix = self.checkpoint.require(bits)
+        with self._lock:
+            for m in range(self._loaded + 1, prefix + 1):
+                new = {
+                    (module, m): self.checkpoint.read_codes(module, m).to(device)
+                    for module, device in self._modules.items()
+                }
+                self._codes.update(new)
+                self._loaded = m
+
+    def site(self, module: str, device: torch.device) -> Site:
+        """The site of a module with its tensors on `device`: one object per site and device."""
+        index = self.checkpoint.quantization.site_index[module]
+        return self.derived(("site", index, device), lambda: self._make_site(index, device))
+
+    def variants(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A tensor of model.safetensors that has one row per level, on `device`."""
+        key = ("variants", name, device, dtype)
+        return self.derived(key, lambda: self.checkpoint.read(name).to(device, dtype))
+
+    def derived(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """The value of `key`, built at most once for all views.
+
+        For layouts that a kernel packs from the planes, expanded codebooks, and the like. Keys
+        must name everything the value depends on (module, plane, device, layout); values must not
+        be changed afterwards. `build` may call `derived` for other keys.
+        """
+        value = self._derived.get(key)
+        if value is None:
+            with self._lock:
+                value = self._derived.get(key)
+                if value is None:
+                    value = self._derived[key] = build()
+        return value
+
+    def _make_site(self, index: int, device: torch.device) -> Site:
+        config = self.checkpoint.quantization
+        spec = config.sites[index]
+        return Site(
+            spec.name,
+            spec.codebooks,
+            self.checkpoint.read_rotation(index).to(device),
+            self._tables(spec.codebooks, device),
+            tuple(plane.sign_symmetric for plane in config.planes),
+        )
+
+    def _tables(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
+        return self.derived(("tables", name, device), lambda: self._make_tables(name, device))
+
+    def _make_tables(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
+        planes = self.checkpoint.quantization.planes
+        return tuple(
+            codebook_table(stored, plane.sign_symmetric).to(device)
+            for stored, plane in zip(self.checkpoint.read_codebooks(name), planes, strict=True)
+        )

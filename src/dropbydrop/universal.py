@@ -1,0 +1,140 @@
+"""Universal codebooks: one nested set for every matrix of every model.
+
+After full rotation and division by the row scale, groups of 8 weights are close to i.i.d. N(0, 1)
+samples, so one set trained offline on such samples under the nested loss serves all matrices. It
+costs no stored bytes a matrix, and look-up tables can be shared by matrices with one input.
+
+Training (`train`), on n Gaussian vectors of 8, for the levels P with weights lambda_P:
+    1. start: residual k-means, one codebook after the other;
+    2. repeat: codes by the production beam search with H = I; then all codebooks at once by least
+       squares, A C = B with A[(m,k),(m',k')] = Lambda_max(m,m') sum(sign sign'), Lambda_m =
+       sum_{P >= m} lambda_P (LSQ of Martinez et al. 2016 with the block weights of the nested loss);
+Annealing noise on the codebooks (SR-D of LSQ++) was tried and did not help at these sizes.
+Sets for common levels ship with the package as `universal/<levels>.safetensors`, written by
+`scripts/train_universal.py`; any other choice of levels is trained when it is first needed (under
+a minute) and kept for the process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .code import ENTRIES, GROUP
+from .objective import feedback_metric
+from .search import search
+
+HALF = ENTRIES // 2
+_FOLDER = Path(__file__).parent / "universal_sets"
+
+
+def default_lambdas(levels: Sequence[int]) -> list[float]:
+    """Weights of the levels in J, up to a common factor.
+
+    lambda_P = 3^P. The distortion of a good code falls by about 3.5 a plane, so equal relative
+    losses at all levels would want 3.5^P; the smaller base leans towards the lower levels, where
+    an equal relative loss costs a model more. Measured choice, see docs/log.md.
+    """
+    return [3.0 ** (p - levels[-1]) for p in levels]
+
+
+def name_of(levels: Sequence[int]) -> str:
+    """File name stem of a shipped set, such as "2-3-4"."""
+    return "-".join(map(str, levels))
+
+
+@lru_cache(maxsize=16)
+def universal_set(levels: tuple[int, ...]) -> Tensor:
+    """The set for these levels: float32 [M, K/2, g] with entries exact in float16."""
+    path = _FOLDER / f"{name_of(levels)}.safetensors"
+    if path.exists():
+        return load_file(path)["codebooks"].to(torch.float32)
+    return train(levels, default_lambdas(levels))
+
+
+def least_squares(x: Tensor, codes: Tensor, lambdas: Sequence[float], ridge: float) -> Tensor:
+    """Codebooks [M, K/2, g] that minimise the nested loss for fixed codes.
+
+    x [n, g]; codes uint8 [M, n]; lambdas [M], zero where a prefix is not supervised. The ridge,
+    relative to the mean use of an entry, fixes what the loss leaves open: without supervision
+    between two codebooks a constant can move from one to the other.
+    """
+    planes, n = codes.shape
+    entry = codes.long() & (HALF - 1)
+    sign = 1.0 - 2.0 * (codes >= HALF).double()
+    data = x.double()
+    reach = [float(sum(lambdas[m:])) for m in range(planes)]
+    a = torch.zeros(planes * HALF, planes * HALF, dtype=torch.float64)
+    b = torch.zeros(planes * HALF, GROUP, dtype=torch.float64)
+    for m in range(planes):
+        rows = slice(m * HALF, (m + 1) * HALF)
+        b[rows].index_add_(0, entry[m], data * sign[m][:, None])
+        b[rows] *= reach[m]
+        for other in range(m, planes):
+            columns = slice(other * HALF, (other + 1) * HALF)
+            count = torch.zeros(HALF * HALF, dtype=torch.float64)
+            count.index_add_(0, entry[m] * HALF + entry[other], sign[m] * sign[other])
+            block = count.view(HALF, HALF) * reach[other]
+            a[rows, columns] = block
+            a[columns, rows] = block.T
+    a.diagonal().add_(ridge * reach[0] * n / HALF)
+    return torch.linalg.solve(a, b).view(planes, HALF, GROUP).to(torch.float32)
+
+
+def train(
+    levels: Sequence[int],
+    lambdas: Sequence[float],
+    samples: int = 1 << 16,
+    rounds: int = 25,
+    beam: int = 8,
+    seed: int = 0,
+) -> Tensor:
+    """Train a set on N(0, 1) samples; see the module's note.
+
+    Returns:
+        float32 [M, K/2, g], M = levels[-1], rounded to float16 values.
+    """
+    planes = levels[-1]
+    weights = [0.0] * planes
+    for p, lam in zip(levels, lambdas, strict=True):
+        weights[p - 1] = lam
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, GROUP, generator=generator)
+    metric = feedback_metric(torch.eye(GROUP, dtype=torch.float64))
+
+    def encode(data: Tensor, books: Tensor, at: Sequence[int], lam: Sequence[float]) -> Tensor:
+        codes, _ = search(data, books, at, lam, beam=beam, sweeps=0, feedback=metric)
+        return codes[:, :, 0]
+
+    books = []
+    rest = x
+    for _ in range(planes):
+        pick = torch.randperm(samples, generator=generator)[:HALF]
+        book = rest[pick].clone()
+        for _ in range(8):
+            book = least_squares(rest, encode(rest, book[None], [1], [1.0]), [1.0], 1e-4)[0]
+        code = encode(rest, book[None], [1], [1.0])[0].long()
+        rest = rest - torch.cat([book, -book])[code]
+        books.append(book)
+    codebooks = torch.stack(books)
+    for _ in range(rounds):
+        codebooks = least_squares(x, encode(x, codebooks, levels, lambdas), weights, 1e-4)
+    return codebooks.half().float()
+
+
+def distortions(codebooks: Tensor, levels: Sequence[int], lambdas: Sequence[float]) -> list[float]:
+    """E ||x - x^_P||^2 / 8 on fresh N(0, 1) samples, for every P = 1..M. Beam 16."""
+    generator = torch.Generator().manual_seed(12345)
+    x = torch.randn(1 << 14, GROUP, generator=generator)
+    metric = feedback_metric(torch.eye(GROUP, dtype=torch.float64))
+    codes, _ = search(x, codebooks, levels, lambdas, beam=16, sweeps=0, feedback=metric)
+    rest, out = x, []
+    for m in range(codebooks.shape[0]):
+        rest = rest - torch.cat([codebooks[m], -codebooks[m]])[codes[m, :, 0].long()]
+        out.append(float(rest.square().mean()))
+    return out
