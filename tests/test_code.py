@@ -55,7 +55,9 @@ def test_codebook_shapes_are_checked():
     with pytest.raises(FormatError, match="128"):
         codebook_table(torch.randn(256, GROUP), sign_symmetric=True)
     with pytest.raises(ValueError, match="prefix 3"):
-        decode([torch.zeros(1, 1, dtype=torch.uint8)] * 2, [torch.zeros(256, 8)] * 2, torch.ones(1), 3)
+        decode(
+            [torch.zeros(1, 1, dtype=torch.uint8)] * 2, [torch.zeros(256, 8)] * 2, torch.ones(1), 3
+        )
 
 
 def naive_matrix(rotation):

@@ -300,11 +300,12 @@ def test_tying_again_changes_nothing(out: Path) -> None:
     assert not any(name.startswith("lm_head.row_scales") for name in model.state_dict())
 
 
-def test_training_flags(out: Path) -> None:
-    model = dropbydrop.load(out)
+def test_training_flags(tmp_path: Path) -> None:
+    base = tiny_llama(attention_bias=True, mlp_bias=True)
+    model = dropbydrop.load(write_checkpoint(tmp_path / "out", base))
     assert not model.hf_quantizer.is_trainable
     for module in model.modules():
-        if isinstance(module, NestedLinear):
+        if isinstance(module, (NestedLinear, NestedHead)):
             assert not any(parameter.requires_grad for parameter in module.parameters())
     x = torch.randn(2, 64, requires_grad=True)
     model.model.layers[0].mlp.up_proj(x).sum().backward()  # adapters before it can learn

@@ -7,15 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 import dropbydrop
 from dropbydrop import cli, quantize
+from dropbydrop.calibration import load_windows
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.encoder import Effort
 from dropbydrop.errors import DropError, PrecisionError
 from dropbydrop.linear import NestedLinear
+from dropbydrop.objective import weighted_errors
+from dropbydrop.sources import load_tokenizer
+from dropbydrop.texts import text_windows
+from dropbydrop.walk import Walk
+from tiny import save_tiny
 
 QUICK = {"windows": 4, "seq_len": 64, "progress": False}
 
@@ -59,7 +64,8 @@ def run(*argv):
 
 def test_every_level_is_closer_to_the_original(folder, made):
     original = AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32).eval()
-    ids = torch.randint(3, 300, (2, 40))
+    # Text like that of the calibration: a handful of windows says nothing about other tokens.
+    ids, _ = text_windows(folder / "text.txt", load_tokenizer(folder / "llama"), 64, 8)
     with torch.no_grad():
         target = original(ids).logits
         distance = [
@@ -76,12 +82,15 @@ def test_the_log_names_every_matrix_and_its_errors_are_those_of_the_stored_weigh
     loaded = dropbydrop.load(made.out, bits=4)
     names = {n for n, m in loaded.named_modules() if isinstance(m, NestedLinear)}
     assert {line["module"] for line in lines} == names
-    for line in lines[:3]:
-        w = original.get_submodule(line["module"]).weight
+    walk = Walk.open(folder / "llama")
+    ids = load_windows(folder / "text.txt", load_tokenizer(folder / "llama"), 4, 64).ids
+    captured = walk.capture(0, walk.block(0), walk.embed(ids))
+    by_module = {m: captured.grams[site.name] for site in captured.sites for m in site.modules}
+    for line in lines[: len(by_module)]:
+        w = original.get_submodule(line["module"]).weight.detach()
         w4 = loaded.get_submodule(line["module"]).dense_weight(torch.float32)
-        plain = float((w - w4).square().sum() / w.square().sum())
-        # The weighted error is below the plain one: the search shapes the noise by H.
-        assert 0.02 * plain < line["rel_error"]["4"] < plain
+        error = weighted_errors(w, [w4], by_module[line["module"]])[0]
+        assert line["rel_error"]["4"] == pytest.approx(error, rel=1e-2)
 
 
 def test_true_bits_count_everything(made):
@@ -219,7 +228,10 @@ def test_an_unwritable_place_and_an_error_in_the_middle_leave_nothing(folder, mo
     assert sorted(p.name for p in folder.iterdir()) == before
     with pytest.raises(DropError):
         quantize.quantize(
-            folder / "llama", folder / "no" / "such" / "out", calibration=folder / "text.txt", **QUICK
+            folder / "llama",
+            folder / "no" / "such" / "out",
+            calibration=folder / "text.txt",
+            **QUICK,
         )
 
 

@@ -91,9 +91,7 @@ def naive_feedback(w, h, books, levels, lambdas, beam):
         if low:
             schur -= h[fixed, free] @ np.linalg.solve(h[free, free], h[free, fixed])
         own, later = schur[:G, :G], schur[G:, :G]
-        targets = {
-            p: w[low:high] + np.linalg.solve(own, later.T @ error[p][high:]) for p in levels
-        }
+        targets = {p: w[low:high] + np.linalg.solve(own, later.T @ error[p][high:]) for p in levels}
         chosen, _ = naive_beam(targets, own, books, levels, lambdas, beam)
         codes[:, j] = chosen
         sums = decoded(np.array(chosen)[:, None], books)
@@ -215,7 +213,13 @@ class TestEveryBackend:
         both = {"feedback": case.feedback, "descent": case.descent, "sweeps": 1}
         whole, _ = self.run(case, backend, **both)
         alone, _ = search(
-            case.w[4:5], case.books, case.levels, case.lambdas, beam=case.beam, backend=backend, **both
+            case.w[4:5],
+            case.books,
+            case.levels,
+            case.lambdas,
+            beam=case.beam,
+            backend=backend,
+            **both,
         )
         assert (whole[:, 4:5] == alone).float().mean() > 0.9
         if backend != "torch":  # one row always meets the same arithmetic in the native search

@@ -137,12 +137,13 @@ def test_page_with_every_figure(refined: dict, tmp_path: Path) -> None:
     report = paper.run(results, tmp_path / "page")
     assert report["missing"] == {}
     page = Path(report["page"]).read_text()
+    assert set(report["data"]) == set(results)
     assert page.count("<img ") == len(report["figures"]) == 11
     assert "http" not in page.split("</style>")[1].replace("http-equiv", "")
     for paths in report["figures"].values():
-        assert [Path(p).suffix for p in paths] == [".png", ".svg", ".json"]
+        assert [Path(p).suffix for p in paths] == [".png", ".svg"]
         assert all(Path(p).stat().st_size > 20 for p in paths)
-    assert json.loads((tmp_path / "page" / "figure-8.json").read_text()) == cost
+    assert json.loads((tmp_path / "page" / "cost.json").read_text()) == cost
     assert style.save(bound_plots.plot_matrices(limits, "2"), tmp_path / "m")[0].is_file()
 
 

@@ -307,6 +307,21 @@ def test_input_changed_in_place_is_another_site(llama: Path, ids: Tensor) -> Non
     assert "model.layers.0.mlp.up_proj" in names
 
 
+def test_sharing_that_changes_between_batches_is_refused(llama: Path, ids: Tensor) -> None:
+    walk = open_walk(llama)
+    block, calls = walk.block(0), [0]
+    mlp = block.mlp
+
+    def forward(x: Tensor) -> Tensor:
+        calls[0] += 1
+        other = x if calls[0] == 1 else x.clone()
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(other))
+
+    mlp.forward = forward
+    with pytest.raises(UnsupportedModelError, match="differently from one batch"):
+        walk.capture(0, block, walk.embed(ids))
+
+
 def test_arguments_that_depend_on_tokens_are_refused(llama: Path, ids: Tensor) -> None:
     walk = open_walk(llama)
     base = walk.model.model

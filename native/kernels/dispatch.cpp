@@ -164,16 +164,16 @@ void copy_packed(uint8_t* codes, int64_t rows, int64_t groups, uint8_t* packed) 
   const PlaneShape plane{rows, groups};
   for (int64_t block = 0; block < plane.blocks(); ++block) {
     for (int64_t strip = 0; strip < plane.strips(); ++strip) {
-      const StripView view = plane.strip(block, strip);
+      uint8_t* base = packed + plane.offset(block, strip);
       for (int64_t r = 0; r < kStrip; ++r) {
         const int64_t row = strip * kStrip + r;
-        uint8_t* to = packed + view.offset + row_byte(r);
+        uint8_t* to = base + row_byte(r);
         uint8_t* from = codes + row * groups + block * kBlock;
         for (int64_t j = 0; j < plane.block_groups(block); ++j) {
           if (kPack) {
-            to[j * view.stride] = row < rows ? from[j] : 0;
+            to[j * kStrip] = row < rows ? from[j] : 0;
           } else if (row < rows) {
-            from[j] = to[j * view.stride];
+            from[j] = to[j * kStrip];
           }
         }
       }

@@ -51,12 +51,14 @@ DROP_INLINE __m256i widen(__m256i lanes) {
 template <int kTables>
 DROP_INLINE void ladder(const uint8_t* table, int64_t apart, __m256i index, __m256i* out) {
   const __m256i sixteen = _mm256_set1_epi8(16);
+  DROP_UNROLL
   for (int t = 0; t < kTables; ++t) {
     out[t] = _mm256_shuffle_epi8(load_row(table + t * apart), index);
   }
-#pragma GCC unroll 8
+  DROP_UNROLL
   for (int row = 1; row < 8; ++row) {
     index = _mm256_sub_epi8(index, sixteen);
+    DROP_UNROLL
     for (int t = 0; t < kTables; ++t) {
       out[t] = _mm256_xor_si256(
           out[t], _mm256_shuffle_epi8(load_row(table + t * apart + row * 16), index));
@@ -73,10 +75,12 @@ DROP_INLINE void look_up(const uint8_t* table, __m256i codes, __m256i top, __m25
   ladder<kTables>(table, kApart, index, out);
   if (kSymmetric) {
     const __m256i flip = _mm256_and_si256(high, top);
+    DROP_UNROLL
     for (int t = 0; t < kTables; ++t) out[t] = _mm256_xor_si256(out[t], flip);
   } else {
     __m256i upper[kTables];
     ladder<kTables>(table + kHalf, kApart, index, upper);
+    DROP_UNROLL
     for (int t = 0; t < kTables; ++t) out[t] = _mm256_blendv_epi8(out[t], upper[t], high);
   }
 }
@@ -108,6 +112,7 @@ struct Ladder {
     alignas(32) int32_t lanes[8];
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), most);
     int32_t top = 0;
+    DROP_UNROLL
     for (int i = 0; i < 8; ++i) top = lanes[i] > top ? lanes[i] : top;
     return top;
   }
@@ -125,6 +130,7 @@ struct Ladder {
     const __m256i start = _mm256_set1_epi32(1 << 30), digit = _mm256_set1_epi16(127);
     for (int k = 0; k < codebook.entries; k += 32) {
       __m256i words[2];
+      DROP_UNROLL
       for (int i = 0; i < 2; ++i) {
         words[i] = _mm256_packus_epi32(
             _mm256_srli_epi32(dots(pairs, codebook, k + 16 * i, start), 31 - kBits),
@@ -143,6 +149,7 @@ struct Ladder {
     }
     // Rows -> differences, one ladder of 8 rows at a time, from its last row down.
     for (uint8_t* table = out; table < out + codebook.entries * kDigits; table += kHalf) {
+      DROP_UNROLL
       for (int row = 7; row > 0; --row) {
         __m128i* here = reinterpret_cast<__m128i*>(table + row * 16);
         _mm_storeu_si128(here, _mm_xor_si128(_mm_loadu_si128(here), _mm_loadu_si128(here - 1)));
@@ -153,6 +160,7 @@ struct Ladder {
   template <bool kSymmetric, int kStrips>
   static void tile(const uint8_t* codes, int64_t stride, int64_t count, const uint8_t* tables,
                    float half_step, float* sums) {
+    DROP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       strip<kSymmetric>(codes + s * kStrip, stride, count, tables, half_step, sums + s * kStrip);
     }
@@ -165,7 +173,9 @@ struct Ladder {
     constexpr int64_t kTable = kGroupBytes[kSymmetric ? 0 : 1];
     const __m256i top = _mm256_set1_epi8(kDigits == 2 ? 127 : -1);
     Sums totals[2][kDigits];
+    DROP_UNROLL
     for (auto& half : totals) {
+      DROP_UNROLL
       for (Sums& total : half) total = Sums::zero();
     }
     int64_t j = 0;
@@ -173,29 +183,34 @@ struct Ladder {
       for (; j + 2 <= count; j += 2, codes += 2 * stride, tables += 2 * kTable) {
         _mm_prefetch(codes + kAhead, _MM_HINT_T0);
         _mm_prefetch(codes + stride + kAhead, _MM_HINT_T0);
-#pragma GCC unroll 2
+        DROP_UNROLL
         for (int h = 0; h < 2; ++h) {
           __m256i a[kDigits], b[kDigits];
           look_up<kSymmetric, kDigits>(tables, load(codes + 32 * h), top, a);
           look_up<kSymmetric, kDigits>(tables + kTable, load(codes + stride + 32 * h), top, b);
+          DROP_UNROLL
           for (int d = 0; d < kDigits; ++d) totals[h][d].add(_mm256_add_epi8(a[d], b[d]));
         }
       }
     }
     for (; j < count; ++j, codes += stride, tables += kTable) {
       _mm_prefetch(codes + kAhead, _MM_HINT_T0);
-#pragma GCC unroll 2
+      DROP_UNROLL
       for (int h = 0; h < 2; ++h) {
         __m256i a[kDigits];
         look_up<kSymmetric, kDigits>(tables, load(codes + 32 * h), top, a);
+        DROP_UNROLL
         for (int d = 0; d < kDigits; ++d) totals[h][d].add(a[d]);
       }
     }
     const int32_t offset = static_cast<int32_t>(count) * ((1 << kBits) - 1);
+    DROP_UNROLL
     for (int h = 0; h < 2; ++h) {
+      DROP_UNROLL
       for (int odd = 0; odd < 2; ++odd) {
         float* out = sums + 16 * h + 32 * odd;
         __m256i first = _mm256_setzero_si256(), second = first;
+        DROP_UNROLL
         for (int d = kDigits - 1; d >= 0; --d) {  // most significant digit first
           const __m256i lanes = odd ? totals[h][d].odd : totals[h][d].even();
           first = _mm256_add_epi32(_mm256_slli_epi32(first, 7), widen<0>(lanes));

@@ -13,6 +13,7 @@ namespace neon {
 DROP_INLINE void squared_norms(const int16_t* x, int64_t count, int32_t* norms) {
   for (int64_t j = 0; j < count; j += 4) {
     int32x4_t sums[4];
+    DROP_UNROLL
     for (int i = 0; i < 4; ++i) {
       const int16x8_t group = vld1q_s16(x + (j + i) * kGroup);
       sums[i] = vmlal_high_s16(vmull_s16(vget_low_s16(group), vget_low_s16(group)), group, group);
@@ -68,6 +69,7 @@ DROP_INLINE int32x4x2_t dots(const int16_t* x, const Codebook& codebook, int k, 
   int32x4x2_t sum = {{vdupq_n_s32(start), vdupq_n_s32(start)}};
   for (int p = 0; p < 4; ++p) {
     const int16x8x2_t entries = vld2q_s16(codebook.pairs() + (p * codebook.entries + k) * 2);
+    DROP_UNROLL
     for (int i = 0; i < 2; ++i) {
       sum.val[0] = vmlal_n_s16(sum.val[0], vget_low_s16(entries.val[i]), x[2 * p + i]);
       sum.val[1] = vmlal_n_s16(sum.val[1], vget_high_s16(entries.val[i]), x[2 * p + i]);
@@ -108,6 +110,7 @@ struct Lookup {
   template <bool kSymmetric, int kStrips>
   static void tile(const uint8_t* codes, int64_t stride, int64_t count, const uint8_t* tables,
                    float half_step, float* sums) {
+    DROP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
       strip<kSymmetric>(codes + s * kStrip, stride, count, tables, half_step, sums + s * kStrip);
     }
@@ -121,21 +124,28 @@ struct Lookup {
     constexpr int64_t kApart = kTable / kDigits;
     const uint8x16_t top = vdupq_n_u8(kDigits == 2 ? 127 : 255);
     Sums totals[4][kDigits];
+    DROP_UNROLL
     for (auto& quarter : totals) {
+      DROP_UNROLL
       for (Sums& total : quarter) total = Sums::zero();
     }
     for (int64_t j = 0; j < count; ++j, codes += stride, tables += kTable) {
+      DROP_UNROLL
       for (int q = 0; q < 4; ++q) {
         const uint8x16_t x = vld1q_u8(codes + 16 * q);
+        DROP_UNROLL
         for (int d = 0; d < kDigits; ++d) {
           totals[q][d].add(look_up<kSymmetric>(tables + d * kApart, x, top));
         }
       }
     }
     const int32_t offset = static_cast<int32_t>(count) * ((1 << kBits) - 1);
+    DROP_UNROLL
     for (int q = 0; q < 4; ++q) {
+      DROP_UNROLL
       for (int odd = 0; odd < 2; ++odd) {
         uint32x4_t first = vdupq_n_u32(0), second = first;
+        DROP_UNROLL
         for (int d = kDigits - 1; d >= 0; --d) {
           const uint16x8_t lanes = odd ? totals[q][d].odd : totals[q][d].even();
           first = vaddw_u16(vshlq_n_u32(first, 7), vget_low_u16(lanes));

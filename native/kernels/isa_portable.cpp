@@ -59,18 +59,18 @@ struct Words {
     memcpy(out, table, sizeof table);
   }
 
-  static void block(bool, int64_t strips, const uint8_t* codes, int64_t stride, int64_t count,
-                    const uint8_t* tables, float half_step, float* sums) {
+  static void block(bool, int64_t strips, const Tile& tile) {
+    const int32_t offset = static_cast<int32_t>(tile.count) * ((1 << kBits) - 1);
     for (int64_t s = 0; s < strips; ++s) {
       int32_t totals[kStrip] = {};
-      for (int64_t j = 0; j < count; ++j) {
-        const uint16_t* table = reinterpret_cast<const uint16_t*>(tables) + j * kEntries;
-        const uint8_t* row = codes + j * stride + s * kStrip;
+      for (int64_t j = 0; j < tile.count; ++j) {
+        const uint16_t* table = reinterpret_cast<const uint16_t*>(tile.tables) + j * kEntries;
+        const uint8_t* row = tile.codes + (s * tile.count + j) * kStrip;
         for (int64_t i = 0; i < kStrip; ++i) totals[i] += table[row[i]];
       }
-      const int32_t offset = static_cast<int32_t>(count) * ((1 << kBits) - 1);
       for (int64_t i = 0; i < kStrip; ++i) {
-        sums[s * kStrip + i] += static_cast<float>(2 * totals[row_byte(i)] - offset) * half_step;
+        tile.sums[s * kStrip + i] +=
+            static_cast<float>(2 * totals[row_byte(i)] - offset) * tile.half_step;
       }
     }
   }

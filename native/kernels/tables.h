@@ -123,30 +123,55 @@ static void build(const BuildJob& job, int64_t first, int64_t last) {
   }
 }
 
-// Rows first_strip * kStrip .. last_strip * kStrip of one matrix, all n activation rows.
+// One tile of one block, as the instruction set sees it.
+struct Tile {
+  const uint8_t* codes;   // of the first strip; strips are count * kStrip bytes apart
+  const uint8_t* next;    // the tile that will be read after this one, for prefetching
+  int64_t count;          // groups
+  const uint8_t* tables;  // of the block
+  float half_step;
+  float* sums;  // [strips * kStrip]: added to
+};
+
+// Where to prefetch while group j is being read, kAhead groups ahead in the order of reading.
+template <int64_t kAhead>
+DROP_INLINE const uint8_t* ahead(const Tile& tile, int64_t j) {
+  const int64_t left = j + kAhead - tile.count;
+  return left < 0 ? tile.codes + (j + kAhead) * kStrip : tile.next + left * kStrip;
+}
+
+// Strips first .. last of one matrix, for all n activation rows. Isa::block is one tile.
 template <typename Isa>
 static void multiply(const MultiplyJob& job, int64_t first, int64_t last) {
   const int64_t rows = (last - first) * kStrip;
   for (int64_t i = 0; i < job.n; ++i) {
     memset(job.sums + i * job.sums_stride, 0, static_cast<size_t>(rows) * 4);
   }
+  const int64_t blocks = job.plane.blocks();
   for (int64_t m = 0; m < job.table.prefix; ++m) {
-    for (int64_t block = 0; block < job.plane.blocks(); ++block) {
+    for (int64_t block = 0; block < blocks; ++block) {
       const int64_t count = job.plane.block_groups(block);
-      const int64_t offset =
-          (m * job.table.groups + block * kBlock) * job.table.group_bytes;
+      const int64_t offset = (m * job.table.groups + block * kBlock) * job.table.group_bytes;
+      const int64_t step = job.table.steps_offset() + (m * blocks + block) * 4;
       for (int64_t strip = first; strip < last;) {
-        int64_t strips = kTileStrips - strip % kTileStrips;
-        if (strips > last - strip) strips = last - strip;
-        const StripView view = job.plane.strip(block, strip);
+        const int64_t strips = last - strip < kTileStrips ? last - strip : kTileStrips;
+        Tile tile;
+        tile.codes = job.planes[m] + job.plane.offset(block, strip);
+        tile.count = count;
+        tile.next = tile.codes;
+        if (strip + strips < last) {
+          tile.next = job.planes[m] + job.plane.offset(block, strip + strips);
+        } else if (block + 1 < blocks) {
+          tile.next = job.planes[m] + job.plane.offset(block + 1, first);
+        } else if (m + 1 < job.table.prefix) {
+          tile.next = job.planes[m + 1] + job.plane.offset(0, first);
+        }
         for (int64_t i = 0; i < job.n; ++i) {
           const uint8_t* tables = job.tables + i * job.table.bytes();
-          float half_step;
-          memcpy(&half_step,
-                 tables + job.table.steps_offset() + (m * job.plane.blocks() + block) * 4, 4);
-          Isa::block(job.symmetric, strips, job.planes[m] + view.offset, view.stride, count,
-                     tables + offset, half_step,
-                     job.sums + i * job.sums_stride + (strip - first) * kStrip);
+          tile.tables = tables + offset;
+          memcpy(&tile.half_step, tables + step, 4);
+          tile.sums = job.sums + i * job.sums_stride + (strip - first) * kStrip;
+          Isa::block(job.symmetric, strips, tile);
         }
         strip += strips;
       }
@@ -158,20 +183,16 @@ static void multiply(const MultiplyJob& job, int64_t first, int64_t last) {
 template <typename T>
 struct Tiled : T {
   template <bool kSymmetric>
-  static void any(int64_t strips, const uint8_t* codes, int64_t stride, int64_t count,
-                  const uint8_t* tables, float half_step, float* sums) {
+  static void any(int64_t strips, const Tile& tile) {
     switch (strips) {
-      case 1: return T::template tile<kSymmetric, 1>(codes, stride, count, tables, half_step, sums);
-      case 2: return T::template tile<kSymmetric, 2>(codes, stride, count, tables, half_step, sums);
-      case 3: return T::template tile<kSymmetric, 3>(codes, stride, count, tables, half_step, sums);
-      default:
-        return T::template tile<kSymmetric, 4>(codes, stride, count, tables, half_step, sums);
+      case 1: return T::template tile<kSymmetric, 1>(tile);
+      case 2: return T::template tile<kSymmetric, 2>(tile);
+      case 3: return T::template tile<kSymmetric, 3>(tile);
+      default: return T::template tile<kSymmetric, 4>(tile);
     }
   }
-  static void block(bool symmetric, int64_t strips, const uint8_t* codes, int64_t stride,
-                    int64_t count, const uint8_t* tables, float half_step, float* sums) {
-    if (symmetric) return any<true>(strips, codes, stride, count, tables, half_step, sums);
-    return any<false>(strips, codes, stride, count, tables, half_step, sums);
+  static void block(bool symmetric, int64_t strips, const Tile& tile) {
+    symmetric ? any<true>(strips, tile) : any<false>(strips, tile);
   }
 };
 

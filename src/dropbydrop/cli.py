@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -179,13 +180,13 @@ def run_evaluation(
         DropError: text, levels, checkpoint or reference are not usable.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from . import at, load
     from .checkpoint import Checkpoint
     from .evaluate import evaluate as run
     from .quiet import quiet_transformers
-    from .sources import resolve
+    from .sources import load_tokenizer, resolve
     from .texts import text_windows
 
     checkpoint = Checkpoint.open(out)
@@ -194,7 +195,7 @@ def run_evaluation(
         levels = [p for p in checkpoint.levels if p <= present]
     for p in levels:
         checkpoint.require(p)
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer = load_tokenizer(out)
     ids, described = text_windows(text, tokenizer, seq_len, windows)
     context = checkpoint.config.get("max_position_embeddings")
     if context is not None and seq_len > context:
@@ -230,20 +231,25 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt at one precision."""
-    from .generate import generate_text
+    from . import load, precision
+    from .generate import generate as run
+    from .quiet import quiet_transformers
+    from .sources import load_tokenizer
 
-    result = generate_text(
-        out,
-        prompt,
-        bits=bits,
-        max_new_tokens=max_new_tokens,
-        chat=chat,
-        temperature=temperature,
-        seed=seed,
-    )
+    with quiet_transformers():
+        model = load(out, bits=bits)
+        result = run(
+            model,
+            load_tokenizer(out),
+            prompt,
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            temperature=temperature,
+            seed=seed,
+        )
     if not as_json:
-        typer.echo(result["text"])
-    _finish(as_json, result)
+        typer.echo(result.text)
+    _finish(as_json, {"bits": precision(model), **asdict(result)})
 
 
 def main() -> None:

@@ -136,6 +136,9 @@ class DropByDropQuantizer(HfQuantizer):
                     f"{name} was not loaded (offloaded, or this version of transformers reads "
                     "files in another way). Load without offloading, with a supported version."
                 )
+        for module in model.modules():
+            if isinstance(module, (NestedLinear, NestedEmbedding, NestedHead)):
+                module.requires_grad_(False)  # transformers makes every float a leaf to train
         for linear in linears:
             linear.store.add(linear.name, [codes.detach() for codes in linear.codes.tensors()])
         head, embedding = _output_head(model), model.get_input_embeddings()

@@ -81,22 +81,14 @@ class NestedLinear(_FixedScales):
     bias: nn.Parameter | None
     _fixed = ("scales", "level_scales")
 
-    def __init__(
-        self,
-        store: PlaneStore,
-        name: str,
-        prefix: int,
-        bias: Tensor | None,
-        codes: list[Tensor] | None = None,
-    ) -> None:
-        """Build the module of `name`; without `codes` its planes are on the meta device."""
+    def __init__(self, store: PlaneStore, name: str, prefix: int, bias: Tensor | None) -> None:
+        """Build the module of `name` on the meta device; transformers then loads its tensors."""
         super().__init__()
         self.store, self.name, self._prefix = store, name, prefix
         self.out_features, self.in_features = store.checkpoint.shapes[name]
-        if codes is None:
-            grid = (self.out_features, self.in_features // GROUP)
-            codes = [torch.empty(grid, dtype=torch.uint8, device="meta") for _ in range(prefix)]
-        self.codes = Planes(codes)
+        grid = (self.out_features, self.in_features // GROUP)
+        codes = torch.empty(grid, dtype=torch.uint8, device="meta")
+        self.codes = Planes([codes] * prefix)
         rest = store.checkpoint.rest
         kind = "scales" if f"{name}.scales" in rest else "level_scales"
         shape = rest[f"{name}.{kind}"].shape

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import __version__
@@ -38,7 +37,7 @@ from .progress import progress_bar
 from .report import model_card
 from .rotation import Rotation
 from .search import backends
-from .sources import Source, resolve
+from .sources import resolve
 from .universal import default_lambdas, universal_set
 from .walk import Walk
 
@@ -253,7 +252,9 @@ class _Run:
                 self._keep_linears(site.modules, f"d_in {site.d_in} is not a multiple of {GROUP}")
                 continue
             rotation = Rotation.make(site.d_in, seed=self.seed * 1_000_003 + len(self.sites))
-            modules = {name: block.get_submodule(name.removeprefix(prefix)) for name in site.modules}
+            modules = {
+                name: block.get_submodule(name.removeprefix(prefix)) for name in site.modules
+            }
             weights = {name: module.weight.detach().float() for name, module in modules.items()}
             mark = time.perf_counter()
             encoded = encode_site(

@@ -89,6 +89,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its data."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
@@ -215,6 +216,7 @@ class Manifest:
         return Manifest(files, planes, rest, quantized, total)
 
     def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,

@@ -159,6 +159,7 @@ class PlaneSpec:
         return spec
 
     def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
         return {
             "entries": self.entries,
             "group": self.group,
@@ -217,6 +218,7 @@ class SiteSpec:
         return spec
 
     def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
         return {
             "name": self.name,
             "modules": list(self.modules),
@@ -250,6 +252,7 @@ class Embeddings:
         return spec
 
     def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
         return {"bits": self.bits, "modules": list(self.modules), "tied": self.tied}
 
 
@@ -360,6 +363,7 @@ class QuantizationConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
         return {
             "quant_method": FORMAT,
             "format_version": FORMAT_VERSION,

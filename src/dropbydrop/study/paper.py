@@ -1,9 +1,9 @@
 """Study `paper`: one HTML page with the paper's figures as far as they were measured.
 
-Takes the JSON results of the other commands, draws each figure, and writes beside the page, for
-every figure, PNG, SVG and the JSON it was drawn from. The page embeds plots and JSON, loads nothing
-from elsewhere and has no script; it can be mailed as one file. Figures whose results are missing
-are named at the end with the command that produces them.
+Takes the JSON results of the other commands, draws each figure, and writes beside the page every
+figure as PNG and SVG and every result as JSON. The page embeds plots and JSON (each result once;
+figures link to theirs), loads nothing from elsewhere and has no script; it can be mailed as one
+file. Figures whose results are missing are named at the end with the command that produces them.
 """
 
 from __future__ import annotations
@@ -142,10 +142,10 @@ def run(results: Mapping[str, Any], out: Path, title: str = "Drop-by-Drop") -> d
     Args:
         results: any of "gaussian", "bound", "refinement" (results of those studies), "perplexity",
             "accuracy", "cost" (rows, see `plot_perplexity`, `plot_accuracy`, `plot_cost`).
-        out: folder; `index.html` and figure-<name>.{png,svg,json} are written into it.
+        out: folder; `index.html`, figure-<name>.{png,svg} and <result>.json are written into it.
 
     Returns:
-        {"page", "figures": {name: [paths]}, "missing": {name: command}}.
+        {"page", "figures": {name: [png, svg]}, "data": {result: json}, "missing": {name: command}}.
 
     Raises:
         DropError: matplotlib is not installed.
@@ -154,51 +154,58 @@ def run(results: Mapping[str, Any], out: Path, title: str = "Drop-by-Drop") -> d
     if unknown := set(results) - set(_COMMANDS):
         raise ValueError(f"results {sorted(unknown)} belong to no figure; know {list(_COMMANDS)}")
     out.mkdir(parents=True, exist_ok=True)
-    sections, figures, missing = [], {}, {}
+    sections: list[str] = []
+    figures: dict[str, list[str]] = {}
+    missing: dict[str, str] = {}
     for entry in _FIGURES:
-        data = results.get(entry.needs)
-        if not data:
+        if not results.get(entry.needs):
             missing[entry.name] = _COMMANDS[entry.needs]
             continue
-        paths = save(entry.draw(data), out / f"figure-{entry.name}")
-        text = json.dumps(data, allow_nan=False)
-        path = out / f"figure-{entry.name}.json"
-        path.write_text(text + "\n")
-        figures[entry.name] = [str(p) for p in [*paths, path]]
-        sections.append(_section(entry, paths[1], text))
+        paths = save(entry.draw(results[entry.needs]), out / f"figure-{entry.name}")
+        figures[entry.name] = [str(p) for p in paths]
+        sections.append(_section(entry, paths[1]))
+    data: dict[str, str] = {}
+    links: list[str] = []
+    for name, result in results.items():
+        text = json.dumps(result, allow_nan=False) + "\n"
+        (out / f"{name}.json").write_text(text)
+        data[name] = str(out / f"{name}.json")
+        link = _data_uri("application/json", text.encode())
+        links.append(
+            f'<li id="data-{name}"><a download="{name}.json" href="{link}">{name}</a></li>'
+        )
     page = out / "index.html"
-    page.write_text(_page(title, sections, missing))
-    return {"page": str(page), "figures": figures, "missing": missing}
+    page.write_text(_page(title, sections, links, missing))
+    return {"page": str(page), "figures": figures, "data": data, "missing": missing}
 
 
 def _data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _section(entry: _Entry, svg: Path, text: str) -> str:
+def _section(entry: _Entry, svg: Path) -> str:
     image = _data_uri("image/svg+xml", svg.read_bytes())
-    link = _data_uri("application/json", text.encode())
-    name = html.escape(entry.name)
+    title = html.escape(entry.title)
     return (
-        f'<figure id="figure-{name}"><h2>{html.escape(entry.title)}</h2>\n'
-        f'<img alt="{html.escape(entry.title)}" src="{image}">\n'
+        f'<figure id="figure-{entry.name}"><h2>{title}</h2>\n<img alt="{title}" src="{image}">\n'
         f"<figcaption>{html.escape(entry.caption)} "
-        f'<a download="figure-{name}.json" href="{link}">JSON</a></figcaption></figure>'
+        f'<a href="#data-{entry.needs}">Data</a></figcaption></figure>'
     )
 
 
-def _page(title: str, sections: list[str], missing: dict[str, str]) -> str:
+def _page(title: str, sections: list[str], links: list[str], missing: dict[str, str]) -> str:
     left = "".join(
         f"<li>{html.escape(name)}: <code>{html.escape(command)}</code></li>"
         for name, command in missing.items()
     )
     rest = f'<h2>Not measured here</h2><ul class="missing">{left}</ul>' if left else ""
     body = "\n".join(sections)
+    data = f"<h2>Data behind the figures (JSON)</h2><ul>{''.join(links)}</ul>"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><h1>{html.escape(title)}</h1>\n{body}\n{rest}\n"
+        f"<body><h1>{html.escape(title)}</h1>\n{body}\n{data}\n{rest}\n"
         "<footer>Figures are numbered as in Babaoglu, Chen, Khisti, Multi-Bitwidth Quantization "
         "for LLMs Using Additive Codebooks.</footer></body></html>\n"
     )
