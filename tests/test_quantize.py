@@ -1,4 +1,4 @@
-"""End to end on a tiny model: quantize, store, load at any precision, evaluate; and doing it wrong."""
+"""End to end on a tiny model: quantize, store, load, evaluate; and doing it wrong."""
 
 import json
 import subprocess

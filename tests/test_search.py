@@ -204,7 +204,7 @@ class TestEveryBackend:
         codes, _ = self.run(case, backend, sweeps=0, feedback=case.feedback)
         value = case.value(codes.numpy().astype(int))
         for _ in range(3):
-            codes, changed = self.run(case, backend, sweeps=1, descent=case.descent, codes=codes)
+            codes, _ = self.run(case, backend, sweeps=1, descent=case.descent, codes=codes)
             now = case.value(codes.numpy().astype(int))
             assert (now <= value * (1 + 1e-5)).all()
             value = now

@@ -14,7 +14,7 @@
 namespace drop {
 namespace avx2 {
 
-constexpr int64_t kAhead = 2048;
+constexpr int64_t kAhead = 24;
 
 DROP_INLINE __m256i load(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -158,57 +158,64 @@ struct Ladder {
   }
 
   template <bool kSymmetric, int kStrips>
-  static void tile(const uint8_t* codes, int64_t stride, int64_t count, const uint8_t* tables,
-                   float half_step, float* sums) {
-    DROP_UNROLL
-    for (int s = 0; s < kStrips; ++s) {
-      strip<kSymmetric>(codes + s * kStrip, stride, count, tables, half_step, sums + s * kStrip);
+  static void tile(const Tile& tile) {
+    constexpr int kWidth = kDigits == 1 && kStrips > 1 ? 2 : 1;  // as many as registers allow
+    int s = 0;
+    for (; s + kWidth <= kStrips; s += kWidth) {
+      narrow<kSymmetric, kWidth>(tile.part(s, kWidth, kStrips));
     }
+    if (s < kStrips) narrow<kSymmetric, 1>(tile.part(s, 1, kStrips));
   }
 
-  // One strip is two registers. Digits of two groups are added as bytes first; whole bytes cannot.
-  template <bool kSymmetric>
-  static void strip(const uint8_t* codes, int64_t stride, int64_t count, const uint8_t* tables,
-                    float half_step, float* sums) {
+  // A strip is two registers. Digits of two groups are added as bytes first; whole bytes cannot.
+  template <bool kSymmetric, int kStrips>
+  static void narrow(const Tile& tile) {
     constexpr int64_t kTable = kGroupBytes[kSymmetric ? 0 : 1];
+    constexpr int kParts = 2 * kStrips;
     const __m256i top = _mm256_set1_epi8(kDigits == 2 ? 127 : -1);
-    Sums totals[2][kDigits];
+    const int64_t count = tile.count, apart = count * kStrip;
+    const uint8_t* codes = tile.codes;
+    const uint8_t* tables = tile.tables;
+    Sums totals[kParts][kDigits];
     DROP_UNROLL
-    for (auto& half : totals) {
+    for (int h = 0; h < kParts; ++h) {
       DROP_UNROLL
-      for (Sums& total : half) total = Sums::zero();
+      for (int d = 0; d < kDigits; ++d) totals[h][d] = Sums::zero();
     }
     int64_t j = 0;
     if (kDigits == 2) {
-      for (; j + 2 <= count; j += 2, codes += 2 * stride, tables += 2 * kTable) {
-        _mm_prefetch(codes + kAhead, _MM_HINT_T0);
-        _mm_prefetch(codes + stride + kAhead, _MM_HINT_T0);
+      for (; j + 2 <= count; j += 2, codes += 2 * kStrip, tables += 2 * kTable) {
+        const uint8_t* soon = ahead<kAhead>(tile, j);
         DROP_UNROLL
-        for (int h = 0; h < 2; ++h) {
+        for (int h = 0; h < kParts; ++h) {
+          const int64_t at = h / 2 * apart + h % 2 * 32;
           __m256i a[kDigits], b[kDigits];
-          look_up<kSymmetric, kDigits>(tables, load(codes + 32 * h), top, a);
-          look_up<kSymmetric, kDigits>(tables + kTable, load(codes + stride + 32 * h), top, b);
+          _mm_prefetch(soon + h / 2 * apart + h % 2 * kStrip, _MM_HINT_T0);
+          look_up<kSymmetric, kDigits>(tables, load(codes + at), top, a);
+          look_up<kSymmetric, kDigits>(tables + kTable, load(codes + at + kStrip), top, b);
           DROP_UNROLL
           for (int d = 0; d < kDigits; ++d) totals[h][d].add(_mm256_add_epi8(a[d], b[d]));
         }
       }
     }
-    for (; j < count; ++j, codes += stride, tables += kTable) {
-      _mm_prefetch(codes + kAhead, _MM_HINT_T0);
+    for (; j < count; ++j, codes += kStrip, tables += kTable) {
+      const uint8_t* soon = ahead<kAhead>(tile, j);
       DROP_UNROLL
-      for (int h = 0; h < 2; ++h) {
+      for (int h = 0; h < kParts; ++h) {
+        const int64_t at = h / 2 * apart + h % 2 * 32;
         __m256i a[kDigits];
-        look_up<kSymmetric, kDigits>(tables, load(codes + 32 * h), top, a);
+        if (h % 2 == 0) _mm_prefetch(soon + h / 2 * apart, _MM_HINT_T0);
+        look_up<kSymmetric, kDigits>(tables, load(codes + at), top, a);
         DROP_UNROLL
         for (int d = 0; d < kDigits; ++d) totals[h][d].add(a[d]);
       }
     }
     const int32_t offset = static_cast<int32_t>(count) * ((1 << kBits) - 1);
     DROP_UNROLL
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < kParts; ++h) {
       DROP_UNROLL
       for (int odd = 0; odd < 2; ++odd) {
-        float* out = sums + 16 * h + 32 * odd;
+        float* out = tile.sums + h / 2 * kStrip + h % 2 * 16 + odd * 32;
         __m256i first = _mm256_setzero_si256(), second = first;
         DROP_UNROLL
         for (int d = kDigits - 1; d >= 0; --d) {  // most significant digit first
@@ -216,8 +223,8 @@ struct Ladder {
           first = _mm256_add_epi32(_mm256_slli_epi32(first, 7), widen<0>(lanes));
           second = _mm256_add_epi32(_mm256_slli_epi32(second, 7), widen<1>(lanes));
         }
-        add_scaled(out, first, offset, half_step);
-        add_scaled(out + 8, second, offset, half_step);
+        add_scaled(out, first, offset, tile.half_step);
+        add_scaled(out + 8, second, offset, tile.half_step);
       }
     }
   }

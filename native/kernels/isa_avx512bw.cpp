@@ -67,16 +67,79 @@ struct Words {
 
   template <bool kSymmetric, int kStrips>
   static void tile(const Tile& tile) {
-    DROP_UNROLL
-    for (int s = 0; s < kStrips; s += 2) {  // two strips fill the registers
-      pair<kSymmetric, (kStrips - 1 > 0 ? 2 : 1)>(tile, s < kStrips - 1 ? s : kStrips - 1);
+    if constexpr (kStrips <= 2) {
+      narrow<kSymmetric, kStrips>(tile);
+    } else {  // two strips fill the registers
+      narrow<kSymmetric, 2>(tile.part(0, 2, kStrips));
+      narrow<kSymmetric, kStrips - 2>(tile.part(2, 2, kStrips));
     }
   }
 
   template <bool kSymmetric, int kStrips>
-  static void pair(const Tile& tile, int64_t first_strip) {
+  static void narrow(const Tile& tile) {
     constexpr int64_t kTable = kGroupBytes[kSymmetric ? 0 : 1];
     const __m512i top = _mm512_set1_epi16((1 << kBits) - 1);
+    const __m512i low_word = _mm512_set1_epi32(0xffff);
+    const __m512i even6 = _mm512_set1_epi16(0x40), even7 = _mm512_set1_epi16(0x80);
+    const __m512i odd6 = _mm512_set1_epi16(0x4000), zero = _mm512_setzero_si512();
+    const int64_t count = tile.count, apart = count * kStrip;
+    const uint8_t* codes = tile.codes;
+    const uint8_t* tables = tile.tables;
+    __m512i totals[kStrips][2][2];  // [strip][even or odd code][even or odd word]
+    DROP_UNROLL
+    for (int s = 0; s < kStrips; ++s) {
+      totals[s][0][0] = totals[s][0][1] = totals[s][1][0] = totals[s][1][1] = zero;
+    }
+    for (int64_t j = 0; j < count;) {
+      const int64_t stop = j + 4 < count ? j + 4 : count;
+      __m512i words[kStrips][2];
+      DROP_UNROLL
+      for (int s = 0; s < kStrips; ++s) words[s][0] = words[s][1] = zero;
+      for (; j < stop; ++j, codes += kStrip, tables += kTable) {
+        const uint8_t* soon = ahead<kAhead>(tile, j);
+        DROP_UNROLL
+        for (int s = 0; s < kStrips; ++s) {
+          const __m512i x = load(codes + s * apart), y = _mm512_srli_epi16(x, 8);
+          _mm_prefetch(soon + s * apart, _MM_HINT_T0);
+          words[s][0] = _mm512_add_epi16(
+              words[s][0], look_up<kSymmetric>(tables, x, _mm512_test_epi16_mask(x, even6),
+                                               _mm512_test_epi16_mask(x, even7), top));
+          words[s][1] = _mm512_add_epi16(
+              words[s][1], look_up<kSymmetric>(tables, y, _mm512_test_epi16_mask(x, odd6),
+                                               _mm512_movepi16_mask(x), top));
+        }
+      }
+      DROP_UNROLL
+      for (int s = 0; s < kStrips; ++s) {
+        DROP_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          totals[s][i][0] =
+              _mm512_add_epi32(totals[s][i][0], _mm512_and_si512(words[s][i], low_word));
+          totals[s][i][1] = _mm512_add_epi32(totals[s][i][1], _mm512_srli_epi32(words[s][i], 16));
+        }
+      }
+    }
+    const __m512i offset = _mm512_set1_epi32(static_cast<int32_t>(count) * ((1 << kBits) - 1));
+    // Even and odd words are rows 0, 2, .. and 1, 3, ..: interleave.
+    const __m512i first =
+        _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    DROP_UNROLL
+    for (int s = 0; s < kStrips; ++s) {
+      DROP_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        DROP_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          const __m512i sum =
+              _mm512_permutex2var_epi32(totals[s][i][0], h ? second : first, totals[s][i][1]);
+          const __m512i twice = _mm512_sub_epi32(_mm512_slli_epi32(sum, 1), offset);
+          const __m512 scaled =
+              _mm512_mul_ps(_mm512_cvtepi32_ps(twice), _mm512_set1_ps(tile.half_step));
+          float* out = tile.sums + s * kStrip + 32 * i + 16 * h;
+          _mm512_storeu_ps(out, _mm512_add_ps(_mm512_loadu_ps(out), scaled));
+        }
+      }
+    }
   }
 };
 

@@ -30,6 +30,8 @@ DROP_INLINE void squared_norms(const int16_t* x, int64_t count, int32_t* norms) 
 namespace drop {
 namespace neon {
 
+constexpr int64_t kAhead = 24;  // groups
+
 struct Sums {
   uint16x8_t all, odd;
   DROP_INLINE Sums zero() { return {vdupq_n_u16(0), vdupq_n_u16(0)}; }
@@ -108,38 +110,35 @@ struct Lookup {
   }
 
   template <bool kSymmetric, int kStrips>
-  static void tile(const uint8_t* codes, int64_t stride, int64_t count, const uint8_t* tables,
-                   float half_step, float* sums) {
-    DROP_UNROLL
-    for (int s = 0; s < kStrips; ++s) {
-      strip<kSymmetric>(codes + s * kStrip, stride, count, tables, half_step, sums + s * kStrip);
-    }
+  static void tile(const Tile& tile) {
+    for (int s = 0; s < kStrips; ++s) strip<kSymmetric>(tile.part(s, 1, kStrips));
   }
 
   // One strip is four registers.
   template <bool kSymmetric>
-  static void strip(const uint8_t* codes, int64_t stride, int64_t count, const uint8_t* tables,
-                    float half_step, float* sums) {
+  static void strip(const Tile& tile) {
     constexpr int64_t kTable = kGroupBytes[kSymmetric ? 0 : 1];
     constexpr int64_t kApart = kTable / kDigits;
     const uint8x16_t top = vdupq_n_u8(kDigits == 2 ? 127 : 255);
+    const uint8_t* codes = tile.codes;
+    const uint8_t* tables = tile.tables;
     Sums totals[4][kDigits];
     DROP_UNROLL
-    for (auto& quarter : totals) {
+    for (int q = 0; q < 4; ++q) {
       DROP_UNROLL
-      for (Sums& total : quarter) total = Sums::zero();
+      for (int d = 0; d < kDigits; ++d) totals[q][d] = Sums::zero();
     }
-    for (int64_t j = 0; j < count; ++j, codes += stride, tables += kTable) {
+    for (int64_t j = 0; j < tile.count; ++j, codes += kStrip, tables += kTable) {
+      __builtin_prefetch(ahead<kAhead>(tile, j));
       DROP_UNROLL
-      for (int q = 0; q < 4; ++q) {
-        const uint8x16_t x = vld1q_u8(codes + 16 * q);
+      for (int d = 0; d < kDigits; ++d) {
         DROP_UNROLL
-        for (int d = 0; d < kDigits; ++d) {
-          totals[q][d].add(look_up<kSymmetric>(tables + d * kApart, x, top));
+        for (int q = 0; q < 4; ++q) {
+          totals[q][d].add(look_up<kSymmetric>(tables + d * kApart, vld1q_u8(codes + 16 * q), top));
         }
       }
     }
-    const int32_t offset = static_cast<int32_t>(count) * ((1 << kBits) - 1);
+    const int32_t offset = static_cast<int32_t>(tile.count) * ((1 << kBits) - 1);
     DROP_UNROLL
     for (int q = 0; q < 4; ++q) {
       DROP_UNROLL
@@ -151,9 +150,9 @@ struct Lookup {
           first = vaddw_u16(vshlq_n_u32(first, 7), vget_low_u16(lanes));
           second = vaddw_u16(vshlq_n_u32(second, 7), vget_high_u16(lanes));
         }
-        float* out = sums + 8 * q + 32 * odd;
-        add_scaled(out, first, offset, half_step);
-        add_scaled(out + 4, second, offset, half_step);
+        float* out = tile.sums + 8 * q + 32 * odd;
+        add_scaled(out, first, offset, tile.half_step);
+        add_scaled(out + 4, second, offset, tile.half_step);
       }
     }
   }

@@ -131,6 +131,15 @@ struct Tile {
   const uint8_t* tables;  // of the block
   float half_step;
   float* sums;  // [strips * kStrip]: added to
+
+  // Strips `skip` .. of a tile of `strips`, when `width` of them are walked at a time.
+  Tile part(int64_t skip, int64_t width, int64_t strips) const {
+    Tile tile = *this;
+    tile.codes += skip * count * kStrip;
+    tile.sums += skip * kStrip;
+    if (skip + width < strips) tile.next = tile.codes + width * count * kStrip;
+    return tile;
+  }
 };
 
 // Where to prefetch while group j is being read, kAhead groups ahead in the order of reading.

@@ -11,7 +11,8 @@ massive activations, which would make that mean meaningless).
 
 Two packed forms of H feed the search, each [G, d_in, g] "coupling" and [G, g, g] "factor":
   feedback  H = L L^T, the coupling of group j is the column block L[i > j, j], its factor L[j, j].
-            The cost of group j given all later groups is then exact: ||e L||^2 = sum_j ||(e L)_j||^2.
+            The cost of group j given all later groups is then exact:
+            ||e L||^2 = sum_j ||(e L)_j||^2.
   descent   H_jj = R_j R_j^T, coupling H[i not in j, j] R_j^{-T}, factor R_j: the exact cost of
             group j with all others fixed, up to a constant.
 """

@@ -252,7 +252,7 @@ class _Run:
                 self._keep_linears(site.modules, f"d_in {site.d_in} is not a multiple of {GROUP}")
                 continue
             rotation = Rotation.make(site.d_in, seed=self.seed * 1_000_003 + len(self.sites))
-            modules = {
+            modules: dict[str, Any] = {
                 name: block.get_submodule(name.removeprefix(prefix)) for name in site.modules
             }
             weights = {name: module.weight.detach().float() for name, module in modules.items()}

@@ -8,7 +8,7 @@ Training (`train`), on n Gaussian vectors of 8, for the levels P with weights la
     1. start: residual k-means, one codebook after the other;
     2. repeat: codes by the production beam search with H = I; then all codebooks at once by least
        squares, A C = B with A[(m,k),(m',k')] = Lambda_max(m,m') sum(sign sign'), Lambda_m =
-       sum_{P >= m} lambda_P (LSQ of Martinez et al. 2016 with the block weights of the nested loss);
+       sum_{P >= m} lambda_P (LSQ, Martinez et al. 2016, with the block weights of the nested loss).
 Annealing noise on the codebooks (SR-D of LSQ++) was tried and did not help at these sizes.
 Sets for common levels ship with the package as `universal/<levels>.safetensors`, written by
 `scripts/train_universal.py`; any other choice of levels is trained when it is first needed (under
@@ -36,11 +36,12 @@ _FOLDER = Path(__file__).parent / "universal_sets"
 def default_lambdas(levels: Sequence[int]) -> list[float]:
     """Weights of the levels in J, up to a common factor.
 
-    lambda_P = 3^P. The distortion of a good code falls by about 3.5 a plane, so equal relative
-    losses at all levels would want 3.5^P; the smaller base leans towards the lower levels, where
-    an equal relative loss costs a model more. Measured choice, see docs/log.md.
+    lambda_P = (8/3)^(P - M), and the lowest level 2.2 times that. The distortion of a good code
+    falls by about 3.5 a plane; the smaller base and the bonus lean towards the lower levels,
+    where an equal relative loss costs a model more. A measured choice, see docs/log.md.
     """
-    return [3.0 ** (p - levels[-1]) for p in levels]
+    weights = [(8 / 3) ** (p - levels[-1]) for p in levels]
+    return [2.2 * weights[0], *weights[1:]] if len(levels) > 1 else weights
 
 
 def name_of(levels: Sequence[int]) -> str:
@@ -83,7 +84,7 @@ def least_squares(x: Tensor, codes: Tensor, lambdas: Sequence[float], ridge: flo
             a[rows, columns] = block
             a[columns, rows] = block.T
     a.diagonal().add_(ridge * reach[0] * n / HALF)
-    return torch.linalg.solve(a, b).view(planes, HALF, GROUP).to(torch.float32)
+    return torch.linalg.solve(a, b).view(planes, HALF, GROUP).to(torch.float32).contiguous()
 
 
 def train(

@@ -4,7 +4,8 @@
     packed = pack(codes)                       # once per matrix; planes can be appended later
     books = prepare_codebooks(tables, symmetric=True)
     matrix = Matrix(packed, scales, bias)
-    q, k, v = linears(x, [mq, mk, mv], books, rotation, prefix=2)
+    attention = Bound([mq, mk, mv], books, rotation, prefix=2)    # per site and precision
+    q, k, v = attention(x)                     # one call: rotation, tables, three products
     weight = decode_dense(packed, books, scales, prefix=2, dtype=torch.bfloat16)
 
 A product of a few rows goes through tables of dot products (registry, ops, native/kernels); more
@@ -20,10 +21,11 @@ from .layout import (
     unpack,
     unpack_plane,
 )
-from .linear import Matrix, decode_dense, linear, linears, rotate
+from .linear import Bound, Matrix, decode_dense, linear, linears, rotate
 from .registry import Kernel, available, by_name, describe, select, table
 
 __all__ = [
+    "Bound",
     "Codebooks",
     "Kernel",
     "Matrix",

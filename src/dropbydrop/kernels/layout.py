@@ -99,11 +99,12 @@ def unpack_plane(packed: Tensor, rows: int, groups: int) -> Tensor:
     return codes
 
 
-def unpack(packed: Packed) -> list[Tensor]:
-    """Inverse of `pack`: planes uint8 [d_out, G], canonical."""
+def unpack(packed: Packed, prefix: int | None = None) -> list[Tensor]:
+    """Inverse of `pack`: the first `prefix` (all) planes, uint8 [d_out, G], canonical."""
+    planes = packed.planes[:prefix]
     if not packed.tiled:
-        return list(packed.planes)
-    return [unpack_plane(plane, packed.rows, packed.groups) for plane in packed.planes]
+        return list(planes)
+    return [unpack_plane(plane, packed.rows, packed.groups) for plane in planes]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,14 +1,16 @@
 """Products with packed matrices: the choice between tables and a dense matrix, in one place.
 
-    rows n of x        native kernel                      torch
-    1 .. FEW           one `site` operator: rotate,       decode to a dense matrix,
-                       build tables, multiply             torch's product
-    more               decode slabs of the matrix,
-                       torch's product with each
+    rows of x       native kernel, CPU                     otherwise
+    1 .. FEW        one `site` operator: rotate,           decode to a dense matrix,
+                    build tables, multiply                 torch's product
+    more            decode slabs of the matrix,            the same
+                    torch's product with each
 
-FEW is where decoding and a dense product become cheaper than n look-ups a code (measured by
-benchmarks/matvec.py: the crossover lies between 16 and 64 rows depending on the prefix). Results
-of 1 .. FEW rows do not depend on how many rows are computed together, bit for bit.
+FEW is about where decoding and a dense product become cheaper than a look-up per code and row
+(benchmarks/matvec.py measures it). The result of one row among 1 .. FEW does not depend on how many
+rows are computed with it, bit for bit, nor on the number of threads or the instruction set.
+
+Differentiable in x: an input that requires a gradient takes the torch path.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from .. import code
 from ..code import GROUP
 from ..rotation import Rotation
 from . import ops, registry
-from .layout import Codebooks, Packed
+from .layout import Codebooks, Packed, unpack
 
 FEW = 16
 _SLAB_BYTES = 8 << 20  # dense rows decoded at a time: stays in the last cache
@@ -46,11 +48,21 @@ def _check_prefix(prefix: int, packed: Packed, books: Codebooks) -> None:
         )
 
 
+def _fits(x: Tensor, kernel: registry.Kernel) -> bool:
+    """Whether native operators can take x."""
+    return (
+        kernel.native
+        and x.is_cpu
+        and x.dtype in ops.TYPES
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
 def rotate(x: Tensor, rotation: Rotation, kernel: str | None = None) -> Tensor:
-    """x [..., d] on the CPU -> Q x in float32, natively if possible (`Rotation.apply` otherwise)."""
+    """x [..., d] -> Q x in float32 (float64 stays), natively where possible."""
     chosen = registry.select(kernel)
-    if not chosen.native or x.device.type != "cpu" or x.dtype not in ops._TYPES:
-        return rotation.apply(x.float() if x.dtype != torch.float64 else x)
+    if not _fits(x, chosen):
+        return rotation.apply(x if x.dtype == torch.float64 else x.float())
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.ops.dropbydrop.rotate(
         flat, rotation.signs, rotation.odd, rotation.block, chosen.name
@@ -68,14 +80,29 @@ def decode_dense(
 ) -> Tensor:
     """The weight of the first `prefix` planes, [d_out, d_in], in the rotated space of its site.
 
-    Equals `dropbydrop.code.decode` bit for bit with every kernel.
+    Equals `dropbydrop.code.decode` bit for bit with every kernel. The planes may be row major
+    (`Packed` with tiled=False), so nothing has to be packed for this.
     """
     _check_prefix(prefix, packed, books)
-    chosen = registry.select(kernel)
-    if not books.prepared or not packed.planes[0].is_cpu or dtype == torch.float64:
-        from .layout import unpack
+    return _rows(packed, books, scales, prefix, dtype, registry.select(kernel), 0, packed.rows)
 
-        return code.decode(unpack(packed), books.tables, scales, prefix, dtype)
+
+def _rows(
+    packed: Packed,
+    books: Codebooks,
+    scales: Tensor,
+    prefix: int,
+    dtype: torch.dtype,
+    kernel: registry.Kernel,
+    first: int,
+    last: int,
+) -> Tensor:
+    """Rows first..last of `decode_dense`."""
+    native = kernel.native and packed.planes[0].is_cpu and scales.dtype in ops.TYPES
+    if not native or dtype not in ops.TYPES:
+        codes = [plane[first:last] for plane in unpack(packed, prefix)]
+        tables = [table.to(codes[0].device) for table in books.tables]
+        return code.decode(codes, tables, scales[first:last], prefix, dtype)
     return torch.ops.dropbydrop.decode(
         packed.planes[:prefix],
         packed.tiled,
@@ -83,41 +110,91 @@ def decode_dense(
         scales,
         packed.rows,
         packed.groups,
-        0,
-        packed.rows,
+        first,
+        last,
         dtype,
-        chosen.name if chosen.native else "portable",
+        kernel.name,
     )
 
 
 def _dense(
     x: Tensor, matrix: Matrix, books: Codebooks, prefix: int, kernel: registry.Kernel
 ) -> Tensor:
-    """x [n, d], rotated -> [n, d_out] through dense slabs of the matrix."""
-    packed = matrix.packed
-    bias = None if matrix.bias is None else matrix.bias.to(x.dtype)
-    native = kernel.native and packed.tiled and x.dtype in ops._TYPES
+    """x [n, d], rotated -> [n, d_out], through dense slabs of the matrix."""
+    packed, bias = matrix.packed, matrix.bias
+    bias = None if bias is None else bias.to(x.dtype)
     slab = max(64, _SLAB_BYTES // (x.element_size() * packed.groups * GROUP) // 64 * 64)
-    if not native or packed.rows <= slab:
-        weight = decode_dense(packed, books, matrix.scales, prefix, x.dtype, kernel.name)
-        return F.linear(x, weight, bias)
     parts = []
-    for first in range(0, packed.rows, slab):
-        last = min(first + slab, packed.rows)
-        weight = torch.ops.dropbydrop.decode(
-            packed.planes[:prefix],
-            True,
-            books.prepared[:prefix],
-            matrix.scales,
-            packed.rows,
-            packed.groups,
-            first,
-            last,
-            x.dtype,
-            kernel.name,
-        )
+    for first in range(0, packed.rows, slab if kernel.native else packed.rows):
+        last = min(first + slab, packed.rows) if kernel.native else packed.rows
+        weight = _rows(packed, books, matrix.scales, prefix, x.dtype, kernel, first, last)
         parts.append(F.linear(x, weight, None if bias is None else bias[first:last]))
-    return torch.cat(parts, dim=1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class Bound:
+    """The matrices of one input site at one precision, ready to be called.
+
+    What does not depend on the input (addresses, shapes, the kernel) is worked out once; a call
+    with few rows is then a single operator with two tensor arguments.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        books: Codebooks,
+        rotation: Rotation,
+        prefix: int,
+        kernel: str | None = None,
+    ) -> None:
+        """Args as for `linears`. The tensors must not be changed or moved afterwards."""
+        for matrix in matrices:
+            _check_prefix(prefix, matrix.packed, books)
+        self.matrices, self.books, self.rotation = tuple(matrices), books, rotation
+        self.prefix, self.kernel = prefix, registry.select(kernel)
+        self.rows = [matrix.packed.rows for matrix in matrices]
+        self.d_in = matrices[0].packed.groups * GROUP
+        tiled = all(matrix.packed.tiled for matrix in matrices)
+        self._job: ops.SiteJob | None = None
+        if self.kernel.native and tiled:
+            self._job = ops.describe_site(*_site_arguments(self), self.kernel.name)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x [..., d_in] -> [..., d_out] of each matrix, in the dtype of x."""
+        shape, job = x.shape[:-1], self._job
+        flat = x if x.dim() == 2 else x.reshape(-1, self.d_in)
+        n = flat.shape[0]
+        if job is None or n > FEW or not _fits(x, self.kernel):
+            rotated = rotate(flat, self.rotation, self.kernel.name).to(x.dtype)
+            results = [
+                _dense(rotated, matrix, self.books, self.prefix, self.kernel)
+                for matrix in self.matrices
+            ]
+            return [y.view(*shape, rows) for y, rows in zip(results, self.rows, strict=True)]
+        # Tracing must see the operator; otherwise skip the dispatcher.
+        run = torch.ops.dropbydrop.bound_site if torch.compiler.is_compiling() else ops.bound_site
+        y = run(flat.contiguous(), job.job, job.width, job.kernel)
+        if len(self.rows) == 1 or n == 1:
+            return list(y.view(*shape, job.width).split(self.rows, -1))
+        parts = y.split([n * rows for rows in self.rows])
+        return [part.view(*shape, rows) for part, rows in zip(parts, self.rows, strict=True)]
+
+
+def _site_arguments(bound: Bound) -> tuple:
+    """All arguments of the operator `site` between x and the kernel."""
+    rotation, prefix = bound.rotation, bound.prefix
+    return (
+        bound.d_in,
+        rotation.signs,
+        rotation.odd,
+        rotation.block,
+        bound.books.prepared[:prefix],
+        bound.books.entries,
+        [plane for matrix in bound.matrices for plane in matrix.packed.planes[:prefix]],
+        [matrix.scales for matrix in bound.matrices],
+        [matrix.bias for matrix in bound.matrices],
+        bound.rows,
+    )
 
 
 def linears(
@@ -128,7 +205,7 @@ def linears(
     prefix: int,
     kernel: str | None = None,
 ) -> list[Tensor]:
-    """Products of one input with all matrices that read it.
+    """Products of one input with all matrices that read it. `Bound` does the same repeatedly.
 
     Args:
         x: [..., d_in], not rotated; float32, bfloat16 or float16 for the native kernels.
@@ -142,30 +219,7 @@ def linears(
     Raises:
         KernelError: the kernel named is not available.
     """
-    for matrix in matrices:
-        _check_prefix(prefix, matrix.packed, books)
-    chosen = registry.select(kernel)
-    shape, dtype = x.shape[:-1], x.dtype
-    flat = x.reshape(-1, x.shape[-1])
-    usable = chosen.native and x.device.type == "cpu" and dtype in ops._TYPES
-    if usable and flat.shape[0] <= FEW:
-        results = torch.ops.dropbydrop.site(
-            flat.contiguous(),
-            rotation.signs,
-            rotation.odd,
-            rotation.block,
-            books.prepared[:prefix],
-            books.entries,
-            [plane for matrix in matrices for plane in matrix.packed.planes[:prefix]],
-            [matrix.scales for matrix in matrices],
-            [matrix.bias for matrix in matrices],
-            [matrix.packed.rows for matrix in matrices],
-            chosen.name,
-        )
-    else:
-        rotated = rotate(flat, rotation, chosen.name).to(dtype)
-        results = [_dense(rotated, matrix, books, prefix, chosen) for matrix in matrices]
-    return [y.view(*shape, -1) for y in results]
+    return Bound(matrices, books, rotation, prefix, kernel)(x)
 
 
 def linear(

@@ -4,25 +4,31 @@
     dropbydrop::build_tables(x, codebooks, entries, kernel) -> uint8 [n, bytes]
     dropbydrop::matvec(tables, planes, scales, bias, rows, groups, entries, kernel, dtype) -> [n, rows]
     dropbydrop::site(x, signs, odd, block, codebooks, entries, planes, scales, biases, rows, kernel)
-        -> one [n, rows[i]] for each matrix
+        -> [n * sum(rows)], one [n, rows[i]] after the other
+    dropbydrop::bound_site(x, job, width, kernel) -> [n * width], the same
     dropbydrop::decode(planes, tiled, codebooks, scales, rows, groups, first, last, dtype, kernel)
         -> rows first..last of the weight, [last - first, 8 * groups]
 
 Tables are values: a function of x and the codebooks alone, so q/k/v share them, and a table belongs
 to the kernel that built it. `site` does the three steps in one native call by one team of threads,
-for all matrices of an input: this is what decoding a token uses. P = len(codebooks), and `planes`
-lists the first P planes of one matrix after the other. Threads follow torch.get_num_threads().
+for all matrices of an input. P = len(codebooks), and `planes` lists the first P planes of one
+matrix after the other. Threads follow torch.get_num_threads().
+
+`bound_site` is `site` with everything but x and its result described beforehand (`describe_site`)
+in one small tensor of addresses: passing 20 tensors through the dispatcher costs several times
+what a small product does. It is for this process only; a graph that is to be saved uses `site`.
 
 Operators are defined with torch.library.Library rather than `custom_op`, whose checks on every call
 cost more than a small product does. Tensors must be contiguous and on the CPU; the callers in this
-package see to it. Nothing differentiates: weights are frozen integers, and inputs of these
-operators are not expected to require gradients (`dropbydrop.kernels.linear` refuses them).
+package see to it. Nothing here differentiates (see linear.py).
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,7 +38,7 @@ from ..code import ENTRIES, GROUP
 from . import registry
 from ._native import library, pointers
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _library = torch.library.Library("dropbydrop", "DEF")
 
 
@@ -51,6 +57,7 @@ def _fake(name: str) -> Callable[[Callable], Callable]:
     return torch.library.register_fake(f"dropbydrop::{name}", lib=_library)
 
 
+@lru_cache(maxsize=1)
 def _native() -> Any:
     lib = library()
     if lib is None:
@@ -104,9 +111,9 @@ def _matrices(
             start + i * step,
             count,
             scale.data_ptr(),
-            _TYPES[scale.dtype],
+            TYPES[scale.dtype],
             None if bias is None else bias.data_ptr(),
-            0 if bias is None else _TYPES[bias.dtype],
+            0 if bias is None else TYPES[bias.dtype],
         )
     return described, addresses
 
@@ -124,7 +131,7 @@ def rotate(x: Tensor, signs: Tensor | None, odd: Tensor | None, block: int, kern
         _native().drop_rotate(
             registry.index(kernel),
             x.data_ptr(),
-            _TYPES[x.dtype],
+            TYPES[x.dtype],
             n,
             d,
             d,
@@ -193,7 +200,7 @@ def matvec(
             described,
             1,
             out.data_ptr(),
-            _TYPES[dtype],
+            TYPES[dtype],
             torch.get_num_threads(),
         )
     )
@@ -208,7 +215,7 @@ def _(tables, planes, scales, bias, rows, groups, entries, kernel, dtype):  # ty
 
 @_operator(
     "site(Tensor x, Tensor? signs, Tensor? odd, int block, Tensor[] codebooks, int entries, "
-    "Tensor[] planes, Tensor[] scales, Tensor?[] biases, int[] rows, str kernel) -> Tensor[]"
+    "Tensor[] planes, Tensor[] scales, Tensor?[] biases, int[] rows, str kernel) -> Tensor"
 )
 def site(
     x: Tensor,
@@ -222,49 +229,101 @@ def site(
     biases: Sequence[Tensor | None],
     rows: Sequence[int],
     kernel: str,
-) -> list[Tensor]:
+) -> Tensor:
     """x [n, d], not rotated -> y_i [n, rows[i]] of all matrices that read x, in the dtype of x."""
-    n, d = x.shape
-    prefix = len(codebooks)
-    out = torch.empty(n * sum(rows), dtype=x.dtype)
-    described, keep = _matrices(planes, scales, biases, rows, prefix)
+    described, keep = _matrices(planes, scales, biases, rows, len(codebooks))
     books = pointers(codebooks)
-    job = _Site(
-        d,
-        block,
-        _address(signs),
-        _address(odd),
-        prefix,
-        entries,
-        ctypes.addressof(books),
-        ctypes.addressof(described),
-        len(rows),
-    )
-    kind = _TYPES[x.dtype]
-    _done(
-        _native().drop_site(
-            registry.index(kernel),
-            ctypes.byref(job),
-            x.data_ptr(),
-            kind,
-            n,
-            d,
-            out.data_ptr(),
-            kind,
-            torch.get_num_threads(),
-        )
-    )
+    job = _site(x.shape[1], signs, odd, block, books, entries, described)
+    out = _run_site(x, ctypes.addressof(job), sum(rows), registry.index(kernel))
     del keep
-    if len(rows) == 1:
-        return [out.view(n, rows[0])]
-    parts = out.split([n * count for count in rows])
-    # An operator may not return views of one another; a copy of n rows is small.
-    return [part.clone().view(n, count) for part, count in zip(parts, rows, strict=True)]
+    return out
 
 
 @_fake("site")
 def _(x, signs, odd, block, codebooks, entries, planes, scales, biases, rows, kernel):  # type: ignore[no-untyped-def]
-    return [x.new_empty((x.shape[0], count)) for count in rows]
+    return x.new_empty((x.shape[0] * sum(rows),))
+
+
+def _site(
+    d: int,
+    signs: Tensor | None,
+    odd: Tensor | None,
+    block: int,
+    books: ctypes.Array,
+    entries: int,
+    described: ctypes.Array,
+) -> _Site:
+    return _Site(
+        d,
+        block,
+        _address(signs),
+        _address(odd),
+        len(books),
+        entries,
+        ctypes.addressof(books),
+        ctypes.addressof(described),
+        len(described),
+    )
+
+
+def _run_site(x: Tensor, job: int, width: int, kernel: int) -> Tensor:
+    n, d = x.shape
+    kind = TYPES[x.dtype]
+    out = torch.empty(n * width, dtype=x.dtype)
+    _done(
+        _native().drop_site(
+            kernel, job, x.data_ptr(), kind, n, d, out.data_ptr(), kind, torch.get_num_threads()
+        )
+    )
+    return out
+
+
+@dataclass(frozen=True, eq=False)
+class SiteJob:
+    """A `site` call without its input. Holds every tensor whose address it contains."""
+
+    job: Tensor  # uint8: the C structure
+    width: int  # sum of the rows of the matrices
+    kernel: int
+    keep: tuple[object, ...]
+
+
+def describe_site(
+    d: int,
+    signs: Tensor | None,
+    odd: Tensor | None,
+    block: int,
+    codebooks: Sequence[Tensor],
+    entries: int,
+    planes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    rows: Sequence[int],
+    kernel: str,
+) -> SiteJob:
+    """The arguments of `site`, but x, prepared for `bound_site`."""
+    tensors = (signs, odd, *codebooks, *planes, *scales, *biases)
+    for tensor in tensors:
+        if tensor is not None and not (tensor.is_contiguous() and tensor.is_cpu):
+            raise ValueError("a site's tensors must be contiguous and on the CPU")
+    described, addresses = _matrices(planes, scales, biases, rows, len(codebooks))
+    books = pointers(codebooks)
+    job = _site(d, signs, odd, block, books, entries, described)
+    blob = torch.frombuffer(bytearray(bytes(job)), dtype=torch.uint8).clone()
+    return SiteJob(
+        blob, sum(rows), registry.index(kernel), (tensors, described, addresses, books)
+    )
+
+
+@_operator("bound_site(Tensor x, Tensor job, int width, int kernel) -> Tensor")
+def bound_site(x: Tensor, job: Tensor, width: int, kernel: int) -> Tensor:
+    """`site` as described by a `SiteJob` that the caller keeps alive."""
+    return _run_site(x, job.data_ptr(), width, kernel)
+
+
+@_fake("bound_site")
+def _(x, job, width, kernel):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0] * width,))
 
 
 @_operator(
@@ -303,11 +362,11 @@ def decode(
             len(planes),
             books,
             scales.data_ptr(),
-            _TYPES[scales.dtype],
+            TYPES[scales.dtype],
             first,
             last,
             out.data_ptr(),
-            _TYPES[dtype],
+            TYPES[dtype],
             torch.get_num_threads(),
         )
     )

@@ -16,6 +16,8 @@ import os
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from ..errors import KernelError
 from ._native import PATH, library, log
 
@@ -85,6 +87,7 @@ def by_name(name: str) -> Kernel:
     )
 
 
+@torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
 def index(name: str) -> int:
     """The number of a native kernel in the library; KernelError as `by_name`, also for "torch"."""
@@ -109,6 +112,7 @@ def _preferred(forced: str | None) -> Kernel:
     return kernel
 
 
+@torch.compiler.assume_constant_result
 def select(name: str | None = None) -> Kernel:
     """The kernel to use: `name`, else DROPBYDROP_KERNEL, else the best one here.
 

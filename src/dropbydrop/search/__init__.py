@@ -66,7 +66,6 @@ def search(
         KernelError: a backend that this machine or build does not have.
         ValueError: levels, beam or metrics that contradict each other.
     """
-    d_out, d_in = w.shape
     if len(levels) != len(lambdas) or not levels or list(levels) != sorted(set(levels)):
         raise ValueError(f"levels {list(levels)} with {len(lambdas)} weights")
     if levels[-1] != codebooks.shape[0] or min(lambdas) <= 0:
