@@ -6,7 +6,6 @@ User errors (errors.DropError) print their message and exit with status 2, Ctrl-
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from .errors import CalibrationError, DropError, PrecisionError
+from .commands.common import Bits, Json, console, finish, parse_bits
+from .errors import CalibrationError, DropError
 
 app = typer.Typer(
     add_completion=False,
@@ -24,32 +23,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize an LLM once, run it at any precision.",
 )
-
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")
-]
-Bits = Annotated[str, typer.Option(help="Levels, such as 2,3,4.")]
-
-
-def parse_bits(text: str) -> list[int]:
-    """ "2,3,4" -> [2, 3, 4].
-
-    Raises:
-        PrecisionError: not integers separated by commas.
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise PrecisionError(f"--bits {text!r}: give whole numbers, such as 2,3,4.") from None
-
-
-def _console(as_json: bool) -> Console:
-    return Console(stderr=as_json)
-
-
-def _finish(as_json: bool, result: dict[str, Any]) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(result) + "\n")
 
 
 @app.command()
@@ -96,7 +69,7 @@ def quantize(
         overwrite=overwrite,
     )
     checkpoint = Checkpoint.open(report.out)
-    print_report(report, checkpoint, _console(as_json))
+    print_report(report, checkpoint, console(as_json))
     levels = {
         str(p): {
             "true_bits": checkpoint.true_bits(p),
@@ -105,7 +78,7 @@ def quantize(
         }
         for p in report.levels
     }
-    _finish(as_json, report.to_dict() | {"bits": levels})
+    finish(as_json, report.to_dict() | {"bits": levels})
 
 
 @app.command()
@@ -120,25 +93,27 @@ def info(
     from .report import describe, print_info
     from .search import backends
 
-    console = _console(as_json)
+    out_console = console(as_json)
     result: dict[str, Any] = {}
     if kernels:
         result["search"] = backends()
-        console.print(f"search backends, best first: {', '.join(result['search'])}")
+        out_console.print(f"search backends, best first: {', '.join(result['search'])}")
     if out is None:
         if not kernels:
             raise DropError("name a checkpoint folder, or ask for --kernels.")
-        return _finish(as_json, result)
+        return finish(as_json, result)
     checkpoint = Checkpoint.open(out)
     result |= describe(checkpoint)
-    print_info(result, console)
+    print_info(result, out_console)
     findings = checkpoint.verify(hashes=verify)
     result["findings"] = [str(finding) for finding in findings]
     for finding in findings:
-        console.print(f"[red]{finding}[/red]")
+        out_console.print(f"[red]{finding}[/red]")
     if not findings:
-        console.print("all files present are intact" if verify else "sizes and headers are right")
-    _finish(as_json, result)
+        out_console.print(
+            "all files present are intact" if verify else "sizes and headers are right"
+        )
+    finish(as_json, result)
     if findings:
         raise typer.Exit(2)
 
@@ -161,8 +136,8 @@ def evaluate(
 
     levels = None if bits is None else parse_bits(bits)
     result = run_evaluation(out, text, levels, seq_len, windows, reference, seed)
-    print_evaluation(result, _console(as_json))
-    _finish(as_json, result)
+    print_evaluation(result, console(as_json))
+    finish(as_json, result)
 
 
 def run_evaluation(
@@ -249,7 +224,7 @@ def generate(
         )
     if not as_json:
         typer.echo(result.text)
-    _finish(as_json, {"bits": precision(model), **asdict(result)})
+    finish(as_json, {"bits": precision(model), **asdict(result)})
 
 
 def main() -> None:

@@ -1,0 +1,40 @@
+"""What all commands share: the --json and --bits options, output, parsing of levels."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..errors import PrecisionError
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")
+]
+Bits = Annotated[str, typer.Option(help="Levels, such as 2,3,4.")]
+
+
+def parse_bits(text: str) -> list[int]:
+    """ "2,3,4" -> [2, 3, 4].
+
+    Raises:
+        PrecisionError: not integers separated by commas.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise PrecisionError(f"--bits {text!r}: give whole numbers, such as 2,3,4.") from None
+
+
+def console(as_json: bool) -> Console:
+    """Where tables go: stdout, or stderr when stdout is kept for JSON."""
+    return Console(stderr=as_json)
+
+
+def finish(as_json: bool, result: dict[str, Any]) -> None:
+    """With --json, print `result` as the last line of stdout."""
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
