@@ -13,6 +13,9 @@
 
 #include <cmath>
 #include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include "kernel.h"
 
@@ -114,31 +117,37 @@ DROP_INLINE void decode_span(const uint8_t* const* codes, int64_t stride, int64_
   }
 }
 
+// Rows of one strip together, block by block: their codes lie in the same cache lines.
 template <int P>
 static void decode_rows(const DecodeJob& job, int64_t first, int64_t last) {
   const int64_t size = job.out_type == kF32 ? 4 : 2;
+  const int64_t stride = job.packed ? kStrip : 1;
   const uint8_t* codes[kMostPlanes];
   const float* tables[kMostPlanes];
   const int64_t planes = P ? P : job.prefix;
   for (int64_t m = 0; m < planes; ++m) tables[m] = job.codebooks[m]->values();
-  for (int64_t row = first; row < last; ++row) {
-    const float scale = load_scalar(job.scales, job.scale_type, row);
-    char* out = static_cast<char*>(job.out) + (row - job.first_row) * job.out_stride * size;
+  for (int64_t start = first; start < last;) {
+    const int64_t strip = start / kStrip;
+    const int64_t stop = (strip + 1) * kStrip < last ? (strip + 1) * kStrip : last;
     for (int64_t block = 0; block < job.plane.blocks(); ++block) {
-      const int64_t stride = job.packed ? kStrip : 1;
-      const int64_t offset = job.packed
-                                 ? job.plane.offset(block, row / kStrip) + row_byte(row % kStrip)
-                                 : row * job.plane.groups + block * kBlock;
-      for (int64_t m = 0; m < planes; ++m) codes[m] = job.planes[m] + offset;
-      void* target = out + block * kBlock * kGroup * size;
       const int64_t count = job.plane.block_groups(block);
-      // The type is a constant in each branch, so that the inner loop has none.
-      if (job.out_type == kF32) {
-        decode_span<P>(codes, stride, count, tables, planes, scale, target, kF32);
-      } else {
-        decode_span<P>(codes, stride, count, tables, planes, scale, target, kBF16);
+      for (int64_t row = start; row < stop; ++row) {
+        const int64_t offset = job.packed
+                                   ? job.plane.offset(block, strip) + row_byte(row % kStrip)
+                                   : row * job.plane.groups + block * kBlock;
+        for (int64_t m = 0; m < planes; ++m) codes[m] = job.planes[m] + offset;
+        const float scale = load_scalar(job.scales, job.scale_type, row);
+        void* out = static_cast<char*>(job.out) +
+                    ((row - job.first_row) * job.out_stride + block * kBlock * kGroup) * size;
+        // The type is a constant in each branch, so that the inner loop has none.
+        if (job.out_type == kF32) {
+          decode_span<P>(codes, stride, count, tables, planes, scale, out, kF32);
+        } else {
+          decode_span<P>(codes, stride, count, tables, planes, scale, out, kBF16);
+        }
       }
     }
+    start = stop;
   }
 }
 
@@ -194,7 +203,7 @@ static void finish(const FinishJob& job, int64_t first, int64_t last) {
 
 // ---- rotate ------------------------------------------------------------------------------------
 
-// Butterflies at distance h (a multiple of 4): x, y -> x + y, x - y.
+// Butterflies at distance h: x, y -> x + y, x - y.
 DROP_INLINE void butterfly(float* x, int64_t size, int64_t h) {
   for (int64_t start = 0; start < size; start += 2 * h) {
     float* __restrict low = x + start;
@@ -224,24 +233,55 @@ DROP_INLINE void butterfly_twice(float* x, int64_t size, int64_t h) {
   }
 }
 
-static void hadamard(float* x, int64_t size) {
-  if (size < 4) {
-    if (size == 2) {
-      const float a = x[0], b = x[1];
-      x[0] = a + b;
-      x[1] = a - b;
-    }
-    return;
-  }
+// Distances 1 and 2, inside a vector.
+DROP_INLINE Float4 hadamard4(Float4 v) {
   const Int4 flip1 = {0, INT32_MIN, 0, INT32_MIN}, flip2 = {0, 0, INT32_MIN, INT32_MIN};
-  for (int64_t i = 0; i < size; i += 4) {  // distances 1 and 2, inside a vector
-    Float4 v;
-    memcpy(&v, x + i, 16);
-    v = __builtin_shufflevector(v, v, 1, 0, 3, 2) + (Float4)((Int4)v ^ flip1);
-    v = __builtin_shufflevector(v, v, 2, 3, 0, 1) + (Float4)((Int4)v ^ flip2);
-    memcpy(x + i, &v, 16);
-  }
+  v = __builtin_shufflevector(v, v, 1, 0, 3, 2) + (Float4)((Int4)v ^ flip1);
+  return __builtin_shufflevector(v, v, 2, 3, 0, 1) + (Float4)((Int4)v ^ flip2);
+}
+
+// Distances 1, 2, 4 and 8.
+DROP_INLINE void hadamard16(float* x) {
+#ifdef __AVX512F__
+  // Multiplying by 1 or -1 is exact: the fused operation gives the bits of an addition.
+  const __m512 one = _mm512_set1_ps(1), minus = _mm512_set1_ps(-1);
+  __m512 v = _mm512_loadu_ps(x);
+  v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xaaaa, one, minus), _mm512_permute_ps(v, 0xb1));
+  v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xcccc, one, minus), _mm512_permute_ps(v, 0x4e));
+  v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xf0f0, one, minus),
+                      _mm512_shuffle_f32x4(v, v, 0xb1));
+  v = _mm512_fmadd_ps(v, _mm512_mask_blend_ps(0xff00, one, minus),
+                      _mm512_shuffle_f32x4(v, v, 0x4e));
+  _mm512_storeu_ps(x, v);
+#else
+  Float4 v[4];
+  memcpy(v, x, 64);
+  DROP_UNROLL
+  for (int k = 0; k < 4; ++k) v[k] = hadamard4(v[k]);
+  const Float4 a = v[0] + v[1], b = v[0] - v[1], c = v[2] + v[3], d = v[2] - v[3];
+  v[0] = a + c;
+  v[1] = b + d;
+  v[2] = a - c;
+  v[3] = b - d;
+  memcpy(x, v, 64);
+#endif
+}
+
+static void hadamard(float* x, int64_t size) {
+  if (size == 2) butterfly(x, 2, 1);
+  if (size < 4) return;
   int64_t h = 4;
+  if (size < 16) {
+    for (int64_t i = 0; i < size; i += 4) {
+      Float4 v;
+      memcpy(&v, x + i, 16);
+      v = hadamard4(v);
+      memcpy(x + i, &v, 16);
+    }
+  } else {
+    for (int64_t i = 0; i < size; i += 16) hadamard16(x + i);
+    h = 16;
+  }
   for (; 4 * h <= size; h *= 4) butterfly_twice(x, size, h);
   if (h < size) butterfly(x, size, h);
 }

@@ -90,7 +90,8 @@ struct Products {
   int64_t n, groups, prefix, entries;
   const DropMatrix* matrices;
   int64_t count;
-  char* out;
+  char* out;          // of all rows; a matrix has out_rows of them, these are from first_row on
+  int64_t out_rows, first_row;
   Scalar out_type;
 
   int64_t strips() const {
@@ -130,12 +131,13 @@ void multiply_share(const Products& job, const Member& member) {
                             static_cast<Scalar>(matrix.scale_type),
                             bias ? bias + row * bias_width : nullptr,
                             static_cast<Scalar>(matrix.bias_type),
-                            out + (k * matrix.rows + row) * width, job.out_type},
+                            out + ((job.first_row + k) * matrix.rows + row) * width,
+                            job.out_type},
                            0, rows);
       }
     }
     start += plane.strips();
-    out += job.n * matrix.rows * width;
+    out += job.out_rows * matrix.rows * width;
   }
 }
 
@@ -149,6 +151,9 @@ void rotate_share(const Kernel& kernel, const RotateJob& job, const void* x, Sca
                   scratch);
   }
 }
+
+// Rows of x whose tables are held together: 16 rows of one block still fit the second cache.
+constexpr int64_t kRowsAtOnce = 16;
 
 // A plane below this many bytes a member is not worth waking it.
 constexpr int64_t kBytesPerMember = 1 << 14;
@@ -285,8 +290,8 @@ int drop_multiply(int kernel, const uint8_t* tables, int64_t n, int64_t groups, 
   const Kernel* chosen = usable(kernel);
   if (!chosen) return -1;
   const Products job{chosen,   tables, n,     groups, prefix,
-                     entries, matrices, count, static_cast<char*>(out),
-                     static_cast<Scalar>(out_type)};
+                     entries, matrices, count,  static_cast<char*>(out),
+                     n,       0,        static_cast<Scalar>(out_type)};
   auto body = [&](const Member& member) { multiply_share(job, member); };
   on_team(team_for(threads, job.strips() * kStrip * groups * prefix * n), body);
   return 0;
@@ -295,25 +300,39 @@ int drop_multiply(int kernel, const uint8_t* tables, int64_t n, int64_t groups, 
 int drop_site(int kernel, const DropSite* site, const void* x, int x_type, int64_t n,
               int64_t x_stride, void* out, int out_type, int threads) {
   const Kernel* chosen = usable(kernel);
-  if (!chosen) return -1;
+  if (!chosen || site->magic != DROP_SITE_MAGIC) return -1;
   const int64_t groups = site->d / kGroup;
+  const int64_t x_width = x_type == kF32 ? 4 : 2;
   const TableShape shape{groups, site->prefix, chosen->group_bytes(site->entries == kHalf)};
-  float* rotated = rotated_scratch.get<float>(n * site->d);
-  uint8_t* tables = table_scratch.get<uint8_t>(n * shape.bytes());
+  const int64_t chunk = n < kRowsAtOnce ? n : kRowsAtOnce;
+  float* rotated = rotated_scratch.get<float>(chunk * site->d);
+  uint8_t* tables = table_scratch.get<uint8_t>(chunk * shape.bytes());
   const RotateJob rotation{site->signs, site->d, site->block, site->odd};
   const BuildJob build{rotated, site->d,
                        reinterpret_cast<const Codebook* const*>(site->codebooks), shape, tables};
-  const Products products{chosen, tables, n, groups, site->prefix, site->entries, site->matrices,
-                          site->count, static_cast<char*>(out), static_cast<Scalar>(out_type)};
-  auto body = [&](const Member& member) {
-    rotate_share(*chosen, rotation, x, static_cast<Scalar>(x_type), n, x_stride, rotated, member);
+  const auto run = [&](int64_t first, int64_t rows, const Member& member) {
+    const char* from = static_cast<const char*>(x) + first * x_stride * x_width;
+    rotate_share(*chosen, rotation, from, static_cast<Scalar>(x_type), rows, x_stride, rotated,
+                 member);
     member.meet();
-    const Range mine = share(n * site->prefix * shape.blocks(), member);
+    const Range mine = share(rows * site->prefix * shape.blocks(), member);
     chosen->build(build, mine.first, mine.last);
     member.meet();
-    multiply_share(products, member);
+    multiply_share({chosen, tables, rows, groups, site->prefix, site->entries, site->matrices,
+                    site->count, static_cast<char*>(out), n, first, static_cast<Scalar>(out_type)},
+                   member);
   };
-  on_team(team_for(threads, products.strips() * kStrip * groups * site->prefix * n), body);
+  auto body = [&](const Member& member) {
+    for (int64_t first = 0; first < n; first += chunk) {
+      if (first) member.meet();  // the scratch memory is used again
+      run(first, n - first < chunk ? n - first : chunk, member);
+    }
+  };
+  int64_t strips = 0;
+  for (int64_t i = 0; i < site->count; ++i) {
+    strips += PlaneShape{site->matrices[i].rows, groups}.strips();
+  }
+  on_team(team_for(threads, strips * kStrip * groups * site->prefix * n), body);
   return 0;
 }
 

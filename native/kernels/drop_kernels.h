@@ -63,7 +63,9 @@ DROP_API int drop_multiply(int kernel, const uint8_t* tables, int64_t n, int64_t
                            int64_t count, void* out, int out_type, int threads);
 
 // Everything that consumes one input: rotation, tables, products, in one call of one team.
+#define DROP_SITE_MAGIC 0x65746973706f7264  // first member of a DropSite; anything else is refused
 typedef struct {
+  int64_t magic;
   int64_t d, block;
   const float* signs;
   const float* odd;

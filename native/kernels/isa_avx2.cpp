@@ -47,6 +47,10 @@ DROP_INLINE __m256i widen(__m256i lanes) {
   return _mm256_cvtepu16_epi32(_mm256_extracti128_si256(lanes, kHalfIndex));
 }
 
+// With 16 registers the order of a ladder must stay as written: the compiler would rather compute
+// all indices at once and regroup the sums, and keep what does not fit on the stack.
+DROP_INLINE void pin(__m256i& value) { asm("" : "+x"(value)); }
+
 // 32 indices 0..127 -> 32 bytes of each of kTables tables, which lie `apart` bytes apart.
 template <int kTables>
 DROP_INLINE void ladder(const uint8_t* table, int64_t apart, __m256i index, __m256i* out) {
@@ -58,10 +62,12 @@ DROP_INLINE void ladder(const uint8_t* table, int64_t apart, __m256i index, __m2
   DROP_UNROLL
   for (int row = 1; row < 8; ++row) {
     index = _mm256_sub_epi8(index, sixteen);
+    pin(index);
     DROP_UNROLL
     for (int t = 0; t < kTables; ++t) {
       out[t] = _mm256_xor_si256(
           out[t], _mm256_shuffle_epi8(load_row(table + t * apart + row * 16), index));
+      pin(out[t]);
     }
   }
 }

@@ -209,7 +209,7 @@ void check_site(int kernel, const std::string& name, Random& random) {
   const DropMatrix matrices[2] = {
       {planes1.data(), 70, first.scales.data(), 0, nullptr, 0},
       {planes2.data(), 5, second.scales.data(), 0, second.bias.data(), 0}};
-  const DropSite site{d, 8, signs.data(), odd.data(), 2, 128, books.data(), matrices, 2};
+  const DropSite site{DROP_SITE_MAGIC, d, 8, signs.data(), odd.data(), 2, 128, books.data(), matrices, 2};
   std::vector<float> y(150), parts(150);
   check(drop_site(kernel, &site, first.x.data(), 0, 2, d, y.data(), 0, 2) == 0, name + ": site");
   Aligned<uint8_t> tables(2 * drop_table_bytes(kernel, 3, 2, 128));

@@ -14,7 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
+from .commands import export as export_command
+from .commands import study
 from .commands.common import Bits, Json, console, finish, parse_bits
+from .commands.tasks import Limit, Tasks, TasksData, evaluate_tasks
 from .errors import CalibrationError, DropError
 
 app = typer.Typer(
@@ -120,8 +123,8 @@ def info(
 
 @app.command("eval")
 def evaluate(
-    out: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
-    text: Annotated[Path, typer.Option(help="Text, .raw or .jsonl file.")],
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder; for --tasks any model.")],
+    text: Annotated[Path | None, typer.Option(help="Text, .raw or .jsonl file.")] = None,
     bits: Annotated[str | None, typer.Option(help="Levels [all that are here].")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="How many windows [all].")] = None,
@@ -129,14 +132,24 @@ def evaluate(
         str | None, typer.Option(help="Original model, for KL and excess loss.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    tasks: Tasks = None,
+    limit: Limit = None,
+    tasks_data: TasksData = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of each level, and its divergence from the original model."""
+    """Perplexity of each level, its divergence from the original model, zero-shot accuracy."""
     from .report import print_evaluation
 
+    if text is None and tasks is None:
+        raise DropError("name a --text to measure perplexity on, or zero-shot --tasks, or both.")
     levels = None if bits is None else parse_bits(bits)
-    result = run_evaluation(out, text, levels, seq_len, windows, reference, seed)
-    print_evaluation(result, console(as_json))
+    result: dict[str, Any] = {}
+    if text is not None:
+        result = run_evaluation(out, text, levels, seq_len, windows, reference, seed)
+        print_evaluation(result, console(as_json))
+    if tasks is not None:
+        shown = console(as_json)
+        result["tasks"] = evaluate_tasks(out, tasks, levels, reference, limit, tasks_data, shown)
     finish(as_json, result)
 
 
@@ -225,6 +238,10 @@ def generate(
     if not as_json:
         typer.echo(result.text)
     finish(as_json, {"bits": precision(model), **asdict(result)})
+
+
+export_command.register(app)
+study.register(app)
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .checkpoint import Checkpoint, QuantizationConfig
 from .checkpoint.format import FORMAT, LEVELS_SUFFIX
 from .errors import DropError, FormatError, PrecisionError, UnsupportedModelError
-from .linear import NestedEmbedding, NestedHead, NestedLinear
+from .linear import NestedEmbedding, NestedHead, NestedLinear, output_scale
 from .store import PlaneStore
 
 logger = logging.get_logger(__name__)
@@ -166,10 +166,7 @@ class DropByDropQuantizer(HfQuantizer):
             if isinstance(module, (NestedLinear, NestedHead)):
                 model.set_submodule(name, _dense(module, dtype))
             elif isinstance(module, NestedEmbedding):
-                weight = nn.Parameter(module.dense_weight(dtype), requires_grad=False)
-                dense = nn.Embedding(module.num_embeddings, module.embedding_dim, device="meta")
-                dense.weight = weight
-                model.set_submodule(name, dense)
+                model.set_submodule(name, module.dense(dtype))
         model.__dict__.pop("_tied_weights_keys", None)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.tie_weights()
@@ -207,10 +204,11 @@ def _place_modules(model: Any, checkpoint: Checkpoint, prefix: int, dtype: Any) 
         if old is None:
             continue
         rows = checkpoint.rest[f"{stored}.rows"].shape
-        # Subclasses (scaled embeddings, ...) compute something else than a look-up.
-        if type(old) is nn.Embedding and tuple(old.weight.shape) == rows:
+        scale = output_scale(old)
+        if scale is not None and tuple(cast(nn.Embedding, old).weight.shape) == rows:
             dtype = dtype or torch.get_default_dtype()
-            model.set_submodule(name, NestedEmbedding(rows[0], rows[1], dtype))
+            kind = cast("type[nn.Embedding]", type(old))
+            model.set_submodule(name, NestedEmbedding(rows[0], rows[1], dtype, scale, kind))
         elif type(old) is nn.Linear and tuple(old.weight.shape) == rows:
             model.set_submodule(name, NestedHead(rows[0], rows[1], old.bias, tied=False))
         else:

@@ -156,31 +156,65 @@ def _multiply(module: NestedLinear, x: Tensor) -> Tensor:
     return F.linear(rotated, module.rotated_weight(x.dtype), bias)
 
 
+def output_scale(embedding: nn.Module) -> float | None:
+    """Factor between an embedding's rows and its output: 1, or that of Gemma's scaled embeddings.
+
+    None for a subclass that computes something else than a look-up, as far as one can tell.
+    """
+    if type(embedding) is nn.Embedding:
+        return 1.0
+    scale = getattr(embedding, "scalar_embed_scale", None)
+    known = type(embedding).__name__.endswith("ScaledWordEmbedding")
+    return float(scale) if known and isinstance(scale, (int, float)) else None
+
+
 class NestedEmbedding(_FixedScales):
     """Eight-bit token embedding: w = rows * row_scales. rows int8 [vocab, d], row_scales [vocab].
 
-    `dtype` is the type of the output; casting the module changes it, and nothing else.
+    `dtype` is the type of the output; casting the module changes it, and nothing else. `scale`
+    multiplies the output, rounded to that type first as Gemma does; the rows are those of w.
     """
 
     _fixed = ("row_scales",)
 
-    def __init__(self, vocab: int, dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        vocab: int,
+        dim: int,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        kind: type[nn.Embedding] = nn.Embedding,
+    ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.dtype = vocab, dim, dtype
+        self.scale, self._kind = scale, kind
+        self._factor = _rounded(scale, dtype)
         _register_rows(self, vocab, dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., d]."""
         rows, row_scales = cast(Tensor, self.rows), cast(Tensor, self.row_scales)
         wide = F.embedding(ids, rows).float() * F.embedding(ids, row_scales[:, None]).float()
-        return wide.to(self.dtype)
+        out = wide.to(self.dtype)
+        return out if self._factor == 1.0 else out * self._factor
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[vocab, d]."""
         return _dense_rows(self, dtype)
 
+    def dense(self, dtype: torch.dtype) -> nn.Embedding:
+        """An embedding of the original class with the decoded weights."""
+        weight = nn.Parameter(self.dense_weight(dtype), requires_grad=False)
+        plain = self._kind is nn.Embedding
+        rest: dict[str, Any] = {} if plain else {"padding_idx": None, "embed_scale": self.scale}
+        module = self._kind(1, 1, **rest).to(weight.device)
+        module.num_embeddings, module.embedding_dim = self.num_embeddings, self.embedding_dim
+        module.weight = weight
+        return module
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NestedEmbedding:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self._factor = _rounded(self.scale, self.dtype)
         return cast(NestedEmbedding, super()._apply(fn, recurse))
 
     def extra_repr(self) -> str:
@@ -233,6 +267,11 @@ def _register_rows(module: nn.Module, vocab: int, dim: int) -> None:
     module.register_buffer(
         "row_scales", torch.empty(vocab, dtype=torch.float16, device="meta"), persistent=True
     )
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """`value` as a tensor of `dtype` holds it."""
+    return float(torch.tensor(value, dtype=dtype, device="cpu"))
 
 
 def _dense_rows(module: Any, dtype: torch.dtype) -> Tensor:

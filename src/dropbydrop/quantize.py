@@ -33,8 +33,9 @@ from .checkpoint import CheckpointWriter, Embeddings, PlaneSpec, QuantizationCon
 from .code import GROUP
 from .encoder import EFFORTS, Encoded, encode_site
 from .errors import DropError, PrecisionError, UnsupportedModelError
+from .linear import output_scale
 from .progress import progress_bar
-from .report import model_card
+from .report import CARD_FILE, LOG_FILE, model_card
 from .rotation import Rotation
 from .search import backends
 from .sources import resolve
@@ -42,7 +43,6 @@ from .universal import default_lambdas, universal_set
 from .walk import Walk
 
 MAX_BITS = 8
-LOG_FILE = "quantize-log.jsonl"
 WINDOWS = {"fast": 32, "balanced": 64, "best": 128}
 SEQ_LEN = 1024
 _COPIED = (
@@ -150,6 +150,7 @@ def quantize(
         raise DropError(f"--head-bits {head_bits}: choose 8 or 16.")
     source = resolve(model)
     walk = Walk.open(source.folder, device=device)
+    check_model(walk, head_bits)
     seconds = {"calibrate": 0.0, "activations": 0.0, "encode": 0.0, "write": 0.0}
     with CheckpointWriter(out, overwrite=overwrite) as writer:
         mark = time.perf_counter()
@@ -203,7 +204,7 @@ def quantize(
             name: source.folder / name for name in _COPIED if (source.folder / name).is_file()
         }
         files[LOG_FILE] = "".join(json.dumps(line) + "\n" for line in run.log).encode()
-        files["README.md"] = model_card(source.name, quantization, run.mean_errors()).encode()
+        files[CARD_FILE] = model_card(source.name, quantization, run.mean_errors()).encode()
         path = writer.finish(config, quantization, files, {"total": total})
         seconds["write"] = time.perf_counter() - mark
     seconds["total"] = time.perf_counter() - started
@@ -248,9 +249,6 @@ class _Run:
         done: set[str] = set()
         prefix = f"{self.walk.block_prefix(i)}."
         for site in captured.sites:
-            if site.d_in % GROUP:
-                self._keep_linears(site.modules, f"d_in {site.d_in} is not a multiple of {GROUP}")
-                continue
             rotation = Rotation.make(site.d_in, seed=self.seed * 1_000_003 + len(self.sites))
             modules: dict[str, Any] = {
                 name: block.get_submodule(name.removeprefix(prefix)) for name in site.modules
@@ -312,12 +310,6 @@ class _Run:
         bits = 8 * tensor.element_size()
         self.kept.append({"name": name, "bits": bits, "values": tensor.numel(), "reason": reason})
 
-    def _keep_linears(self, modules: Sequence[str], reason: str) -> None:
-        raise UnsupportedModelError(
-            f"{', '.join(modules)}: {reason}, and codes cover groups of {GROUP} inputs. "
-            "This model cannot be quantized by this version."
-        )
-
     def write_rest(self, head_bits: int) -> tuple[Embeddings, int]:
         """Embedding, head and what lies outside the blocks. Returns (spec, all parameters)."""
         walk = self.walk
@@ -343,6 +335,29 @@ class _Run:
             p: sum(line["rel_error"][str(p)] for line in self.log) / max(len(self.log), 1)
             for p in self.levels
         }
+
+
+def check_model(walk: Walk, head_bits: int) -> None:
+    """Refuse by name, before any work, what would fail later.
+
+    Raises:
+        UnsupportedModelError: inputs that groups do not divide, or an embedding that computes
+            more than a look-up and shall have 8-bit rows.
+    """
+    for module in walk.embedding_modules:
+        embedding = walk.model.get_submodule(module)
+        if head_bits == 8 and output_scale(embedding) is None:
+            raise UnsupportedModelError(
+                f"{module} is a {type(embedding).__name__}, which may compute more than a look-up, "
+                "so its rows cannot be stored in 8 bits; quantize this model with --head-bits 16."
+            )
+    prefix = f"{walk.blocks_name}."
+    for name, linear in walk.model.named_modules():
+        if name.startswith(prefix) and isinstance(linear, nn.Linear) and linear.in_features % GROUP:
+            raise UnsupportedModelError(
+                f"{name} has {linear.in_features} inputs, which is not a multiple of {GROUP}, and "
+                f"codes cover groups of {GROUP} inputs. This version cannot quantize this model."
+            )
 
 
 def _context(walk: Walk) -> int:

@@ -13,6 +13,9 @@ from .checkpoint import Checkpoint, QuantizationConfig
 if TYPE_CHECKING:
     from .quantize import Report
 
+CARD_FILE = "README.md"
+LOG_FILE = "quantize-log.jsonl"  # one line a matrix
+
 
 def model_card(base: str, quantization: QuantizationConfig, errors: Mapping[int, float]) -> str:
     """README.md of a checkpoint: how it was made and how to load it. Deterministic."""

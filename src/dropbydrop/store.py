@@ -7,7 +7,9 @@ of its own.
 
 Rules that make sharing safe:
 - What is in the store is never changed, only added to. Values handed out are immutable.
-- Planes can be added while views run (`extend`): a view keeps its own prefix.
+- Planes can be added while views run (`extend`, `fill`): a view keeps its own prefix. They are read
+  without the lock that views may need, and show up all together.
+- Modules may hold different numbers of planes: a plan (plan.py) reads no more than it uses.
 - Everything is computed at most once, under a lock; readers take no lock once it is there.
 
 Limit: planes stay on the device they were loaded to. `model.to(device)` moves the model, and the
@@ -17,14 +19,16 @@ store keeps its own copy; `load(..., device=...)` avoids that.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from .checkpoint import Checkpoint
+from .checkpoint.format import codes_name
 from .code import codebook_table
 from .errors import DropError
 from .rotation import Rotation
@@ -58,9 +62,10 @@ class PlaneStore:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._lock = threading.RLock()
+        self._filling = threading.Lock()  # held for as long as planes are read from disk
         self._codes: dict[tuple[str, int], Tensor] = {}
         self._modules: dict[str, torch.device] = {}
-        self._loaded = 0
+        self._held: dict[str, int] = {}  # module -> planes in memory
         self._derived: dict[Hashable, Any] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlaneStore:
@@ -77,8 +82,12 @@ class PlaneStore:
 
     @property
     def loaded(self) -> int:
-        """Number of planes in memory: 1..loaded can be served."""
-        return self._loaded
+        """Number of planes in memory of every module: 1..loaded can be served."""
+        return min(self._held.values(), default=0)
+
+    def held(self, module: str) -> int:
+        """Number of planes of one module in memory."""
+        return self._held[module]
 
     def codes(self, module: str, m: int) -> Tensor:
         """Codes of plane m of a module: uint8 [d_out, G] (KeyError if not in memory)."""
@@ -91,29 +100,56 @@ class PlaneStore:
                 raise ValueError(f"{module} is already in this store")
             for m, codes in enumerate(planes, 1):
                 self._codes[module, m] = codes
-            self._modules[module] = planes[0].device
-            loaded = len(planes) if len(self._modules) == 1 else min(self._loaded, len(planes))
-            self._loaded = loaded
+            self._modules[module], self._held[module] = planes[0].device, len(planes)
 
-    def extend(self, bits: int) -> None:
+    def extend(self, bits: int, stop: Callable[[], bool] = lambda: False) -> None:
         """Read further planes, so that `at(model, bits)` can serve them. Thread-safe.
 
         Memory grows by the new planes only. They become available together at the end: views
         that run meanwhile never see a plane that some modules lack.
+
+        Args:
+            bits: a level of the checkpoint.
+            stop: asked between two tensors; when it says yes, the plane at hand is dropped.
 
         Raises:
             PrecisionError: `bits` is not a level.
             MissingPlaneError, FormatError: a plane is absent or damaged.
         """
         prefix = self.checkpoint.require(bits)
-        with self._lock:
-            for m in range(self._loaded + 1, prefix + 1):
-                new = {
-                    (module, m): self.checkpoint.read_codes(module, m).to(device)
-                    for module, device in self._modules.items()
-                }
-                self._codes.update(new)
-                self._loaded = m
+        self.fill(dict.fromkeys(self._modules, prefix), stop)
+
+    def fill(
+        self, prefixes: Mapping[str, int], stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`extend` with a level per module: planes 1..prefixes[module] will be in memory."""
+        self.checkpoint.require(max(prefixes.values()))
+        with self._filling:
+            lacking = {n: p for n, p in prefixes.items() if self._held[n] < p}
+            for m in range(1, max(lacking.values(), default=0) + 1):
+                modules = [n for n, p in lacking.items() if self._held[n] < m <= p]
+                new = self._read_plane(m, modules, stop) if modules else {}
+                if stop():
+                    return
+                with self._lock:
+                    self._codes.update(new)
+                    self._held.update(dict.fromkeys(modules, m))
+
+    def _read_plane(
+        self, m: int, modules: list[str], stop: Callable[[], bool]
+    ) -> dict[tuple[str, int], Tensor]:
+        """Copies of a plane's tensors: in memory when this returns, whatever happens to the file."""
+        wanted = {codes_name(module, m): module for module in modules}
+        new = {}
+        for path in self.checkpoint.plane_paths(m):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no dict
+                    if stop():
+                        return {}
+                    if module := wanted.get(name):
+                        codes = file.get_tensor(name)
+                        new[module, m] = codes.to(self._modules[module], copy=True)
+        return new
 
     def site(self, module: str, device: torch.device) -> Site:
         """The site of a module with its tensors on `device`: one object per site and device."""

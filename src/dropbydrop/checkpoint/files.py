@@ -96,9 +96,11 @@ class TensorInfo:
         return f"{self.dtype} {list(self.shape)}"
 
 
-def encode_header(tensors: Sequence[tuple[str, TensorInfo]]) -> bytes:
+def encode_header(
+    tensors: Sequence[tuple[str, TensorInfo]], metadata: Mapping[str, str] = METADATA
+) -> bytes:
     """Length and JSON header of a file that holds `tensors` in this order."""
-    header: dict[str, Any] = {"__metadata__": METADATA}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, info in tensors:
         start, end = end, end + info.nbytes

@@ -1,22 +1,25 @@
 """Products with packed matrices: the choice between tables and a dense matrix, in one place.
 
     rows of x       native kernel, CPU                     otherwise
-    1 .. FEW        one `site` operator: rotate,           decode to a dense matrix,
+    few             one `site` operator: rotate,           decode to a dense matrix,
                     build tables, multiply                 torch's product
     more            decode slabs of the matrix,            the same
                     torch's product with each
 
-FEW is about where decoding and a dense product become cheaper than a look-up per code and row
-(benchmarks/matvec.py measures it). The result of one row among 1 .. FEW does not depend on how many
-rows are computed with it, bit for bit, nor on the number of threads or the instruction set.
+"Few" is 16 rows, or more while rows times planes stay below what the kernel was measured to win
+(`_WINS`; benchmarks/matvec.py --crossover). The result of a row does not depend on how many of them
+are computed together, bit for bit, nor on the number of threads or the instruction set.
 
-Differentiable in x: an input that requires a gradient takes the torch path.
+Dense products run in float32 where the processor multiplies 16-bit types no faster (no AMX).
+Differentiable in x: an input that requires a gradient takes the dense path.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,7 +32,21 @@ from . import ops, registry
 from .layout import Codebooks, Packed, unpack
 
 FEW = 16
+# Rows times planes up to which tables were faster than a dense matrix, 4096 x 4096 and 1536 x 576.
+_WINS = {"avx512vbmi": 128, "avx512vbmi-u8": 160, "avx512bw": 80, "avx2": 32, "avx2-u8": 56}
 _SLAB_BYTES = 8 << 20  # dense rows decoded at a time: stays in the last cache
+
+
+def few(kernel: registry.Kernel, prefix: int) -> int:
+    """Most rows of x for which a product with `prefix` planes goes through tables."""
+    return max(FEW, _WINS.get(kernel.name, 0) // prefix) if kernel.native else 0
+
+
+@lru_cache(maxsize=1)
+def _widens() -> bool:
+    """Whether dense 16-bit products are done in float32: x86 without AMX."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return platform.machine().lower() in ("x86_64", "amd64") and not amx()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,10 +140,12 @@ def _dense(
     """x [n, d], rotated -> [n, d_out], through dense slabs of the matrix."""
     packed, bias = matrix.packed, matrix.bias
     bias = None if bias is None else bias.to(x.dtype)
-    slab = max(64, _SLAB_BYTES // (x.element_size() * packed.groups * GROUP) // 64 * 64)
+    slab = packed.rows
+    if kernel.native and x.is_cpu:
+        slab = max(64, _SLAB_BYTES // (x.element_size() * packed.groups * GROUP) // 64 * 64)
     parts = []
-    for first in range(0, packed.rows, slab if kernel.native else packed.rows):
-        last = min(first + slab, packed.rows) if kernel.native else packed.rows
+    for first in range(0, packed.rows, slab):
+        last = min(first + slab, packed.rows)
         weight = _rows(packed, books, matrix.scales, prefix, x.dtype, kernel, first, last)
         parts.append(F.linear(x, weight, None if bias is None else bias[first:last]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -154,6 +173,7 @@ class Bound:
         self.prefix, self.kernel = prefix, registry.select(kernel)
         self.rows = [matrix.packed.rows for matrix in matrices]
         self.d_in = matrices[0].packed.groups * GROUP
+        self.few = few(self.kernel, prefix)
         tiled = all(matrix.packed.tiled for matrix in matrices)
         self._job: ops.SiteJob | None = None
         if self.kernel.native and tiled:
@@ -164,13 +184,8 @@ class Bound:
         shape, job = x.shape[:-1], self._job
         flat = x if x.dim() == 2 else x.reshape(-1, self.d_in)
         n = flat.shape[0]
-        if job is None or n > FEW or not _fits(x, self.kernel):
-            rotated = rotate(flat, self.rotation, self.kernel.name).to(x.dtype)
-            results = [
-                _dense(rotated, matrix, self.books, self.prefix, self.kernel)
-                for matrix in self.matrices
-            ]
-            return [y.view(*shape, rows) for y, rows in zip(results, self.rows, strict=True)]
+        if job is None or n > self.few or not _fits(x, self.kernel):
+            return self.dense(x)
         # Tracing must see the operator; otherwise skip the dispatcher.
         run = torch.ops.dropbydrop.bound_site if torch.compiler.is_compiling() else ops.bound_site
         y = run(flat.contiguous(), job.job, job.width, job.kernel)
@@ -178,6 +193,21 @@ class Bound:
             return list(y.view(*shape, job.width).split(self.rows, -1))
         parts = y.split([n * rows for rows in self.rows])
         return [part.view(*shape, rows) for part, rows in zip(parts, self.rows, strict=True)]
+
+    def dense(self, x: Tensor) -> list[Tensor]:
+        """The same through dense matrices, for any number of rows; differentiable in x."""
+        flat = x.reshape(-1, self.d_in)
+        rotated = rotate(flat, self.rotation, self.kernel.name)
+        if not (x.is_cpu and _widens() and x.dtype in (torch.bfloat16, torch.float16)):
+            rotated = rotated.to(x.dtype)
+        results = [
+            _dense(rotated, matrix, self.books, self.prefix, self.kernel)
+            for matrix in self.matrices
+        ]
+        return [
+            y.to(x.dtype).view(*x.shape[:-1], rows)
+            for y, rows in zip(results, self.rows, strict=True)
+        ]
 
 
 def _site_arguments(bound: Bound) -> tuple:

@@ -67,7 +67,7 @@ def _native() -> Any:
 
 def _done(status: int) -> None:
     if status:
-        raise RuntimeError("this processor does not support the kernel named in the call")
+        raise RuntimeError("kernel not supported by this processor, or a site job that is none")
 
 
 class _Matrix(ctypes.Structure):
@@ -81,8 +81,12 @@ class _Matrix(ctypes.Structure):
     )
 
 
+_MAGIC = 0x65746973706F7264  # DROP_SITE_MAGIC
+
+
 class _Site(ctypes.Structure):
     _fields_ = (
+        ("magic", ctypes.c_int64),
         ("d", ctypes.c_int64),
         ("block", ctypes.c_int64),
         ("signs", ctypes.c_void_p),
@@ -254,6 +258,7 @@ def _site(
     described: ctypes.Array,
 ) -> _Site:
     return _Site(
+        _MAGIC,
         d,
         block,
         _address(signs),

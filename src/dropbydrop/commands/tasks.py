@@ -1,0 +1,146 @@
+"""`dropbydrop eval --tasks`: options, models to evaluate, and the table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import PrecisionError
+
+Tasks = Annotated[
+    str | None,
+    typer.Option(help="Zero-shot tasks, such as piqa,arc_easy; all: the usual five."),
+]
+Limit = Annotated[int | None, typer.Option(help="Only the first so many items of each task.")]
+TasksData = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="DROPBYDROP_DATA", help="Folder with the items, a folder a task [the hub]."
+    ),
+]
+
+
+def evaluate_tasks(
+    out: Path,
+    tasks: str,
+    levels: Sequence[int] | None,
+    reference: str | None,
+    limit: int | None,
+    data: Path | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Accuracy of every level of a checkpoint, or of a plain model; prints the table.
+
+    Returns:
+        See `zeroshot.run`; models are named by their level, "reference" and "model".
+
+    Raises:
+        DropError: model, levels, tasks or data are not usable.
+    """
+    from ..quiet import quiet_transformers
+    from ..sources import load_tokenizer, resolve
+    from ..zeroshot import parse_tasks, run
+
+    names = parse_tasks(tasks)
+    models: dict[str, Any] = {}
+    with quiet_transformers():
+        if reference is not None:
+            models["reference"] = _plain(resolve(reference).folder)
+        if is_checkpoint(out):
+            folder = out
+            models |= _views(out, levels)
+        elif levels is not None:
+            raise PrecisionError(
+                f"--bits given, but {out} is not a dropbydrop checkpoint and has no levels."
+            )
+        else:
+            folder = resolve(out).folder
+            models["model"] = _plain(folder)
+    result = run(
+        models,
+        load_tokenizer(folder),
+        names,
+        data=data,
+        limit=limit,
+        progress=sys.stderr.isatty(),
+    )
+    print_tasks(result, console)
+    return result
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder's config names our format."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return bool(config["quantization_config"]["quant_method"] == "dropbydrop")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _plain(folder: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _views(out: Path, levels: Sequence[int] | None) -> dict[str, Any]:
+    """Level -> view, all on the storage of one loaded model; default: all whose planes are here."""
+    import torch
+
+    from .. import at, load
+    from ..checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(out)
+    if levels is None:
+        present = len(checkpoint.planes_present())
+        levels = [p for p in checkpoint.levels if p <= present] or checkpoint.levels[:1]
+    for p in levels:
+        checkpoint.require(p)
+    top = load(out, bits=max(levels), dtype=torch.float32)
+    return {str(p): at(top, p) for p in sorted(levels)}
+
+
+def print_tasks(result: Mapping[str, Any], console: Console) -> None:
+    """Accuracy in percent, ± one standard error; below it the paired difference."""
+    limit = f", first {result['limit']} items" if result["limit"] else ""
+    where = "the hub" if result["data"] == "hub" else "local files"
+    table = Table(
+        title=f"zero-shot accuracy in %, ± one standard error ({where}{limit}; lm-eval "
+        f"{result['versions']['lm_eval']})"
+    )
+    table.add_column("model")
+    for name in result["names"]:
+        table.add_column(name, justify="right")
+    table.add_column("mean acc", justify="right")
+    for name, found in result["models"].items():
+        mean = found["mean"]
+        cells = [_cell(found["tasks"].get(task, {})) for task in result["names"]]
+        label = f"{name} bits" if name.isdigit() else name
+        table.add_row(label, *cells, _plus_minus(mean["acc"], mean["acc_stderr"]))
+    console.print(table)
+    console.print("n: length-normalised; Δ: difference from the reference, paired by item")
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    lines = []
+    if "acc" in row:
+        lines.append(_plus_minus(row["acc"], row["acc_stderr"]))
+    if "acc_norm" in row:
+        lines.append("n " + _plus_minus(row["acc_norm"], row["acc_norm_stderr"]))
+    if "difference" in row:
+        lines.append("Δ " + _plus_minus(row["difference"], row["difference_stderr"], sign="+"))
+    return "\n".join(lines) or "no accuracy"
+
+
+def _plus_minus(value: float | None, error: float | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:{sign}.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
