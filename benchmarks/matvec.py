@@ -45,7 +45,9 @@ def topology() -> dict[str, str]:
             if line.startswith("model name"):
                 info["processor"] = line.split(":", 1)[1].strip()
                 break
-    siblings = sorted(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list"))
+    siblings = sorted(
+        Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
+    )
     info["cores"] = "; ".join(sorted({path.read_text().strip() for path in siblings}))
     caches = Path("/sys/devices/system/cpu/cpu0/cache")
     info["caches"] = ", ".join(
@@ -201,8 +203,12 @@ def measure_crossover(args: argparse.Namespace, memory: Tensor) -> list[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="4096x4096,4096x11008", help="d_out x d_in, comma-separated")
-    parser.add_argument("--kernels", default="", help="names, comma-separated; default: the best one")
+    parser.add_argument(
+        "--shapes", default="4096x4096,4096x11008", help="d_out x d_in, comma-separated"
+    )
+    parser.add_argument(
+        "--kernels", default="", help="names, comma-separated; default: the best one"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=int, default=640, help="memory swept, > last cache")

@@ -73,7 +73,8 @@ def test_lean_import() -> None:
         print(sorted(heavy), sorted(n for n in vars(dropbydrop) if n in dropbydrop.__all__))
     """
     lines = _python(code).stdout.splitlines()
-    assert lines == ["[] ['__version__', 'at', 'extend', 'load', 'precision']"]
+    names = ["Plan", "__version__", "at", "extend", "load", "make_plan", "plan_of", "precision"]
+    assert lines == [f"[] {[*names, 'upgrade']}"]
 
 
 # ------------------------------------------------------------------------- from_pretrained

@@ -1,7 +1,7 @@
 """Every kernel against naive arithmetic: the same tests for each one this machine supports.
 
-The reference is float64 on weights decoded by plain indexing in this file. Native programs (sanitizers,
-NEON under an emulator) are built and run by the tests marked slow.
+The reference is float64 on weights decoded by plain indexing in this file. Native programs
+(sanitizers, NEON under an emulator) are built and run by the tests marked slow.
 """
 
 import os
@@ -17,12 +17,22 @@ from torch import Tensor
 from dropbydrop import kernels
 from dropbydrop.code import codebook_table, decode
 from dropbydrop.errors import KernelError
-from dropbydrop.kernels import Bound, Matrix, layout, linear, ops, registry
+from dropbydrop.kernels import Bound, Matrix, layout, ops, registry
 from dropbydrop.kernels._native import library
 from dropbydrop.rotation import Rotation
 
 NATIVE = Path(__file__).parent.parent / "native"
 NAMES = [kernel.name for kernel in registry.table()]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """The same numbers every time, and one thread: these products are too small for more."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=NAMES)
@@ -94,29 +104,29 @@ def bound(kernel: str, outlier: bool = False) -> float:
 
 
 class TestProduct:
-    @pytest.mark.parametrize("planes", range(1, 9))
-    def test_every_prefix(self, kernel, planes):
-        case = Case(100, 20, planes, n=2)
-        for prefix in range(1, planes + 1):
+    def test_every_prefix(self, kernel):
+        case = Case(100, 20, 8, n=2)
+        for prefix in range(1, 9):
             assert relative(case.run(kernel, prefix), case.exact(prefix)) < bound(kernel)
 
-    @pytest.mark.parametrize(
-        ("rows", "groups"),
-        [(1, 1), (7, 1), (64, 2), (63, 8), (65, 8), (192, 72), (576, 72), (129, 127), (300, 128),
-         (257, 129), (31, 300), (520, 257)],
-    )  # fmt: skip
     @pytest.mark.parametrize("symmetric", [True, False])
-    def test_shapes(self, kernel, rows, groups, symmetric):
-        case = Case(rows, groups, 2, symmetric, n=3)
-        assert relative(case.run(kernel, 2), case.exact(2)) < bound(kernel)
+    @pytest.mark.parametrize("groups", [1, 2, 8, 127, 129, 300])
+    def test_shapes(self, kernel, groups, symmetric):
+        for rows in (1, 63, 64, 65, 192, 300):
+            case = Case(rows, groups, 2, symmetric, n=3)
+            error = (case.run(kernel, 2) - case.exact(2)).norm()
+            # The size an output has on average: a few of them can cancel.
+            usual = case.weight(2).norm() * case.x.norm() / (8 * groups) ** 0.5
+            assert error / usual < bound(kernel)
 
-    @pytest.mark.parametrize("groups", [51, 72, 128, 200, 512])
-    def test_outliers(self, kernel, groups):
-        case = Case(96, groups, 3, n=4, outlier=True)
-        rms = case.x.square().mean(1).sqrt()
-        assert (case.x.abs().amax(1) / rms > 14).all()
-        for i in range(4):
-            assert relative(case.run(kernel, 3)[i], case.exact(3)[i]) < bound(kernel, True)
+    def test_outliers(self, kernel):
+        for groups in (51, 72, 128, 200):
+            case = Case(96, groups, 3, n=4, outlier=True)
+            rms = case.x.square().mean(1).sqrt()
+            assert (case.x.abs().amax(1) / rms > 14).all()
+            got, want = case.run(kernel, 3), case.exact(3)
+            for i in range(4):
+                assert relative(got[i], want[i]) < bound(kernel, True)
 
     def test_reads_only_its_planes(self, kernel):
         case = Case(70, 9, 3)
@@ -135,13 +145,10 @@ class TestProduct:
     def test_threads_do_not_change_bits(self, kernel):
         case = Case(500, 130, 2, n=3)
         native_only(kernel)
-        threads, results = torch.get_num_threads(), []
-        try:
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
-                results.append(case.run(kernel, 2))
-        finally:
-            torch.set_num_threads(threads)
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(case.run(kernel, 2))
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
 
@@ -202,7 +209,7 @@ def linear_module():
 
 class TestDecode:
     @pytest.mark.parametrize("tiled", [True, False])
-    @pytest.mark.parametrize("prefix", [1, 2, 3, 4, 6])
+    @pytest.mark.parametrize("prefix", [1, 4, 6])
     def test_equals_reference_bit_for_bit(self, kernel, prefix, tiled):
         if tiled and library() is None:
             pytest.skip("no native library to pack with")
@@ -220,21 +227,54 @@ class TestDecode:
 
 
 class TestRotation:
-    @pytest.mark.parametrize("d", [8, 16, 24, 64, 96, 576, 1536, 4096, 344])
     @pytest.mark.parametrize("kind", ["full", "block", "none"])
-    def test_equals_reference(self, kernel, d, kind):
-        rotation = Rotation.make(d, kind, 8 if kind == "block" else None, seed=d)
-        x = torch.randn(3, 2, d)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            got = kernels.rotate(x.to(dtype), rotation, kernel)
-            want = rotation.apply(x.to(dtype).double())
-            assert got.dtype == torch.float32
-            assert (got - want).abs().max() < 1e-5
+    def test_equals_reference(self, kernel, kind):
+        for d in (8, 16, 24, 64, 96, 576, 2048, 344):
+            rotation = Rotation.make(d, kind, 8 if kind == "block" else None, seed=d)
+            x = torch.randn(3, 2, d)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                got = kernels.rotate(x.to(dtype), rotation, kernel)
+                want = rotation.apply(x.to(dtype).double())
+                assert got.dtype == torch.float32
+                assert (got - want).abs().max() < 1e-5
+
+
+class TestRows:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_product(self, kernel, dtype):
+        for count, d, n in ((9, 8, 1), (301, 72, 3), (1000, 576, 2), (7, 5001, 2), (50, 33, 40)):
+            weight = torch.randint(-127, 128, (count, d), dtype=torch.int8)
+            scales, bias = torch.rand(count).half() + 0.5, torch.randn(count)
+            x = torch.randn(n, 1, d).to(dtype)
+            want = x.double() @ weight.double().T * scales.double() + bias.to(dtype).double()
+            got = kernels.rows_linear(x, weight, scales, bias, kernel)
+            assert got.dtype == dtype
+            assert got.shape == (n, 1, count)
+            limit = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+            assert relative(got, want) < limit
+
+    def test_extremes_fit(self, kernel):
+        for d in (512, 16384, 20000):
+            weight = torch.full((5, d), -127, dtype=torch.int8)
+            got = kernels.rows_linear(torch.ones(1, d), weight, torch.ones(5), None, kernel)
+            assert ((got + 127 * d).abs() < 1e-4 * 127 * d).all()
+
+    def test_nan(self, kernel):
+        x = torch.ones(1, 64)
+        x[0, 3] = float("inf")
+        weight = torch.ones(5, 64, dtype=torch.int8)
+        assert not kernels.rows_linear(x, weight, torch.ones(5), None, kernel).isfinite().any()
+
+    def test_refuses_other_rows(self, kernel):
+        with pytest.raises(ValueError, match="int8"):
+            kernels.rows_linear(torch.ones(1, 8), torch.ones(4, 8), torch.ones(4), None, kernel)
 
 
 @pytest.mark.skipif(library() is None, reason="the native library is not built")
 class TestLayout:
-    @pytest.mark.parametrize(("rows", "groups"), [(1, 1), (63, 5), (64, 128), (200, 300), (576, 72)])
+    @pytest.mark.parametrize(
+        ("rows", "groups"), [(1, 1), (63, 5), (64, 128), (200, 300), (576, 72)]
+    )
     def test_round_trip(self, rows, groups):
         case = Case(rows, groups, 2)
         assert case.packed.planes[0].numel() == -(-rows // 64) * 64 * groups
@@ -346,6 +386,7 @@ class TestOperators:
                 [case.rows], name,
             ),
             drop.bound_site: (case.x, job.job, job.width, job.kernel),
+            drop.rows: (case.x, torch.ones(9, groups * 8, dtype=torch.int8), torch.ones(9), name),
             drop.decode: (
                 planes, True, books, case.scales, case.rows, groups, 3, 40, torch.bfloat16, name,
             ),
@@ -465,11 +506,14 @@ class TestNativeProgram:
             if path := shutil.which(tool):
                 (tools / tool).symlink_to(path)
         environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC")}
-        done = subprocess.run(
-            ["cmake", "-S", str(NATIVE), "-B", str(tmp_path / "build")],
-            env={**environment, "PATH": str(tools)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "without its native libraries" in done.stderr
+        build = str(tmp_path / "build")
+        for command in (["-S", str(NATIVE), "-B", build], ["--build", build], ["--install", build]):
+            done = subprocess.run(
+                ["cmake", *command],
+                env={**environment, "PATH": str(tools)},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr
+            if command[0] == "-S":
+                assert "No C++ compiler found" in done.stderr

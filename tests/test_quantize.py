@@ -219,7 +219,7 @@ def test_an_unwritable_place_and_an_error_in_the_middle_leave_nothing(folder, mo
     def broken(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(quantize, "encode_site", broken)
+    monkeypatch.setattr("dropbydrop.run.encode_site", broken)
     before = sorted(p.name for p in folder.iterdir())
     with pytest.raises(KeyboardInterrupt):
         quantize.quantize(

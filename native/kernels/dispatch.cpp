@@ -360,6 +360,29 @@ int drop_decode(int kernel, const uint8_t* const* planes, int packed, int64_t ro
   return 0;
 }
 
+int drop_rows(int kernel, const int8_t* rows, int64_t count, int64_t d, const void* scales,
+              int scale_type, const void* x, int x_type, int64_t n, void* out, int out_type,
+              int threads) {
+  const Kernel* chosen = usable(kernel);
+  if (!chosen) return -1;
+  int16_t* rounded = table_scratch.get<int16_t>(n * d);
+  float* steps = rotated_scratch.get<float>(n);
+  const int64_t width = x_type == kF32 ? 4 : 2;
+  for (int64_t i = 0; i < n; ++i) {
+    steps[i] = chosen->quantize_row(static_cast<const char*>(x) + i * d * width,
+                                    static_cast<Scalar>(x_type), d, rounded + i * d);
+  }
+  const RowsJob job{rows,    d,     scales, static_cast<Scalar>(scale_type),
+                    rounded, steps, n,      out,
+                    static_cast<Scalar>(out_type), count};
+  auto body = [&](const Member& member) {
+    const Range mine = share((count + 3) / 4, member);
+    chosen->rows(job, mine.first * 4, mine.last * 4 < count ? mine.last * 4 : count);
+  };
+  on_team(team_for(threads, count * d), body);
+  return 0;
+}
+
 uint64_t drop_stream_read(int kernel, const uint8_t* data, int64_t bytes, int threads) {
   const Kernel* chosen = usable(kernel);
   if (!chosen) return 0;

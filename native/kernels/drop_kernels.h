@@ -85,6 +85,12 @@ DROP_API int drop_decode(int kernel, const uint8_t* const* planes, int packed, i
                          const void* scales, int scale_type, int64_t first_row, int64_t last_row,
                          void* out, int out_type, int threads);
 
+// Eight-bit rows int8 [count, d] times x [n, d] of x_type, times scales [count] -> out [n, count].
+// Activations are rounded to int16, one step a row of x; sums are exact.
+DROP_API int drop_rows(int kernel, const int8_t* rows, int64_t count, int64_t d,
+                       const void* scales, int scale_type, const void* x, int x_type, int64_t n,
+                       void* out, int out_type, int threads);
+
 // One plain sequential read (its checksum): the yardstick of the benchmarks.
 DROP_API uint64_t drop_stream_read(int kernel, const uint8_t* data, int64_t bytes, int threads);
 

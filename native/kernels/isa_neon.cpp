@@ -4,7 +4,7 @@
 #define DROP_ISA neon
 #include <arm_neon.h>
 
-#include "dense.h"
+#include "scalar.h"
 
 namespace drop {
 namespace neon {

@@ -1,7 +1,7 @@
 // Portable C++: the reference of all kernels, and the fall-back where no other fits.
 // A table holds one 16-bit word for each of the 256 codes, signs expanded.
 #define DROP_ISA portable
-#include "dense.h"
+#include "scalar.h"
 
 namespace drop {
 namespace portable {

@@ -86,6 +86,20 @@ struct RotateJob {
   const float* odd;    // [d / block, d / block], or null
 };
 
+// Eight-bit rows (embeddings and head): y = (rows x) * scales, x as int16 with one factor a row.
+struct RowsJob {
+  const int8_t* rows;  // [count, d]
+  int64_t d;
+  const void* scales;  // [count]
+  Scalar scale_type;
+  const int16_t* x;     // [n, d]
+  const float* x_step;  // [n]: x = int16 * step
+  int64_t n;
+  void* out;  // [n, out_stride]
+  Scalar out_type;
+  int64_t out_stride;
+};
+
 struct Kernel {
   const char* name;
   const char* summary;
@@ -99,6 +113,8 @@ struct Kernel {
   void (*decode)(const DecodeJob&, int64_t first_row, int64_t last_row);
   // One row: x of any type -> out float32 [d]; scratch [d].
   void (*rotate)(const RotateJob&, const void* x, Scalar x_type, float* out, float* scratch);
+  float (*quantize_row)(const void* x, Scalar x_type, int64_t d, int16_t* out);  // its step
+  void (*rows)(const RowsJob&, int64_t first_row, int64_t last_row);
   uint64_t (*stream)(const uint8_t* data, int64_t bytes);
 
   int64_t group_bytes(bool symmetric) const {

@@ -1,5 +1,5 @@
 // Building tables, and walking a packed plane with them. Included once per instruction set, inside
-// its own namespace, after dense.h; the instruction set supplies the few vector routines named
+// its own namespace; the instruction set supplies the few vector routines named
 // below and nothing else.
 //
 // A table entry is the dot product of one group of 8 activations with one codebook entry, as an
@@ -23,22 +23,15 @@
 // a block with an infinity or NaN gives NaN.
 #pragma once
 
-#include "dense.h"
+#include "decode.h"
+#include "rotate.h"
+#include "rows.h"
 
 namespace drop {
 namespace DROP_ISA {
 
 constexpr int kBits16 = 14;  // "16-bit" tables: two base-128 digits, or one 16-bit word
 constexpr int kBits8 = 8;
-
-DROP_INLINE void quantize(const float* x, int64_t count, float factor, int16_t* out) {
-  for (int64_t i = 0; i < count; ++i) {  // adding 1.5 * 2^23 rounds to nearest even
-    const float shifted = x[i] * factor + 12582912.0f;
-    int32_t bits;
-    memcpy(&bits, &shifted, 4);
-    out[i] = static_cast<int16_t>(bits - 0x4b400000);
-  }
-}
 
 // Step 1, on activations rounded to 13 bits: an upper bound of max |x . c|, at most 2^-10 above it.
 // `rounded` is scratch. Of the instruction set: squared_norms (a multiple of 4 groups), and
@@ -220,6 +213,8 @@ constexpr Kernel make_kernel(const char* name, const char* summary, bool (*suppo
           finish,
           decode,
           rotate,
+          quantize_row,
+          rows,
           stream};
 }
 

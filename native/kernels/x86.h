@@ -1,9 +1,9 @@
-// Helpers shared by the x86 files, inside the namespace of each (see dense.h for why).
+// Helpers shared by the x86 files, inside the namespace of each (see scalar.h for why).
 #pragma once
 
 #include <immintrin.h>
 
-#include "dense.h"
+#include "scalar.h"
 
 namespace drop {
 namespace DROP_ISA {

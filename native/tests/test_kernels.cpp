@@ -243,6 +243,27 @@ void check_decode(int kernel, const std::string& name, const Problem& problem) {
   check(out == expected && other == expected, name + ": decode");
 }
 
+void check_rows(int kernel, const std::string& name, Random& random) {
+  for (int64_t d : {1, 15, 33, 576, 600}) {
+    const int64_t count = 7, n = 2;
+    std::vector<int8_t> rows(static_cast<size_t>(count * d));
+    std::vector<float> x(static_cast<size_t>(n * d)), scales(7), out(14);
+    std::vector<double> expected;
+    for (int8_t& row : rows) row = static_cast<int8_t>(random.next() >> 40);
+    for (float& value : x) value = random.gauss();
+    for (float& scale : scales) scale = 0.5f + static_cast<float>(random.next() % 100) / 100;
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t r = 0; r < count; ++r) {
+        double sum = 0;
+        for (int64_t k = 0; k < d; ++k) sum += rows[r * d + k] * static_cast<double>(x[i * d + k]);
+        expected.push_back(sum * scales[r]);
+      }
+    }
+    drop_rows(kernel, rows.data(), count, d, scales.data(), 0, x.data(), 0, n, out.data(), 0, 1);
+    check(relative_error(out, expected) < 2e-4, name + ": eight-bit rows of " + std::to_string(d));
+  }
+}
+
 void check_odd_inputs(int kernel, const std::string& name, Random& random) {
   Problem problem({64, 130, 1, 128, 1, false}, random);
   for (float& value : problem.x) value = 0;
@@ -294,6 +315,7 @@ int main() {
       check_decode(kernel, name, problems[i]);
     }
     check_site(kernel, name, random);
+    check_rows(kernel, name, random);
     check_odd_inputs(kernel, name, random);
     std::printf("%-16s %s\n", name.c_str(), failures == before ? "ok" : "FAILED");
   }

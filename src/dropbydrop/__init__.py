@@ -10,7 +10,8 @@ Importing the package also teaches transformers to read these folders (`from_pre
 from importlib.metadata import PackageNotFoundError, version
 
 from .hf import register
-from .load import at, extend, load, precision
+from .load import at, extend, load, plan_of, precision, upgrade
+from .plan import Plan, make_plan
 
 try:
     __version__ = version("dropbydrop")
@@ -19,4 +20,14 @@ except PackageNotFoundError:  # run from a source tree
 
 register()
 
-__all__ = ["__version__", "at", "extend", "load", "precision"]
+__all__ = [
+    "Plan",
+    "__version__",
+    "at",
+    "extend",
+    "load",
+    "make_plan",
+    "plan_of",
+    "precision",
+    "upgrade",
+]

@@ -15,7 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from .commands import export as export_command
+from .commands import plan as plan_command
 from .commands import study
+from .commands import transfer as transfer_command
 from .commands.common import Bits, Json, console, finish, parse_bits
 from .commands.tasks import Limit, Tasks, TasksData, evaluate_tasks
 from .errors import CalibrationError, DropError
@@ -23,6 +25,7 @@ from .errors import CalibrationError, DropError
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
+    rich_markup_mode=None,  # square brackets in help texts are text
     pretty_exceptions_enable=False,
     help="Quantize an LLM once, run it at any precision.",
 )
@@ -50,6 +53,12 @@ def quantize(
         str | None, typer.Option(help="Search backend by name [the best here].")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep finished blocks; go on after an interruption.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only estimate time, peak memory and disk.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL once for all levels, and write the checkpoint folder OUT."""
@@ -57,20 +66,30 @@ def quantize(
     from .checkpoint import Checkpoint
     from .report import print_report
 
-    report = life.quantize(
-        model,
-        out,
-        parse_bits(bits),
-        calibration=calibration,
-        preset=preset,
-        seed=seed,
-        head_bits=head_bits,
-        windows=windows,
-        seq_len=seq_len,
-        device=device,
-        backend=backend,
-        overwrite=overwrite,
-    )
+    order: dict[str, Any] = {
+        "calibration": calibration,
+        "preset": preset,
+        "seed": seed,
+        "head_bits": head_bits,
+        "windows": windows,
+        "seq_len": seq_len,
+        "device": device,
+        "backend": backend,
+    }
+    if dry_run:
+        from .dry_run import dry_run as estimate
+
+        job = life.prepare(model, parse_bits(bits), **order)
+        expected = estimate(job, out, overwrite=overwrite, resume=resume)
+        console(as_json).print(str(expected))
+        return finish(as_json, expected.to_dict())
+    try:
+        report = life.quantize(
+            model, out, parse_bits(bits), overwrite=overwrite, resume=resume, **order
+        )
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"{stop}\n" if str(stop) else "")  # what --resume has kept
+        raise
     checkpoint = Checkpoint.open(report.out)
     print_report(report, checkpoint, console(as_json))
     levels = {
@@ -93,6 +112,8 @@ def info(
 ) -> None:
     """Levels, true bits, bytes and integrity of a checkpoint; or the kernels of this machine."""
     from .checkpoint import Checkpoint
+    from .kernels import describe as describe_kernels
+    from .kernels import table
     from .report import describe, print_info
     from .search import backends
 
@@ -101,6 +122,10 @@ def info(
     if kernels:
         result["search"] = backends()
         out_console.print(f"search backends, best first: {', '.join(result['search'])}")
+        result["kernels"] = [asdict(kernel) for kernel in table()]
+        out_console.print("inference kernels on the CPU (* is in use):")
+        for line in describe_kernels():
+            out_console.print(line, markup=False, highlight=False)
     if out is None:
         if not kernels:
             raise DropError("name a checkpoint folder, or ask for --kernels.")
@@ -216,6 +241,9 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the chat template.")] = False,
     temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    draft_bits: Annotated[
+        int | None, typer.Option(help="Draft with this lower level, verify with BITS.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt at one precision."""
@@ -234,6 +262,7 @@ def generate(
             chat=chat,
             temperature=temperature,
             seed=seed,
+            draft_bits=draft_bits,
         )
     if not as_json:
         typer.echo(result.text)
@@ -242,23 +271,24 @@ def generate(
 
 export_command.register(app)
 study.register(app)
+plan_command.register(app)
+transfer_command.register(app)
 
 
 def main() -> None:
     """Entry point of the `dropbydrop` command."""
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)  # typer returns that of typer.Exit, and 130 for Ctrl-C
     except DropError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("interrupted; nothing was left half-written\n")
-        sys.exit(130)
     except Exception as error:
         usage = getattr(error, "show", None)  # click's usage errors
         if usage is None:
             raise
         usage()
         sys.exit(2)
+    if status == 130:
+        sys.stderr.write("interrupted; nothing was left half-written\n")
+    if isinstance(status, int) and status:
+        sys.exit(status)

@@ -123,8 +123,8 @@ def _plan(checkpoint: Checkpoint, prefix: int, dtype: torch.dtype) -> Iterator[_
     quantization = checkpoint.quantization
     ours = {f"{m}.{kind}" for m in checkpoint.shapes for kind in ("scales", "level_scales")}
     ours |= set(quantization.guards)
-    for module, shape in checkpoint.shapes.items():
-        parts[f"{module}.weight"] = (shape, dtype, _linear_rows(checkpoint, module, prefix))
+    for module, matrix in checkpoint.shapes.items():
+        parts[f"{module}.weight"] = (matrix, dtype, _linear_rows(checkpoint, module, prefix))
     if quantization.embeddings.bits == 8:
         for module in quantization.embeddings.modules:
             ours |= {f"{module}.rows", f"{module}.row_scales"}
@@ -145,9 +145,7 @@ def _plan(checkpoint: Checkpoint, prefix: int, dtype: torch.dtype) -> Iterator[_
         yield _Dense(name, TensorInfo(DTYPE_NAMES[target], tuple(shape)), rows)
 
 
-def _linear_rows(
-    checkpoint: Checkpoint, module: str, prefix: int
-) -> Callable[[int, int], Tensor]:
+def _linear_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Callable[[int, int], Tensor]:
     """Rows of W in the original space: scales * sum_m C_m[codes_m], rotated back."""
     quantization = checkpoint.quantization
     site = quantization.site_index[module]
@@ -248,8 +246,8 @@ pipeline_tag: text-generation
 
 Plain {dtype} weights, exported with [dropbydrop](https://pypi.org/project/dropbydrop/) from level \
 {prefix} of a nested checkpoint. They carry {checkpoint.true_bits(prefix):.3f} bits of information \
-a weight in the decoder matrices; the files are as large as those of any {dtype} model. Any runtime \
-for this architecture reads them.
+a weight in the decoder matrices; the files are as large as those of any {dtype} model. Whatever \
+runs this architecture reads them.
 
 Made from: `{json.dumps(dict(made.get("calibration", {})), sort_keys=True)}`, preset \
 `{made.get("preset")}`, seed {made.get("seed")}.

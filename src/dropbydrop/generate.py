@@ -24,6 +24,7 @@ class Generated:
     prompt_tokens: int
     new_tokens: int
     seconds: float
+    speculation: dict[str, Any] | None = None  # what drafting did, when it was asked for
 
 
 def generate(
@@ -36,12 +37,15 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     stream: bool = False,
+    draft_bits: int | None = None,
 ) -> Generated:
     """Continue `prompt`, or with `chat` answer it as a user's message.
 
     Args:
         temperature: 0 takes the likeliest token; above, samples with `seed`.
         stream: print tokens to stdout as they come.
+        draft_bits: draft with this lower precision of the same model and verify (speculate.py):
+            the same tokens, or samples of the same distribution, possibly sooner.
 
     Raises:
         DropError: an empty prompt, a negative temperature, no room asked for, or `chat` without a
@@ -70,10 +74,17 @@ def generate(
         from transformers import TextStreamer
 
         settings["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    speculator = None
+    if draft_bits is not None:
+        from .speculate import Speculator
+
+        speculator = Speculator(model, draft_bits)
     start = time.perf_counter()
     with quiet_transformers():
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)[0]
+        run = (speculator or model).generate
+        ids = run(**inputs, max_new_tokens=max_new_tokens, **settings)[0]
     seconds = time.perf_counter() - start
     given = inputs["input_ids"].shape[1]
     text = tokenizer.decode(ids[given:], skip_special_tokens=True)
-    return Generated(text, given, ids.numel() - given, seconds)
+    drafted = None if speculator is None else speculator.report.to_dict()
+    return Generated(text, given, ids.numel() - given, seconds, drafted)

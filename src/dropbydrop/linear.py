@@ -18,14 +18,17 @@ the first floating-point parameter, stays the type of the activations.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import kernels
 from .code import GROUP, decode
 from .errors import PrecisionError
+from .kernels.linear import FEW
 from .store import PlaneStore, Site
 
 _SLAB = 16384  # rows of the head that are widened at a time
@@ -149,11 +152,49 @@ class NestedLinear(_FixedScales):
 
 
 def _multiply(module: NestedLinear, x: Tensor) -> Tensor:
-    """y = W x + b. The one place where a kernel is chosen; today decode and multiply."""
+    """y = W x + b. The one place where a kernel is chosen.
+
+    On the CPU the kernels package decides: a few rows go through tables of dot products, more rows
+    decode slabs of the matrix. Other devices decode and multiply.
+    """
+    if x.is_cpu:
+        few = x.numel() <= FEW * x.shape[-1] and kernels.select().native
+        return _bound(module, tiled=few)(x)[0]
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     rotated = module.site.rotation.apply(wide).to(x.dtype)
     bias = module.bias if module.bias is None else module.bias.to(x.dtype)
     return F.linear(rotated, module.rotated_weight(x.dtype), bias)
+
+
+def _bound(module: NestedLinear, tiled: bool) -> kernels.Bound:
+    """The module's matrix, ready for the kernels; built once in the store for all views.
+
+    Packing waits for the first product of few rows: evaluation and prefill read the planes as they
+    are stored.
+    """
+    store, name, prefix = module.store, module.name, module.prefix
+
+    def build() -> kernels.Bound:
+        site = module.site
+        books = store.derived(
+            ("books", site.codebooks),
+            lambda: kernels.prepare_codebooks(site.tables, site.sign_symmetric),
+        )
+        planes = tuple(
+            store.derived(
+                ("packed", name, m), partial(kernels.pack_plane, module.codes[m].detach())
+            )
+            if tiled
+            else module.codes[m].detach()
+            for m in range(1, prefix + 1)
+        )
+        packed = kernels.Packed(planes, module.out_features, module.in_features // GROUP, tiled)
+        bias = None if module.bias is None else module.bias.detach()
+        matrix = kernels.Matrix(packed, module.row_scales, bias)
+        return kernels.Bound([matrix], books, site.rotation, prefix)
+
+    key = ("bound", name, prefix, tiled, kernels.select().name)
+    return cast(kernels.Bound, store.derived(key, build))
 
 
 def output_scale(embedding: nn.Module) -> float | None:

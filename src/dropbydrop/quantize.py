@@ -10,37 +10,45 @@ Steps:
 In memory at a time: the hidden states of the windows, one block, its Gram matrices.
 
 Nothing is visible under OUT before the last step: bad input, an error, Ctrl-C or a full disk leave
-no trace.
+no trace. With `resume`, finished blocks are kept beside OUT until it is there (resume.py); the
+result has the same bytes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+import transformers
 from torch import Tensor, nn
 
 from . import __version__
 from .calibration import SELF, load_windows
-from .capture import Captured
-from .checkpoint import CheckpointWriter, Embeddings, PlaneSpec, QuantizationConfig, SiteSpec
+from .checkpoint import CheckpointWriter, PlaneSpec, QuantizationConfig
 from .code import GROUP
-from .encoder import EFFORTS, Encoded, encode_site
+from .encoder import EFFORTS, Effort
 from .errors import DropError, PrecisionError, UnsupportedModelError
 from .linear import output_scale
 from .progress import progress_bar
 from .report import CARD_FILE, LOG_FILE, model_card
-from .rotation import Rotation
+from .run import Report, Run, Tally
 from .search import backends
-from .sources import resolve
-from .universal import default_lambdas, universal_set
+from .sources import Source, resolve
+from .universal import universal_set
 from .walk import Walk
+
+if TYPE_CHECKING:
+    from .resume import Work
+
+__all__ = ["Job", "Report", "check_levels", "prepare", "quantize"]
 
 MAX_BITS = 8
 WINDOWS = {"fast": 32, "balanced": 64, "best": 128}
@@ -59,41 +67,6 @@ _COPIED = (
     "LICENSE",
     "NOTICE",
 )
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run did. Seconds are wall-clock, memory is the peak of the whole process.
-
-    Attributes:
-        errors: mean over matrices of the relative weighted error at each level.
-        kept: parameters left in 8 or 16 bits (or as they were): name, bits, reason.
-    """
-
-    out: Path
-    levels: tuple[int, ...]
-    seconds: dict[str, float]
-    peak_gib: float
-    model_gib: float
-    errors: dict[int, float]
-    matrices: int
-    kept: list[dict[str, Any]]
-    backend: str
-    log: list[dict[str, Any]] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, without the line-by-line log."""
-        return {
-            "out": str(self.out),
-            "levels": list(self.levels),
-            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
-            "peak_gib": round(self.peak_gib, 3),
-            "model_float32_gib": round(self.model_gib, 3),
-            "mean_relative_error": {str(p): e for p, e in self.errors.items()},
-            "matrices": self.matrices,
-            "kept": self.kept,
-            "backend": self.backend,
-        }
 
 
 def check_levels(bits: Sequence[int]) -> tuple[int, ...]:
@@ -125,6 +98,7 @@ def quantize(
     device: str = "cpu",
     backend: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: bool = True,
 ) -> Report:
     """Quantize `model` once for all `bits`, and write the checkpoint folder `out`.
@@ -138,11 +112,83 @@ def quantize(
         windows, seq_len: calibration windows and their tokens; by default from the preset.
         device: where blocks run and matrices are encoded.
         backend: search backend by name (see `search.backends`); by default the best here.
+        overwrite: replace an existing checkpoint, at the very end.
+        resume: keep finished blocks in a hidden folder beside `out` until it is there, and go on
+            from them if they are from the same command (resume.py).
 
     Raises:
-        DropError: anything about the input; nothing is left behind.
+        DropError: anything about the input; nothing is left behind, or with `resume` only the
+            finished blocks.
     """
     started = time.perf_counter()
+    job = prepare(
+        model,
+        bits,
+        calibration=calibration,
+        preset=preset,
+        seed=seed,
+        head_bits=head_bits,
+        windows=windows,
+        seq_len=seq_len,
+        device=device,
+        backend=backend,
+    )
+    place = Path(os.path.abspath(out))
+    if not resume:
+        with CheckpointWriter(place, overwrite=overwrite) as writer:
+            tally = _carry_out(job, writer, None, progress)
+        return _report(job, place, tally, 0, started)
+    from .resume import Work  # needs file locks, which not every platform has
+
+    with Work(place, _fingerprint(job)) as work:
+        blocks = sum("block" in step for step in work.steps)
+        if (record := work.published()) is not None:
+            tally = Tally(job.levels)
+            tally.restore([*(step["run"] for step in work.steps), record["run"]])
+        else:
+            records = [step["writer"] for step in work.steps]
+            with CheckpointWriter(
+                place, overwrite=overwrite, work=work.path, records=records
+            ) as writer:
+                tally = _carry_out(job, writer, work, progress)
+    return _report(job, place, tally, blocks, started)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked order: what to quantize, and how."""
+
+    source: Source
+    walk: Walk
+    levels: tuple[int, ...]
+    calibration: str | Path
+    preset: str
+    effort: Effort
+    seed: int
+    head_bits: int
+    windows: int
+    seq_len: int
+    backend: str | None
+
+
+def prepare(
+    model: str | Path,
+    bits: Sequence[int],
+    *,
+    calibration: str | Path,
+    preset: str,
+    seed: int,
+    head_bits: int,
+    windows: int | None,
+    seq_len: int,
+    device: str,
+    backend: str | None,
+) -> Job:
+    """Check an order and open its model; see `quantize` for the arguments.
+
+    Raises:
+        DropError: what can be told before any work.
+    """
     levels = check_levels(bits)
     if preset not in EFFORTS:
         raise DropError(f"preset {preset!r}: choose one of {', '.join(EFFORTS)}.")
@@ -151,190 +197,144 @@ def quantize(
     source = resolve(model)
     walk = Walk.open(source.folder, device=device)
     check_model(walk, head_bits)
-    seconds = {"calibrate": 0.0, "activations": 0.0, "encode": 0.0, "write": 0.0}
-    with CheckpointWriter(out, overwrite=overwrite) as writer:
-        mark = time.perf_counter()
-        text = load_windows(
-            calibration,
-            source.tokenizer(),
-            windows or WINDOWS[preset],
-            min(seq_len, _context(walk)),
-            seed,
-            source=source,
-        )
-        seconds["calibrate"] = time.perf_counter() - mark
-        codebooks = universal_set(levels)
-        run = _Run(walk, writer, levels, codebooks, preset, seed, backend)
-        writer.add_codebook_set("universal", list(codebooks))
-        with progress_bar(progress) as bar:
-            task = bar.add_task("quantize", total=walk.num_blocks)
-            hidden = walk.embed(text.ids)
-            for i in range(walk.num_blocks):
-                mark = time.perf_counter()
-                block = walk.block(i)
-                captured = walk.capture(i, block, hidden, out=hidden)
-                seconds["activations"] += time.perf_counter() - mark
-                mark = time.perf_counter()
-                run.encode_block(i, block, captured)
-                walk.release(i)
-                seconds["encode"] += time.perf_counter() - mark
-                bar.advance(task)
-        del hidden
-        mark = time.perf_counter()
-        embeddings, total = run.write_rest(head_bits)
-        provenance = {
-            "base_model": source.name,
-            "calibration": dict(text.description),
-            "preset": preset,
-            "seed": seed,
-            "lambdas": dict(zip(map(str, levels), run.lambdas, strict=True)),
-            "version": __version__,
-        }
-        quantization = QuantizationConfig(
-            bits=levels[-1],
-            levels=levels,
-            planes=tuple(PlaneSpec() for _ in range(levels[-1])),
-            sites=tuple(run.sites),
-            embeddings=embeddings,
-            provenance=provenance,
-        )
-        config = json.loads((source.folder / "config.json").read_text())
-        config.pop("_name_or_path", None)
-        files: dict[str, bytes | Path] = {
-            name: source.folder / name for name in _COPIED if (source.folder / name).is_file()
-        }
-        files[LOG_FILE] = "".join(json.dumps(line) + "\n" for line in run.log).encode()
-        files[CARD_FILE] = model_card(source.name, quantization, run.mean_errors()).encode()
-        path = writer.finish(config, quantization, files, {"total": total})
-        seconds["write"] = time.perf_counter() - mark
-    seconds["total"] = time.perf_counter() - started
-    return Report(
-        path,
+    return Job(
+        source,
+        walk,
         levels,
-        seconds,
-        peak_memory() / 2**30,
-        4 * total / 2**30,
-        run.mean_errors(),
-        len(run.log),
-        run.kept,
-        backend or backends(device)[0],
-        run.log,
+        calibration,
+        preset,
+        EFFORTS[preset],
+        seed,
+        head_bits,
+        windows or WINDOWS[preset],
+        min(seq_len, _context(walk)),
+        backend,
     )
 
 
-class _Run:
-    """State of one run: what has been written, logged and left alone so far."""
-
-    def __init__(
-        self,
-        walk: Walk,
-        writer: CheckpointWriter,
-        levels: tuple[int, ...],
-        codebooks: Tensor,
-        preset: str,
-        seed: int,
-        backend: str | None,
-    ) -> None:
-        self.walk, self.writer, self.levels = walk, writer, levels
-        self.codebooks = codebooks.to(walk.device)
-        self.effort, self.seed, self.backend = EFFORTS[preset], seed, backend
-        self.lambdas = default_lambdas(levels)
-        self.sites: list[SiteSpec] = []
-        self.log: list[dict[str, Any]] = []
-        self.kept: list[dict[str, Any]] = []
-        self.parameters = 0
-
-    def encode_block(self, i: int, block: nn.Module, captured: Captured) -> None:
-        """Encode and write every matrix of block i, and the parameters that stay as they are."""
-        done: set[str] = set()
-        prefix = f"{self.walk.block_prefix(i)}."
-        for site in captured.sites:
-            rotation = Rotation.make(site.d_in, seed=self.seed * 1_000_003 + len(self.sites))
-            modules: dict[str, Any] = {
-                name: block.get_submodule(name.removeprefix(prefix)) for name in site.modules
-            }
-            weights = {name: module.weight.detach().float() for name, module in modules.items()}
-            mark = time.perf_counter()
-            encoded = encode_site(
-                weights,
-                captured.grams[site.name],
-                rotation.to(self.walk.device),
-                self.codebooks,
-                self.levels,
-                self.lambdas,
-                self.effort,
-                self.backend,
+def _carry_out(job: Job, writer: CheckpointWriter, work: Work | None, progress: bool) -> Tally:
+    """Steps 1 to 3 of the module's note, from where `work` was left."""
+    walk = job.walk
+    codebooks = universal_set(job.levels)
+    run = Run(walk, writer, job.levels, codebooks, job.effort, job.seed, job.backend)
+    tally = run.tally
+    hidden: Tensor | None = None
+    if work is None or not work.steps:
+        with tally.timed("calibrate"):
+            text = load_windows(
+                job.calibration,
+                job.source.tokenizer(),
+                job.windows,
+                job.seq_len,
+                job.seed,
+                source=job.source,
             )
-            spent = (time.perf_counter() - mark) / len(weights)
-            ratio = captured.energy_ratio[site.name]
-            spec = SiteSpec(site.name, site.modules, site.d_in, "universal", rotation.spec())
-            self.writer.add_site(spec, rotation)
-            self.sites.append(spec)
-            for name, code in encoded.items():
-                bias = modules[name].bias
-                self._write(name, code, None if bias is None else bias.detach().cpu())
-                done |= {f"{name}.weight", f"{name}.bias"}
-                self.parameters += weights[name].numel() + (0 if bias is None else bias.numel())
-                self._log(name, weights[name], code, ratio, spent)
-        for local, _ in block.named_parameters():
-            if prefix + local not in done:
-                self._keep(prefix + local, "not a matrix of a linear layer")
-        for local, _ in block.named_buffers():
-            if local in block.state_dict():
-                self._keep(prefix + local, "a buffer")
-
-    def _write(self, name: str, code: Encoded, bias: Tensor | None) -> None:
-        codes = [plane.cpu() for plane in code.codes]
-        self.writer.add_linear(name, codes, scales=code.scales.cpu(), bias=bias)
-
-    def _log(
-        self, name: str, weight: Tensor, code: Encoded, energy_ratio: float, seconds: float
-    ) -> None:
-        rms = float(weight.square().mean().sqrt())
-        self.log.append(
-            {
-                "module": name,
-                "shape": list(weight.shape),
-                "rel_error": dict(zip(map(str, self.levels), code.errors, strict=True)),
-                "max_over_rms": round(float(weight.abs().max()) / max(rms, 1e-30), 2),
-                "token_energy_over_median": round(energy_ratio, 1),
-                "seconds": round(seconds, 3),
+        writer.add_codebook_set("universal", list(codebooks))
+        hidden, first, calibration = walk.embed(text.ids), 0, dict(text.description)
+        if work is not None:
+            step: dict[str, Any] = {
+                "calibration": calibration,
+                "writer": writer.commit(),
+                "run": tally.mark(),
             }
-        )
+            work.commit(step, hidden)
+    else:
+        tally.restore([step["run"] for step in work.steps])
+        first, calibration = len(work.steps) - 1, work.steps[0]["calibration"]
+        hidden = work.hidden() if first < walk.num_blocks else None
+    with progress_bar(progress) as bar:
+        task = bar.add_task("quantize", total=walk.num_blocks, completed=first)
+        for i in range(first, walk.num_blocks):
+            assert hidden is not None
+            with tally.timed("activations"):
+                block = walk.block(i)
+                captured = walk.capture(i, block, hidden, out=hidden)
+            with tally.timed("encode"):
+                run.encode_block(i, block, captured)
+                walk.release(i)
+            if work is not None:
+                step = {"block": i, "writer": writer.commit(), "run": tally.mark()}
+                work.commit(step, hidden if i + 1 < walk.num_blocks else None)
+            bar.advance(task)
+    del hidden
+    with tally.timed("write"):
+        _finish(job, run, calibration, work)
+    return tally
 
-    def _keep(self, name: str, reason: str) -> None:
-        """A parameter that is stored as it is."""
-        tensor = self.walk.read(name)
-        self.writer.add_tensor(name, tensor)
-        self.parameters += tensor.numel()
-        bits = 8 * tensor.element_size()
-        self.kept.append({"name": name, "bits": bits, "values": tensor.numel(), "reason": reason})
 
-    def write_rest(self, head_bits: int) -> tuple[Embeddings, int]:
-        """Embedding, head and what lies outside the blocks. Returns (spec, all parameters)."""
-        walk = self.walk
-        modules = [*walk.embedding_modules, *([] if walk.tied else walk.head_modules)]
-        for module in modules:
-            weight = walk.read(f"{module}.weight")
-            self.writer.add_embedding(module, weight, head_bits)
-            self.parameters += weight.numel()
-            what = "head" if module in walk.head_modules else "embedding"
-            reason = f"{what}{' and tied head' if walk.tied else ''}; --head-bits chooses"
-            self.kept.append(
-                {"name": module, "bits": head_bits, "values": weight.numel(), "reason": reason}
-            )
-        for name in walk.outer_names():
-            if name.removesuffix(".weight") not in modules:
-                self._keep(name, "outside of the decoder blocks")
-        tied = walk.tied
-        return Embeddings(head_bits, tuple(modules), tied), self.parameters
+def _finish(job: Job, run: Run, calibration: dict[str, Any], work: Work | None) -> None:
+    """Write what stays, config, log, model card and manifest; publish."""
+    levels, tally, folder = job.levels, run.tally, job.source.folder
+    embeddings = run.write_rest(job.head_bits)
+    provenance = {
+        "base_model": job.source.name,
+        "calibration": calibration,
+        "preset": job.preset,
+        "seed": job.seed,
+        "lambdas": dict(zip(map(str, levels), run.lambdas, strict=True)),
+        "version": __version__,
+    }
+    quantization = QuantizationConfig(
+        bits=levels[-1],
+        levels=levels,
+        planes=tuple(PlaneSpec() for _ in range(levels[-1])),
+        sites=run.writer.sites,
+        embeddings=embeddings,
+        provenance=provenance,
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    files: dict[str, bytes | Path] = {
+        name: folder / name for name in _COPIED if (folder / name).is_file()
+    }
+    files[LOG_FILE] = tally.log_lines()
+    files[CARD_FILE] = model_card(job.source.name, quantization, tally.mean_errors()).encode()
 
-    def mean_errors(self) -> dict[int, float]:
-        """Mean relative error over matrices at each level."""
-        return {
-            p: sum(line["rel_error"][str(p)] for line in self.log) / max(len(self.log), 1)
-            for p in self.levels
-        }
+    def announce(manifest: str) -> None:
+        if work is not None:
+            work.publishing({"manifest": manifest, "run": tally.mark()})
+
+    run.writer.finish(config, quantization, files, {"total": tally.parameters}, announce)
+
+
+def _report(job: Job, out: Path, tally: Tally, resumed: int, started: float) -> Report:
+    return Report(
+        out,
+        job.levels,
+        tally.seconds | {"total": time.perf_counter() - started},
+        peak_memory() / 2**30,
+        4 * tally.parameters / 2**30,
+        tally.mean_errors(),
+        len(tally.log),
+        tally.kept,
+        job.backend or backends(job.walk.device)[0],
+        resumed,
+        tally.log,
+    )
+
+
+def _fingerprint(job: Job) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on; by the names of the options."""
+    from .resume import code_digest, digest, model_digest
+
+    text = Path(job.calibration).expanduser()
+    content = digest(text) if job.calibration != SELF and text.is_file() else None
+    return {
+        "model": model_digest(job.source.folder),
+        "bits": job.levels,
+        "calibration": [str(job.calibration), content],
+        "preset": job.preset,
+        "effort": asdict(job.effort),
+        "seed": job.seed,
+        "head-bits": job.head_bits,
+        "windows": job.windows,
+        "seq-len": job.seq_len,
+        "device": str(job.walk.device),
+        "backend": job.backend or backends(job.walk.device)[0],
+        "dropbydrop": [__version__, code_digest()],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
 
 def check_model(walk: Walk, head_bits: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -62,11 +63,20 @@ Stock transformers cannot read the codes and stops with a size mismatch; import 
 """
 
 
+def _table(title: str, columns: Sequence[str]) -> Table:
+    """Narrow enough for a terminal of 80 characters."""
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
 def print_report(report: Report, checkpoint: Checkpoint, console: Console) -> None:
     """Table of levels, what was left alone and why, and what the run took."""
-    table = Table(title=f"{report.out}: {report.matrices} matrices")
-    for column in ("bits", "true bits", "whole model", "MB read", "mean rel. error"):
-        table.add_column(column, justify="right")
+    table = _table(
+        f"{report.out}: {report.matrices} matrices",
+        ("bits", "true bits", "whole model", "MB read", "mean rel. error"),
+    )
     for p in report.levels:
         table.add_row(
             str(p),
@@ -119,9 +129,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def print_info(info: Mapping[str, Any], console: Console) -> None:
     """The dictionary of `describe`, for people."""
-    table = Table(title=info["path"])
-    for column in ("bits", "true bits", "whole model", "MB read", "planes here"):
-        table.add_column(column, justify="right")
+    table = _table(info["path"], ("bits", "true bits", "whole model", "MB read", "planes here"))
     for p, level in info["levels"].items():
         table.add_row(
             p,
@@ -141,13 +149,12 @@ def print_info(info: Mapping[str, Any], console: Console) -> None:
 
 def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
     """Perplexity, divergence and size of each level."""
-    table = Table(
-        title=f"{result['text']}: {result['windows']} windows of {result['seq_len']} tokens"
+    table = _table(
+        f"{result['text']}: {result['windows']} windows of {result['seq_len']} tokens",
+        ("bits", "true bits", "whole", "MB", "ppl", "KL", "KL, 95 %", "excess nll"),
     )
-    for column in ("bits", "true bits", "whole", "MB", "perplexity", "KL (nats)", "95 %", "excess"):
-        table.add_column(column, justify="right")
     if result["reference"]:
-        table.add_row("reference", "", "", "", f"{result['reference']['ppl']:.2f}", "", "", "")
+        table.add_row("original", "", "", "", f"{result['reference']['ppl']:.2f}", "", "", "")
     for p, row in result["bits"].items():
         interval = row.get("kl_interval")
         table.add_row(

@@ -67,6 +67,7 @@ class PlaneStore:
         self._modules: dict[str, torch.device] = {}
         self._held: dict[str, int] = {}  # module -> planes in memory
         self._derived: dict[Hashable, Any] = {}
+        self.upgrade: Any = None  # an upgrades.Upgrade, when one was started
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlaneStore:
         return self
@@ -85,9 +86,9 @@ class PlaneStore:
         """Number of planes in memory of every module: 1..loaded can be served."""
         return min(self._held.values(), default=0)
 
-    def held(self, module: str) -> int:
-        """Number of planes of one module in memory."""
-        return self._held[module]
+    def held(self, module: str, absent: int = 0) -> int:
+        """Number of planes of one module in memory; `absent` for one that the model lacks."""
+        return self._held.get(module, absent)
 
     def codes(self, module: str, m: int) -> Tensor:
         """Codes of plane m of a module: uint8 [d_out, G] (KeyError if not in memory)."""
@@ -119,13 +120,11 @@ class PlaneStore:
         prefix = self.checkpoint.require(bits)
         self.fill(dict.fromkeys(self._modules, prefix), stop)
 
-    def fill(
-        self, prefixes: Mapping[str, int], stop: Callable[[], bool] = lambda: False
-    ) -> None:
+    def fill(self, prefixes: Mapping[str, int], stop: Callable[[], bool] = lambda: False) -> None:
         """`extend` with a level per module: planes 1..prefixes[module] will be in memory."""
         self.checkpoint.require(max(prefixes.values()))
         with self._filling:
-            lacking = {n: p for n, p in prefixes.items() if self._held[n] < p}
+            lacking = {n: p for n, p in prefixes.items() if self.held(n, p) < p}
             for m in range(1, max(lacking.values(), default=0) + 1):
                 modules = [n for n, p in lacking.items() if self._held[n] < m <= p]
                 new = self._read_plane(m, modules, stop) if modules else {}
@@ -138,7 +137,7 @@ class PlaneStore:
     def _read_plane(
         self, m: int, modules: list[str], stop: Callable[[], bool]
     ) -> dict[tuple[str, int], Tensor]:
-        """Copies of a plane's tensors: in memory when this returns, whatever happens to the file."""
+        """Copies of a plane's tensors, in memory whatever happens to the file afterwards."""
         wanted = {codes_name(module, m): module for module in modules}
         new = {}
         for path in self.checkpoint.plane_paths(m):

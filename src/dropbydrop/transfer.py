@@ -35,7 +35,6 @@ from .checkpoint.folder import PartialFolder
 from .checkpoint.format import CONFIG_FILE, MANIFEST_FILE
 from .errors import FormatError
 from .origin import CHUNK, CutError, FolderOrigin, Origin, TransferError, origin
-from .progress import progress_bar
 
 T = TypeVar("T")
 
@@ -184,6 +183,8 @@ class _Pull:
         self.done = Transfer(target, bits)
 
     def run(self, progress: bool) -> Transfer:
+        from .progress import progress_bar  # `import dropbydrop` comes by here, and stays lean
+
         names = files_for(self.manifest, self.done.bits)
         self._check_space(names)
         total = sum(self.manifest.files[name].size for name in names)
@@ -354,7 +355,9 @@ def _check_dest(target: Path, manifest: Manifest) -> None:
         return
     names = {p.name for p in target.iterdir()} - {LOCK_FILE, STAGING} if target.is_dir() else {""}
     if names and MANIFEST_FILE not in names:
-        raise TransferError(f"{target} exists and is no dropbydrop checkpoint; choose another name.")
+        raise TransferError(
+            f"{target} exists and is no dropbydrop checkpoint; choose another name."
+        )
     if names and Manifest.from_dict(read_json(target / MANIFEST_FILE)) != manifest:
         raise FormatError(
             f"{target} holds another checkpoint (its manifest differs). Nothing was changed; "

@@ -135,17 +135,11 @@ def _load(
     from lm_eval.tasks import TaskManager
 
     described: dict[str, Any] | str = "hub"
-    manager = TaskManager()
-    if unknown := [name for name in tasks if name not in manager.all_subtasks]:
-        raise DropError(
-            f"lm-evaluation-harness has no task {', '.join(unknown)}; the usual five are "
-            f"{', '.join(TASKS)}."
-        )
+    definitions, manager = _definitions(tasks)
     if data is not None:
         items = {name: read_items(data, name) for name in tasks}
         described = {name: describe(found) for name, found in items.items()}
-        paths = {name: Path(str(manager.task_index[name].yaml_path)) for name in tasks}
-        write_tasks(scratch, items, paths)
+        write_tasks(scratch, items, definitions)
         manager = TaskManager(include_path=str(scratch), include_defaults=False)
     try:
         loaded = list(manager.load(list(tasks))["tasks"].values())
@@ -158,6 +152,28 @@ def _load(
             "files with --tasks-data DIR."
         ) from error
     return manager, loaded, described
+
+
+def _definitions(tasks: Sequence[str]) -> tuple[dict[str, Path], Any]:
+    """The harness' YAML of every task, and a task manager that knows them.
+
+    An index of everything that the harness has takes ten seconds, so the folders of the five tasks
+    are looked at first.
+    """
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+
+    root = Path(lm_eval.tasks.__file__).parent
+    folders = {str((root / TASKS[name].definition).parent) for name in tasks if name in TASKS}
+    manager = TaskManager(include_path=sorted(folders), include_defaults=False)
+    if any(name not in manager.all_subtasks for name in tasks):
+        manager = TaskManager()
+    if unknown := [name for name in tasks if name not in manager.all_subtasks]:
+        raise DropError(
+            f"lm-evaluation-harness has no task {', '.join(unknown)}; the usual five are "
+            f"{', '.join(TASKS)}."
+        )
+    return {name: Path(str(manager.task_index[name].yaml_path)) for name in tasks}, manager
 
 
 def _report(result: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -221,7 +237,11 @@ def _versions(result: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness' and the datasets library's log, warnings about our own choices, stays silent."""
+    """No warnings of the harness about our own choices, no bars of the datasets library."""
+    import datasets
+
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -231,6 +251,8 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,10 @@
 Files are written into a hidden folder beside OUT, hashed and synced one by one; `publish` renames
 the hidden folder to OUT, which is atomic. Whatever goes wrong before (an error, Ctrl-C, a full
 disk), `discard` removes the hidden folder and OUT is as it was.
+
+With a work folder (runs that can be resumed) everything lies inside of it, also an old OUT that is
+being replaced. A process that is killed between the two renames leaves no OUT; the next one to
+open the same work folder puts the old OUT back first.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,18 +34,27 @@ class PartialFolder:
         out: the folder to create; its parent must exist. An empty folder counts as absent.
         overwrite: replace an existing checkpoint when publishing. Anything that is not a
             dropbydrop checkpoint is never replaced.
+        work: the folder of a run that can be resumed; the hidden folder is `checkpoint` in it.
 
     Raises:
         DropError: `out` exists, its parent does not, or the disk is full.
     """
 
-    def __init__(self, out: Path, overwrite: bool = False) -> None:
-        self.out, self.overwrite = out, overwrite
+    def __init__(self, out: Path, overwrite: bool = False, work: Path | None = None) -> None:
+        self.out, self.overwrite, self.work = out, overwrite, work
         self.files: dict[str, FileEntry] = {}
         self.published = False
+        if work is None:
+            token = f"{os.getpid()}-{secrets.token_hex(4)}"
+            self.path = out.parent / f".{out.name}.partial-{token}"
+            self._old = out.parent / f".{out.name}.old-{token}"
+        else:
+            self.path, self._old = work / "checkpoint", work / "old"
+            if self._old.exists() and not out.exists():
+                os.rename(self._old, out)
+            for rest in (self.path, self._old):
+                shutil.rmtree(rest, ignore_errors=True)
         self._check_out()
-        token = f"{os.getpid()}-{secrets.token_hex(4)}"
-        self.path = out.parent / f".{out.name}.partial-{token}"
         with self.disk_errors():
             self.path.mkdir()
 
@@ -59,11 +72,11 @@ class PartialFolder:
 
     def publish(self) -> None:
         """Rename to `out`. An old `out` is moved aside first and removed last."""
-        _sync_folder(self.path)
+        sync_folder(self.path)
         self._check_out()
         old = None
         if self.out.exists() and any(self.out.iterdir()):
-            old = self.path.with_name(self.path.name.replace(".partial-", ".old-"))
+            old = self._old
             os.rename(self.out, old)
         try:
             os.rename(self.path, self.out)
@@ -72,7 +85,7 @@ class PartialFolder:
                 os.rename(old, self.out)
             raise
         self.published = True
-        _sync_folder(self.out.parent)
+        sync_folder(self.out.parent)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -84,18 +97,12 @@ class PartialFolder:
     @contextmanager
     def disk_errors(self) -> Iterator[None]:
         """Turn a full disk into an error that says so, after removing what was written."""
-        try:
+        advice = "What was written has been removed again; {free} in {parent}. "
+        advice += "Free some space or choose another folder."
+        if self.work is not None:
+            advice = "{free} in {parent}. Free some space."
+        with full_disk(self.out, advice, self.discard):
             yield
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            self.discard()
-            free = shutil.disk_usage(self.out.parent).free
-            raise DropError(
-                f"the disk is full: {self.out} could not be written ({os.strerror(error.errno)}). "
-                f"What was written has been removed again; {free / 1e9:.2f} GB are free in "
-                f"{self.out.parent}. Free some space or choose another folder."
-            ) from error
 
     def _check_out(self) -> None:
         if not self.out.parent.is_dir():
@@ -115,7 +122,26 @@ class PartialFolder:
             )
 
 
-def _sync_folder(path: Path) -> None:
+@contextmanager
+def full_disk(out: Path, advice: str, cleanup: Callable[[], None]) -> Iterator[None]:
+    """Turn the OSError of a full disk into a DropError, after `cleanup`.
+
+    `advice` may use {free} ("1.23 GB are free") and {parent}, the folder that holds `out`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        cleanup()
+        free = f"{shutil.disk_usage(out.parent).free / 1e9:.2f} GB are free"
+        raise DropError(
+            f"the disk is full: {out} could not be written ({os.strerror(error.errno)}). "
+            + advice.format(free=free, parent=out.parent)
+        ) from error
+
+
+def sync_folder(path: Path) -> None:
     """Make the names in a folder durable (not every platform lets a folder be opened)."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)

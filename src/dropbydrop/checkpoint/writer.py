@@ -11,22 +11,24 @@ Steps:
    renamed to OUT. A rename is atomic, so OUT is never half-written. On an error, Ctrl-C or a
    full disk the hidden folder is removed.
 
+For runs that can be resumed, the raw files lie in a work folder of the caller (`work`) and survive
+whatever happens: `commit` makes them durable and returns the record that the next writer needs.
+They are kept until OUT is in place, which takes as much disk again as the checkpoint.
+
 The same input gives the same bytes: order does not depend on the order of the calls, JSON has
 sorted keys, and no time or host name is written.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,15 +36,7 @@ from torch import Tensor
 from ..code import GROUP
 from ..errors import DropError, FormatError
 from ..rotation import Rotation, pack_signs
-from .files import (
-    DTYPE_NAMES,
-    DTYPES,
-    Manifest,
-    TensorInfo,
-    dump_json,
-    encode_header,
-    plane_file,
-)
+from .files import DTYPES, Manifest, dump_json, encode_header, plane_file
 from .folder import PartialFolder
 from .format import (
     CONFIG_FILE,
@@ -58,35 +52,12 @@ from .format import (
     plain_name,
     signs_name,
 )
+from .narrow import half, quantize_rows
+from .spill import Spill
 
 SHARD_BYTES = 5_000_000_000  # as the Hub's tools
 _CHUNK = 8 << 20
 _REFUSED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py")
-
-
-@dataclass(frozen=True)
-class _Spilled:
-    """A tensor in a raw file."""
-
-    info: TensorInfo
-    offset: int
-
-
-class _Spill:
-    """An append-only raw file of tensors."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: BinaryIO = open(path, "wb")  # noqa: SIM115 - lives as long as the writer
-        self.tensors: dict[str, _Spilled] = {}
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        if name in self.tensors:
-            raise ValueError(f"tensor {name} was added twice")
-        info = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-        self.tensors[name] = _Spilled(info, self.file.tell())
-        data = tensor.detach().cpu().contiguous().reshape(-1)
-        self.file.write(data.view(torch.uint8).numpy().data)
 
 
 class CheckpointWriter:
@@ -97,24 +68,76 @@ class CheckpointWriter:
         overwrite: replace an existing checkpoint, at the very end. Anything that is not a
             dropbydrop checkpoint is never replaced.
         shard_bytes: a plane above this size is split at tensor boundaries.
+        work: an existing folder for raw files that outlive this writer; its owner removes it.
+        records: what the calls of `commit` of an earlier writer on `work` returned: go on there.
 
     Raises:
         DropError: `out` exists, its parent does not, or the disk is full.
+        FormatError: the raw files in `work` do not hold what the records say.
     """
 
     def __init__(
-        self, out: Path | str, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES
+        self,
+        out: Path | str,
+        *,
+        overwrite: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+        work: Path | None = None,
+        records: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if sys.byteorder != "little":  # raw bytes are spilled as they lie in memory
             raise DropError("writing checkpoints needs a little-endian machine.")
-        self._folder = PartialFolder(Path(os.path.abspath(out)), overwrite)
-        self._shard_bytes = shard_bytes
-        self._planes: list[_Spill] = []
+        self._folder = PartialFolder(Path(os.path.abspath(out)), overwrite, work)
+        self._shard_bytes, self._work = shard_bytes, work
+        self._planes: list[Spill] = []
         self._linears: dict[str, tuple[int, int]] = {}  # module -> (d_out, d_in)
         self._sites: list[SiteSpec] = []
         self._sets: dict[str, int] = {}  # codebook set -> planes
         with self._folder.disk_errors():
-            self._rest = self._spill("rest")
+            if records:
+                self._restore(records)
+            else:
+                self._rest = self._spill("rest")
+        self._committed = len(self._linears), len(self._sites)
+
+    @property
+    def sites(self) -> tuple[SiteSpec, ...]:
+        """The sites added so far."""
+        return tuple(self._sites)
+
+    # -- resuming -------------------------------------------------------------------------
+
+    def commit(self) -> dict[str, Any]:
+        """Make everything added so far durable; JSON-able record of what is new since then.
+
+        Raises:
+            DropError: the disk is full.
+        """
+        with self._folder.disk_errors():
+            spills = {spill.path.stem: spill.commit() for spill in (self._rest, *self._planes)}
+        linears, sites = self._committed
+        self._committed = len(self._linears), len(self._sites)
+        return {
+            "spills": spills,
+            "linears": [[name, *shape] for name, shape in list(self._linears.items())[linears:]],
+            "sites": [site.to_dict() for site in self._sites[sites:]],
+            "sets": self._sets.copy(),
+        }
+
+    def _restore(self, records: Sequence[Mapping[str, Any]]) -> None:
+        assert self._work is not None, "only a writer with a work folder can go on"
+        entries: dict[str, list[Any]] = {}
+        for record in records:
+            for name, new in record["spills"].items():
+                entries.setdefault(name, []).extend(new)
+            self._linears |= {name: (rows, columns) for name, rows, columns in record["linears"]}
+            self._sites += [SiteSpec.from_dict(site) for site in record["sites"]]
+            self._sets |= record["sets"]
+        self._rest = Spill.restore(self._work / "rest.raw", entries.pop("rest"))
+        self._planes = [
+            Spill.restore(self._work / f"plane-{m}.raw", entries[f"plane-{m}"])
+            for m in range(1, len(entries) + 1)
+        ]
 
     # -- adding ---------------------------------------------------------------------------
 
@@ -148,7 +171,7 @@ class CheckpointWriter:
         dims = 1 if level_scales is None else 2
         if rows is None or rows.dim() != dims or rows.shape[-1] != d_out:
             raise ValueError(f"{module}: scales must be [{d_out}], level_scales [levels, {d_out}]")
-        rows = _half(rows, module)
+        rows = half(rows, module)
         with self._folder.disk_errors():
             if not self._planes:
                 self._planes = [self._spill(f"plane-{m}") for m in range(1, len(codes) + 1)]
@@ -163,7 +186,7 @@ class CheckpointWriter:
         """Add a set: M codebooks [K/2, g] (sign-symmetric planes) or [K, g], stored in float16."""
         with self._folder.disk_errors():
             for m, codebook in enumerate(codebooks, 1):
-                self._rest.add(codebook_name(name, m), _half(codebook, f"codebook {name}.{m}"))
+                self._rest.add(codebook_name(name, m), half(codebook, f"codebook {name}.{m}"))
         self._sets[name] = len(codebooks)
 
     def add_site(self, site: SiteSpec, rotation: Rotation) -> None:
@@ -195,7 +218,7 @@ class CheckpointWriter:
             elif weight.dtype == torch.bfloat16:
                 self._rest.add(f"{module}.weight", weight)
             else:
-                self._rest.add(f"{module}.weight", _half(weight, module))
+                self._rest.add(f"{module}.weight", half(weight, module))
 
     def add_tensor(self, name: str, tensor: Tensor, *, per_level: bool = False) -> None:
         """Add any other parameter (norms, ...) under its Hugging Face name, in its own dtype.
@@ -215,6 +238,7 @@ class CheckpointWriter:
         quantization: QuantizationConfig,
         extra_files: Mapping[str, bytes | Path] | None = None,
         parameters: Mapping[str, int] | None = None,
+        before_publish: Callable[[str], None] | None = None,
     ) -> Path:
         """Assemble the files, write config and manifest, and rename the folder to OUT.
 
@@ -223,6 +247,7 @@ class CheckpointWriter:
             extra_files: further files by plain name (tokenizer, model card, ...).
             parameters: {"total": parameters of the original model, tied ones counted once};
                 "quantized" is counted here, and compared if given.
+            before_publish: called with the manifest's SHA-256 when all but the rename is done.
 
         Returns:
             The folder.
@@ -247,7 +272,7 @@ class CheckpointWriter:
                 key=lambda name: (-DTYPES[self._rest.tensors[name].info.dtype].itemsize, name),
             )
             self._assemble(REST_FILE, self._rest, order)
-            self._rest.path.unlink()
+            self._drop(self._rest)
             for name, content in sorted((extra_files or {}).items()):
                 self._write_extra(name, content)
             # Without a dtype transformers would take that of some tensor, here of the scales.
@@ -259,6 +284,8 @@ class CheckpointWriter:
             ).to_dict()
             Manifest.from_dict(manifest)  # never write what the reader would refuse
             self._folder.write(MANIFEST_FILE, [dump_json(manifest)])
+            if before_publish is not None:
+                before_publish(self._folder.files[MANIFEST_FILE].sha256)
             self._folder.publish()
         return self._folder.out
 
@@ -301,15 +328,20 @@ class CheckpointWriter:
         names = tuple(plane_file(m, i, len(shards)) for i in range(1, len(shards) + 1))
         for name, tensors in zip(names, shards, strict=True):
             self._assemble(name, spill, tensors)
-        spill.path.unlink()
+        self._drop(spill)
         return names
 
-    def _assemble(self, name: str, spill: _Spill, order: Sequence[str]) -> None:
+    def _drop(self, spill: Spill) -> None:
+        """Free the disk that an assembled raw file takes, unless it must outlive this process."""
+        if self._work is None:
+            spill.path.unlink()
+
+    def _assemble(self, name: str, spill: Spill, order: Sequence[str]) -> None:
         """Write the safetensors file `name` from tensors of a raw file."""
         spill.file.close()
         header = encode_header([(tensor, spill.tensors[tensor].info) for tensor in order])
         with open(spill.path, "rb") as raw:
-            body = (chunk for tensor in order for chunk in _copy(raw, spill.tensors[tensor]))
+            body = (chunk for tensor in order for chunk in spill.copy(raw, tensor))
             self._folder.write(name, chain([header], body))
 
     def _write_extra(self, name: str, content: bytes | Path) -> None:
@@ -322,8 +354,8 @@ class CheckpointWriter:
         with open(content, "rb") as source:
             self._folder.write(name, iter(lambda: source.read(_CHUNK), b""))
 
-    def _spill(self, name: str) -> _Spill:
-        return _Spill(self._folder.path / f"{name}.raw")
+    def _spill(self, name: str) -> Spill:
+        return Spill((self._work or self._folder.path) / f"{name}.raw")
 
     def abort(self) -> None:
         """Remove everything written so far. Harmless after `finish`."""
@@ -344,41 +376,6 @@ class CheckpointWriter:
         self.abort()
         if kind is None and not self._folder.published:
             raise RuntimeError("the checkpoint was not finished: call finish() inside the block")
-
-
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Eight-bit rows: weight [vocab, d] -> int8 rows [vocab, d], float16 row_scales [vocab].
-
-    weight ~ rows * row_scales[:, None]. The scale is rounded to float16 first, so that the rows
-    are the nearest ones for the scale that is stored. Works in slabs of rows.
-    """
-    rows = torch.empty(weight.shape, dtype=torch.int8)
-    row_scales = torch.empty(weight.shape[0], dtype=torch.float16)
-    for start in range(0, weight.shape[0], 8192):
-        slab = weight[start : start + 8192].detach().cpu().to(torch.float32)
-        scale = _half(slab.abs().amax(dim=1) / 127, "embedding rows")
-        safe = torch.where(scale > 0, scale.float(), torch.ones(()))  # an all-zero row stays zero
-        row_scales[start : start + 8192] = scale
-        rows[start : start + 8192] = (slab / safe[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return rows, row_scales
-
-
-def _copy(raw: BinaryIO, spilled: _Spilled) -> Iterator[bytes]:
-    raw.seek(spilled.offset)
-    left = spilled.info.nbytes
-    while left:
-        chunk = raw.read(min(left, _CHUNK))
-        if not chunk:
-            raise OSError(errno.EIO, "a spilled file is shorter than what was written to it")
-        left -= len(chunk)
-        yield chunk
-
-
-def _half(tensor: Tensor, what: str) -> Tensor:
-    half = tensor.detach().to(torch.float16)
-    if not torch.isfinite(half).all():
-        raise ValueError(f"{what}: values that are not finite in float16")
-    return half
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

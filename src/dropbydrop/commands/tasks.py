@@ -6,13 +6,16 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..errors import PrecisionError
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
 
 Tasks = Annotated[
     str | None,
@@ -22,7 +25,7 @@ Limit = Annotated[int | None, typer.Option(help="Only the first so many items of
 TasksData = Annotated[
     Path | None,
     typer.Option(
-        envvar="DROPBYDROP_DATA", help="Folder with the items, a folder a task [the hub]."
+        envvar="DROPBYDROP_DATA", help="Folder with the items, a folder a task (default: the hub)."
     ),
 ]
 
@@ -39,23 +42,28 @@ def evaluate_tasks(
     """Accuracy of every level of a checkpoint, or of a plain model; prints the table.
 
     Returns:
-        See `zeroshot.run`; models are named by their level, "reference" and "model".
+        See `zeroshot.run`; models are named by their level, "reference" and "model". Levels also
+        have "true_bits".
 
     Raises:
         DropError: model, levels, tasks or data are not usable.
     """
+    from ..checkpoint import Checkpoint
     from ..quiet import quiet_transformers
     from ..sources import load_tokenizer, resolve
     from ..zeroshot import parse_tasks, run
 
     names = parse_tasks(tasks)
     models: dict[str, Any] = {}
+    true_bits: dict[str, float] = {}
     with quiet_transformers():
         if reference is not None:
             models["reference"] = _plain(resolve(reference).folder)
         if is_checkpoint(out):
             folder = out
-            models |= _views(out, levels)
+            checkpoint = Checkpoint.open(out)
+            models |= _views(checkpoint, levels)
+            true_bits = {p: checkpoint.true_bits(int(p)) for p in models if p.isdigit()}
         elif levels is not None:
             raise PrecisionError(
                 f"--bits given, but {out} is not a dropbydrop checkpoint and has no levels."
@@ -71,6 +79,8 @@ def evaluate_tasks(
         limit=limit,
         progress=sys.stderr.isatty(),
     )
+    for name, bits in true_bits.items():
+        result["models"][name]["true_bits"] = bits
     print_tasks(result, console)
     return result
 
@@ -91,20 +101,18 @@ def _plain(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def _views(out: Path, levels: Sequence[int] | None) -> dict[str, Any]:
+def _views(checkpoint: Checkpoint, levels: Sequence[int] | None) -> dict[str, Any]:
     """Level -> view, all on the storage of one loaded model; default: all whose planes are here."""
     import torch
 
     from .. import at, load
-    from ..checkpoint import Checkpoint
 
-    checkpoint = Checkpoint.open(out)
     if levels is None:
         present = len(checkpoint.planes_present())
         levels = [p for p in checkpoint.levels if p <= present] or checkpoint.levels[:1]
     for p in levels:
         checkpoint.require(p)
-    top = load(out, bits=max(levels), dtype=torch.float32)
+    top = load(checkpoint.path, bits=max(levels), dtype=torch.float32)
     return {str(p): at(top, p) for p in sorted(levels)}
 
 

@@ -8,6 +8,8 @@
     q, k, v = attention(x)                     # one call: rotation, tables, three products
     weight = decode_dense(packed, books, scales, prefix=2, dtype=torch.bfloat16)
 
+    logits = rows_linear(x, head_rows, head_scales)               # eight-bit head
+
 A product of a few rows goes through tables of dot products (registry, ops, native/kernels); more
 rows, and every device but the CPU, decode to a dense matrix and use torch's product.
 """
@@ -23,6 +25,7 @@ from .layout import (
 )
 from .linear import Bound, Matrix, decode_dense, linear, linears, rotate
 from .registry import Kernel, available, by_name, describe, select, table
+from .rows import rows_linear
 
 __all__ = [
     "Bound",
@@ -40,6 +43,7 @@ __all__ = [
     "pack_plane",
     "prepare_codebooks",
     "rotate",
+    "rows_linear",
     "select",
     "table",
     "unpack",

@@ -1,9 +1,9 @@
 """The native library of CPU kernels, loaded with ctypes.
 
-A plain C interface (native/kernels/drop_kernels.h) keeps one wheel valid for every Python and torch.
-Pointers are passed as integers (`Tensor.data_ptr()`); a call costs about a microsecond and releases
-the interpreter lock. An absent library is no error: `library()` is then None and everything runs
-through torch.
+A plain C interface (native/kernels/drop_kernels.h) keeps one wheel valid for every Python and
+torch. Pointers are passed as integers (`Tensor.data_ptr()`); a call costs about a microsecond and
+releases the interpreter lock. An absent library is no error: `library()` is then None and
+everything runs through torch.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,6 +48,10 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         _int,
         [_int, _ptr, _int, _i64, _i64, _i64, _ptr, _ptr, _int, _i64, _i64, _ptr, _int, _int],
     ),
+    "drop_rows": (
+        _int,
+        [_int, _ptr, _i64, _i64, _ptr, _int, _ptr, _int, _i64, _ptr, _int, _int],
+    ),
     "drop_stream_read": (ctypes.c_uint64, [_int, _ptr, _i64, _int]),
 }
 
@@ -78,6 +83,6 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
-def pointers(tensors: list[Tensor] | tuple[Tensor, ...]) -> ctypes.Array:
+def pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
     """A C array of the tensors' addresses. The tensors must outlive its use."""
     return (_ptr * len(tensors))(*[t.data_ptr() for t in tensors])

@@ -177,20 +177,39 @@ class Bound:
         tiled = all(matrix.packed.tiled for matrix in matrices)
         self._job: ops.SiteJob | None = None
         if self.kernel.native and tiled:
-            self._job = ops.describe_site(*_site_arguments(self), self.kernel.name)
+            self._job = self._describe()
 
-    def __call__(self, x: Tensor) -> list[Tensor]:
+    def _describe(self) -> ops.SiteJob:
+        rotation, prefix = self.rotation, self.prefix
+        return ops.describe_site(
+            self.d_in,
+            rotation.signs,
+            rotation.odd,
+            rotation.block,
+            self.books.prepared[:prefix],
+            self.books.entries,
+            [plane for matrix in self.matrices for plane in matrix.packed.planes[:prefix]],
+            [matrix.scales for matrix in self.matrices],
+            [matrix.bias for matrix in self.matrices],
+            self.rows,
+            self.kernel.name,
+        )
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """x [..., d_in] -> [..., d_out] of each matrix, in the dtype of x."""
-        shape, job = x.shape[:-1], self._job
-        flat = x if x.dim() == 2 else x.reshape(-1, self.d_in)
-        n = flat.shape[0]
+        job, n = self._job, x.numel() // self.d_in
         if job is None or n > self.few or not _fits(x, self.kernel):
             return self.dense(x)
-        # Tracing must see the operator; otherwise skip the dispatcher.
-        run = torch.ops.dropbydrop.bound_site if torch.compiler.is_compiling() else ops.bound_site
-        y = run(flat.contiguous(), job.job, job.width, job.kernel)
-        if len(self.rows) == 1 or n == 1:
-            return list(y.view(*shape, job.width).split(self.rows, -1))
+        x, shape = x.contiguous(), x.shape[:-1]
+        if torch.compiler.is_compiling():  # tracing must see the operator
+            flat = x.reshape(n, self.d_in)
+            y = torch.ops.dropbydrop.bound_site(flat, job.job, job.width, job.kernel)
+        else:  # without the dispatcher, which costs as much as a small product
+            y = ops.run_site(x, job.address, self.d_in, job.width, job.kernel)
+        if len(self.rows) == 1:
+            return (y.view(*shape, job.width),)
+        if n == 1:
+            return torch.split_with_sizes(y.view(*shape, job.width), self.rows, -1)
         parts = y.split([n * rows for rows in self.rows])
         return [part.view(*shape, rows) for part, rows in zip(parts, self.rows, strict=True)]
 
@@ -210,23 +229,6 @@ class Bound:
         ]
 
 
-def _site_arguments(bound: Bound) -> tuple:
-    """All arguments of the operator `site` between x and the kernel."""
-    rotation, prefix = bound.rotation, bound.prefix
-    return (
-        bound.d_in,
-        rotation.signs,
-        rotation.odd,
-        rotation.block,
-        bound.books.prepared[:prefix],
-        bound.books.entries,
-        [plane for matrix in bound.matrices for plane in matrix.packed.planes[:prefix]],
-        [matrix.scales for matrix in bound.matrices],
-        [matrix.bias for matrix in bound.matrices],
-        bound.rows,
-    )
-
-
 def linears(
     x: Tensor,
     matrices: Sequence[Matrix],
@@ -234,7 +236,7 @@ def linears(
     rotation: Rotation,
     prefix: int,
     kernel: str | None = None,
-) -> list[Tensor]:
+) -> Sequence[Tensor]:
     """Products of one input with all matrices that read it. `Bound` does the same repeatedly.
 
     Args:

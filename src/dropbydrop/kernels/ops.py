@@ -2,7 +2,8 @@
 
     dropbydrop::rotate(x, signs, odd, block, kernel) -> float32, shape of x
     dropbydrop::build_tables(x, codebooks, entries, kernel) -> uint8 [n, bytes]
-    dropbydrop::matvec(tables, planes, scales, bias, rows, groups, entries, kernel, dtype) -> [n, rows]
+    dropbydrop::matvec(tables, planes, scales, bias, rows, groups, entries, kernel, dtype)
+        -> [n, rows]
     dropbydrop::site(x, signs, odd, block, codebooks, entries, planes, scales, biases, rows, kernel)
         -> [n * sum(rows)], one [n, rows[i]] after the other
     dropbydrop::bound_site(x, job, width, kernel) -> [n * width], the same
@@ -42,7 +43,7 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _library = torch.library.Library("dropbydrop", "DEF")
 
 
-def _operator(schema: str) -> Callable[[Callable], Callable]:
+def operator(schema: str) -> Callable[[Callable], Callable]:
     """Define an operator whose CPU implementation is the decorated function."""
 
     def register(function: Callable) -> Callable:
@@ -53,19 +54,22 @@ def _operator(schema: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def _fake(name: str) -> Callable[[Callable], Callable]:
+def fake(name: str) -> Callable[[Callable], Callable]:
+    """Register the decorated function as the fake implementation: shapes and types only."""
     return torch.library.register_fake(f"dropbydrop::{name}", lib=_library)
 
 
 @lru_cache(maxsize=1)
-def _native() -> Any:
+def native_library() -> Any:
+    """The native library; an error where an operator is called without it."""
     lib = library()
     if lib is None:
         raise RuntimeError("dropbydrop operators need the native library")
     return lib
 
 
-def _done(status: int) -> None:
+def done(status: int) -> None:
+    """Raise when a native function reports that it did nothing."""
     if status:
         raise RuntimeError("kernel not supported by this processor, or a site job that is none")
 
@@ -111,7 +115,7 @@ def _matrices(
     start, step = ctypes.addressof(addresses), 8 * prefix
     described = (_Matrix * len(rows))()
     for i, (scale, bias, count) in enumerate(zip(scales, biases, rows, strict=True)):
-        described[i] = (
+        described[i] = _Matrix(
             start + i * step,
             count,
             scale.data_ptr(),
@@ -126,13 +130,13 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-@_operator("rotate(Tensor x, Tensor? signs, Tensor? odd, int block, str kernel) -> Tensor")
+@operator("rotate(Tensor x, Tensor? signs, Tensor? odd, int block, str kernel) -> Tensor")
 def rotate(x: Tensor, signs: Tensor | None, odd: Tensor | None, block: int, kernel: str) -> Tensor:
     """x [n, d] -> Q x, float32 [n, d]; see `dropbydrop.rotation`."""
     n, d = x.shape
     out = torch.empty(n, d)
-    _done(
-        _native().drop_rotate(
+    done(
+        native_library().drop_rotate(
             registry.index(kernel),
             x.data_ptr(),
             TYPES[x.dtype],
@@ -149,32 +153,34 @@ def rotate(x: Tensor, signs: Tensor | None, odd: Tensor | None, block: int, kern
     return out
 
 
-@_fake("rotate")
+@fake("rotate")
 def _(x, signs, odd, block, kernel):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-@_operator("build_tables(Tensor x, Tensor[] codebooks, int entries, str kernel) -> Tensor")
+@operator("build_tables(Tensor x, Tensor[] codebooks, int entries, str kernel) -> Tensor")
 def build_tables(x: Tensor, codebooks: Sequence[Tensor], entries: int, kernel: str) -> Tensor:
     """Rotated x float32 [n, d], prepared codebooks of planes 1..P -> tables uint8 [n, bytes]."""
-    lib, index = _native(), registry.index(kernel)
+    lib, index = native_library(), registry.index(kernel)
     n, d = x.shape
     groups, prefix = d // GROUP, len(codebooks)
     out = torch.empty(n, lib.drop_table_bytes(index, groups, prefix, entries), dtype=torch.uint8)
     books = pointers(codebooks)
     threads = torch.get_num_threads()
-    _done(lib.drop_build(index, x.data_ptr(), n, groups, prefix, books, out.data_ptr(), threads))
+    done(lib.drop_build(index, x.data_ptr(), n, groups, prefix, books, out.data_ptr(), threads))
     return out
 
 
-@_fake("build_tables")
+@fake("build_tables")
 def _(x, codebooks, entries, kernel):  # type: ignore[no-untyped-def]
     groups = x.shape[1] // GROUP
-    count = _native().drop_table_bytes(registry.index(kernel), groups, len(codebooks), entries)
+    count = native_library().drop_table_bytes(
+        registry.index(kernel), groups, len(codebooks), entries
+    )
     return x.new_empty((x.shape[0], count), dtype=torch.uint8)
 
 
-@_operator(
+@operator(
     "matvec(Tensor tables, Tensor[] planes, Tensor scales, Tensor? bias, int rows, int groups, "
     "int entries, str kernel, ScalarType dtype) -> Tensor"
 )
@@ -193,8 +199,8 @@ def matvec(
     n, prefix = tables.shape[0], len(planes)
     out = torch.empty(n, rows, dtype=dtype)
     described, keep = _matrices(planes, [scales], [bias], [rows], prefix)
-    _done(
-        _native().drop_multiply(
+    done(
+        native_library().drop_multiply(
             registry.index(kernel),
             tables.data_ptr(),
             n,
@@ -212,12 +218,12 @@ def matvec(
     return out
 
 
-@_fake("matvec")
+@fake("matvec")
 def _(tables, planes, scales, bias, rows, groups, entries, kernel, dtype):  # type: ignore[no-untyped-def]
     return tables.new_empty((tables.shape[0], rows), dtype=dtype)
 
 
-@_operator(
+@operator(
     "site(Tensor x, Tensor? signs, Tensor? odd, int block, Tensor[] codebooks, int entries, "
     "Tensor[] planes, Tensor[] scales, Tensor?[] biases, int[] rows, str kernel) -> Tensor"
 )
@@ -238,12 +244,12 @@ def site(
     described, keep = _matrices(planes, scales, biases, rows, len(codebooks))
     books = pointers(codebooks)
     job = _site(x.shape[1], signs, odd, block, books, entries, described)
-    out = _run_site(x, ctypes.addressof(job), sum(rows), registry.index(kernel))
+    out = run_site(x, ctypes.addressof(job), x.shape[1], sum(rows), registry.index(kernel))
     del keep
     return out
 
 
-@_fake("site")
+@fake("site")
 def _(x, signs, odd, block, codebooks, entries, planes, scales, biases, rows, kernel):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0] * sum(rows),))
 
@@ -271,15 +277,15 @@ def _site(
     )
 
 
-def _run_site(x: Tensor, job: int, width: int, kernel: int) -> Tensor:
-    n, d = x.shape
+def run_site(x: Tensor, address: int, d: int, width: int, kernel: int) -> Tensor:
+    """Run the C structure at `address` on contiguous x [..., d] -> [n * width], n rows."""
+    n = x.numel() // d
     kind = TYPES[x.dtype]
-    out = torch.empty(n * width, dtype=x.dtype)
-    _done(
-        _native().drop_site(
-            kernel, job, x.data_ptr(), kind, n, d, out.data_ptr(), kind, torch.get_num_threads()
-        )
-    )
+    out = x.new_empty(n * width)
+    if native_library().drop_site(
+        kernel, address, x.data_ptr(), kind, n, d, out.data_ptr(), kind, torch.get_num_threads()
+    ):
+        done(-1)
     return out
 
 
@@ -288,6 +294,7 @@ class SiteJob:
     """A `site` call without its input. Holds every tensor whose address it contains."""
 
     job: Tensor  # uint8: the C structure
+    address: int  # of `job`
     width: int  # sum of the rows of the matrices
     kernel: int
     keep: tuple[object, ...]
@@ -315,23 +322,22 @@ def describe_site(
     books = pointers(codebooks)
     job = _site(d, signs, odd, block, books, entries, described)
     blob = torch.frombuffer(bytearray(bytes(job)), dtype=torch.uint8).clone()
-    return SiteJob(
-        blob, sum(rows), registry.index(kernel), (tensors, described, addresses, books)
-    )
+    keep = (tensors, described, addresses, books)
+    return SiteJob(blob, blob.data_ptr(), sum(rows), registry.index(kernel), keep)
 
 
-@_operator("bound_site(Tensor x, Tensor job, int width, int kernel) -> Tensor")
+@operator("bound_site(Tensor x, Tensor job, int width, int kernel) -> Tensor")
 def bound_site(x: Tensor, job: Tensor, width: int, kernel: int) -> Tensor:
     """`site` as described by a `SiteJob` that the caller keeps alive."""
-    return _run_site(x, job.data_ptr(), width, kernel)
+    return run_site(x, job.data_ptr(), x.shape[1], width, kernel)
 
 
-@_fake("bound_site")
+@fake("bound_site")
 def _(x, job, width, kernel):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0] * width,))
 
 
-@_operator(
+@operator(
     "decode(Tensor[] planes, bool tiled, Tensor[] codebooks, Tensor scales, int rows, int groups, "
     "int first, int last, ScalarType dtype, str kernel) -> Tensor"
 )
@@ -357,8 +363,8 @@ def decode(
             planes, tiled, codebooks, scales, rows, groups, first, last, torch.float32, kernel
         ).to(dtype)
     addresses, books = pointers(planes), pointers(codebooks)
-    _done(
-        _native().drop_decode(
+    done(
+        native_library().drop_decode(
             registry.index(kernel),
             addresses,
             int(tiled),
@@ -378,7 +384,7 @@ def decode(
     return out
 
 
-@_fake("decode")
+@fake("decode")
 def _(planes, tiled, codebooks, scales, rows, groups, first, last, dtype, kernel):  # type: ignore[no-untyped-def]
     return scales.new_empty((last - first, groups * GROUP), dtype=dtype)
 
@@ -386,4 +392,4 @@ def _(planes, tiled, codebooks, scales, rows, groups, first, last, dtype, kernel
 def table_bytes(groups: int, prefix: int, entries: int = ENTRIES // 2, kernel: str = "") -> int:
     """Bytes of the tables of one activation row."""
     index = registry.index(kernel or registry.select().name)
-    return _native().drop_table_bytes(index, groups, prefix, entries)
+    return native_library().drop_table_bytes(index, groups, prefix, entries)

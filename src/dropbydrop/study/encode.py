@@ -2,27 +2,59 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Sequence
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .. import __version__
 from ..encoder import EFFORTS, encode_site
 from ..refit import prefixes
 from ..rotation import Rotation
+from ..sources import cache_dir
 from ..universal import default_lambdas, universal_set
 from .refinement import Encode
+
+
+def codebooks_for(levels: Sequence[int]) -> Tensor:
+    """The universal set for these levels, float32 [M, K/2, g], kept in the user's cache.
+
+    Sets that do not ship with the package take up to a minute to train; the cache is keyed by
+    levels, their weights and the version, and one that cannot be read is trained again.
+    """
+    levels = tuple(levels)
+    key = json.dumps([levels, default_lambdas(levels), __version__])
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = cache_dir() / "universal" / f"{name}.safetensors"
+    try:
+        return load_file(path)["codebooks"].to(torch.float32)
+    except (OSError, SafetensorError, KeyError):
+        codebooks = universal_set(levels)
+    partial = path.with_name(f".{name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"codebooks": codebooks.contiguous()}, partial)
+        partial.rename(path)
+    except (OSError, SafetensorError):  # a cache that cannot be written costs time, nothing else
+        partial.unlink(missing_ok=True)
+    return codebooks
 
 
 def package_encoder(preset: str = "balanced", seed: int = 0) -> Encode:
     """encode(W, H, levels) with rotation, universal codebooks and row scales.
 
     Beyond the codes it spends 16 bits a row: pass `overhead=overhead(d_in)` to the study. A set of
-    levels that does not ship with the package is trained first, in about a minute each.
+    levels that does not ship with the package is trained first, see `codebooks_for`.
     """
 
     def encode(weight: Tensor, h: Tensor, levels: Sequence[int], /) -> list[Tensor]:
         chosen = tuple(levels)
-        codebooks = universal_set(chosen)
+        codebooks = codebooks_for(chosen)
         rotation = Rotation.make(weight.shape[1], seed=seed)
         lambdas = default_lambdas(chosen)
         effort = EFFORTS[preset]

@@ -65,17 +65,28 @@ def styled(plot: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(plot)
     def draw(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            import matplotlib
-        except ImportError as error:
-            raise DropError(
-                "plots need matplotlib, which is not installed; `pip install 'dropbydrop[plot]'` "
-                "adds it. The numbers themselves are in the command's JSON without it."
-            ) from error
+        require_matplotlib()
+        import matplotlib
+
         with matplotlib.rc_context(_SETTINGS):
             return plot(*args, **kwargs)
 
     return draw
+
+
+def require_matplotlib() -> None:
+    """Ask for matplotlib before long work, not after it.
+
+    Raises:
+        DropError: it is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise DropError(
+            "plots need matplotlib, which is not installed; `pip install 'dropbydrop[plot]'` "
+            "adds it. The numbers themselves are in the command's JSON without it."
+        ) from error
 
 
 def new_figure(

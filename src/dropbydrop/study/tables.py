@@ -58,13 +58,18 @@ def print_gaussian(result: dict[str, Any], console: Console, top: int = 10) -> N
         console.print("massive activations: no cached statistics; name a --calibration to measure")
         return
     table = _table(
-        "massive activations: token energy over the median of its window",
-        ["input of", "worst", "tokens over 100", "over 1000"],
+        "massive activations: token energy over the median token's",
+        ["input of", "largest", "tokens over 100", "their energy", "at position 0"],
     )
     for row in massive[:top]:
         peak = row["max_over_median"]
-        over = [str(row.get(key, "")) for key in ("over_100", "over_1000")]
-        table.add_row(row["site"], "infinite" if peak is None else f"{peak:,.0f}", *over)
+        table.add_row(
+            row["site"],
+            "infinite" if peak is None else f"{peak:,.0f}",
+            f"{row['count']} of {row['tokens']}",
+            f"{row['share']:.1%}",
+            f"{row['first_token_share']:.0%}",
+        )
     console.print(table)
 
 

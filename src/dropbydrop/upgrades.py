@@ -15,7 +15,6 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 from .checkpoint import Checkpoint
 from .checkpoint.format import CONFIG_FILE, MANIFEST_FILE, REST_FILE
@@ -24,6 +23,7 @@ from .store import PlaneStore
 from .transfer import is_pulling
 
 _POLL = 0.05  # seconds between two looks at the folder
+_starting = threading.Lock()
 
 
 class Upgrade:
@@ -96,20 +96,16 @@ class Upgrade:
                 self._changed.notify_all()
 
 
-_upgrades: WeakKeyDictionary[PlaneStore, Upgrade] = WeakKeyDictionary()
-
-
 def start(store: PlaneStore) -> Upgrade:
     """The upgrade of a store; a finished one is started again, a running one is shared."""
-    upgrade = _upgrades.get(store)
-    if upgrade is None or upgrade.done:
-        upgrade = _upgrades[store] = Upgrade(store)
-    return upgrade
+    with _starting:
+        if store.upgrade is None or store.upgrade.done:
+            store.upgrade = Upgrade(store)
+        upgrade: Upgrade = store.upgrade
+        return upgrade
 
 
-def wait_for_planes(
-    checkpoint: Checkpoint, bits: int, stop: threading.Event | None = None
-) -> None:
+def wait_for_planes(checkpoint: Checkpoint, bits: int, stop: threading.Event | None = None) -> None:
     """Return when planes 1..bits are present, or `stop` is set.
 
     Raises:

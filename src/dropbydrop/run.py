@@ -1,0 +1,232 @@
+"""One run of the quantizer: encode and write a block, write the rest, keep books, report.
+
+The books (`Tally`) can be handed over to another process, so that a run continues exactly where it
+was (resume.py): `mark` returns what is new since the last call as JSON, `restore` takes a list of
+such records. What has been written is handed over by the writer itself.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .capture import Captured
+from .checkpoint import CheckpointWriter, Embeddings, SiteSpec
+from .encoder import Effort, Encoded, encode_site
+from .rotation import Rotation
+from .universal import default_lambdas
+from .walk import Walk
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did. Seconds are wall-clock, memory is the peak of the whole process.
+
+    Attributes:
+        errors: mean over matrices of the relative weighted error at each level.
+        kept: parameters left in 8 or 16 bits (or as they were): name, bits, reason.
+        resumed: blocks taken over from an interrupted run; seconds count their work too, except
+            for the total.
+    """
+
+    out: Path
+    levels: tuple[int, ...]
+    seconds: dict[str, float]
+    peak_gib: float
+    model_gib: float
+    errors: dict[int, float]
+    matrices: int
+    kept: list[dict[str, Any]]
+    backend: str
+    resumed: int
+    log: list[dict[str, Any]] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, without the line-by-line log."""
+        return {
+            "out": str(self.out),
+            "levels": list(self.levels),
+            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
+            "peak_gib": round(self.peak_gib, 3),
+            "model_float32_gib": round(self.model_gib, 3),
+            "mean_relative_error": {str(p): e for p, e in self.errors.items()},
+            "matrices": self.matrices,
+            "kept": self.kept,
+            "backend": self.backend,
+            "resumed_blocks": self.resumed,
+        }
+
+
+@dataclass
+class Tally:
+    """The books of a run.
+
+    Attributes:
+        log: one entry a matrix: module, shape, relative errors, outliers, seconds.
+        kept: parameters that are not coded: name, bits, values, reason.
+        parameters: of the original model, met so far (tied ones once).
+        seconds: wall-clock time by phase.
+    """
+
+    levels: tuple[int, ...]
+    log: list[dict[str, Any]] = field(default_factory=list)
+    kept: list[dict[str, Any]] = field(default_factory=list)
+    parameters: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("calibrate", "activations", "encode", "write"), 0.0)
+    )
+    _marked: tuple[int, int] = (0, 0)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    def mark(self) -> dict[str, Any]:
+        """What is new since the last call, JSON-able."""
+        log, kept = self._marked
+        self._marked = len(self.log), len(self.kept)
+        return {
+            "log": self.log[log:],
+            "kept": self.kept[kept:],
+            "parameters": self.parameters,
+            "seconds": self.seconds.copy(),
+        }
+
+    def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what `mark` returned in another process."""
+        for record in records:
+            self.log += record["log"]
+            self.kept += record["kept"]
+            self.parameters = record["parameters"]
+            self.seconds |= record["seconds"]
+        self._marked = len(self.log), len(self.kept)
+
+    def mean_errors(self) -> dict[int, float]:
+        """Mean relative error over matrices at each level."""
+        return {
+            p: sum(line["rel_error"][str(p)] for line in self.log) / max(len(self.log), 1)
+            for p in self.levels
+        }
+
+    def log_lines(self) -> bytes:
+        """The log as it is stored: without times, so that the same input gives the same bytes."""
+        lines = ({k: v for k, v in line.items() if k != "seconds"} for line in self.log)
+        return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+class Run:
+    """Encodes and writes; `tally` has the books."""
+
+    def __init__(
+        self,
+        walk: Walk,
+        writer: CheckpointWriter,
+        levels: tuple[int, ...],
+        codebooks: Tensor,
+        effort: Effort,
+        seed: int,
+        backend: str | None,
+    ) -> None:
+        self.walk, self.writer, self.levels = walk, writer, levels
+        self.codebooks = codebooks.to(walk.device)
+        self.effort, self.seed, self.backend = effort, seed, backend
+        self.lambdas = default_lambdas(levels)
+        self.tally = Tally(levels)
+
+    def encode_block(self, i: int, block: nn.Module, captured: Captured) -> None:
+        """Encode and write every matrix of block i, and the parameters that stay as they are."""
+        done: set[str] = set()
+        prefix = f"{self.walk.block_prefix(i)}."
+        for site in captured.sites:
+            number = len(self.writer.sites)
+            rotation = Rotation.make(site.d_in, seed=self.seed * 1_000_003 + number)
+            modules: dict[str, Any] = {
+                name: block.get_submodule(name.removeprefix(prefix)) for name in site.modules
+            }
+            weights = {name: module.weight.detach().float() for name, module in modules.items()}
+            mark = time.perf_counter()
+            encoded = encode_site(
+                weights,
+                captured.grams[site.name],
+                rotation.to(self.walk.device),
+                self.codebooks,
+                self.levels,
+                self.lambdas,
+                self.effort,
+                self.backend,
+            )
+            spent = (time.perf_counter() - mark) / len(weights)
+            ratio = captured.energy_ratio[site.name]
+            spec = SiteSpec(site.name, site.modules, site.d_in, "universal", rotation.spec())
+            self.writer.add_site(spec, rotation)
+            for name, code in encoded.items():
+                bias = modules[name].bias
+                self._write(name, code, None if bias is None else bias.detach().cpu())
+                done |= {f"{name}.weight", f"{name}.bias"}
+                self.tally.parameters += weights[name].numel() + (
+                    0 if bias is None else bias.numel()
+                )
+                self._log(name, weights[name], code, ratio, spent)
+        for local, _ in block.named_parameters():
+            if prefix + local not in done:
+                self._keep(prefix + local, "not a matrix of a linear layer")
+        for local, _ in block.named_buffers():
+            if local in block.state_dict():
+                self._keep(prefix + local, "a buffer")
+
+    def _write(self, name: str, code: Encoded, bias: Tensor | None) -> None:
+        codes = [plane.cpu() for plane in code.codes]
+        self.writer.add_linear(name, codes, scales=code.scales.cpu(), bias=bias)
+
+    def _log(
+        self, name: str, weight: Tensor, code: Encoded, energy_ratio: float, seconds: float
+    ) -> None:
+        rms = float(weight.square().mean().sqrt())
+        self.tally.log.append(
+            {
+                "module": name,
+                "shape": list(weight.shape),
+                "rel_error": dict(zip(map(str, self.levels), code.errors, strict=True)),
+                "max_over_rms": round(float(weight.abs().max()) / max(rms, 1e-30), 2),
+                "token_energy_over_median": round(energy_ratio, 1),
+                "seconds": round(seconds, 3),
+            }
+        )
+
+    def _keep(self, name: str, reason: str) -> None:
+        """A parameter that is stored as it is."""
+        tensor = self.walk.read(name)
+        self.writer.add_tensor(name, tensor)
+        self.tally.parameters += tensor.numel()
+        bits = 8 * tensor.element_size()
+        self.tally.kept.append(
+            {"name": name, "bits": bits, "values": tensor.numel(), "reason": reason}
+        )
+
+    def write_rest(self, head_bits: int) -> Embeddings:
+        """Write embedding, head and what else lies outside of the blocks."""
+        walk = self.walk
+        modules = [*walk.embedding_modules, *([] if walk.tied else walk.head_modules)]
+        for module in modules:
+            weight = walk.read(f"{module}.weight")
+            self.writer.add_embedding(module, weight, head_bits)
+            self.tally.parameters += weight.numel()
+            what = "head" if module in walk.head_modules else "embedding"
+            reason = f"{what}{' and tied head' if walk.tied else ''}; --head-bits chooses"
+            self.tally.kept.append(
+                {"name": module, "bits": head_bits, "values": weight.numel(), "reason": reason}
+            )
+        for name in walk.outer_names():
+            if name.removesuffix(".weight") not in modules:
+                self._keep(name, "outside of the decoder blocks")
+        return Embeddings(head_bits, tuple(modules), walk.tied)
