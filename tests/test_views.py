@@ -152,9 +152,15 @@ def test_rotation_of_16_bit_activations_rounds_once(out: Path) -> None:
     model = dropbydrop.load(out, bits=4)
     module = model.model.layers[0].mlp.down_proj
     x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
-    rotated = module.site.rotation.apply(x.float()).bfloat16()
-    once = F.linear(rotated, module.rotated_weight().bfloat16())
-    assert torch.equal(module(x), once)
+    weight = module.rotated_weight()
+    exact = module.site.rotation.apply(x.double()) @ weight.double().T
+    once = F.linear(module.site.rotation.apply(x.float()).bfloat16(), weight.bfloat16())
+    twice = F.linear(module.site.rotation.apply(x), weight.bfloat16())
+
+    def error(y: Tensor) -> float:
+        return float((y.double() - exact).square().mean())
+
+    assert error(module(x)) <= 1.05 * error(once) < 0.9 * error(twice)
 
 
 def test_16_bit_head_does_not_overflow() -> None:

@@ -1,12 +1,9 @@
 // The table of kernels and the C interface: what is the same for every instruction set.
+#include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
-#include "drop_kernels.h"
-#include "kernel.h"
-#include "parallel.h"
+#include "product.h"
 
 namespace drop {
 
@@ -40,129 +37,7 @@ const Kernel* const kKernels[] = {
 };
 constexpr int kCount = sizeof kKernels / sizeof kKernels[0];
 
-const Kernel* usable(int kernel) {
-  if (kernel < 0 || kernel >= kCount || !kKernels[kernel]->supported()) return nullptr;
-  return kKernels[kernel];
-}
-
-// Scratch that grows and is reused; one per thread and purpose.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  template <typename T>
-  T* get(int64_t count) {
-    const size_t bytes = static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
-    if (bytes > size_) {
-      std::free(data_);
-      data_ = std::aligned_alloc(64, bytes);
-      if (!data_) std::abort();
-      size_ = bytes;
-    }
-    return static_cast<T*>(data_);
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-thread_local Scratch rotated_scratch, table_scratch, sums_scratch, mix_scratch;
-
-struct Range {
-  int64_t first, last;
-};
-
-Range share(int64_t total, const Member& member) {
-  return {total * member.rank / member.size, total * (member.rank + 1) / member.size};
-}
-
-// Runs a lambda on a team.
-template <typename Body>
-void on_team(int threads, Body& body) {
-  run_team(
-      threads, [](void* context, const Member& member) { (*static_cast<Body*>(context))(member); },
-      &body);
-}
-
-struct Products {
-  const Kernel* kernel;
-  const uint8_t* tables;
-  int64_t n, groups, prefix, entries;
-  const DropMatrix* matrices;
-  int64_t count;
-  char* out;          // of all rows; a matrix has out_rows of them, these are from first_row on
-  int64_t out_rows, first_row;
-  Scalar out_type;
-
-  int64_t strips() const {
-    int64_t total = 0;
-    for (int64_t i = 0; i < count; ++i) total += PlaneShape{matrices[i].rows, groups}.strips();
-    return total;
-  }
-};
-
-// One member's strips of all matrices, the matrices taken as one column of strips.
-void multiply_share(const Products& job, const Member& member) {
-  const Range mine = share(job.strips(), member);
-  const int64_t width = job.out_type == kF32 ? 4 : 2;
-  const bool symmetric = job.entries == kHalf;
-  const TableShape table{job.groups, job.prefix, job.kernel->group_bytes(symmetric)};
-  int64_t start = 0;  // first strip of the matrix
-  char* out = job.out;
-  for (int64_t i = 0; i < job.count; ++i) {
-    const DropMatrix& matrix = job.matrices[i];
-    const PlaneShape plane{matrix.rows, job.groups};
-    const int64_t first = mine.first > start ? mine.first - start : 0;
-    int64_t last = mine.last - start;
-    if (last > plane.strips()) last = plane.strips();
-    if (first < last) {
-      const int64_t stride = (last - first) * kStrip;
-      float* sums = sums_scratch.get<float>(job.n * stride);
-      job.kernel->multiply(
-          {job.tables, job.n, table, symmetric, matrix.planes, plane, sums, stride}, first, last);
-      const int64_t row = first * kStrip;
-      const int64_t rows = (last * kStrip < matrix.rows ? last * kStrip : matrix.rows) - row;
-      const int64_t scale_width = matrix.scale_type == kF32 ? 4 : 2;
-      const int64_t bias_width = matrix.bias_type == kF32 ? 4 : 2;
-      for (int64_t k = 0; k < job.n; ++k) {
-        const char* bias = static_cast<const char*>(matrix.bias);
-        job.kernel->finish({sums + k * stride,
-                            static_cast<const char*>(matrix.scales) + row * scale_width,
-                            static_cast<Scalar>(matrix.scale_type),
-                            bias ? bias + row * bias_width : nullptr,
-                            static_cast<Scalar>(matrix.bias_type),
-                            out + ((job.first_row + k) * matrix.rows + row) * width,
-                            job.out_type},
-                           0, rows);
-      }
-    }
-    start += plane.strips();
-    out += job.out_rows * matrix.rows * width;
-  }
-}
-
-void rotate_share(const Kernel& kernel, const RotateJob& job, const void* x, Scalar type,
-                  int64_t n, int64_t stride, float* out, const Member& member) {
-  const Range mine = share(n, member);
-  const int64_t width = type == kF32 ? 4 : 2;
-  float* scratch = job.odd ? mix_scratch.get<float>(job.d) : nullptr;
-  for (int64_t i = mine.first; i < mine.last; ++i) {
-    kernel.rotate(job, static_cast<const char*>(x) + i * stride * width, type, out + i * job.d,
-                  scratch);
-  }
-}
-
-// Rows of x whose tables are held together: 16 rows of one block still fit the second cache.
-constexpr int64_t kRowsAtOnce = 16;
-
-// A plane below this many bytes a member is not worth waking it.
-constexpr int64_t kBytesPerMember = 1 << 14;
-
-int team_for(int threads, int64_t bytes) {
-  const int64_t most = bytes / kBytesPerMember;
-  if (threads > most) threads = static_cast<int>(most);
-  return threads < 1 ? 1 : threads;
-}
+thread_local Scratch rotated_scratch, table_scratch;
 
 template <bool kPack>
 void copy_packed(uint8_t* codes, int64_t rows, int64_t groups, uint8_t* packed) {
@@ -187,6 +62,12 @@ void copy_packed(uint8_t* codes, int64_t rows, int64_t groups, uint8_t* packed) 
 }
 
 }  // namespace
+
+const Kernel* usable(int kernel) {
+  if (kernel < 0 || kernel >= kCount || !kKernels[kernel]->supported()) return nullptr;
+  return kKernels[kernel];
+}
+
 }  // namespace drop
 
 using namespace drop;
@@ -257,8 +138,14 @@ int drop_rotate(int kernel, const void* x, int x_type, int64_t n, int64_t x_stri
   const Kernel* chosen = usable(kernel);
   if (!chosen) return -1;
   const RotateJob job{signs, d, block, odd};
+  const int64_t width = x_type == kF32 ? 4 : 2;
   auto body = [&](const Member& member) {
-    rotate_share(*chosen, job, x, static_cast<Scalar>(x_type), n, x_stride, out, member);
+    thread_local Scratch mix;
+    const Range mine = share(n, member);
+    for (int64_t i = mine.first; i < mine.last; ++i) {
+      chosen->rotate(job, static_cast<const char*>(x) + i * x_stride * width,
+                     static_cast<Scalar>(x_type), out + i * d, mix.get<float>(d));
+    }
   };
   on_team(n < threads ? static_cast<int>(n) : threads, body);
   return 0;
@@ -289,9 +176,8 @@ int drop_multiply(int kernel, const uint8_t* tables, int64_t n, int64_t groups, 
                   int out_type, int threads) {
   const Kernel* chosen = usable(kernel);
   if (!chosen) return -1;
-  const Products job{chosen,   tables, n,     groups, prefix,
-                     entries, matrices, count,  static_cast<char*>(out),
-                     n,       0,        static_cast<Scalar>(out_type)};
+  const Products job{chosen, tables, n, groups, prefix, entries, matrices, count,
+                     static_cast<char*>(out), n, 0, static_cast<Scalar>(out_type), nullptr, false};
   auto body = [&](const Member& member) { multiply_share(job, member); };
   on_team(team_for(threads, job.strips() * kStrip * groups * prefix * n), body);
   return 0;
@@ -301,38 +187,29 @@ int drop_site(int kernel, const DropSite* site, const void* x, int x_type, int64
               int64_t x_stride, void* out, int out_type, int threads) {
   const Kernel* chosen = usable(kernel);
   if (!chosen || site->magic != DROP_SITE_MAGIC) return -1;
-  const int64_t groups = site->d / kGroup;
   const int64_t x_width = x_type == kF32 ? 4 : 2;
-  const TableShape shape{groups, site->prefix, chosen->group_bytes(site->entries == kHalf)};
   const int64_t chunk = n < kRowsAtOnce ? n : kRowsAtOnce;
   float* rotated = rotated_scratch.get<float>(chunk * site->d);
-  uint8_t* tables = table_scratch.get<uint8_t>(chunk * shape.bytes());
-  const RotateJob rotation{site->signs, site->d, site->block, site->odd};
-  const BuildJob build{rotated, site->d,
-                       reinterpret_cast<const Codebook* const*>(site->codebooks), shape, tables};
-  const auto run = [&](int64_t first, int64_t rows, const Member& member) {
-    const char* from = static_cast<const char*>(x) + first * x_stride * x_width;
-    rotate_share(*chosen, rotation, from, static_cast<Scalar>(x_type), rows, x_stride, rotated,
-                 member);
-    member.meet();
-    const Range mine = share(rows * site->prefix * shape.blocks(), member);
-    chosen->build(build, mine.first, mine.last);
-    member.meet();
-    multiply_share({chosen, tables, rows, groups, site->prefix, site->entries, site->matrices,
-                    site->count, static_cast<char*>(out), n, first, static_cast<Scalar>(out_type)},
-                   member);
-  };
+  uint8_t* tables = table_scratch.get<uint8_t>(site_table_bytes(*chosen, *site, chunk));
   auto body = [&](const Member& member) {
     for (int64_t first = 0; first < n; first += chunk) {
       if (first) member.meet();  // the scratch memory is used again
-      run(first, n - first < chunk ? n - first : chunk, member);
+      Products products{};
+      products.out = static_cast<char*>(out);
+      products.out_rows = n;
+      products.first_row = first;
+      products.out_type = static_cast<Scalar>(out_type);
+      site_share({chosen, site, static_cast<const char*>(x) + first * x_stride * x_width,
+                  static_cast<Scalar>(x_type), n - first < chunk ? n - first : chunk, x_stride,
+                  rotated, tables},
+                 products, member);
     }
   };
-  int64_t strips = 0;
+  int64_t bytes = 0;
   for (int64_t i = 0; i < site->count; ++i) {
-    strips += PlaneShape{site->matrices[i].rows, groups}.strips();
+    bytes += PlaneShape{site->matrices[i].rows, site->d / kGroup}.bytes() * site->prefix * n;
   }
-  on_team(team_for(threads, strips * kStrip * groups * site->prefix * n), body);
+  on_team(team_for(threads, bytes), body);
   return 0;
 }
 

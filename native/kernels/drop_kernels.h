@@ -78,6 +78,39 @@ typedef struct {
 DROP_API int drop_site(int kernel, const DropSite* site, const void* x, int x_type, int64_t n,
                        int64_t x_stride, void* out, int out_type, int threads);
 
+// A few tokens of one sequence through all blocks of a Llama-like decoder (step.cpp). Weights of
+// norms are float32; q_norm and k_norm [head_dim] may be null. gate_up holds two matrices of
+// `intermediate` rows. cosines and sines [positions, head_dim].
+typedef struct {
+  const float *input_norm, *post_norm, *q_norm, *k_norm;
+  DropSite qkv, output, gate_up, down;
+} DropBlock;
+
+#define DROP_DECODER_MAGIC 0x7265646f63656464
+typedef struct {
+  int64_t magic;
+  int64_t hidden, heads, kv_heads, head_dim, intermediate, positions;
+  double eps, attention_scale;
+  const float *final_norm, *cosines, *sines;
+  const DropBlock* blocks;
+  int64_t count;
+} DropDecoder;
+
+typedef struct {
+  void *keys, *values;  // [kv_heads, capacity, head_dim] of cache_type
+} DropCache;
+
+typedef struct {
+  const float* x;  // [n, hidden], embedded tokens of positions `position` ..; n at most 16
+  float* out;      // [n, hidden], after the final norm
+  int64_t n, position;
+  const DropCache* caches;  // [count]; read up to `position`, written from there on
+  int64_t cache_type, capacity;
+} DropTokens;
+
+DROP_API int drop_step(int kernel, const DropDecoder* decoder, const DropTokens* tokens,
+                       int threads);
+
 // First `prefix` planes, rows first_row .. last_row -> out [last_row - first_row, groups * 8] of
 // out_type (0 or 2). planes packed or row major; scales [rows]. Equals the reference bit for bit.
 DROP_API int drop_decode(int kernel, const uint8_t* const* planes, int packed, int64_t rows,

@@ -56,13 +56,14 @@ struct MultiplyJob {
   int64_t sums_stride;
 };
 
-// y = sums * scales (+ bias), cast to the type of the output.
+// y = sums * scales (+ bias) (+ residual), cast to the type of the output.
 struct FinishJob {
   const float* sums;  // one row
   const void* scales;
   Scalar scale_type;
   const void* bias;  // or null
   Scalar bias_type;
+  const float* residual;  // or null
   void* out;
   Scalar out_type;
 };
@@ -100,6 +101,17 @@ struct RowsJob {
   int64_t out_stride;
 };
 
+// Attention of one head and one token over cached keys and values [length, d].
+struct AttendJob {
+  const float* query;  // [d]
+  const void *keys, *values;
+  Scalar cache_type;
+  int64_t d, length;
+  float scale;
+  float* scores;  // scratch [length]
+  float* out;     // [d]
+};
+
 struct Kernel {
   const char* name;
   const char* summary;
@@ -115,6 +127,12 @@ struct Kernel {
   void (*rotate)(const RotateJob&, const void* x, Scalar x_type, float* out, float* scratch);
   float (*quantize_row)(const void* x, Scalar x_type, int64_t d, int16_t* out);  // its step
   void (*rows)(const RowsJob&, int64_t first_row, int64_t last_row);
+  // Between products (block.h).
+  void (*norm)(const float* x, const float* weight, int64_t d, float eps, float* out);
+  void (*turn)(const float* cosine, const float* sine, int64_t d, float* x);
+  void (*store)(const float* x, int64_t count, Scalar type, void* out, int64_t index);
+  void (*attend)(const AttendJob&);
+  void (*gate)(const float* gates, const float* ups, int64_t count, float* out);
   uint64_t (*stream)(const uint8_t* data, int64_t bytes);
 
   int64_t group_bytes(bool symmetric) const {

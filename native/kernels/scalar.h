@@ -106,6 +106,7 @@ DROP_INLINE void finish_rows(const FinishJob& job, int64_t first, int64_t last) 
   for (int64_t i = first; i < last; ++i) {
     float y = job.sums[i] * load_scalar(job.scales, job.scale_type, i);
     if (job.bias) y += load_scalar(job.bias, job.bias_type, i);
+    if (job.residual) y += job.residual[i];
     store_scalar<kType>(job.out, i, y);
   }
 }

@@ -23,6 +23,7 @@
 // a block with an infinity or NaN gives NaN.
 #pragma once
 
+#include "block.h"
 #include "decode.h"
 #include "rotate.h"
 #include "rows.h"
@@ -215,6 +216,11 @@ constexpr Kernel make_kernel(const char* name, const char* summary, bool (*suppo
           rotate,
           quantize_row,
           rows,
+          norm,
+          turn,
+          store,
+          attend,
+          gate,
           stream};
 }
 

@@ -14,7 +14,8 @@ Method. Blocks of a model are alike, so one is timed and the rest extrapolated b
 
 Memory is the peak of the timed part, measured, plus what it had less of than the real run: hidden
 states of all windows (4 bytes a value), and the working copies of the largest matrix. `self` has a
-peak of its own: the whole model in float32 and the key/value cache. Disk follows from shapes.
+peak of its own (the whole model in float32 and the key/value cache), and so has narrowing the
+embedding at the end. Disk follows from shapes.
 
 Limits: block 0 stands for all; a machine that is busy now, and not later, deceives. Memory is that
 of a fresh process, as of the command line.
@@ -30,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,7 @@ from .checkpoint import CheckpointWriter
 from .checkpoint.narrow import quantize_rows
 from .code import GROUP
 from .encoder import encode_site
-from .quantize import Job
-from .run import peak_memory
+from .quantize import Job, peak_memory
 from .rotation import Rotation, split_odd
 from .universal import default_lambdas, universal_set
 
@@ -111,12 +112,11 @@ def dry_run(
     block = _Block(job)
     shapes = _Shapes(job, block.sites)
     final = shapes.bytes_out()
-    peak = max(block.peak(), itself[1])
-    seconds = {
-        "calibrate": block.text_seconds + itself[0],
-        **block.seconds(),
-        "write": _write_seconds(job, place.parent, final),
-    }
+    _reset_peak()
+    writing = _write_seconds(job, place.parent, final)
+    at_the_end = peak_memory() + shapes.embedding * (1 if job.head_bits == 8 else 2)
+    peak = max(block.peak(), itself[1], at_the_end)
+    seconds = {"calibrate": block.text_seconds + itself[0], **block.seconds(), "write": writing}
     seconds["total"] = sum(seconds.values())
     most = final + shapes.weights // GROUP
     if resume:  # raw files are kept to the end, and two generations of hidden states
@@ -157,8 +157,8 @@ class _Block:
         self.held = hidden.numel() * hidden.element_size()
         loading, block = _clock(lambda: walk.block(0))
         self.block = block
-        one = self._capture(hidden[:step])[0]  # warms up
-        one = min(one, self._capture(hidden[:step])[0])
+        self._capture(hidden[:step])  # warms up
+        one = self._capture(hidden[:step])[0]
         two, captured = self._capture(hidden)
         ratio = ids.shape[0] / step  # 2, unless there is less than that
         self.batch = (two - one) / (ratio - 1) if ratio > 1.5 else one
@@ -173,6 +173,7 @@ class _Block:
         ]
         self.blocks = sum(weights) / weights[0]  # in blocks like the first
         walk.release(0)
+        del self.block, self.captured
 
     def _capture(self, hidden: Tensor) -> tuple[float, Captured]:
         return _clock(lambda: self.job.walk.capture(0, self.block, hidden))
@@ -204,8 +205,8 @@ class _Block:
                 )
             )[0]
 
-        encode(min(few, 16))
-        small = min(encode(few), encode(few))
+        encode(min(few, 16))  # warms up
+        small = (encode(few) + encode(few)) / 2
         large = encode(many)
         missing = (len(largest) - many) * site.d_in
         copies = 2 + 2 * len(job.levels)  # rotated and scaled W, every level and its error
@@ -240,15 +241,15 @@ class _Shapes:
         self.odd = sum(4 * odd * odd for odd in {split_odd(site.d_in)[1] for site in sites})
         self.matrices = len(linears)
         self.sites = walk.num_blocks * len(sites)
+        names = {f"{n}.weight" for n in (*walk.embedding_modules, *walk.head_modules)}
+        self.outer = [p for n, p in walk.model.named_parameters() if n in names]
+        self.embedding = max(p.numel() for p in self.outer)
 
     def bytes_out(self) -> int:
         """Size of the checkpoint folder."""
         job, walk = self.job, self.job.walk
         planes = job.levels[-1]
-        names = {f"{n}.weight" for n in (*walk.embedding_modules, *walk.head_modules)}
-        outer = [p for n, p in walk.model.named_parameters() if n in names]
-        if walk.tied:
-            outer = outer[:1]
+        outer = self.outer[:1] if walk.tied else self.outer
         embeddings = sum(
             p.numel() + 2 * p.shape[0] if job.head_bits == 8 else 2 * p.numel() for p in outer
         )
@@ -277,6 +278,7 @@ def _time_self(job: Job) -> tuple[float, int]:
     from .selfgen import TEXT_TOKENS, _batch_size, _Slots, draw
 
     _reset_peak()
+    model: Any
     with quiet_transformers():
         loading, model = _clock(
             lambda: AutoModelForCausalLM.from_pretrained(
@@ -287,7 +289,7 @@ def _time_self(job: Job) -> tuple[float, int]:
     length = -(-job.seq_len // pieces)
     texts = job.windows * pieces
     size = _batch_size(model, texts, length)
-    cache = Cache(layer_class_to_replicate=type("_Room", (_Slots,), {"room": length}))
+    cache: Any = Cache(layer_class_to_replicate=type("_Room", (_Slots,), {"room": length}))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (size, 1))
 
@@ -304,10 +306,13 @@ def _time_self(job: Job) -> tuple[float, int]:
         return _clock(run)[0]
 
     step(0)
-    for layer in cache.layers:  # as resident as they will be
-        layer._keys.zero_()
-        layer._values.zero_()
-    first, middle, last = (min(step(p), step(p)) for p in (0, length // 2, max(0, length - 1)))
+    with torch.inference_mode():
+        for layer in cache.layers:  # as resident as they will be
+            layer._keys.zero_()
+            layer._values.zero_()
+    first, middle, last = (
+        (step(p) + step(p) + step(p)) / 3 for p in (0, length // 2, max(0, length - 1))
+    )
     one = (first + 4 * middle + last) / 6
     seconds = loading + one * length * -(-texts // size)
     return seconds, peak_memory()
@@ -331,10 +336,11 @@ def _write_seconds(job: Job, parent: Path, final: int) -> float:
     walk = job.walk
     modules = [*walk.embedding_modules, *([] if walk.tied else walk.head_modules)]
     for module in modules:
-        reading, weight = _clock(lambda module=module: walk.read(f"{module}.weight"))
-        slab = weight[:8192]
-        narrowing = _clock(lambda slab=slab: quantize_rows(slab))[0] if job.head_bits == 8 else 0
-        seconds += reading + narrowing * len(weight) / len(slab)
+        reading, weight = _clock(partial(walk.read, f"{module}.weight"))
+        seconds += reading
+        if job.head_bits == 8:
+            slab = weight[:8192]
+            seconds += _clock(partial(quantize_rows, slab))[0] * len(weight) / len(slab)
     return seconds
 
 

@@ -1,0 +1,131 @@
+// What a transformer block does between its products, for decoding a few tokens: RMS norm, rotary
+// positions, attention over a cache, the gate of the feed-forward part. Plain loops over vectors of
+// 8 floats; in float32 throughout.
+#pragma once
+
+#include "scalar.h"
+
+namespace drop {
+namespace DROP_ISA {
+
+typedef float Lane8 __attribute__((vector_size(32)));
+
+DROP_INLINE Lane8 load8(const float* p) {
+  Lane8 v;
+  memcpy(&v, p, 32);
+  return v;
+}
+
+DROP_INLINE float sum8(Lane8 v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// out = x / sqrt(mean x^2 + eps) * weight. d is a multiple of 8; out may be x.
+static void norm(const float* x, const float* weight, int64_t d, float eps, float* out) {
+  Lane8 sums = {};
+  for (int64_t i = 0; i < d; i += 8) sums += load8(x + i) * load8(x + i);
+  const float scale = 1.0f / sqrtf(sum8(sums) / static_cast<float>(d) + eps);
+  for (int64_t i = 0; i < d; ++i) out[i] = weight[i] * (x[i] * scale);
+}
+
+// Rotary position of one head, halves convention: cosine and sine [d], first and second half alike.
+static void turn(const float* cosine, const float* sine, int64_t d, float* x) {
+  const int64_t half = d / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cosine[i] - b * sine[i];
+    x[i + half] = b * cosine[i + half] + a * sine[i + half];
+  }
+}
+
+// e^x to two units in the last place; below -87 it is e^-87. (Cephes expf, without branches.)
+DROP_INLINE float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float whole = shifted - 12582912.0f;
+  const float r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  int32_t bits, power;
+  memcpy(&bits, &p, 4);
+  memcpy(&power, &shifted, 4);
+  bits += (power - 0x4b400000) << 23;
+  memcpy(&p, &bits, 4);
+  return p;
+}
+
+// out = silu(gate) * up
+static void gate(const float* gates, const float* ups, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = gates[i] / (1.0f + exponential(-gates[i])) * ups[i];
+  }
+}
+
+template <Scalar kType>
+DROP_INLINE Lane8 load_cache(const void* base, int64_t index) {
+  if (kType == kF32) return load8(static_cast<const float*>(base) + index);
+  float lanes[8];
+  for (int i = 0; i < 8; ++i) lanes[i] = load_scalar(base, kType, index + i);
+  return load8(lanes);
+}
+
+// One head and one token: softmax(scale * q K^T) V over `length` cached positions.
+template <Scalar kType>
+static void attend_as(const AttendJob& job) {
+  constexpr int64_t kWide = 32;  // head dimensions up to 256
+  const int64_t vectors = job.d / 8;
+  float most = -INFINITY;
+  for (int64_t t = 0; t < job.length; ++t) {
+    Lane8 sums = {};
+    for (int64_t v = 0; v < vectors; ++v) {
+      sums += load8(job.query + v * 8) * load_cache<kType>(job.keys, t * job.d + v * 8);
+    }
+    job.scores[t] = sum8(sums) * job.scale;
+    most = job.scores[t] > most ? job.scores[t] : most;
+  }
+  float total = 0;
+  for (int64_t t = 0; t < job.length; ++t) job.scores[t] = exponential(job.scores[t] - most);
+  for (int64_t t = 0; t < job.length; ++t) total += job.scores[t];
+  Lane8 sums[kWide];
+  for (int64_t v = 0; v < vectors; ++v) sums[v] = Lane8{};
+  for (int64_t t = 0; t < job.length; ++t) {
+    const float weight = job.scores[t];
+    for (int64_t v = 0; v < vectors; ++v) {
+      sums[v] += load_cache<kType>(job.values, t * job.d + v * 8) * weight;
+    }
+  }
+  const float norm = 1.0f / total;
+  for (int64_t v = 0; v < vectors; ++v) {
+    const Lane8 mean = sums[v] * norm;
+    memcpy(job.out + v * 8, &mean, 32);
+  }
+}
+
+static void attend(const AttendJob& job) {
+  switch (job.cache_type) {
+    case kF16: return attend_as<kF16>(job);
+    case kBF16: return attend_as<kBF16>(job);
+    default: return attend_as<kF32>(job);
+  }
+}
+
+// float32 [count] -> cache entries of that type.
+static void store(const float* x, int64_t count, Scalar type, void* out, int64_t index) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (type == kF32) {
+      store_scalar<kF32>(out, index + i, x[i]);
+    } else if (type == kF16) {
+      store_scalar<kF16>(out, index + i, x[i]);
+    } else {
+      store_scalar<kBF16>(out, index + i, x[i]);
+    }
+  }
+}
+
+}  // namespace DROP_ISA
+}  // namespace drop
