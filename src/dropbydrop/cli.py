@@ -7,10 +7,10 @@ User errors (errors.DropError) print their message and exit with status 2, Ctrl-
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,9 +18,12 @@ from .commands import export as export_command
 from .commands import plan as plan_command
 from .commands import study
 from .commands import transfer as transfer_command
-from .commands.common import Bits, Json, console, finish, parse_bits
+from .commands.common import Bits, Json, console, finish, parse_bits, parse_precision
 from .commands.tasks import Limit, Tasks, TasksData, evaluate_tasks
 from .errors import CalibrationError, DropError
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 app = typer.Typer(
     add_completion=False,
@@ -150,7 +153,9 @@ def info(
 def evaluate(
     out: Annotated[Path, typer.Argument(help="Checkpoint folder; for --tasks any model.")],
     text: Annotated[Path | None, typer.Option(help="Text, .raw or .jsonl file.")] = None,
-    bits: Annotated[str | None, typer.Option(help="Levels [all that are here].")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Levels, averages, plan files: 2,2.5,3 [all levels here].")
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="How many windows [all].")] = None,
     reference: Annotated[
@@ -167,21 +172,21 @@ def evaluate(
 
     if text is None and tasks is None:
         raise DropError("name a --text to measure perplexity on, or zero-shot --tasks, or both.")
-    levels = None if bits is None else parse_bits(bits)
+    chosen = None if bits is None else {part: parse_precision(part) for part in bits.split(",")}
     result: dict[str, Any] = {}
     if text is not None:
-        result = run_evaluation(out, text, levels, seq_len, windows, reference, seed)
+        result = run_evaluation(out, text, chosen, seq_len, windows, reference, seed)
         print_evaluation(result, console(as_json))
     if tasks is not None:
         shown = console(as_json)
-        result["tasks"] = evaluate_tasks(out, tasks, levels, reference, limit, tasks_data, shown)
+        result["tasks"] = evaluate_tasks(out, tasks, chosen, reference, limit, tasks_data, shown)
     finish(as_json, result)
 
 
 def run_evaluation(
     out: Path,
     text: Path,
-    levels: Sequence[int] | None,
+    chosen: Mapping[str, int | float | Plan] | None,
     seq_len: int,
     windows: int | None,
     reference: str | None,
@@ -189,25 +194,23 @@ def run_evaluation(
 ) -> dict[str, Any]:
     """Evaluate views of one loaded checkpoint; the JSON object of `dropbydrop eval`.
 
+    Args:
+        chosen: name -> level, average or plan; by default all levels whose planes are here.
+
     Raises:
         DropError: text, levels, checkpoint or reference are not usable.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from . import at, load
     from .checkpoint import Checkpoint
     from .evaluate import evaluate as run
+    from .load import load_views
     from .quiet import quiet_transformers
     from .sources import load_tokenizer, resolve
     from .texts import text_windows
 
     checkpoint = Checkpoint.open(out)
-    if levels is None:
-        present = len(checkpoint.planes_present())
-        levels = [p for p in checkpoint.levels if p <= present]
-    for p in levels:
-        checkpoint.require(p)
     tokenizer = load_tokenizer(out)
     ids, described = text_windows(text, tokenizer, seq_len, windows)
     context = checkpoint.config.get("max_position_embeddings")
@@ -216,18 +219,19 @@ def run_evaluation(
             f"--seq-len {seq_len} is longer than the model's context of {context} tokens."
         )
     with quiet_transformers():
-        top = load(out, bits=max(levels), dtype=torch.float32)
+        loaded = load_views(checkpoint, chosen, torch.float32)
         original = None
         if reference is not None:
             folder = resolve(reference).folder
             original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    views = {str(p): at(top, p) for p in sorted(levels)}
+    views = {name: view for name, (_, view) in loaded.items()}
     result = run(views, original, ids, seed=seed)
-    for p in sorted(levels):
-        result["bits"][str(p)] |= {
-            "true_bits": checkpoint.true_bits(p),
-            "true_bits_whole": checkpoint.true_bits_whole(p),
-            "bytes": checkpoint.bytes_at(p),
+    for name, (plan, _) in loaded.items():
+        size = plan.bytes_read(checkpoint)
+        result["bits"][name] |= {
+            "true_bits": plan.true_bits(checkpoint),
+            "true_bits_whole": 8 * size / checkpoint.manifest.total_parameters,
+            "bytes": size,
         }
     return {**described, **result}
 
@@ -236,13 +240,15 @@ def run_evaluation(
 def generate(
     out: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     prompt: Annotated[str, typer.Option(help="What to continue.")],
-    bits: Annotated[int | None, typer.Option(help="Level [the highest].")] = None,
+    bits: Annotated[
+        str | None, typer.Option(help="Level, average, or plan file [the highest level].")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 64,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the chat template.")] = False,
     temperature: Annotated[float, typer.Option(help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     draft_bits: Annotated[
-        int | None, typer.Option(help="Draft with this lower level, verify with BITS.")
+        str | None, typer.Option(help="Draft at this lower precision, verify at BITS.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -253,7 +259,7 @@ def generate(
     from .sources import load_tokenizer
 
     with quiet_transformers():
-        model = load(out, bits=bits)
+        model = load(out, bits=None if bits is None else parse_precision(bits))
         result = run(
             model,
             load_tokenizer(out),
@@ -262,7 +268,7 @@ def generate(
             chat=chat,
             temperature=temperature,
             seed=seed,
-            draft_bits=draft_bits,
+            draft_bits=None if draft_bits is None else parse_precision(draft_bits),
         )
     if not as_json:
         typer.echo(result.text)

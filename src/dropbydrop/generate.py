@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import DropError
 from .quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     stream: bool = False,
-    draft_bits: int | None = None,
+    draft_bits: int | float | Plan | None = None,
 ) -> Generated:
     """Continue `prompt`, or with `chat` answer it as a user's message.
 

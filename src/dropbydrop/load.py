@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint
 from .errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from .hf import DropByDropConfig, register, set_level_parameters
 from .linear import NestedLinear
-from .plan import Plan, fingerprint, make_plan
+from .plan import Plan, fingerprint, levels_here, make_plan
 from .store import PlaneStore
 
 
@@ -157,6 +157,37 @@ def at(model: Any, bits: int | float | Plan) -> Any:
             config.quantization_config = config.quantization_config.at(highest)
     view.hf_quantizer.quantization_config = view.config.quantization_config
     return view
+
+
+def load_views(
+    checkpoint: Checkpoint,
+    chosen: Mapping[str, int | float | Plan] | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> dict[str, tuple[Plan, Any]]:
+    """Several precisions of one checkpoint as views of one store: name -> its plan and its view.
+
+    Args:
+        chosen: name -> level, average or plan; by default every level whose planes are here.
+
+    Raises:
+        As `load`, before anything is read.
+    """
+    if chosen is None:
+        chosen = {str(p): p for p in levels_here(checkpoint)}
+    plans: dict[str, Plan] = {}
+    for name, bits in chosen.items():
+        if isinstance(bits, Plan):
+            plans[name] = bits.check(checkpoint)
+        elif isinstance(bits, float):
+            plans[name] = make_plan(checkpoint, bits)
+        else:
+            plans[name] = Plan.uniform(checkpoint, bits)
+        checkpoint.require(plans[name].highest)
+    lowest = min(plan.lowest for plan in plans.values())
+    base = _load_level(checkpoint, lowest, dtype, "cpu")
+    for plan in plans.values():
+        extend(base, plan)
+    return {name: (plan, at(base, plan)) for name, plan in plans.items()}
 
 
 def _prefixes(store: PlaneStore, bits: int | Plan) -> dict[str, int]:

@@ -119,6 +119,19 @@ class Plan:
         planes = sum(p * weights[module] for module, p in self.by_module(checkpoint).items())
         return planes / sum(weights.values())
 
+    def true_bits(self, checkpoint: Checkpoint) -> float:
+        """Bits a weight of the quantized linears, everything counted (`Checkpoint.true_bits`)."""
+        return checkpoint.true_bits(self.highest) - self.highest + self.average_bits(checkpoint)
+
+    def bytes_read(self, checkpoint: Checkpoint) -> int:
+        """Bytes that loading by this plan reads: `Checkpoint.bytes_at` less the codes left out."""
+        shapes = checkpoint.shapes
+        unread = sum(
+            (self.highest - p) * shapes[module][0] * shapes[module][1] // GROUP
+            for module, p in self.by_module(checkpoint).items()
+        )
+        return checkpoint.bytes_at(self.highest) - unread
+
     def memory(
         self, checkpoint: Checkpoint, dtype: torch.dtype | str | None = None, context: int = 0
     ) -> Memory:
@@ -202,7 +215,7 @@ def make_plan(
     if (avg_bits is None) == (memory is None):
         raise PrecisionError("give one budget: average bits, or memory.")
     q = checkpoint.quantization
-    levels = _levels_here(checkpoint, planes)
+    levels = levels_here(checkpoint, planes)
     known = sensitivity or known_sensitivity(checkpoint)
     weights = sum(d_out * d_in for d_out, d_in in checkpoint.shapes.values())
     lowest = Plan.uniform(checkpoint, levels[0])
@@ -234,7 +247,7 @@ def _plane_costs(checkpoint: Checkpoint, layouts: bool = False) -> list[int]:
     ]
 
 
-def _levels_here(checkpoint: Checkpoint, planes: int | None) -> tuple[int, ...]:
+def levels_here(checkpoint: Checkpoint, planes: int | None = None) -> tuple[int, ...]:
     """Levels that the first `planes` planes, or those in the folder, suffice for."""
     here = range(1, planes + 1) if planes is not None else checkpoint.planes_present()
     levels = tuple(p for p in checkpoint.levels if set(range(1, p + 1)) <= set(here))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from ..errors import PrecisionError
+
+if TYPE_CHECKING:
+    from ..plan import Plan
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")
@@ -27,6 +31,28 @@ def parse_bits(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise PrecisionError(f"--bits {text!r}: give whole numbers, such as 2,3,4.") from None
+
+
+def parse_precision(text: str) -> int | float | Plan:
+    """ "3" -> 3, a level; "2.5" -> 2.5, an average; anything else is the file of a plan.
+
+    Raises:
+        PrecisionError: no number, and no such file.
+        FormatError: the file is no plan.
+    """
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    if Path(text).is_file():
+        from ..plan import Plan
+
+        return Plan.load(text)
+    raise PrecisionError(
+        f"--bits {text!r}: give a level (3), an average (2.5), or the file of a plan that "
+        "`dropbydrop plan OUT --save FILE` wrote."
+    )
 
 
 def console(as_json: bool) -> Console:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from ..errors import PrecisionError
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
+    from ..plan import Plan
 
 Tasks = Annotated[
     str | None,
@@ -33,22 +33,28 @@ TasksData = Annotated[
 def evaluate_tasks(
     out: Path,
     tasks: str,
-    levels: Sequence[int] | None,
+    chosen: Mapping[str, int | float | Plan] | None,
     reference: str | None,
     limit: int | None,
     data: Path | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Accuracy of every level of a checkpoint, or of a plain model; prints the table.
+    """Accuracy of precisions of a checkpoint, or of a plain model; prints the table.
+
+    Args:
+        chosen: see `load.load_views`.
 
     Returns:
-        See `zeroshot.run`; models are named by their level, "reference" and "model". Levels also
-        have "true_bits".
+        See `zeroshot.run`; models are named as in `chosen`, "reference" and "model". Precisions
+        also have "true_bits".
 
     Raises:
         DropError: model, levels, tasks or data are not usable.
     """
+    import torch
+
     from ..checkpoint import Checkpoint
+    from ..load import load_views
     from ..quiet import quiet_transformers
     from ..sources import load_tokenizer, resolve
     from ..zeroshot import parse_tasks, run
@@ -62,9 +68,9 @@ def evaluate_tasks(
         if is_checkpoint(out):
             folder = out
             checkpoint = Checkpoint.open(out)
-            models |= _views(checkpoint, levels)
-            true_bits = {p: checkpoint.true_bits(int(p)) for p in models if p.isdigit()}
-        elif levels is not None:
+            for name, (plan, view) in load_views(checkpoint, chosen, torch.float32).items():
+                models[name], true_bits[name] = view, plan.true_bits(checkpoint)
+        elif chosen is not None:
             raise PrecisionError(
                 f"--bits given, but {out} is not a dropbydrop checkpoint and has no levels."
             )
@@ -99,21 +105,6 @@ def _plain(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def _views(checkpoint: Checkpoint, levels: Sequence[int] | None) -> dict[str, Any]:
-    """Level -> view, all on the storage of one loaded model; default: all whose planes are here."""
-    import torch
-
-    from .. import at, load
-
-    if levels is None:
-        present = len(checkpoint.planes_present())
-        levels = [p for p in checkpoint.levels if p <= present] or checkpoint.levels[:1]
-    for p in levels:
-        checkpoint.require(p)
-    top = load(checkpoint.path, bits=max(levels), dtype=torch.float32)
-    return {str(p): at(top, p) for p in sorted(levels)}
 
 
 def print_tasks(result: Mapping[str, Any], console: Console) -> None:
