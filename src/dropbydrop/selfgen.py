@@ -31,8 +31,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from .progress import progress_bar
 from .quiet import quiet_transformers
@@ -41,6 +43,7 @@ CACHE_BYTES = 3 << 29  # 1.5 GiB
 TEXT_TOKENS = 512
 MAX_USER_TOKENS = 128
 _MARK = "DROPBYDROP"
+_FOLDED = "dropbydrop_folded"  # name of our attention function in transformers
 
 
 class _Slots(DynamicLayer):
@@ -63,6 +66,37 @@ class _Slots(DynamicLayer):
         self._values[:, :, low:high] = value_states
         self.keys, self.values = self._keys[:, :, :high], self._values[:, :, :high]
         return self.keys, self.values
+
+
+def _folded_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, None]:
+    """sdpa of one new token, with the query heads of a group as rows of one product.
+
+    torch's kernel takes [b, heads, 1, d] head by head; as [b, groups, heads per group, d] every key
+    is read once (a fourth of the time in bfloat16). Longer queries go to the usual function.
+    """
+    b, heads, new, d = query.shape
+    groups = key.shape[1]
+    plain = settings.get("position_bias") is None and (mask is None or mask.shape[1:3] == (1, 1))
+    if new == 1 and plain:
+        query = query.reshape(b, groups, heads // groups, d)
+        settings["is_causal"] = False
+        out, _ = sdpa_attention_forward(_Ungrouped, query, key, value, mask, **settings)
+        return out.transpose(1, 2).reshape(b, 1, heads, value.shape[-1]), None
+    return sdpa_attention_forward(module, query, key, value, mask, **settings)
+
+
+class _Ungrouped:
+    """What transformers asks the attention module: as many key heads as query heads, inference."""
+
+    num_key_value_groups = 1
+    is_causal = False
+    training = False
+
+
+AttentionInterface.register(_FOLDED, _folded_attention)
+AttentionMaskInterface.register(_FOLDED, sdpa_mask)
 
 
 class _Writer:
@@ -135,9 +169,19 @@ def open_model(folder: Path) -> Any:
     capabilities = torch.cpu.get_capabilities()
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16 if native else torch.float32
         ).eval()
+    fold_attention(model)
+    return model
+
+
+def fold_attention(model: Any) -> bool:
+    """Let a model attend as above, if it uses sdpa (others have their reasons). Whether it does."""
+    if model.config._attn_implementation != "sdpa":
+        return False
+    model.set_attn_implementation(_FOLDED)
+    return True
 
 
 def _batch_size(model: Any, texts: int, length: int) -> int:
