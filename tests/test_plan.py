@@ -530,3 +530,57 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert code == 2
     assert "Give at least that" in stderr
     assert run(out)[0] == 2
+
+
+def test_averages_and_plan_files_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = write_checkpoint(tmp_path / "out")
+    checkpoint = Checkpoint.open(out)
+    text, file = tmp_path / "text.txt", tmp_path / "plan.json"
+    text.write_text("the river runs past the old mill " * 20)
+    uneven = {site.name: (2, 3, 4)[i % 3] for i, site in enumerate(checkpoint.quantization.sites)}
+    plan = Plan(Plan.uniform(checkpoint, 2).checkpoint, uneven)
+    plan.save(file)
+    (out / "quantize-log.jsonl").write_text(
+        "".join(
+            json.dumps({"module": m, "rel_error": {"2": 0.3, "3": 0.1, "4": 0.03}}) + "\n"
+            for m in checkpoint.quantization.modules
+        )
+    )
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", ["dropbydrop", *map(str, argv)])
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    sizes = ("--text", text, "--seq-len", 32, "--windows", 2)
+    code, stdout, _ = run("eval", out, "--bits", f"2,2.5,{file},4", *sizes, "--json")
+    assert code == 0
+    rows = json.loads(stdout.splitlines()[-1])["bits"]
+    assert list(rows) == ["2", "2.5", str(file), "4"]
+    for name, bits in (("2", 2), ("4", 4)):
+        assert rows[name]["true_bits"] == pytest.approx(checkpoint.true_bits(bits))
+        assert rows[name]["bytes"] == checkpoint.bytes_at(bits)
+    average = plan.average_bits(checkpoint)
+    assert rows[str(file)]["true_bits"] - average == pytest.approx(checkpoint.true_bits(4) - 4)
+    assert rows["2"]["bytes"] < rows["2.5"]["bytes"] < rows["4"]["bytes"]
+    assert rows["2.5"]["nll"] not in (rows["2"]["nll"], rows["4"]["nll"])
+    half = run("eval", out, "--bits", "2", *sizes, "--dtype", "bfloat16", "--json")[1]
+    found = json.loads(half.splitlines()[-1])["bits"]["2"]["nll"]
+    assert found != rows["2"]["nll"]
+    assert found == pytest.approx(rows["2"]["nll"], rel=0.05)
+    code, stdout, _ = run("generate", out, "--bits", 2.5, "--prompt", "the", "--json",
+                          "--max-new-tokens", 2)  # fmt: skip
+    assert code == 0
+    assert 2 < json.loads(stdout.splitlines()[-1])["bits"] <= 2.5
+    for bad in ("two", tmp_path / "none.json", "1.5", "nan"):
+        code, _, stderr = run("eval", out, "--bits", bad, *sizes)
+        assert code == 2, bad
+        assert "bits" in stderr
+    assert run("eval", out, "--bits", "2", *sizes, "--dtype", "int8")[0] == 2

@@ -18,8 +18,8 @@ from .commands import export as export_command
 from .commands import plan as plan_command
 from .commands import study
 from .commands import transfer as transfer_command
-from .commands.common import Bits, Json, console, finish, parse_bits, parse_precision
-from .commands.tasks import Limit, Tasks, TasksData, evaluate_tasks
+from .commands.common import Bits, Json, console, finish, parse_bits, parse_dtype, parse_precision
+from .commands.tasks import BatchSize, Limit, Tasks, TasksData, evaluate_tasks
 from .errors import CalibrationError, DropError
 
 if TYPE_CHECKING:
@@ -165,6 +165,8 @@ def evaluate(
     tasks: Tasks = None,
     limit: Limit = None,
     tasks_data: TasksData = None,
+    batch_size: BatchSize = 1,
+    dtype: Annotated[str, typer.Option(help="Type to evaluate in.")] = "float32",
     as_json: Json = False,
 ) -> None:
     """Perplexity of each level, its divergence from the original model, zero-shot accuracy."""
@@ -175,11 +177,13 @@ def evaluate(
     chosen = None if bits is None else {part: parse_precision(part) for part in bits.split(",")}
     result: dict[str, Any] = {}
     if text is not None:
-        result = run_evaluation(out, text, chosen, seq_len, windows, reference, seed)
+        result = run_evaluation(out, text, chosen, seq_len, windows, reference, seed, dtype)
         print_evaluation(result, console(as_json))
     if tasks is not None:
         shown = console(as_json)
-        result["tasks"] = evaluate_tasks(out, tasks, chosen, reference, limit, tasks_data, shown)
+        result["tasks"] = evaluate_tasks(
+            out, tasks, chosen, reference, limit, tasks_data, shown, dtype, batch_size
+        )
     finish(as_json, result)
 
 
@@ -191,6 +195,7 @@ def run_evaluation(
     windows: int | None,
     reference: str | None,
     seed: int = 0,
+    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Evaluate views of one loaded checkpoint; the JSON object of `dropbydrop eval`.
 
@@ -200,7 +205,6 @@ def run_evaluation(
     Raises:
         DropError: text, levels, checkpoint or reference are not usable.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     from .checkpoint import Checkpoint
@@ -210,7 +214,7 @@ def run_evaluation(
     from .sources import load_tokenizer, resolve
     from .texts import text_windows
 
-    checkpoint = Checkpoint.open(out)
+    checkpoint, kind = Checkpoint.open(out), parse_dtype(dtype)
     tokenizer = load_tokenizer(out)
     ids, described = text_windows(text, tokenizer, seq_len, windows)
     context = checkpoint.config.get("max_position_embeddings")
@@ -219,11 +223,11 @@ def run_evaluation(
             f"--seq-len {seq_len} is longer than the model's context of {context} tokens."
         )
     with quiet_transformers():
-        loaded = load_views(checkpoint, chosen, torch.float32)
+        loaded = load_views(checkpoint, chosen, kind)
         original = None
         if reference is not None:
             folder = resolve(reference).folder
-            original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            original = AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
     views = {name: view for name, (_, view) in loaded.items()}
     result = run(views, original, ids, seed=seed)
     for name, (plan, _) in loaded.items():
@@ -233,7 +237,7 @@ def run_evaluation(
             "true_bits_whole": 8 * size / checkpoint.manifest.total_parameters,
             "bytes": size,
         }
-    return {**described, **result}
+    return {**described, "dtype": dtype, **result}
 
 
 @app.command()

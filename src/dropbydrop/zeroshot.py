@@ -9,6 +9,8 @@ Numbers are those of the harness run directly with the same items, data type, ba
 `limit`: it takes the first items of the split. No cache of answers is used (the harness keys it by
 the request alone, so that precisions would read each other's).
 
+A precision is evaluated as the dense model that it decodes to, one at a time.
+
 Accuracies are fractions in [0, 1]. Each has a standard error over items. Errors of different
 models are not independent, they answer the same items: `difference` has the standard error of the
 mean of the per-item differences.
@@ -93,7 +95,7 @@ def run(
         manager, loaded, described = _load(tasks, data, Path(scratch))
         for name in order:
             with quiet_transformers(), _bars(progress):
-                lm = wrapper(models[name], tokenizer=tokenizer, batch_size=batch_size)
+                lm = wrapper(_dense(models[name]), tokenizer=tokenizer, batch_size=batch_size)
                 results[name] = simple_evaluate(
                     model=lm, tasks=loaded, task_manager=manager, limit=limit, **SEEDS
                 )
@@ -109,6 +111,16 @@ def run(
             name: _report(results[name], base if name != reference else None) for name in models
         },
     }
+
+
+def _dense(model: Any) -> Any:
+    """A view as a dense model: thousands of short requests would decode it thousands of times."""
+    from .hf import DropByDropQuantizer
+    from .load import at, plan_of
+
+    if not isinstance(getattr(model, "hf_quantizer", None), DropByDropQuantizer):
+        return model
+    return at(model, plan_of(model)).dequantize()
 
 
 def _harness() -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ..errors import PrecisionError
+from ..errors import DropError, PrecisionError
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -53,6 +53,20 @@ def parse_precision(text: str) -> int | float | Plan:
         f"--bits {text!r}: give a level (3), an average (2.5), or the file of a plan that "
         "`dropbydrop plan OUT --save FILE` wrote."
     )
+
+
+def parse_dtype(name: str) -> Any:
+    """The torch type that --dtype names.
+
+    Raises:
+        DropError: another than these three.
+    """
+    import torch
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in kinds:
+        raise DropError(f"--dtype {name!r}: choose {', '.join(kinds)}.")
+    return kinds[name]
 
 
 def console(as_json: bool) -> Console:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import PrecisionError
+from .common import parse_dtype
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -22,6 +23,7 @@ Tasks = Annotated[
     typer.Option(help="Zero-shot tasks, such as piqa,arc_easy; all: the usual five."),
 ]
 Limit = Annotated[int | None, typer.Option(help="Only the first so many items of each task.")]
+BatchSize = Annotated[int, typer.Option(help="Requests of --tasks evaluated together.")]
 TasksData = Annotated[
     Path | None,
     typer.Option(
@@ -38,6 +40,8 @@ def evaluate_tasks(
     limit: int | None,
     data: Path | None,
     console: Console,
+    dtype: str = "float32",
+    batch_size: int = 1,
 ) -> dict[str, Any]:
     """Accuracy of precisions of a checkpoint, or of a plain model; prints the table.
 
@@ -51,24 +55,22 @@ def evaluate_tasks(
     Raises:
         DropError: model, levels, tasks or data are not usable.
     """
-    import torch
-
     from ..checkpoint import Checkpoint
     from ..load import load_views
     from ..quiet import quiet_transformers
     from ..sources import load_tokenizer, resolve
     from ..zeroshot import parse_tasks, run
 
-    names = parse_tasks(tasks)
+    names, kind = parse_tasks(tasks), parse_dtype(dtype)
     models: dict[str, Any] = {}
     true_bits: dict[str, float] = {}
     with quiet_transformers():
         if reference is not None:
-            models["reference"] = _plain(resolve(reference).folder)
+            models["reference"] = _plain(resolve(reference).folder, kind)
         if is_checkpoint(out):
             folder = out
             checkpoint = Checkpoint.open(out)
-            for name, (plan, view) in load_views(checkpoint, chosen, torch.float32).items():
+            for name, (plan, view) in load_views(checkpoint, chosen, kind).items():
                 models[name], true_bits[name] = view, plan.true_bits(checkpoint)
         elif chosen is not None:
             raise PrecisionError(
@@ -76,17 +78,19 @@ def evaluate_tasks(
             )
         else:
             folder = resolve(out).folder
-            models["model"] = _plain(folder)
+            models["model"] = _plain(folder, kind)
     result = run(
         models,
         load_tokenizer(folder),
         names,
         data=data,
         limit=limit,
+        batch_size=batch_size,
         progress=sys.stderr.isatty(),
     )
     for name, bits in true_bits.items():
         result["models"][name]["true_bits"] = bits
+    result["dtype"] = dtype
     print_tasks(result, console)
     return result
 
@@ -100,11 +104,10 @@ def is_checkpoint(folder: Path) -> bool:
         return False
 
 
-def _plain(folder: Path) -> Any:
-    import torch
+def _plain(folder: Path, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def print_tasks(result: Mapping[str, Any], console: Console) -> None:
