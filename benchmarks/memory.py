@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                          # a random Llama of 1.1 GB in bfloat16
     python benchmarks/memory.py --out OUT                # a checkpoint of your own
+    python benchmarks/memory.py --make DIR               # only write the random checkpoint to DIR
 
 Random codes weigh what real ones weigh. Every precision runs in a process of its own: imports and a
 first product are done, resident anonymous memory is noted, the model is loaded, reads a prompt of
@@ -51,7 +52,7 @@ def make_random(folder: Path) -> Path:
         for module in modules
     )
     files = {"quantize-log.jsonl": log.encode()}
-    return write_checkpoint(folder / "random-1gb", model, extra_files=files)
+    return write_checkpoint(folder, model, extra_files=files)
 
 
 def measure(out: str, bits: str, context: int) -> dict[str, float]:
@@ -94,15 +95,19 @@ def _status(field: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--make", type=Path, metavar="DIR")
     parser.add_argument("--bits", default="2,2.5,3,4")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--one", help=argparse.SUPPRESS)  # this process measures that precision
     args = parser.parse_args()
+    if args.make:
+        print(make_random(args.make))
+        return
     if args.one:
         print(json.dumps(measure(str(args.out), args.one, args.context)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        out = args.out or make_random(Path(folder))
+        out = args.out or make_random(Path(folder) / "random-1gb")
         rows = []
         print(
             f"{'bits':>6}{'held MB':>9}{'=':>3}{'resident':>10}{'ratio':>7}{'peak':>8}{'ratio':>7}"
