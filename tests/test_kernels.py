@@ -371,7 +371,7 @@ class TestOperators:
         tables = ops.build_tables(case.x, case.books.prepared[:prefix], case.books.entries, name)
         signs = torch.ones(groups * 8)
         case.bound = Bound([case.matrix], case.books, Rotation.make(groups * 8), prefix)
-        job = case.bound._job  # holds the tensors whose addresses the operator is given
+        job = case.bound.job  # holds the tensors whose addresses the operator is given
         planes = list(case.packed.planes[:prefix])
         books = list(case.books.prepared[:prefix])
         drop = torch.ops.dropbydrop
@@ -415,8 +415,8 @@ class TestOperators:
         )
         whole = Bound([case.matrix], case.books, rotation, 2, kernel)
         assert torch.equal(whole(case.x)[0], y)
-        assert whole._job is not None
-        assert whole._job.kernel == index
+        assert whole.job is not None
+        assert whole.job.kernel == index
 
     def test_tables_do_not_depend_on_the_precision(self, kernel):
         """The tables of P planes begin with those of fewer: q/k/v and all levels share them."""

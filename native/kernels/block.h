@@ -17,7 +17,9 @@ DROP_INLINE Lane8 load8(const float* p) {
 }
 
 DROP_INLINE float sum8(Lane8 v) {
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  return v[0] + v[1];
 }
 
 // out = x / sqrt(mean x^2 + eps) * weight. d is a multiple of 8; out may be x.
@@ -51,10 +53,10 @@ DROP_INLINE float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  int32_t bits, power;
+  uint32_t bits, power;
   memcpy(&bits, &p, 4);
   memcpy(&power, &shifted, 4);
-  bits += (power - 0x4b400000) << 23;
+  bits += (power - 0x4b400000u) << 23;
   memcpy(&p, &bits, 4);
   return p;
 }
@@ -70,31 +72,34 @@ template <Scalar kType>
 DROP_INLINE Lane8 load_cache(const void* base, int64_t index) {
   if (kType == kF32) return load8(static_cast<const float*>(base) + index);
   float lanes[8];
-  for (int i = 0; i < 8; ++i) lanes[i] = load_scalar(base, kType, index + i);
+  load_scalars(base, kType, index, 8, lanes);
   return load8(lanes);
 }
 
-// One head and one token: softmax(scale * q K^T) V over `length` cached positions.
-template <Scalar kType>
+// One head and one token: softmax(scale * q K^T) V over `length` cached positions. kVectors is
+// d / 8, or 0 if only known at run time.
+template <Scalar kType, int kVectors>
 static void attend_as(const AttendJob& job) {
-  constexpr int64_t kWide = 32;  // head dimensions up to 256
-  const int64_t vectors = job.d / 8;
+  const int64_t vectors = kVectors ? kVectors : job.d / 8;
+  Lane8 query[32], sums[32];  // d is at most 256
+  for (int64_t v = 0; v < vectors; ++v) {
+    query[v] = load8(job.query + v * 8) * job.scale;
+    sums[v] = Lane8{};
+  }
   float most = -INFINITY;
   for (int64_t t = 0; t < job.length; ++t) {
-    Lane8 sums = {};
+    Lane8 products = {};
     for (int64_t v = 0; v < vectors; ++v) {
-      sums += load8(job.query + v * 8) * load_cache<kType>(job.keys, t * job.d + v * 8);
+      products += query[v] * load_cache<kType>(job.keys, t * job.d + v * 8);
     }
-    job.scores[t] = sum8(sums) * job.scale;
+    job.scores[t] = sum8(products);
     most = job.scores[t] > most ? job.scores[t] : most;
   }
-  float total = 0;
   for (int64_t t = 0; t < job.length; ++t) job.scores[t] = exponential(job.scores[t] - most);
-  for (int64_t t = 0; t < job.length; ++t) total += job.scores[t];
-  Lane8 sums[kWide];
-  for (int64_t v = 0; v < vectors; ++v) sums[v] = Lane8{};
+  float total = 0;
   for (int64_t t = 0; t < job.length; ++t) {
     const float weight = job.scores[t];
+    total += weight;
     for (int64_t v = 0; v < vectors; ++v) {
       sums[v] += load_cache<kType>(job.values, t * job.d + v * 8) * weight;
     }
@@ -106,11 +111,20 @@ static void attend_as(const AttendJob& job) {
   }
 }
 
+template <Scalar kType>
+static void attend_with(const AttendJob& job) {
+  switch (job.d) {
+    case 64: return attend_as<kType, 8>(job);
+    case 128: return attend_as<kType, 16>(job);
+    default: return attend_as<kType, 0>(job);
+  }
+}
+
 static void attend(const AttendJob& job) {
   switch (job.cache_type) {
-    case kF16: return attend_as<kF16>(job);
-    case kBF16: return attend_as<kBF16>(job);
-    default: return attend_as<kF32>(job);
+    case kF16: return attend_with<kF16>(job);
+    case kBF16: return attend_with<kBF16>(job);
+    default: return attend_with<kF32>(job);
   }
 }
 

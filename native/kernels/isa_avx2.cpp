@@ -8,7 +8,7 @@
 // isa_avx512vbmi.cpp; 16-bit tables share the eight indices between the two digits.
 #define DROP_ISA avx2
 #include "x86.h"
-// After x86.h:
+// (x86.h first: tables.h uses what it declares.)
 #include "tables.h"
 
 namespace drop {

@@ -6,7 +6,7 @@
 // here, so there are none.
 #define DROP_ISA avx512bw
 #include "x86.h"
-// After x86.h:
+// (x86.h first: tables.h uses what it declares.)
 #include "tables.h"
 
 namespace drop {

@@ -7,7 +7,7 @@
 // 1 mask, 4 accumulator operations; 13 micro-operations, no table shuffles beside the look-ups.
 #define DROP_ISA avx512vbmi
 #include "x86.h"
-// After x86.h:
+// (x86.h first: tables.h uses what it declares.)
 #include "tables.h"
 
 namespace drop {

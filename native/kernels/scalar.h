@@ -80,6 +80,26 @@ DROP_INLINE uint16_t float_to_half(float value) {  // nearest even
   return static_cast<uint16_t>(sign | ((bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13));
 }
 
+// Scalars of any type as float32.
+DROP_INLINE void load_scalars(const void* base, Scalar type, int64_t first, int64_t count,
+                              float* out) {
+  int64_t i = 0;
+  if (type == kF32) {
+    memcpy(out, static_cast<const float*>(base) + first, static_cast<size_t>(count) * 4);
+  } else if (type == kBF16) {
+    for (; i < count; ++i) out[i] = load_scalar(base, kBF16, first + i);
+  } else {
+#ifdef __F16C__
+    const uint16_t* raw = static_cast<const uint16_t*>(base) + first;
+    for (; i + 8 <= count; i += 8) {
+      const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(raw + i));
+      _mm256_storeu_ps(out + i, _mm256_cvtph_ps(eight));
+    }
+#endif
+    for (; i < count; ++i) out[i] = load_scalar(base, kF16, first + i);
+  }
+}
+
 template <Scalar kType>
 DROP_INLINE void store_scalar(void* base, int64_t index, float value) {
   if (kType == kF32) {
@@ -103,11 +123,20 @@ DROP_INLINE void quantize(const float* x, int64_t count, float factor, int16_t* 
 // The end of a product: scales, bias, type.
 template <Scalar kType>
 DROP_INLINE void finish_rows(const FinishJob& job, int64_t first, int64_t last) {
-  for (int64_t i = first; i < last; ++i) {
-    float y = job.sums[i] * load_scalar(job.scales, job.scale_type, i);
-    if (job.bias) y += load_scalar(job.bias, job.bias_type, i);
-    if (job.residual) y += job.residual[i];
-    store_scalar<kType>(job.out, i, y);
+  constexpr int64_t kChunk = 64;
+  float y[kChunk], other[kChunk];
+  for (; first < last; first += kChunk) {
+    const int64_t count = last - first < kChunk ? last - first : kChunk;
+    load_scalars(job.scales, job.scale_type, first, count, other);
+    for (int64_t i = 0; i < count; ++i) y[i] = job.sums[first + i] * other[i];
+    if (job.bias) {
+      load_scalars(job.bias, job.bias_type, first, count, other);
+      for (int64_t i = 0; i < count; ++i) y[i] += other[i];
+    }
+    if (job.residual) {
+      for (int64_t i = 0; i < count; ++i) y[i] += job.residual[first + i];
+    }
+    for (int64_t i = 0; i < count; ++i) store_scalar<kType>(job.out, first + i, y[i]);
   }
 }
 

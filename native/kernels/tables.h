@@ -1,6 +1,6 @@
 // Building tables, and walking a packed plane with them. Included once per instruction set, inside
-// its own namespace; the instruction set supplies the few vector routines named
-// below and nothing else.
+// its own namespace; the instruction set supplies the few vector routines named below and nothing
+// else.
 //
 // A table entry is the dot product of one group of 8 activations with one codebook entry, as an
 // unsigned integer v of kBits bits, standing for (v - V / 2) * step with V = 2^kBits - 1. Negation
@@ -9,7 +9,7 @@
 //
 // Steps, for one block of at most kBlock groups (one unit):
 //   1. T = max |x . c| over the block. Exact, but only groups whose norm bound |x| max |c| exceeds
-//      the maximum so far are evaluated: a few per cent of them on Gaussian-like inputs.
+//      the maximum so far are evaluated: about a fifth on Gaussian inputs.
 //   2. x -> int16 with the factor a for which a * scale * T is just under 2^30.
 //   3. v = (2^30 + xq . cq) >> (31 - kBits): one multiply-add per pair of coordinates, and the
 //      rounding offset is the accumulator's first value.

@@ -264,6 +264,77 @@ void check_rows(int kernel, const std::string& name, Random& random) {
   }
 }
 
+// A site that owns what it points to.
+struct OwnedSite {
+  std::vector<std::unique_ptr<Problem>> problems;
+  std::vector<std::vector<const uint8_t*>> planes;
+  std::vector<DropMatrix> matrices;
+  std::vector<const void*> books;
+  DropSite site;
+
+  OwnedSite(const std::vector<int64_t>& heights, int64_t d, Random& random) {
+    planes.reserve(heights.size());
+    for (int64_t rows : heights) {
+      problems.emplace_back(new Problem({rows, d / 8, 2, 128, 1, false}, random));
+      for (float& scale : problems.back()->scales) scale *= 0.02f;
+      planes.push_back(problems.back()->plane_pointers());
+      matrices.push_back({planes.back().data(), rows, problems.back()->scales.data(), 0, nullptr,
+                          0});
+    }
+    books = problems.front()->book_pointers();
+    site = {DROP_SITE_MAGIC, d, 8, nullptr, nullptr, 2, 128, books.data(), matrices.data(),
+            static_cast<int64_t>(matrices.size())};
+  }
+};
+
+// A decoder of two blocks: neither pieces of a sequence nor threads change a bit. (Its values are
+// compared with transformers in tests/test_step.py.)
+void check_step(int kernel, const std::string& name, Random& random) {
+  const int64_t hidden = 24, heads = 3, d = 8, size = 72, length = 9, capacity = 10;
+  std::vector<std::unique_ptr<OwnedSite>> sites;
+  std::vector<DropBlock> blocks;
+  std::vector<float> ones(static_cast<size_t>(hidden), 1.0f), cosines, sines, x;
+  const auto site = [&](const std::vector<int64_t>& heights, int64_t width) {
+    sites.emplace_back(new OwnedSite(heights, width, random));
+    return sites.back()->site;
+  };
+  for (int i = 0; i < 2; ++i) {
+    blocks.push_back({ones.data(), ones.data(), i ? ones.data() : nullptr, nullptr,
+                      site({heads * d, d, d}, hidden), site({hidden}, heads * d),
+                      site({size, size}, hidden), site({hidden}, size)});
+  }
+  for (int64_t i = 0; i < capacity * d; ++i) {
+    cosines.push_back(static_cast<float>(std::cos(0.1 * (i / d) * (i % (d / 2) + 1))));
+    sines.push_back(static_cast<float>(std::sin(0.1 * (i / d) * (i % (d / 2) + 1))));
+  }
+  for (int64_t i = 0; i < length * hidden; ++i) x.push_back(random.gauss());
+  const DropDecoder decoder{DROP_DECODER_MAGIC, hidden, heads, 1, d, size, capacity, 1e-5, 0.35,
+                            ones.data(), cosines.data(), sines.data(), blocks.data(), 2};
+  std::vector<float> expected;
+  const std::vector<std::vector<int64_t>> pieces = {{1, 1, 1, 1, 1, 1, 1, 1, 1}, {4, 1, 4}, {9}};
+  for (int threads = 1; threads <= 3; ++threads) {
+    for (const auto& parts : pieces) {
+      std::vector<std::vector<float>> memory(
+          4, std::vector<float>(static_cast<size_t>(capacity * d)));
+      const DropCache caches[2] = {{memory[0].data(), memory[1].data()},
+                                   {memory[2].data(), memory[3].data()}};
+      std::vector<float> out(x.size());
+      int64_t at = 0;
+      for (int64_t n : parts) {
+        const DropTokens tokens{x.data() + at * hidden, out.data() + at * hidden, n, at, caches, 0,
+                                capacity};
+        check(drop_step(kernel, &decoder, &tokens, threads) == 0, name + ": step");
+        at += n;
+      }
+      for (float value : out) check(std::isfinite(value), name + ": step is not finite");
+      if (expected.empty()) expected = out;
+      check(out == expected, name + ": step depends on pieces or threads");
+    }
+  }
+  const DropTokens late{x.data(), expected.data(), 2, capacity - 1, nullptr, 0, capacity};
+  check(drop_step(kernel, &decoder, &late, 1) == -1, name + ": step past the cache");
+}
+
 void check_odd_inputs(int kernel, const std::string& name, Random& random) {
   Problem problem({64, 130, 1, 128, 1, false}, random);
   for (float& value : problem.x) value = 0;
@@ -316,6 +387,7 @@ int main() {
     }
     check_site(kernel, name, random);
     check_rows(kernel, name, random);
+    check_step(kernel, name, random);
     check_odd_inputs(kernel, name, random);
     std::printf("%-16s %s\n", name.c_str(), failures == before ? "ok" : "FAILED");
   }

@@ -26,10 +26,12 @@ from .layout import (
 from .linear import Bound, Matrix, decode_dense, linear, linears, rotate
 from .registry import Kernel, available, by_name, describe, select, table
 from .rows import rows_linear
+from .step import DecodeStep
 
 __all__ = [
     "Bound",
     "Codebooks",
+    "DecodeStep",
     "Kernel",
     "Matrix",
     "Packed",

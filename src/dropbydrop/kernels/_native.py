@@ -52,6 +52,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         _int,
         [_int, _ptr, _i64, _i64, _ptr, _int, _ptr, _int, _i64, _ptr, _int, _int],
     ),
+    "drop_step": (_int, [_int, _ptr, _ptr, _int]),
     "drop_stream_read": (ctypes.c_uint64, [_int, _ptr, _i64, _int]),
 }
 

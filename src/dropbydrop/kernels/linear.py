@@ -175,9 +175,9 @@ class Bound:
         self.d_in = matrices[0].packed.groups * GROUP
         self.few = few(self.kernel, prefix)
         tiled = all(matrix.packed.tiled for matrix in matrices)
-        self._job: ops.SiteJob | None = None
+        self.job: ops.SiteJob | None = None
         if self.kernel.native and tiled:
-            self._job = self._describe()
+            self.job = self._describe()
 
     def _describe(self) -> ops.SiteJob:
         rotation, prefix = self.rotation, self.prefix
@@ -197,7 +197,7 @@ class Bound:
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """x [..., d_in] -> [..., d_out] of each matrix, in the dtype of x."""
-        job, n = self._job, x.numel() // self.d_in
+        job, n = self.job, x.numel() // self.d_in
         if job is None or n > self.few or not _fits(x, self.kernel):
             return self.dense(x)
         x, shape = x.contiguous(), x.shape[:-1]

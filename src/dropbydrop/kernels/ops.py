@@ -88,7 +88,9 @@ class _Matrix(ctypes.Structure):
 _MAGIC = 0x65746973706F7264  # DROP_SITE_MAGIC
 
 
-class _Site(ctypes.Structure):
+class Site(ctypes.Structure):
+    """DropSite of drop_kernels.h."""
+
     _fields_ = (
         ("magic", ctypes.c_int64),
         ("d", ctypes.c_int64),
@@ -262,8 +264,8 @@ def _site(
     books: ctypes.Array,
     entries: int,
     described: ctypes.Array,
-) -> _Site:
-    return _Site(
+) -> Site:
+    return Site(
         _MAGIC,
         d,
         block,
