@@ -1,230 +1,271 @@
 """Tokens a second of one sequence, at every level, against named baselines of the same run.
 
-    python benchmarks/decode.py                         # a random Llama of 1 GB in bfloat16
-    python benchmarks/decode.py --size smollm2          # the shapes of SmolLM2-135M, random
-    python benchmarks/decode.py --model OUT             # a checkpoint
-    python benchmarks/decode.py --llama q4_0=model-q4_0.gguf --llama q2_k=model-q2_k.gguf
+    python benchmarks/decode.py                          # a random Llama of 1 GB in bfloat16
+    python benchmarks/decode.py --size smollm2           # the shapes of SmolLM2-135M, random
+    python benchmarks/decode.py --model OUT              # a checkpoint
+    python benchmarks/decode.py --llama Q4_0,Q4_K_M,Q2_K # llama.cpp quantizes a model of that shape
+    python benchmarks/decode.py --gguf Q4_1=FILE         # llama.cpp on a file
 
-Random models have random codes, eight-bit embeddings and head: the time of a token does not depend
-on the values. Measured after a short prompt, greedily, --tokens tokens from position --prompt on;
-best of --rounds. Rows:
+Random models have random codes or weights (models.py): speed does not depend on them; embedding and
+head are eight-bit rows. Greedy, --tokens tokens from position --prompt on. All rows are measured in
+turn, --rounds times, so that a busy machine slows them alike; figures are the best round. Rows:
 
-    step        the native decode step with a static cache (kernels/step.py)
-    eager       the same modules through transformers, a static cache, no step
-    torch T     the dense model in type T through transformers, a static cache
-    NAME        llama.cpp (llama-cpp-python) on a GGUF file of the same architecture
+    P bits       `dropbydrop.load`, a static cache, the native step
+    P bits, eager       the same modules one by one
+    torch T      the dense model in type T through transformers, a static cache
+    NAME         llama.cpp (llama-cpp-python, built from source)
 
-"true bits" are all bytes read for a token (codes, scales, head, norms) times 8 over parameters, as
-stored; for GGUF files, file bytes without the embedding rows that a token does not read.
+Columns: "MB" are bytes read for a token, "bits" the same times 8 over the parameters of blocks and
+head; for GGUF files, file bytes without embedding rows that a token does not read. "prefill" are
+tokens a second of a prompt of --prefill tokens. "stream" is a plain sequential read, GB/s.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import models
 import torch
-from matvec import topology
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from dropbydrop import kernels
-from dropbydrop.code import codebook_table
-from dropbydrop.kernels import Bound, Matrix, Packed
-from dropbydrop.kernels.step import DecodeStep
-from dropbydrop.rotation import Rotation
-
-SIZES = {
-    "1gb": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 10,
-            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
-            "tie_word_embeddings": False},
-    "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-                "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
-                "tie_word_embeddings": True},
-}  # fmt: skip
+import dropbydrop
+from dropbydrop import bench, kernels
+from dropbydrop.kernels.attach import decoder_of
 
 
-class Coded(nn.Module):
-    """A linear layer that runs from packed planes."""
+@dataclass
+class Row:
+    """One way of running a model, and its times in seconds."""
 
-    def __init__(self, bound: Bound) -> None:
-        super().__init__()
-        self.bound = bound
+    name: str
+    decode: Callable[[], float]  # seconds of a token
+    prefill: Callable[[], float] | None  # seconds of the whole prompt
+    read: int = 0
+    tokens: list[float] = field(default_factory=list)
+    prompts: list[float] = field(default_factory=list)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bound(x)[0]
-
-
-class Rows(nn.Module):
-    """Eight-bit rows as embedding and head."""
-
-    def __init__(self, count: int, d: int) -> None:
-        super().__init__()
-        self.register_buffer("rows", torch.randint(-127, 128, (count, d), dtype=torch.int8))
-        self.register_buffer("row_scales", (torch.rand(count) / 2000 + 1e-4).half())
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.rows[ids].float() * self.row_scales[ids][..., None].float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.rows_linear(x, self.rows, self.row_scales)
-
-
-class Embedding(nn.Module):
-    def __init__(self, rows: Rows) -> None:
-        super().__init__()
-        self.of = [rows]
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.of[0].embed(ids)
+    def record(self, prefill: int, weights: int, stream: float) -> dict[str, Any]:
+        best = min(self.tokens)
+        return {
+            "name": self.name,
+            "tokens_per_second": round(1 / best, 2),
+            "prefill_per_second": round(prefill / min(self.prompts), 1) if self.prompts else None,
+            "megabytes": round(self.read / 1e6, 1),
+            "true_bits": round(8 * self.read / weights, 2),
+            "of_stream": round(self.read / best / stream, 3),
+            "seconds": self.tokens,
+            "prefill_seconds": self.prompts,
+        }
 
 
-def random_coded(config: LlamaConfig, planes: int) -> tuple[Any, Callable[[int], None]]:
-    """A model of random codes, and the function that sets its precision."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    stored = [torch.randn(128, 8) * 0.5**m for m in range(planes)]
-    books = kernels.prepare_codebooks([codebook_table(s) for s in stored], symmetric=True)
-    rotations: dict[int, Rotation] = {}
-    made: list[tuple[nn.Module, str, Matrix, Rotation]] = []
-    for block in model.model.layers:
-        for part in (block.self_attn, block.mlp):
-            for name, linear in list(part.named_children()):
-                if not isinstance(linear, nn.Linear):
-                    continue
-                rows, d = linear.weight.shape
-                rotation = rotations.setdefault(d, Rotation.make(d))
-                size = -(-rows // 64) * 64 * (d // 8)
-                codes = [torch.randint(0, 256, (size,), dtype=torch.uint8) for _ in range(planes)]
-                scales = (torch.rand(rows) * 0.3 / d**0.5).half()
-                packed = Packed(tuple(codes), rows, d // 8, True)
-                made.append((part, name, Matrix(packed, scales), rotation))
-    head = Rows(config.vocab_size, config.hidden_size)
-    rows = head if config.tie_word_embeddings else Rows(config.vocab_size, config.hidden_size)
-    model.lm_head, model.model.embed_tokens = head, Embedding(rows)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.weight = nn.Parameter(torch.ones(module.weight.shape), requires_grad=False)
+class Eager:
+    """The model without its native step, for the time of a call."""
 
-    def at(prefix: int) -> None:
-        for part, name, matrix, rotation in made:
-            setattr(part, name, Coded(Bound([matrix], books, rotation, prefix)))
+    def __init__(self, model: Any) -> None:
+        self.model = model
 
-    return model.eval(), at
+    def __call__(self, measure: Callable[[], float]) -> float:
+        inner = decoder_of(self.model)
+        step = inner.__dict__.pop("forward", None)
+        try:
+            return measure()
+        finally:
+            if step is not None:
+                inner.forward = step
 
 
-def bits_of(config: LlamaConfig, prefix: int) -> float:
-    """8 * bytes read for a token / parameters used for a token (blocks and head)."""
-    h, i = config.hidden_size, config.intermediate_size
-    head = h // config.num_attention_heads
-    kv = config.num_key_value_heads * head
-    shapes = [(h, h), (kv, h), (kv, h), (h, h), (i, h), (i, h), (h, i)]
-    blocks = sum(r * d for r, d in shapes) * config.num_hidden_layers
-    scales = sum(2 * r for r, _ in shapes) * config.num_hidden_layers
-    top = config.vocab_size * (h + 2)
-    return 8 * (blocks * prefix / 8 + scales + top) / (blocks + config.vocab_size * h)
+def our_rows(args: argparse.Namespace, path: Path) -> list[Row]:
+    levels = [int(b) for b in args.bits.split(",")]
+    top = dropbydrop.load(path, bits=max(levels), dtype=torch.float32)
+    rows = []
+    for bits in levels:
+        view = dropbydrop.at(top, bits)
+        print(f"{bits} bits: {kernels.how(view)}")
+        decode = lambda v=view: bench.decode_seconds(v, args.prompt, args.tokens)  # noqa: E731
+        prefill = lambda v=view: bench.prefill_seconds(v, args.prefill)  # noqa: E731
+        rows.append(Row(f"{bits} bits", decode, prefill, bench.read_bytes(view)))
+        if args.eager:
+            eager = Eager(dropbydrop.at(top, bits))
+            call = lambda e=eager, d=decode: e(  # noqa: E731
+                lambda: bench.decode_seconds(e.model, args.prompt, args.tokens)
+            )
+            rows.append(Row(f"{bits} bits, eager", call, None, bench.read_bytes(view)))
+    return rows
 
 
-@torch.inference_mode()
-def seconds_per_token(model: Any, args: argparse.Namespace) -> float:
-    """Best over rounds of the mean time of a greedy token."""
-    best = float("inf")
-    prompt = torch.arange(1, args.prompt + 1)[None]
-    for _ in range(args.rounds):
+def dense_rows(args: argparse.Namespace) -> list[Row]:
+    from transformers import StaticCache
+
+    @torch.inference_mode()
+    def decode(model: Any) -> float:
         cache = StaticCache(config=model.config, max_cache_len=args.prompt + args.tokens + 1)
-        out = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        ids = torch.arange(1, args.prompt + 1)[None]
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         start = time.perf_counter()
         for _ in range(args.tokens):
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             out = model(input_ids=token, past_key_values=cache, use_cache=True)
-        best = min(best, (time.perf_counter() - start) / args.tokens)
-    return best
+        return (time.perf_counter() - start) / args.tokens
+
+    rows = []
+    for name in filter(None, args.torch.split(",")):
+        model = models.dense_model(args.size, getattr(torch, name))
+        rows.append(
+            Row(
+                f"torch {name}",
+                lambda m=model: decode(m),
+                lambda m=model: bench.prefill_seconds(m, args.prefill),
+                bench.read_bytes(model),
+            )
+        )
+    return rows
 
 
-def seconds_of_llama(path: str, args: argparse.Namespace) -> float:
-    """The same with llama.cpp."""
-    from llama_cpp import Llama  # optional; built from source for a fair comparison
+class LlamaCpp:
+    """A GGUF file in llama.cpp, through the C interface: no Python but the loop."""
 
-    llama = Llama(path, n_ctx=args.prompt + args.tokens + 8, n_threads=args.threads,
-                  n_threads_batch=args.threads, verbose=False)  # fmt: skip
-    best = float("inf")
-    for _ in range(args.rounds):
-        llama.reset()
-        llama.eval(list(range(1, args.prompt + 1)))
+    def __init__(self, path: Path, args: argparse.Namespace) -> None:
+        import llama_cpp
+
+        self.api, self.args = llama_cpp, args
+        self.api.llama_backend_init()
+        quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+        self._quiet = quiet(lambda *_: None)
+        self.api.llama_log_set(self._quiet, None)
+        model = self.api.llama_model_default_params()
+        self.model = self.api.llama_model_load_from_file(str(path).encode(), model)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp could not load {path}")
+        context = self.api.llama_context_default_params()
+        context.n_ctx = max(args.prompt + args.tokens, args.prefill) + 8
+        context.n_batch = context.n_ubatch = max(512, args.prompt)
+        context.n_threads = context.n_threads_batch = args.threads
+        self.context = self.api.llama_init_from_model(self.model, context)
+        self.vocab = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
+        self.read = path.stat().st_size
+
+    def feed(self, ids: list[int]) -> None:
+        array = (ctypes.c_int32 * len(ids))(*ids)
+        if self.api.llama_decode(self.context, self.api.llama_batch_get_one(array, len(ids))):
+            raise RuntimeError("llama_decode failed")
+
+    def clear(self) -> None:
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+
+    def best(self) -> int:
+        logits = ctypes.cast(
+            self.api.llama_get_logits(self.context),
+            ctypes.POINTER(ctypes.c_float * self.vocab),
+        ).contents
+        return int(torch.frombuffer(logits, dtype=torch.float32).argmax())
+
+    def decode(self) -> float:
+        self.clear()
+        self.feed(list(range(1, self.args.prompt + 1)))
         start = time.perf_counter()
-        for _ in range(args.tokens):
-            llama.eval([llama.sample(temp=0.0)])
-        best = min(best, (time.perf_counter() - start) / args.tokens)
-    return best
+        for _ in range(self.args.tokens):
+            self.feed([self.best()])
+        self.best()
+        return (time.perf_counter() - start) / self.args.tokens
+
+    def prefill(self) -> float:
+        self.clear()
+        start = time.perf_counter()
+        self.feed(list(range(1, self.args.prefill + 1)))
+        self.best()
+        return time.perf_counter() - start
 
 
-def measure(args: argparse.Namespace) -> list[dict]:
-    results: list[dict] = []
+def llama_rows(args: argparse.Namespace, folder: Path) -> list[Row]:
+    files = {}
+    for kind in filter(None, args.llama.split(",")):
+        source = models.random_gguf(folder / f"{args.size}-f16.gguf", args.size)
+        files[f"llama.cpp {kind}"] = models.quantized_gguf(source, kind)
+    files |= {name: Path(path) for name, path in (pair.split("=", 1) for pair in args.gguf)}
+    rows = []
+    for name, path in files.items():
+        llama = LlamaCpp(path, args)
+        llama.read -= unread_bytes(path)
+        rows.append(Row(name, llama.decode, llama.prefill, llama.read))
+    return rows
 
-    def row(name: str, seconds: float, bits: float | None) -> None:
-        results.append({"name": name, "tokens_per_second": round(1 / seconds, 2),
-                        "milliseconds": round(seconds * 1e3, 3), "true_bits": bits})  # fmt: skip
-        shown = "" if bits is None else f"{bits:8.2f}"
-        print(f"{name:24}{1 / seconds:10.1f}{seconds * 1e3:10.2f}{shown}", flush=True)
 
-    print(f"{'':24}{'tokens/s':>10}{'ms':>10}{'true bits':>10}")
-    levels = [int(b) for b in args.bits.split(",")]
-    if args.model:
-        from dropbydrop import at, linear, load
+def unread_bytes(path: Path) -> int:
+    """Bytes of the input embedding of a GGUF file with an output matrix of its own."""
+    import gguf
 
-        top = load(args.model, bits=max(levels), dtype=torch.float32)
-        for bits in levels:
-            model = at(top, bits)
-            with DecodeStep(model, lambda module: linear._bound(module, tiled=True)):
-                row(f"step, {bits} bits", seconds_per_token(model, args), None)
-            row(f"eager, {bits} bits", seconds_per_token(model, args), None)
-        config = top.config
-    else:
-        config = LlamaConfig(**SIZES[args.size], max_position_embeddings=4096, bos_token_id=1)
-        config._attn_implementation = "sdpa"
-        model, set_level = random_coded(config, max(levels))
-        for bits in levels:
-            set_level(bits)
-            with DecodeStep(model, lambda module: module.bound):
-                row(f"step, {bits} bits", seconds_per_token(model, args), bits_of(config, bits))
-            row(f"eager, {bits} bits", seconds_per_token(model, args), bits_of(config, bits))
-        del model
-    for name in args.torch.split(",") if args.torch else []:
-        dtype = getattr(torch, name)
-        dense = LlamaForCausalLM(config).to(dtype).eval()
-        row(f"torch {name}", seconds_per_token(dense, args), 8.0 * dtype.itemsize)
-        del dense
-    for pair in args.llama:
-        name, path = pair.split("=", 1)
-        row(name, seconds_of_llama(path, args), None)
-        results[-1]["file_bytes"] = Path(path).stat().st_size
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
+    return int(tensors["token_embd.weight"].n_bytes) if "output.weight" in tensors else 0
+
+
+def weights_of(size: str, model: Path | None) -> int:
+    """Parameters of blocks and head."""
+    if model is not None:
+        checkpoint = dropbydrop.checkpoint.Checkpoint.open(model)
+        blocks = sum(d_out * d_in for d_out, d_in in checkpoint.shapes.values())
+        head = checkpoint.config["vocab_size"] * checkpoint.config["hidden_size"]
+        return blocks + int(head)
+    config = models.config_of(size)
+    with torch.device("meta"):
+        dense = models.LlamaForCausalLM(config)
+    blocks = sum(p.numel() for p in dense.model.layers.parameters() if p.dim() == 2)
+    return blocks + config.vocab_size * config.hidden_size
+
+
+def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    path = args.model or models.random_checkpoint(folder / f"random-{args.size}", args.size)
+    rows = our_rows(args, path) + dense_rows(args) + llama_rows(args, folder)
+    read, speeds = bench.stream(args.threads), []
+    for number in range(args.rounds):
+        for row in rows:
+            speeds.append(read())
+            row.tokens.append(row.decode())
+            if args.prefill and row.prefill and number < args.prefill_rounds:
+                row.prompts.append(row.prefill())
+    weights, speed = weights_of(args.size, args.model), max(speeds)
+    print(f"stream {speed / 1e9:.1f} GB/s; prompt {args.prompt}, {args.tokens} tokens")
+    print(f"{'':24}{'tokens/s':>10}{'MB':>9}{'bits':>7}{'stream':>8}{'prefill':>9}")
+    results = [row.record(args.prefill, weights, speed) for row in rows]
+    for row in results:
+        prompt = "" if row["prefill_per_second"] is None else f"{row['prefill_per_second']:.0f}"
+        print(
+            f"{row['name']:24}{row['tokens_per_second']:10.1f}{row['megabytes']:9.1f}"
+            f"{row['true_bits']:7.2f}{row['of_stream']:8.0%}{prompt:>9}"
+        )
     return results
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="1gb", help="shapes of the random model")
-    parser.add_argument("--model", type=Path, help="a checkpoint folder instead of a random model")
+    parser.add_argument("--size", choices=models.SIZES, default="1gb", help="of random models")
+    parser.add_argument("--model", type=Path, help="a checkpoint folder instead of a random one")
     parser.add_argument("--bits", default="2,3,4")
-    parser.add_argument("--torch", default="bfloat16,float32", help="types of the dense baselines")
-    parser.add_argument("--llama", action="append", default=[], metavar="NAME=GGUF")
+    parser.add_argument("--eager", action="store_true", help="also without the native step")
+    parser.add_argument("--torch", default="bfloat16,float32", help="types of dense baselines")
+    parser.add_argument("--llama", default="", help="kinds that llama.cpp quantizes to: Q4_0,Q2_K")
+    parser.add_argument("--gguf", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--folder", type=Path, help="keeps the random models [a temporary one]")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prefill", type=int, default=512, help="0: none")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prefill-rounds", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    where = topology() | {"kernel": kernels.select().name, "threads": str(args.threads)}
+    where = bench.topology() | {"kernel": kernels.select().name, "threads": str(args.threads)}
     for key, value in where.items():
         print(f"{key}: {value}")
-    results = measure(args)
+    with tempfile.TemporaryDirectory() as temporary:
+        results = measure(args, args.folder or Path(temporary))
     print(json.dumps({"benchmark": "decode", "topology": where, "results": results}))
     return 0
 

@@ -3,6 +3,7 @@
     python benchmarks/matvec.py                        # shapes and prefixes of the README table
     python benchmarks/matvec.py --threads 2 --kernels avx512vbmi,avx2-u8 --shapes 4096x4096
     python benchmarks/matvec.py --crossover            # rows of x: tables against a dense matrix
+    python benchmarks/matvec.py --errors               # output error of every kernel; not timed
 
 Every product reads codes that are not in any cache: the matrices of a sweep total more than
 --megabytes (600; more than the last cache), and each is used once a sweep. A time is a whole call
@@ -16,17 +17,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dropbydrop import kernels
+from dropbydrop.bench import topology
 from dropbydrop.code import codebook_table
 from dropbydrop.kernels import Bound, Matrix, Packed
 from dropbydrop.kernels._native import library
@@ -34,28 +34,6 @@ from dropbydrop.rotation import Rotation
 
 PREFIXES = (1, 2, 3, 4)
 _keep: list[object] = []  # results, so that nothing is optimised away
-
-
-def topology() -> dict[str, str]:
-    """Processor, cores as the system presents them, and which share a physical core."""
-    info = {"machine": platform.machine(), "torch": torch.__version__}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                info["processor"] = line.split(":", 1)[1].strip()
-                break
-    siblings = sorted(
-        Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
-    )
-    info["cores"] = "; ".join(sorted({path.read_text().strip() for path in siblings}))
-    caches = Path("/sys/devices/system/cpu/cpu0/cache")
-    info["caches"] = ", ".join(
-        f"L{(index / 'level').read_text().strip()} {(index / 'size').read_text().strip()}"
-        for index in sorted(caches.glob("index*"))
-        if (index / "type").read_text().strip() != "Instruction"
-    )
-    return info
 
 
 class Sweep:
@@ -201,6 +179,37 @@ def measure_crossover(args: argparse.Namespace, memory: Tensor) -> list[dict]:
     return results
 
 
+def measure_errors(args: argparse.Namespace) -> list[dict]:
+    """|y - y64| / |y64| with y64 in float64 from the decoded weights; inputs are not rotated."""
+    results = []
+    for shape in args.shapes.split(","):
+        rows, d_in = map(int, shape.split("x"))
+        books, straight = random_books(max(PREFIXES)), Rotation.make(d_in, "none")
+        codes = [torch.randint(0, 256, (rows, d_in // 8)).byte() for _ in PREFIXES]
+        matrix = Matrix(kernels.pack(codes), torch.ones(rows))
+        plain = torch.randn(8, d_in)
+        peaked = plain.clone()
+        peaked[:, :: d_in // 4] = 20.0  # four outliers of 20 times the rms
+        print(f"\n{rows} x {d_in}: relative error, Gaussian inputs / with outliers")
+        print(f"{'':24}" + "".join(f"{f'P={prefix}':>20}" for prefix in PREFIXES))
+        for kernel in kernels.available():
+            line = f"{kernel.name:24}"
+            for prefix in PREFIXES:
+                bound = Bound([matrix], books, straight, prefix, kernel.name)
+                weight = bound.weight(torch.float64)
+                errors = []
+                for x in (plain, peaked):
+                    want = x.double() @ weight.T
+                    errors.append(float((bound(x)[0] - want).norm() / want.norm()))
+                line += f"{errors[0]:11.1e}/{errors[1]:.1e} "
+                results.append(
+                    {"name": kernel.name, "shape": [rows, d_in], "prefix": prefix,
+                     "gaussian": errors[0], "outliers": errors[1]}
+                )  # fmt: skip
+            print(line)
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -213,6 +222,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=int, default=640, help="memory swept, > last cache")
     parser.add_argument("--crossover", action="store_true", help="sweep the rows of x instead")
+    parser.add_argument("--errors", action="store_true", help="errors instead of times")
     args = parser.parse_args()
     if library() is None:
         print("the native kernels are not built", file=sys.stderr)
@@ -223,11 +233,13 @@ def main() -> int:
     where = topology()
     for key, value in where.items():
         print(f"{key}: {value}")
-    size = args.megabytes << 20
-    memory = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8).repeat(size >> 20)
     with torch.inference_mode():
-        measure = measure_crossover if args.crossover else measure_products
-        results = measure(args, memory)
+        if args.errors:
+            results = measure_errors(args)
+        else:
+            memory = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8).repeat(args.megabytes)
+            measure = measure_crossover if args.crossover else measure_products
+            results = measure(args, memory)
     print(json.dumps({"benchmark": "matvec", "topology": where, "results": results}))
     return 0
 

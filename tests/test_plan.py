@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import itertools
 import json
 import sys
@@ -16,6 +18,7 @@ from dropbydrop import Plan, cli, make_plan
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.evaluate import evaluate
+from dropbydrop.kernels import ops
 from dropbydrop.linear import NestedLinear
 from dropbydrop.load import plan_of, store_of
 from dropbydrop.memory import held_bytes, kv_cache, parse_bytes
@@ -156,18 +159,29 @@ def test_infeasible_budgets(checkpoint: Checkpoint) -> None:
     assert least + 6000 < middle.memory(checkpoint, context=64).total <= least + 8000
 
 
-def test_packed_copies_are_counted(checkpoint: Checkpoint, out: Path) -> None:
-    from dropbydrop import kernels
+def byte_storages() -> dict[int, int]:
+    """Address and size of every storage of bytes that is alive on the CPU."""
+    gc.collect()
+    alive = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    plain = [t for t in alive if t.dtype == torch.uint8 and t.device.type == "cpu"]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}
 
-    if not kernels.select().native:
-        pytest.skip("no native kernels here")
-    model = dropbydrop.load(out, mixed(checkpoint, 4))
-    model.generate(IDS[:1, :4], max_new_tokens=2, do_sample=False, pad_token_id=0)
-    derived = store_of(model)._derived
-    packed = sum(t.numel() for key, t in derived.items() if key[0] == "packed")
-    need = mixed(checkpoint, 4).memory(checkpoint, context=64)
-    assert packed == need.layouts > 0
-    assert mixed(checkpoint, 4).memory(checkpoint).layouts == 0
+
+def test_planes_are_held_once(checkpoint: Checkpoint, out: Path) -> None:
+    """Also after products of one row and of many, decoding, and views of every level."""
+    plan = mixed(checkpoint, 4)
+    before = byte_storages()
+    model = dropbydrop.load(out, plan)
+    views = [model, dropbydrop.at(model, 2)]
+    for view in views:
+        view.generate(IDS[:1, :4], max_new_tokens=2, do_sample=False, pad_token_id=0)
+        logits(view)
+        view.model.layers[0].mlp.up_proj.dense_weight()
+    derived = store_of(model)._derived.items()
+    small = {t.data_ptr() for key, v in derived if key[0] == "books" for t in v.prepared}
+    site = ctypes.sizeof(ops.Site)  # what the kernels are called with, of every matrix and site
+    new = {p: n for p, n in byte_storages().items() if p not in before.keys() | small and n != site}
+    assert sum(new.values()) == plan.memory(checkpoint).codes > 0
 
 
 def test_amounts_of_memory() -> None:

@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 import dropbydrop
+from dropbydrop import kernels
 from dropbydrop.checkpoint import Checkpoint, CheckpointWriter
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.linear import NestedEmbedding, NestedHead, NestedLinear
 from dropbydrop.load import store_of
 from helpers import VOCAB, decoded_reference, tiny_llama, tiny_model_folder, write_checkpoint
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IDS = torch.randint(3, VOCAB, (2, 17), generator=torch.Generator().manual_seed(5))
 
 
@@ -174,7 +176,7 @@ def test_16_bit_head_does_not_overflow() -> None:
 
 def test_a_large_head_goes_in_slabs(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     whole = logits(model)
-    monkeypatch.setattr("dropbydrop.linear._SLAB", 70)
+    monkeypatch.setattr("dropbydrop.kernels.rows._SLAB", 70)
     torch.testing.assert_close(logits(model), whole)
 
 
@@ -435,3 +437,67 @@ def test_modules_have_a_readable_form(model: Any) -> None:
     assert "in_features=64, out_features=32, prefix=4, bias=False" in text
     assert "NestedHead(in_features=64, out_features=300, tied=True)" in text
     assert isinstance(model.model.layers[0].mlp.up_proj, NestedLinear)
+
+
+# ------------------------------------------------------------------------- the form of planes
+
+
+def test_planes_have_one_form_in_memory_and_another_on_disk(out: Path, model: Any) -> None:
+    """Held as the device's kernels read them; state_dict, decoding and moving do not show it."""
+    checkpoint, name = Checkpoint.open(out), "model.layers.0.mlp.down_proj"
+    codes = model.get_submodule(name).codes
+    native = kernels.select().native
+    assert {plane.dim() for plane in codes.tensors()} == ({1} if native else {2})
+    saved = model.state_dict()
+    for m in (1, 2, 3, 4):
+        stored = checkpoint.read_codes(name, m)
+        assert torch.equal(saved[f"{name}.codes.{m}"], stored)
+        assert torch.equal(codes.canonical()[m - 1], stored)
+    twin = dropbydrop.load(out)
+    twin.load_state_dict(saved)
+    assert torch.equal(logits(twin), logits(model))
+    moved = dropbydrop.at(model, 2).to("meta").get_submodule(name).codes
+    assert moved[2].shape == checkpoint.read_codes(name, 2).shape
+    assert codes[2].dim() == (1 if native else 2)  # the base stays
+
+
+def test_row_major_planes_give_the_same_weights(out: Path, model: Any) -> None:
+    name = "model.layers.1.self_attn.k_proj"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(kernels.registry.VARIABLE, "torch")
+        plain = dropbydrop.load(out)
+        assert plain.get_submodule(name).codes[1].dim() == 2
+        expected = [plain.get_submodule(name).rotated_weight(d) for d in DTYPES]
+        torch.testing.assert_close(logits(plain), logits(dropbydrop.load(out)))
+    for dtype, weight in zip(DTYPES, expected, strict=True):
+        assert torch.equal(model.get_submodule(name).rotated_weight(dtype), weight)
+
+
+# ------------------------------------------------------------------------------ native decoding
+
+
+def test_tokens_are_decoded_natively_and_equal_the_reference_path(out: Path) -> None:
+    """Every view, with the caches that `generate` makes; the reference is the model without it."""
+    base = dropbydrop.load(out)
+    settings = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    for bits in (2, 3, 4):
+        view = dropbydrop.at(base, bits)
+        assert kernels.native(view) == kernels.select().native
+        found = [
+            view.generate(IDS[:1], cache_implementation=kind, **settings)
+            for kind in (None, "static")
+        ]
+        kernels.detach(view)
+        assert kernels.how(view).startswith("through torch")
+        expected = view.generate(IDS[:1], **settings)
+        assert torch.equal(found[0], expected)
+        assert torch.equal(found[1], expected)
+    assert kernels.native(base) == kernels.select().native  # detached from the views alone
+
+
+def test_dense_and_adapted_models_decode_through_torch(out: Path) -> None:
+    model = dropbydrop.load(out, bits=2)
+    model.dequantize()
+    assert "Linear does not run from planes" in kernels.how(model)
+    ids = model.generate(IDS[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert ids.shape[1] == IDS.shape[1] + 3

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .commands import bench as bench_command
 from .commands import export as export_command
 from .commands import plan as plan_command
 from .commands import study
@@ -116,7 +117,7 @@ def info(
     """Levels, true bits, bytes and integrity of a checkpoint; or the kernels of this machine."""
     from .checkpoint import Checkpoint
     from .kernels import describe as describe_kernels
-    from .kernels import table
+    from .kernels import how_config, table
     from .report import describe, print_info
     from .search import backends
 
@@ -129,6 +130,8 @@ def info(
         out_console.print("inference kernels on the CPU (* is in use):")
         for line in describe_kernels():
             out_console.print(line, markup=False, highlight=False)
+        result["decoding"] = how_config(Checkpoint.open(out).config if out else None)
+        out_console.print(f"decoding: {result['decoding']}", markup=False, highlight=False)
     if out is None:
         if not kernels:
             raise DropError("name a checkpoint folder, or ask for --kernels.")
@@ -259,6 +262,7 @@ def generate(
     """Continue a prompt at one precision."""
     from . import load, precision
     from .generate import generate as run
+    from .kernels import how
     from .quiet import quiet_transformers
     from .sources import load_tokenizer
 
@@ -276,9 +280,10 @@ def generate(
         )
     if not as_json:
         typer.echo(result.text)
-    finish(as_json, {"bits": precision(model), **asdict(result)})
+    finish(as_json, {"bits": precision(model), "decoding": how(model), **asdict(result)})
 
 
+bench_command.register(app)
 export_command.register(app)
 study.register(app)
 plan_command.register(app)

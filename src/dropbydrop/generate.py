@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import kernels
 from .errors import DropError
 from .quiet import quiet_transformers
 
@@ -73,6 +74,9 @@ def generate(
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     if tokenizer.pad_token_id is None:
         settings["pad_token_id"] = tokenizer.eos_token_id
+    if draft_bits is None and kernels.native(model):
+        # A cache of fixed size is written in place by the native decode step.
+        settings["cache_implementation"] = "static"
     if stream:
         from transformers import TextStreamer
 

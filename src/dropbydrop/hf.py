@@ -7,7 +7,8 @@ Steps of `AutoModelForCausalLM.from_pretrained(out)` that are ours:
    the list of files that transformers is about to read. Tensor names on disk equal parameter
    names, so transformers loads them itself, to whatever device it was told.
 3. After the weights are read, codes are entered into the `PlaneStore`, and it is checked that
-   every tensor of ours has really been read: never a random weight.
+   every tensor of ours has really been read: never a random weight. The native decode step is
+   offered to the model (kernels/attach.py).
 
 Codebooks, signs and odd factors belong to no single module; the store reads them.
 Written against transformers 5.23; tests/test_hf.py exercises every hook that is overridden.
@@ -32,7 +33,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .checkpoint import Checkpoint, QuantizationConfig
 from .checkpoint.format import FORMAT, LEVELS_SUFFIX
 from .errors import DropError, FormatError, PrecisionError, UnsupportedModelError
-from .linear import NestedEmbedding, NestedHead, NestedLinear, output_scale
+from .kernels import attach
+from .linear import NestedEmbedding, NestedHead, NestedLinear, bound_of, output_scale
 from .store import PlaneStore
 
 logger = logging.get_logger(__name__)
@@ -140,11 +142,13 @@ class DropByDropQuantizer(HfQuantizer):
             if isinstance(module, (NestedLinear, NestedEmbedding, NestedHead)):
                 module.requires_grad_(False)  # transformers makes every float a leaf to train
         for linear in linears:
-            linear.store.add(linear.name, [codes.detach() for codes in linear.codes.tensors()])
+            linear.codes.settle()
+            linear.store.add(linear.name, linear.codes.tensors())
         head, embedding = _output_head(model), model.get_input_embeddings()
         if isinstance(head, NestedHead) and head.tied:
             head.row_scales = embedding.row_scales.to(head.rows.device)
         set_level_parameters(model, linears[0].store, linears[0].prefix)
+        attach(model, bound_of)
         return model
 
     def is_serializable(self) -> bool:

@@ -18,7 +18,6 @@ the first floating-point parameter, stays the type of the activations.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,31 +26,67 @@ from torch.nn import functional as F
 
 from . import kernels
 from .code import GROUP, decode
-from .errors import PrecisionError
+from .errors import PrecisionError, UnsupportedModelError
 from .kernels.linear import FEW
 from .store import PlaneStore, Site
 
-_SLAB = 16384  # rows of the head that are widened at a time
-
 
 class Planes(nn.Module):
-    """The container `codes` of a NestedLinear: parameters named "1".."P", uint8 [d_out, G]."""
+    """The container `codes` of a NestedLinear: parameters named "1".."P".
 
-    def __init__(self, planes: list[Tensor]) -> None:
+    Each is held once, in the form that its device reads (`kernels.keep`): packed bytes on a CPU
+    with native kernels, else uint8 [d_out, G]. The latter is what state_dict gives, as on disk.
+    """
+
+    def __init__(self, planes: list[Tensor], rows: int, groups: int) -> None:
         super().__init__()
+        self.rows, self.groups = rows, groups
+        self._set(planes)
+
+    def _set(self, planes: list[Tensor]) -> None:
         for m, codes in enumerate(planes, 1):
-            self.register_parameter(str(m), nn.Parameter(codes, requires_grad=False))
+            self._parameters[str(m)] = nn.Parameter(codes, requires_grad=False)
 
     def __getitem__(self, m: int) -> Tensor:
-        """Plane m, counted from 1."""
+        """Plane m as it is held, counted from 1."""
         return cast(Tensor, self._parameters[str(m)])
 
     def __len__(self) -> int:
         return len(self._parameters)
 
     def tensors(self) -> list[Tensor]:
-        """Planes 1..P."""
-        return [self[m] for m in range(1, len(self) + 1)]
+        """Planes 1..P as they are held."""
+        return [self[m].detach() for m in range(1, len(self) + 1)]
+
+    def canonical(self) -> list[Tensor]:
+        """Planes 1..P, uint8 [d_out, G] each; unpacked now if they are held packed."""
+        return [kernels.canonical(plane, self.rows, self.groups) for plane in self.tensors()]
+
+    def settle(self) -> None:
+        """Bring planes that were just read into the form of their device."""
+        self._set([kernels.keep(plane) for plane in self.canonical()])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Planes:
+        device = self[1].device
+        if fn(torch.empty(0, dtype=torch.uint8, device=device)).device == device:
+            return cast(Planes, super()._apply(fn, recurse))
+        self._set(self.canonical())
+        super()._apply(fn, recurse)
+        self.settle()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for m, plane in enumerate(self.tensors(), 1):
+            if plane.dim() == 1:
+                codes = kernels.canonical(plane, self.rows, self.groups)
+                destination[f"{prefix}{m}"] = codes
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        mine = {f"{prefix}{m}" for m in range(1, len(self) + 1)}
+        if self[1].dim() == 1:
+            state_dict = {k: kernels.keep(v) if k in mine else v for k, v in state_dict.items()}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _FixedScales(nn.Module):
@@ -75,7 +110,7 @@ class NestedLinear(_FixedScales):
     """A linear layer that reads the first P planes of its codes.
 
     Attributes (on disk under the same names, see docs/format.md):
-        codes: `Planes`, uint8 [d_out, G] each.
+        codes: `Planes`, uint8 [d_out, G] each in a state_dict.
         scales: float16 [d_out], or level_scales: float16 [levels, d_out].
         bias: [d_out] or None.
         store, name: where planes, codebooks and rotation are, and the key to them.
@@ -91,7 +126,7 @@ class NestedLinear(_FixedScales):
         self.out_features, self.in_features = store.checkpoint.shapes[name]
         grid = (self.out_features, self.in_features // GROUP)
         codes = torch.empty(grid, dtype=torch.uint8, device="meta")
-        self.codes = Planes([codes] * prefix)
+        self.codes = Planes([codes] * prefix, *grid)
         rest = store.checkpoint.rest
         kind = "scales" if f"{name}.scales" in rest else "level_scales"
         shape = rest[f"{name}.{kind}"].shape
@@ -125,6 +160,8 @@ class NestedLinear(_FixedScales):
 
     def rotated_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W' = W Q^T decoded from P planes: [d_out, d_in], for rotated inputs."""
+        if self.codes[1].is_cpu:
+            return _bound(self).weight(dtype)
         return decode(self.codes.tensors(), self.site.tables, self.row_scales, self._prefix, dtype)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -137,12 +174,15 @@ class NestedLinear(_FixedScales):
 
     def _set_prefix(self, prefix: int) -> None:
         """Turn a fresh copy into a view of `prefix` planes; for `dropbydrop.at` only."""
-        device = self.codes[1].device
-        planes = [
-            self.codes[m] if m <= self._prefix else self.store.codes(self.name, m).to(device)
-            for m in range(1, prefix + 1)
-        ]
-        self.codes, self._prefix = Planes([plane.detach() for plane in planes]), prefix
+        codes, device = self.codes, self.codes[1].device
+        planes = codes.tensors()[:prefix]
+        for m in range(self._prefix + 1, prefix + 1):
+            plane = self.store.codes(self.name, m)
+            if plane.device != device:
+                row_major = kernels.canonical(plane, codes.rows, codes.groups)
+                plane = kernels.keep(row_major.to(device))
+            planes.append(plane)
+        self.codes, self._prefix = Planes(planes, codes.rows, codes.groups), prefix
 
     def extra_repr(self) -> str:
         return (
@@ -154,25 +194,33 @@ class NestedLinear(_FixedScales):
 def _multiply(module: NestedLinear, x: Tensor) -> Tensor:
     """y = W x + b. The one place where a kernel is chosen.
 
-    On the CPU the kernels package decides: a few rows go through tables of dot products, more rows
-    decode slabs of the matrix. Other devices decode and multiply.
+    On the CPU a few rows go through tables of dot products. More rows decode slabs of the matrix,
+    also where tables would still be a little faster: prompts and evaluation are then exact to
+    float rounding. Other devices decode and multiply.
     """
     if x.is_cpu:
-        few = x.numel() <= FEW * x.shape[-1] and kernels.select().native
-        return _bound(module, tiled=few)(x)[0]
+        bound = _bound(module)
+        return (bound if x.numel() <= FEW * x.shape[-1] else bound.dense)(x)[0]
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     rotated = module.site.rotation.apply(wide).to(x.dtype)
     bias = module.bias if module.bias is None else module.bias.to(x.dtype)
     return F.linear(rotated, module.rotated_weight(x.dtype), bias)
 
 
-def _bound(module: NestedLinear, tiled: bool) -> kernels.Bound:
-    """The module's matrix, ready for the kernels; built once in the store for all views.
+def bound_of(module: nn.Module) -> kernels.Bound:
+    """A quantized linear's matrix, ready for the kernels; built once in the store for all views.
 
-    Packing waits for the first product of few rows: evaluation and prefill read the planes as they
-    are stored.
+    Raises:
+        UnsupportedModelError: not a quantized linear (a dense one, or one with an adapter).
     """
+    if type(module) is not NestedLinear:
+        raise UnsupportedModelError(f"{type(module).__name__} does not run from planes alone.")
+    return _bound(module)
+
+
+def _bound(module: NestedLinear) -> kernels.Bound:
     store, name, prefix = module.store, module.name, module.prefix
+    tiled = module.codes[1].dim() == 1
 
     def build() -> kernels.Bound:
         site = module.site
@@ -180,14 +228,7 @@ def _bound(module: NestedLinear, tiled: bool) -> kernels.Bound:
             ("books", site.codebooks),
             lambda: kernels.prepare_codebooks(site.tables, site.sign_symmetric),
         )
-        planes = tuple(
-            store.derived(
-                ("packed", name, m), partial(kernels.pack_plane, module.codes[m].detach())
-            )
-            if tiled
-            else module.codes[m].detach()
-            for m in range(1, prefix + 1)
-        )
+        planes = tuple(module.codes.tensors())
         packed = kernels.Packed(planes, module.out_features, module.in_features // GROUP, tiled)
         bias = None if module.bias is None else module.bias.detach()
         matrix = kernels.Matrix(packed, module.row_scales, bias)
@@ -266,8 +307,7 @@ class NestedHead(_FixedScales):
     """Eight-bit output head: logits = (x rows^T) * row_scales (+ bias).
 
     When `tied`, rows are the embedding's (transformers ties the parameter `rows`) and row_scales
-    is its buffer, not saved a second time. The rows are widened a slab at a time, so that a large
-    vocabulary needs no dense copy.
+    is its buffer, not saved a second time. No dense copy is made (kernels/rows.py).
     """
 
     bias: nn.Parameter | None
@@ -284,15 +324,7 @@ class NestedHead(_FixedScales):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> logits [..., vocab], in the dtype of x."""
         rows, row_scales = cast(Tensor, self.rows), cast(Tensor, self.row_scales)
-        logits = x.new_empty(*x.shape[:-1], self.out_features)
-        for start in range(0, self.out_features, _SLAB):
-            part = slice(start, start + _SLAB)
-            scale = row_scales[part]
-            if x.dtype == torch.float16:  # 127 x summed over d inputs could overflow: scale first
-                logits[..., part] = F.linear(x, rows[part].to(x.dtype) * scale[:, None])
-            else:  # int8 is exact in the other types: one pass less over the rows
-                logits[..., part] = F.linear(x, rows[part].to(x.dtype)) * scale.to(x.dtype)
-        return logits if self.bias is None else logits + self.bias.to(x.dtype)
+        return kernels.rows_linear(x, rows, row_scales, self.bias)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[vocab, d]."""

@@ -2,11 +2,10 @@
 
     weights      unique tensor bytes of the modules (codes of the planes in use, scales, biases,
                  embeddings, norms) as a loaded model holds them, plus codebooks and rotations as
-                 stored. From headers alone: nothing is loaded to know it.
+                 stored. Planes are held once; where native CPU kernels run that is their packed
+                 form, with rows padded to 64. From headers alone: nothing is loaded to know it.
     kv_cache     2 * layers * key-value heads * head_dim * tokens * bytes a value; a layer with a
                  sliding window keeps at most the window.
-    layouts      the copies of the planes that the CPU kernels of this machine pack, once text is
-                 generated (none where no native kernel runs). Like codes, rows padded to 64.
     activations  an estimate of the peak of one forward pass over the whole context: hidden states
                  and the widest intermediate results of a block, one decoded matrix in float32, the
                  logits of one token.
@@ -41,10 +40,10 @@ class Memory:
     """Bytes by kind. `codes`, `scales`, `embeddings`, `other` and `shared` are the weights.
 
     Attributes:
-        codes: planes in use. scales: of all quantized matrices.
+        codes: planes in use, as held on this machine's CPU. scales: of all quantized matrices.
         embeddings: embedding and head. other: norms, biases and the like.
         shared: codebooks, signs and odd factors, as stored.
-        layouts: packed copies of the codes. Zero, as the two below, when no context was given.
+        kv_cache, activations: zero when no context was given.
     """
 
     codes: int
@@ -52,7 +51,6 @@ class Memory:
     embeddings: int
     other: int
     shared: int
-    layouts: int = 0
     kv_cache: int = 0
     activations: int = 0
 
@@ -63,8 +61,8 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Weights, layouts, cache and activations."""
-        return self.weights + self.layouts + self.kv_cache + self.activations
+        """Weights, cache and activations."""
+        return self.weights + self.kv_cache + self.activations
 
     def to_dict(self) -> dict[str, int]:
         """JSON form, with the sums."""
@@ -96,11 +94,8 @@ def estimate(
     """
     kind = activation_type(checkpoint, dtype)
     q, width = checkpoint.quantization, kind.itemsize
-    codes = layouts = 0
-    for module, shape in checkpoint.shapes.items():
-        plane, packed = plane_bytes(shape)
-        codes += prefixes[module] * plane
-        layouts += prefixes[module] * packed
+    shapes = checkpoint.shapes
+    codes = sum(prefixes[module] * plane_bytes(shape) for module, shape in shapes.items())
     scales = embeddings = other = shared = 0
     for name, info in checkpoint.rest.items():
         module, _, leaf = name.rpartition(".")
@@ -125,16 +120,15 @@ def estimate(
         embeddings,
         other,
         shared,
-        layouts,
         kv_cache(checkpoint.config, context, width),
         _activations(checkpoint, context, width),
     )
 
 
-def plane_bytes(shape: tuple[int, int]) -> tuple[int, int]:
-    """Bytes of one plane of a matrix [d_out, d_in]: its codes, and their packed copy (or 0)."""
+def plane_bytes(shape: tuple[int, int]) -> int:
+    """Bytes of one plane of a matrix [d_out, d_in] as the CPU of this machine holds it."""
     d_out, groups = shape[0], shape[1] // GROUP
-    return d_out * groups, -(-d_out // STRIP) * STRIP * groups if select().native else 0
+    return (-(-d_out // STRIP) * STRIP if select().native else d_out) * groups
 
 
 def kv_cache(config: Mapping[str, Any], context: int, width: int) -> int:
@@ -184,8 +178,11 @@ def activation_type(checkpoint: Checkpoint, dtype: torch.dtype | str | None) -> 
 
 def held_bytes(model: Any) -> int:
     """Bytes of the unique tensors of a loaded model or view: what `codes` to `other` predict."""
-    unique = {(t.data_ptr(), t.numel() * t.element_size()) for t in model.state_dict().values()}
-    return sum(size for _, size in unique)
+    tensors = list(model.parameters())  # not state_dict: that has planes in the form of the files
+    for module in model.modules():
+        kept = module._buffers.keys() - module._non_persistent_buffers_set
+        tensors += [t for name in kept if (t := module._buffers[name]) is not None]
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 
 def _activations(checkpoint: Checkpoint, context: int, width: int) -> int:

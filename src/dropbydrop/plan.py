@@ -12,7 +12,7 @@ bytes. The greedy walk along the convex hulls was tried first and loses up to a 
 units, sizes are rounded up to coarser ones: still feasible, within one unit a site of the optimum.
 
 Budgets are average bits (sum_s p_s * weights_s / sum_s weights_s, so that the uniform plan at level
-P has average P) or bytes (memory.py: weights of every kind, kernel layouts, cache, activations).
+P has average P) or bytes (memory.py: weights of every kind, cache, activations).
 A plan carries the fingerprint of its checkpoint, the SHA-256 of the manifest's canonical form, and
 is refused by any other.
 """
@@ -225,26 +225,25 @@ def make_plan(
     else:
         tokens = default_context(checkpoint, context)
         wanted, least = parse_bytes(memory or 0), lowest.memory(checkpoint, dtype, tokens)
-        budget = wanted - (least.total - least.codes - least.layouts)
-        costs = _plane_costs(checkpoint, layouts=True)
+        budget = wanted - (least.total - least.codes)
+        costs = _plane_costs(checkpoint, held=True)
         if wanted < least.total:
             raise PrecisionError(
                 f"{wanted:,} bytes are too few: {levels[0]} bits everywhere and {tokens:,} tokens "
                 f"of context need {least.total:,} ({least.total / 2**20:.1f} MiB: weights "
-                f"{least.weights:,}, packed copies {least.layouts:,}, key-value cache "
-                f"{least.kv_cache:,}, activations {least.activations:,}). Give at least "
-                "that, or a shorter context."
+                f"{least.weights:,}, key-value cache {least.kv_cache:,}, activations "
+                f"{least.activations:,}). Give at least that, or a shorter context."
             )
     return Plan(lowest.checkpoint, _allocate(checkpoint, levels, known, costs, budget))
 
 
-def _plane_costs(checkpoint: Checkpoint, layouts: bool = False) -> list[int]:
-    """Bytes of one plane of every site, with the kernels' packed copies or without."""
-    sizes = {name: plane_bytes(shape) for name, shape in checkpoint.shapes.items()}
-    return [
-        sum(sizes[m][0] + (sizes[m][1] if layouts else 0) for m in site.modules)
-        for site in checkpoint.quantization.sites
-    ]
+def _plane_costs(checkpoint: Checkpoint, held: bool = False) -> list[int]:
+    """Bytes of one plane of every site: weights over 8, or as memory holds them (padded)."""
+    size = {
+        name: plane_bytes(shape) if held else shape[0] * shape[1] // GROUP
+        for name, shape in checkpoint.shapes.items()
+    }
+    return [sum(size[m] for m in site.modules) for site in checkpoint.quantization.sites]
 
 
 def levels_here(checkpoint: Checkpoint, planes: int | None = None) -> tuple[int, ...]:

@@ -63,29 +63,29 @@ Stock transformers cannot read the codes and stops with a size mismatch; import 
 """
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
+def table(title: str, columns: Sequence[str]) -> Table:
     """Narrow enough for a terminal of 80 characters."""
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    empty = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+        empty.add_column(column, justify="right", no_wrap=True)
+    return empty
 
 
 def print_report(report: Report, checkpoint: Checkpoint, console: Console) -> None:
     """Table of levels, what was left alone and why, and what the run took."""
-    table = _table(
+    shown = table(
         f"{report.out}: {report.matrices} matrices",
         ("bits", "true bits", "whole model", "MB read", "mean rel. error"),
     )
     for p in report.levels:
-        table.add_row(
+        shown.add_row(
             str(p),
             f"{checkpoint.true_bits(p):.3f}",
             f"{checkpoint.true_bits_whole(p):.3f}",
             f"{checkpoint.bytes_at(p) / 1e6:.1f}",
             f"{report.errors[p]:.5f}",
         )
-    console.print(table)
+    console.print(shown)
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for entry in report.kept:
         groups.setdefault((entry["bits"], entry["reason"]), []).append(entry)
@@ -129,16 +129,16 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def print_info(info: Mapping[str, Any], console: Console) -> None:
     """The dictionary of `describe`, for people."""
-    table = _table(info["path"], ("bits", "true bits", "whole model", "MB read", "planes here"))
+    shown = table(info["path"], ("bits", "true bits", "whole model", "MB read", "planes here"))
     for p, level in info["levels"].items():
-        table.add_row(
+        shown.add_row(
             p,
             f"{level['true_bits']:.3f}",
             f"{level['true_bits_whole']:.3f}",
             f"{level['bytes'] / 1e6:.1f}",
             "yes" if level["loadable"] else "no",
         )
-    console.print(table)
+    console.print(shown)
     made = info["provenance"]
     console.print(
         f"{info['matrices']} matrices in {info['sites']} sites, codebook sets "
@@ -149,15 +149,15 @@ def print_info(info: Mapping[str, Any], console: Console) -> None:
 
 def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
     """Perplexity, divergence and size of each level."""
-    table = _table(
+    shown = table(
         f"{result['text']}: {result['windows']} windows of {result['seq_len']} tokens",
         ("bits", "true bits", "whole", "MB", "ppl", "KL", "KL, 95 %", "excess nll"),
     )
     if result["reference"]:
-        table.add_row("original", "", "", "", f"{result['reference']['ppl']:.2f}", "", "", "")
+        shown.add_row("original", "", "", "", f"{result['reference']['ppl']:.2f}", "", "", "")
     for p, row in result["bits"].items():
         interval = row.get("kl_interval")
-        table.add_row(
+        shown.add_row(
             p,
             f"{row['true_bits']:.3f}",
             f"{row['true_bits_whole']:.3f}",
@@ -167,4 +167,4 @@ def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
             "" if not interval else f"{interval[0]:.4f}–{interval[1]:.4f}",
             "" if row.get("excess") is None else f"{row['excess']:.4f}",
         )
-    console.print(table)
+    console.print(shown)

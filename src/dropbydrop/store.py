@@ -1,9 +1,10 @@
 """One store of planes for all views of a checkpoint.
 
 A model loaded at P bits and every view made from it share one `PlaneStore`: codes per module and
-plane, the expanded codebooks, the rotations, and whatever layouts kernels derive from them. Views
-hold references; the store is never copied (`copy.deepcopy` returns it), so a view costs no memory
-of its own.
+plane, the expanded codebooks, the rotations, and what kernels derive from them. Views hold
+references; the store is never copied (`copy.deepcopy` returns it), so a view costs no memory of
+its own. A plane is held once, in the form that its device reads (`kernels.keep`): packed for the
+native CPU kernels, else row major as on disk.
 
 Rules that make sharing safe:
 - What is in the store is never changed, only added to. Values handed out are immutable.
@@ -31,6 +32,7 @@ from .checkpoint import Checkpoint
 from .checkpoint.format import codes_name
 from .code import codebook_table
 from .errors import DropError
+from .kernels import keep
 from .rotation import Rotation
 
 
@@ -91,11 +93,11 @@ class PlaneStore:
         return self._held.get(module, absent)
 
     def codes(self, module: str, m: int) -> Tensor:
-        """Codes of plane m of a module: uint8 [d_out, G] (KeyError if not in memory)."""
+        """Plane m of a module as it is held (KeyError if not in memory); see `kernels.keep`."""
         return self._codes[module, m]
 
     def add(self, module: str, planes: list[Tensor]) -> None:
-        """Register the loaded planes 1..P of a module; called once per module while loading."""
+        """Register planes 1..P of a module, as held; called once per module while loading."""
         with self._lock:
             if module in self._modules:
                 raise ValueError(f"{module} is already in this store")
@@ -137,7 +139,10 @@ class PlaneStore:
     def _read_plane(
         self, m: int, modules: list[str], stop: Callable[[], bool]
     ) -> dict[tuple[str, int], Tensor]:
-        """Copies of a plane's tensors, in memory whatever happens to the file afterwards."""
+        """A plane's tensors, in memory whatever happens to the file afterwards, as views hold them.
+
+        They are packed on this thread, before anyone can see them.
+        """
         wanted = {codes_name(module, m): module for module in modules}
         new = {}
         for path in self.checkpoint.plane_paths(m):
@@ -147,7 +152,7 @@ class PlaneStore:
                         return {}
                     if module := wanted.get(name):
                         codes = file.get_tensor(name)
-                        new[module, m] = codes.to(self._modules[module], copy=True)
+                        new[module, m] = keep(codes.to(self._modules[module], copy=True))
         return new
 
     def site(self, module: str, device: torch.device) -> Site:
@@ -163,9 +168,10 @@ class PlaneStore:
     def derived(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """The value of `key`, built at most once for all views.
 
-        For layouts that a kernel packs from the planes, expanded codebooks, and the like. Keys
-        must name everything the value depends on (module, plane, device, layout); values must not
-        be changed afterwards. `build` may call `derived` for other keys.
+        For expanded codebooks, the descriptions that kernels are called with, and the like; not
+        for copies of planes. Keys must name everything the value depends on (module, plane,
+        device, layout); values must not be changed afterwards. `build` may call `derived` for
+        other keys.
         """
         value = self._derived.get(key)
         if value is None:

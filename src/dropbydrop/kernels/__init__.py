@@ -9,14 +9,18 @@
     weight = decode_dense(packed, books, scales, prefix=2, dtype=torch.bfloat16)
 
     logits = rows_linear(x, head_rows, head_scales)               # eight-bit head
+    attach(model, bound_of)                    # single tokens through all blocks in one call
 
 A product of a few rows goes through tables of dot products (registry, ops, native/kernels); more
 rows, and every device but the CPU, decode to a dense matrix and use torch's product.
 """
 
+from .attach import attach, detach, how, how_config, native
 from .layout import (
     Codebooks,
     Packed,
+    canonical,
+    keep,
     pack,
     pack_plane,
     prepare_codebooks,
@@ -35,12 +39,19 @@ __all__ = [
     "Kernel",
     "Matrix",
     "Packed",
+    "attach",
     "available",
     "by_name",
+    "canonical",
     "decode_dense",
     "describe",
+    "detach",
+    "how",
+    "how_config",
+    "keep",
     "linear",
     "linears",
+    "native",
     "pack",
     "pack_plane",
     "prepare_codebooks",

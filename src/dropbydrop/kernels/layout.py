@@ -2,8 +2,9 @@
 
 Codes on disk are row major, uint8 [d_out, G]. A kernel wants the same group of many rows side by
 side; native/kernels/geometry.h defines that order, one for all instruction sets. Packing permutes
-bytes, pads rows to a multiple of 64 and nothing else, so it is invertible; it is done once, plane
-by plane, and shared by all views of a checkpoint. Prefix P reads the first P packed planes.
+bytes, pads rows to a multiple of 64 and nothing else, so it is invertible. A loaded plane is held
+in one form only, the one that its device reads (`keep`), shared by all views of a checkpoint; the
+other one is made where it is asked for and not kept. Prefix P reads the first P planes.
 
 A prepared codebook holds a codebook twice: float32 entries of all 256 codes for decoding, int16
 entries for building tables. A few kilobytes for each set of the whole model.
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..code import ENTRIES, GROUP
 from ..errors import KernelError
+from . import registry
 from ._native import library
 
 STRIP = 64  # rows are padded to a multiple of this
@@ -105,6 +107,19 @@ def unpack(packed: Packed, prefix: int | None = None) -> list[Tensor]:
     if not packed.tiled:
         return list(planes)
     return [unpack_plane(plane, packed.rows, packed.groups) for plane in planes]
+
+
+def keep(codes: Tensor) -> Tensor:
+    """A plane, uint8 [rows, groups], in the form that its device reads: packed bytes (one
+    dimension) on a CPU with native kernels, else unchanged.
+    """
+    packs = codes.device.type == "cpu" and registry.select().native
+    return pack_plane(codes) if packs else codes
+
+
+def canonical(plane: Tensor, rows: int, groups: int) -> Tensor:
+    """Inverse of `keep`: codes uint8 [rows, groups], on the device of `plane`."""
+    return plane if plane.dim() == 2 else unpack_plane(plane, rows, groups)
 
 
 @dataclass(frozen=True, eq=False)

@@ -213,6 +213,14 @@ class Bound:
         parts = y.split([n * rows for rows in self.rows])
         return [part.view(*shape, rows) for part, rows in zip(parts, self.rows, strict=True)]
 
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The first matrix, decoded: [d_out, d_in], in the rotated space of its site."""
+        matrix = self.matrices[0]
+        return _rows(
+            matrix.packed, self.books, matrix.scales, self.prefix, dtype, self.kernel,
+            0, matrix.packed.rows,
+        )  # fmt: skip
+
     def dense(self, x: Tensor) -> list[Tensor]:
         """The same through dense matrices, for any number of rows; differentiable in x."""
         flat = x.reshape(-1, self.d_in)

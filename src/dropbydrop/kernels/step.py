@@ -1,15 +1,13 @@
 """Decoding a token natively: all blocks of a Llama-like model in one call.
 
-    step = DecodeStep(model, bound_of)        # bound_of(module) -> the module's `Bound`
-    with step:                                # or step.attach() ... step.detach()
-        model.generate(..., cache_implementation="static")
+    step = DecodeStep(decoder, bound_of)      # bound_of(module) -> the module's `Bound`
+    states = step(embedded, position, caches)
 
 With every product at memory speed, half of a token's time on a 135M model is spent between the
 products: 211 calls from Python and some 300 small torch operators a token, compiled or not. This
-replaces them by one native call (native/kernels/step.cpp) for up to 16 tokens of one sequence whose
-keys and values are in a transformers `StaticCache`. Everything else (prompts, batches, other
-caches, training, hooks that want attention weights) runs through the model as before; the native
-path computes the same, in float32 between the products.
+replaces them by one native call (native/kernels/step.cpp) for up to 16 tokens of one sequence. It
+computes what the blocks compute, in float32 between the products; q/k/v share one rotation and one
+set of tables, as do gate and up. attach.py lets a model use it.
 
 What is supported is what the blocks actually are, checked on construction: RMS norms, rotary
 positions in the halves convention, grouped-query attention without windows or sinks, a gated SiLU
@@ -20,8 +18,8 @@ Llama, Mistral without window, SmolLM, Qwen2 and Qwen3. `UnsupportedModelError` 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -32,7 +30,7 @@ from . import ops, registry
 from .linear import Bound, Matrix
 
 MOST = 16  # tokens a call
-_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+TYPES = ("llama", "mistral", "qwen2", "qwen3")  # config.model_type
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _MAGIC = 0x7265646F63656464  # DROP_DECODER_MAGIC
 
@@ -88,18 +86,22 @@ def _refuse(what: str) -> UnsupportedModelError:
 
 
 class DecodeStep:
-    """The native decode step of one view of a model. Holds references, copies only norms."""
+    """The native decode step of one view of a model. Any number of threads may call it.
+
+    Holds references to the decoder's parts, not to the decoder; copies only norms, and only those
+    that are not float32.
+    """
 
     def __init__(
         self,
-        model: Any,
+        inner: Any,
         bound_of: Callable[[nn.Module], Bound],
         kernel: str | None = None,
     ) -> None:
-        """Describe `model`'s blocks.
+        """Describe the blocks of a decoder.
 
         Args:
-            model: a causal language model of transformers on the CPU, in eval mode.
+            inner: a decoder of transformers (`LlamaModel`) on the CPU.
             bound_of: gives each quantized linear's `Bound`, of that one matrix, tiled.
             kernel: a name to force; see `registry.select`.
 
@@ -110,15 +112,16 @@ class DecodeStep:
         self.kernel = registry.select(kernel)
         if not self.kernel.native:
             raise _refuse(f"the kernel {self.kernel.name!r}")
-        self.model, self.inner, config = model, model.model, model.config
+        config = inner.config
         self._keep: list[object] = []
-        self._forward: Callable | None = None
-        _check(config, self.inner)
-        first = self.inner.layers[0].self_attn
+        self._growing = threading.Lock()
+        _check(config, inner)
+        first = inner.layers[0].self_attn
+        self.rotary = inner.rotary_emb
         self.head_dim = first.head_dim
         self.kv_heads = config.num_key_value_heads
-        self.blocks = (_Block * len(self.inner.layers))()
-        for i, layer in enumerate(self.inner.layers):
+        self.blocks = (_Block * len(inner.layers))()
+        for i, layer in enumerate(inner.layers):
             self.blocks[i] = self._block(layer, bound_of)
         self.hidden = config.hidden_size
         self._decoder = _Decoder(
@@ -131,7 +134,7 @@ class DecodeStep:
             0,
             config.rms_norm_eps,
             first.scaling,
-            self._floats(self.inner.norm.weight),
+            self._floats(inner.norm.weight),
             None,
             None,
             ctypes.addressof(self.blocks),
@@ -180,13 +183,15 @@ class DecodeStep:
         """Make sure the rotary tables reach `count` positions; grown to the next power of two."""
         if count <= self._decoder.positions:
             return
-        size = max(1024, 1 << (count - 1).bit_length())
-        ids = torch.arange(size)[None]
-        cosines, sines = self.inner.rotary_emb(torch.zeros(1), ids)
-        # The smaller tables stay alive: another thread may be in the middle of a call.
-        self._decoder.cosines = self._floats(cosines[0])
-        self._decoder.sines = self._floats(sines[0])
-        self._decoder.positions = size
+        with self._growing:
+            if count <= self._decoder.positions:
+                return
+            size = max(1024, 1 << (count - 1).bit_length())
+            cosines, sines = self.rotary(torch.zeros(1), torch.arange(size)[None])
+            # A call that is under way may read either table: both begin alike, both stay alive.
+            self._decoder.cosines = self._floats(cosines[0])
+            self._decoder.sines = self._floats(sines[0])
+            self._decoder.positions = size
 
     def __call__(
         self, embedded: Tensor, position: int, caches: list[tuple[Tensor, Tensor]]
@@ -229,95 +234,10 @@ class DecodeStep:
             raise ValueError(f"{n} tokens at position {position} with a cache of {keys.shape[2]}")
         return out
 
-    # --- transformers ----------------------------------------------------------------------------
-
-    def attach(self) -> None:
-        """Let the model use this step wherever it applies. `detach` undoes it."""
-        if self._forward is None:
-            self._forward = self.inner.forward
-            self.inner.forward = self._dispatch
-
-    def detach(self) -> None:
-        """Take the step off the model."""
-        if self._forward is not None:
-            del self.inner.forward
-            self._forward = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> DecodeStep:
-        raise RuntimeError("detach the native decode step before copying its model")
-
-    def __enter__(self) -> DecodeStep:
-        self.attach()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.detach()
-
-    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._forward is not None
-        if args or not self._applies(kwargs):
-            return self._forward(*args, **kwargs)
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        cache = kwargs["past_key_values"]
-        embedded = kwargs.get("inputs_embeds")
-        if embedded is None:
-            embedded = self.inner.embed_tokens(kwargs["input_ids"])
-        caches = [(layer.keys, layer.values) for layer in cache.layers]
-        out = self(embedded[0], int(cache.layers[0].cumulative_length), caches)
-        for layer in cache.layers:
-            layer.cumulative_length.add_(embedded.shape[1])
-        return BaseModelOutputWithPast(
-            last_hidden_state=out[None].to(embedded.dtype), past_key_values=cache
-        )
-
-    def _applies(self, kwargs: dict[str, Any]) -> bool:
-        """Whether this call is a few tokens of one sequence with a filled static cache."""
-        from transformers.cache_utils import StaticLayer
-
-        cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
-        if ids is None:
-            ids = kwargs.get("inputs_embeds")
-        if cache is None or ids is None or ids.shape[0] != 1 or ids.shape[1] > MOST:
-            return False
-        if torch.is_grad_enabled() or self.inner.training or not ids.is_cpu:
-            return False
-        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
-            return False
-        for layer in cache.layers:
-            if type(layer) is not StaticLayer or not layer.is_initialized:
-                return False
-        layer = cache.layers[0]
-        n, start = ids.shape[1], int(layer.cumulative_length)
-        if len(cache.layers) != len(self.blocks) or start == 0 or start + n > layer.max_cache_len:
-            return False
-        ids = kwargs.get("position_ids")
-        if ids is not None and not torch.equal(ids.view(-1), torch.arange(start, start + n)):
-            return False
-        return _plain_mask(kwargs.get("attention_mask"), start, n)
-
-
-def _plain_mask(mask: Any, start: int, n: int) -> bool:
-    """Whether every earlier position is attended to (and, being causal, no later one)."""
-    if isinstance(mask, dict):
-        masks = list(mask.values())
-        return len(masks) == 1 and _plain_mask(masks[0], start, n)
-    if mask is None:
-        return True
-    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        return False
-    seen = mask[..., : start + 1] if mask.dim() == 4 else mask[:, : start + n]
-    return bool(seen.all() if mask.dtype == torch.bool or mask.dim() == 2 else (seen == 0).all())
-
 
 def _check(config: Any, inner: Any) -> None:
     """Raise unless the blocks are of the supported kind."""
-    if config.model_type not in _TYPES:
+    if config.model_type not in TYPES:
         raise _refuse(f"models of type {config.model_type!r}")
     if getattr(config, "hidden_act", None) != "silu":
         raise _refuse(f"the activation {getattr(config, 'hidden_act', None)!r}")
