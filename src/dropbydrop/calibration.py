@@ -1,10 +1,10 @@
 """Calibration: the token windows that Gram matrices are measured on.
 
-`load_windows(spec, ...)`, where `spec` is a file (see texts.py) or `self`, text that the model
-writes itself (selfgen.py), which needs no data at all.
+`load_windows(spec, ...)`, where `spec` is a file (see texts.py), a hub dataset `hub:NAME[:SPLIT]`
+(hub_text.py), or `self`, text that the model writes itself (selfgen.py), which needs no data.
 
 From a file, windows of `seq_len` tokens are drawn at random, without overlap, and kept in the order
-of the text: a seed chooses a spread over the whole file rather than its beginning. Very large files
+of the text: a seed chooses a spread over the whole file rather than its beginning. Very large texts
 are read up to max(16 Mi, 16 per token asked for) characters.
 
 Tokenizers that put a BOS before a text get one at the start of every window: the first token takes
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .errors import CalibrationError
+from .hub_text import is_hub_text, read_hub_text
 from .sources import Source
 from .texts import cut, read_text, text_hash, tokenize, too_short
 
@@ -55,10 +56,10 @@ def load_windows(
     source: Source | None = None,
     temperature: float = 1.0,
 ) -> Calibration:
-    """Windows from a file, or written by the model when `spec` is "self".
+    """Windows from a file or hub dataset, or written by the model when `spec` is "self".
 
     Args:
-        spec: path of a text, `.raw` or `.jsonl` file; or "self".
+        spec: path of a text, `.raw` or `.jsonl` file; "hub:NAME[[:CONFIG]:SPLIT]"; or "self".
         source: the model; only needed for "self".
         temperature: of the sampling; only used for "self".
 
@@ -78,21 +79,25 @@ def load_windows(
         ids = write_windows(source.folder, tokenizer, n_windows, seq_len, seed, temperature)
         extra = {"kind": SELF, "seed": seed, "temperature": temperature}
         return Calibration(ids, extra | _numbers(ids))
-    file = Path(spec).expanduser()
-    text = read_text(file, max(_MIN_CHARS, _CHARS_PER_TOKEN * n_windows * seq_len))
+    most = max(_MIN_CHARS, _CHARS_PER_TOKEN * n_windows * seq_len)
+    if is_hub_text(spec):
+        name, text = str(spec), read_hub_text(str(spec), most)
+    else:
+        file = Path(spec).expanduser()
+        name, text = file.name, read_text(file, most)
     ids, bos = tokenize(text, tokenizer), leading_bos(tokenizer)
     if bos is not None:
         ids = ids[1:]  # every window gets its own below
     body = seq_len - (bos is not None)
     windows = cut(ids, body)
     if windows.shape[0] < n_windows:
-        raise CalibrationError(too_short(file, ids.numel(), n_windows, seq_len))
+        raise CalibrationError(too_short(spec, ids.numel(), n_windows, seq_len))
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(windows.shape[0], generator=generator)[:n_windows].sort().values
     picked = windows[chosen]
     if bos is not None:
         picked = torch.cat([torch.full((n_windows, 1), bos), picked], dim=1)
-    description = {"kind": "text", "text": file.name, "sha256": text_hash(text), "seed": seed}
+    description = {"kind": "text", "text": name, "sha256": text_hash(text), "seed": seed}
     return Calibration(picked, description | _numbers(picked) | {"bos": bos is not None})
 
 

@@ -126,10 +126,10 @@ def text_windows(
     return windows, description
 
 
-def too_short(file: Path, found: int, windows: int, seq_len: int) -> str:
+def too_short(text: Path | str, found: int, windows: int, seq_len: int) -> str:
     """The message for a text that does not fill the windows asked for."""
     return (
-        f"{file} has {found:,} tokens; {windows} windows of {seq_len:,} need "
+        f"{text} has {found:,} tokens; {windows} windows of {seq_len:,} need "
         f"{windows * seq_len:,}. Give a longer text, or ask for at most {found // seq_len} windows "
         f"of {seq_len:,} (or for shorter ones)."
     )
