@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dropbydrop import learned
 from dropbydrop.encoder import EFFORTS, Effort, encode_site, stored_scales
 from dropbydrop.errors import CalibrationError
 from dropbydrop.objective import condition, descent_metric, feedback_metric, weighted_errors
@@ -200,6 +201,35 @@ def test_encoding_a_site(preset):
         assert weighted_errors(weights[name], decoded, h) == pytest.approx(e.errors, rel=1e-2)
         assert e.errors[0] > e.errors[1] > e.errors[2]
     assert out["a"].errors[0] < 0.1  # white noise coded without H would be near 0.1
+
+
+def test_learned_codebooks_fit_their_site():
+    torch.manual_seed(0)
+    weights = {"a": torch.randn(96, 64).sign() * 0.1, "b": torch.randn(32, 64).sign()}
+    h, levels, lambdas = gram(64), [1, 2], default_lambdas([1, 2])
+    books = train(levels, lambdas, samples=4096, rounds=2, beam=2)
+    rotation, effort = Rotation.make(64, "none"), Effort(4, 1, 1)
+    plain = encode_site(weights, h, rotation, books, levels, lambdas, effort)
+    fitted, own = learned.learn_site(weights, h, rotation, books, levels, lambdas, effort)
+    assert own.shape == books.shape
+    assert torch.equal(own, own.half().float())
+    for name, e in fitted.items():
+        decoded = [e.scales.float()[:, None] * q for q in prefixes(e.codes, own, levels)]
+        assert weighted_errors(weights[name], decoded, h) == pytest.approx(e.errors, rel=1e-2)
+        # signs are no Gaussian samples: much of what the universal set misses can be learned
+        assert e.errors[1] < 0.7 * plain[name].errors[1]
+
+
+def test_learning_that_does_not_help_is_not_kept(monkeypatch):
+    weights, h, levels = {"a": torch.randn(16, 32)}, gram(32), [2, 3, 4]
+    books, lambdas = universal_set((2, 3, 4)), default_lambdas(levels)
+    rest = (weights, h, Rotation.make(32), books, levels, lambdas, Effort(2, 1, 0))
+    plain = encode_site(*rest)["a"]
+    monkeypatch.setattr(learned, "refit_codebooks", lambda matrices, h, old, *_: old * torch.nan)
+    found, own = learned.learn_site(*rest)
+    assert torch.equal(own, books)
+    assert torch.equal(found["a"].codes, plain.codes)
+    assert found["a"].errors == plain.errors
 
 
 def test_more_effort_is_not_worse():

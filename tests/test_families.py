@@ -17,6 +17,7 @@ from dropbydrop import lora, quantize
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.encoder import Effort
 from dropbydrop.errors import DropError, UnsupportedModelError
+from dropbydrop.export import export
 from dropbydrop.linear import NestedEmbedding, NestedHead, NestedLinear, output_scale
 from dropbydrop.walk import Walk
 from tiny import FAMILIES, OTHERS, VOCAB, save_tiny
@@ -122,6 +123,33 @@ def test_biases_and_odd_heights(tmp_path: Path, text: Path) -> None:
     check_levels(source, report.out)
 
 
+def test_learned_codebooks(tmp_path: Path, text: Path) -> None:
+    """A set for each input site, through store, load, at, kernels and export."""
+    source = save_tiny(tmp_path / "source", "qwen3")
+    made = quantize.quantize(
+        source, tmp_path / "out", calibration=text, codebooks="learned", **QUICK
+    )
+    checkpoint = Checkpoint.open(made.out)
+    assert checkpoint.verify() == []
+    sites = checkpoint.quantization.sites
+    assert len({site.codebooks for site in sites}) == len(sites) == 12
+    first, second = (checkpoint.read_codebooks(site.codebooks)[0] for site in sites[:2])
+    assert not torch.equal(first, second)
+    check_levels(source, made.out)
+    plain = quantize.quantize(source, tmp_path / "plain", calibration=text, **QUICK)
+    weights = checkpoint.manifest.quantized_parameters
+    for p in (2, 3, 4):  # eleven more sets of 4 KiB * p / 2
+        more = checkpoint.true_bits(p) - Checkpoint.open(plain.out).true_bits(p)
+        assert more == pytest.approx(11 * p * 128 * 8 * 16 / weights)
+        assert made.errors[p] < plain.errors[p]
+    dense = export(made.out, tmp_path / "dense", 3, dtype="float32")
+    exported = AutoModelForCausalLM.from_pretrained(dense["out"]).eval()
+    level = dropbydrop.load(made.out, bits=3, dtype=torch.float32)
+    torch.testing.assert_close(logits(exported), logits(level), rtol=2e-4, atol=2e-4)
+    with pytest.raises(DropError, match="universal, learned"):
+        quantize.quantize(source, tmp_path / "no", codebooks="k-means", **QUICK)
+
+
 # ----------------------------------------------------------------------- scaled embeddings
 
 
@@ -185,13 +213,21 @@ def test_groups_that_do_not_divide_are_refused_before_calibration(
     assert [p.name for p in tmp_path.iterdir()] == ["odd"]
 
 
-@pytest.mark.parametrize(
-    ("family", "says"), [("mixtral", "experts"), ("gpt2", r"c_attn.*dense decoder")]
-)
+REFUSED = {
+    "mixtral": r"layers\.0\.mlp\.experts\.\w+ \([\d,]+ weights\).*mixture-of-experts",
+    "olmoe": r"layers\.0\.mlp\.experts\.\w+ \([\d,]+ weights\).*mixture-of-experts",
+    "qwen2-moe": r"layers\.0\.mlp\.experts\.\w+ \([\d,]+ weights\).*mixture-of-experts",
+    "qwen3-moe": r"layers\.1\.mlp\.experts\.\w+ \([\d,]+ weights\).*mixture-of-experts",
+    "gpt2": r"c_attn.*dense decoder",
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
 def test_other_architectures_are_refused_by_name(
-    tmp_path: Path, text: Path, family: str, says: str
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    assert family in OTHERS
+    says = REFUSED[family]
+    monkeypatch.setattr(quantize, "load_windows", _not_reached)
     source = save_tiny(tmp_path / "source", family)
     with pytest.raises(UnsupportedModelError, match=says):
         quantize.quantize(source, tmp_path / "out", calibration=text, **QUICK)

@@ -370,6 +370,17 @@ def test_ctrl_c_keeps_the_work_and_says_so(
     assert files(out) == undisturbed
 
 
+def test_sets_of_finished_sites_are_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run_here(place, place / "learned", codebooks="learned", resume=False)
+    out = place / "learned-again"
+    with monkeypatch.context() as patch:
+        stop_at_block(patch, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run_here(place, out, codebooks="learned")
+    assert run_here(place, out, codebooks="learned").resumed == 1
+    assert files(out) == files(whole.out)
+
+
 def test_the_command_says_how_to_go_on(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -419,6 +430,7 @@ def half(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"windows": 4}, r"windows \(3 then, 4 now\)"),
         ({"seq_len": 16}, "seq-len"),
         ({"preset": "fast"}, "preset"),
+        ({"codebooks": "learned"}, r'codebooks \("universal" then, "learned" now\)'),
         ({"backend": "torch"}, "backend"),
     ],
 )

@@ -15,6 +15,7 @@ import tiny
 from dropbydrop.capture import add_gram, mirror, site_name, token_weights
 from dropbydrop.errors import CalibrationError, FormatError, UnsupportedModelError
 from dropbydrop.walk import Walk
+from dropbydrop.weights import WeightFiles
 
 N, T = 5, 23  # windows; the last batch is shorter than the others
 
@@ -290,6 +291,14 @@ def test_linear_called_twice_is_refused(llama: Path, ids: Tensor) -> None:
     block.mlp.forward = lambda x: original(x) + original(2 * x)
     with pytest.raises(UnsupportedModelError, match=r"mlp\.gate_proj is called more than once"):
         walk.capture(0, block, walk.embed(ids))
+
+
+def test_weights_shared_between_blocks_are_refused(llama: Path) -> None:
+    model = open_walk(llama).model
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    says = r"layers\.2\.mlp\.gate_proj\.weight and model\.layers\.0\.mlp\.gate_proj\.weight are one"
+    with pytest.raises(UnsupportedModelError, match=says):
+        Walk(model, WeightFiles(llama), torch.float32, torch.device("cpu"))
 
 
 def test_input_changed_in_place_is_another_site(llama: Path, ids: Tensor) -> None:

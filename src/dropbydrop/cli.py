@@ -43,9 +43,13 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Checkpoint folder to create.")],
     bits: Bits = "2,3,4",
     calibration: Annotated[
-        str, typer.Option(help="Text or .jsonl file, or self: text the model writes itself.")
+        str,
+        typer.Option(help="Text or .jsonl file, hub:DATASET[:SPLIT], or self: the model's own."),
     ] = "self",
     preset: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
+    codebooks: Annotated[
+        str, typer.Option(help="universal, or learned: a set for each input site.")
+    ] = "universal",
     seed: Annotated[int, typer.Option(help="Of rotations and calibration.")] = 0,
     head_bits: Annotated[int, typer.Option(help="8 or 16, for embedding and head.")] = 8,
     windows: Annotated[
@@ -73,6 +77,7 @@ def quantize(
     order: dict[str, Any] = {
         "calibration": calibration,
         "preset": preset,
+        "codebooks": codebooks,
         "seed": seed,
         "head_bits": head_bits,
         "windows": windows,

@@ -44,9 +44,11 @@ from .checkpoint import CheckpointWriter
 from .checkpoint.narrow import quantize_rows
 from .code import GROUP
 from .encoder import encode_site
-from .quantize import Job, peak_memory
+from .learned import learn_site
+from .process import peak_memory
+from .quantize import Job
 from .rotation import Rotation, split_odd
-from .universal import default_lambdas, universal_set
+from .universal import HALF, UNIVERSAL, default_lambdas, universal_set
 
 _ROWS = 32  # rows a thread of the small search; three times as many of the large one
 _DISK_SAMPLE = 32 << 20
@@ -190,10 +192,11 @@ class _Block:
         many = min(3 * few, len(largest))
         rotation = Rotation.make(site.d_in, seed=0).to(device)
         codebooks = universal_set(job.levels).to(device)
+        encoder: Any = encode_site if job.codebooks == UNIVERSAL else learn_site
 
         def encode(count: int) -> float:
             return _clock(
-                lambda: encode_site(
+                lambda: encoder(
                     {"w": largest[:count]},
                     self.captured.grams[site.name],
                     rotation,
@@ -208,7 +211,8 @@ class _Block:
         encode(min(few, 16))  # warms up
         small = (encode(few) + encode(few)) / 2
         large = encode(many)
-        missing = (len(largest) - many) * site.d_in
+        together = len(largest) if job.codebooks == UNIVERSAL else rows  # learned: a whole site
+        missing = (together - many) * site.d_in
         copies = 2 + 2 * len(job.levels)  # rotated and scaled W, every level and its error
         self.largest = max(self.largest, 4 * copies * missing)
         if many == few:
@@ -256,6 +260,8 @@ class _Shapes:
         everything = sum(p.numel() for p in walk.model.parameters())
         kept = everything - self.weights - sum(p.numel() for p in outer)
         size = planes * self.weights // GROUP + 2 * self.rows + self.signs + self.odd
+        sets = 1 if job.codebooks == UNIVERSAL else self.sites
+        size += sets * planes * (2 * HALF * GROUP + 130)
         size += embeddings + 4 * max(0, kept)
         # headers, log and config: about so many characters a tensor, matrix and site
         size += 130 * (planes + 1) * self.matrices + 300 * self.matrices + 250 * self.sites
@@ -271,20 +277,13 @@ class _Shapes:
 
 def _time_self(job: Job) -> tuple[float, int]:
     """Seconds and peak bytes of writing the calibration text."""
-    from transformers import AutoModelForCausalLM
     from transformers.cache_utils import Cache
 
-    from .quiet import quiet_transformers
-    from .selfgen import TEXT_TOKENS, _batch_size, _Slots, draw
+    from .selfgen import TEXT_TOKENS, _batch_size, _Slots, draw, open_model
 
     _reset_peak()
     model: Any
-    with quiet_transformers():
-        loading, model = _clock(
-            lambda: AutoModelForCausalLM.from_pretrained(
-                job.source.folder, dtype=torch.float32
-            ).eval()
-        )
+    loading, model = _clock(lambda: open_model(job.source.folder))
     pieces = -(-job.seq_len // TEXT_TOKENS)
     length = -(-job.seq_len // pieces)
     texts = job.windows * pieces

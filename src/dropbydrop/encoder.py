@@ -9,6 +9,7 @@ Steps, for the matrices W of a site that share an input with Gram matrix H:
        that does not lower J is not kept.
     4. scales are rounded to float16 before the last sweeps, so the codes fit what is stored.
 The weights of the levels (universal.default_lambdas) are those the universal set was trained with.
+learned.py goes on from here with codebooks of the site's own.
 
 Pure computation: no files, no models. Everything runs on the device of its inputs.
 """
@@ -63,6 +64,91 @@ class Encoded:
     errors: list[float]
 
 
+class SiteEncoder:
+    """The search and the refit of scales for the matrices of one input site.
+
+    Rotates, conditions and factors H once. Its methods take and return matrices in rotated
+    coordinates (`Coded`) and change nothing in place.
+
+    Args:
+        name: of one of the matrices, for messages.
+        gram: H = E[x x^T] of the unrotated inputs, float32 [d_in, d_in].
+        levels, lambdas: supervised prefixes and their weights in J.
+
+    Raises:
+        CalibrationError: H is not finite or not positive definite even after damping.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        gram: Tensor,
+        rotation: Rotation,
+        levels: Sequence[int],
+        lambdas: Sequence[float],
+        effort: Effort,
+        backend: str | None = None,
+    ) -> None:
+        self.rotation, self.levels, self.lambdas = rotation, levels, lambdas
+        self.effort, self.backend = effort, backend
+        self._gram = rotation.apply_gram(gram)
+        try:
+            h = condition(self._gram, DAMP)
+            self._feedback, self._descent = feedback_metric(h), descent_metric(h)
+        except torch.linalg.LinAlgError as error:
+            raise CalibrationError(
+                f"the inputs of {name} have no usable statistics ({error}); "
+                "calibrate on more, or different, text."
+            ) from error
+        self.h = h.to(torch.float32)  # conditioned, [d_in, d_in]
+
+    def value(self, coded: Coded, codebooks: Tensor) -> float:
+        """J of one matrix."""
+        return objective(coded, self.h, codebooks, self.levels, self.lambdas)
+
+    def search(self, coded: Coded, codebooks: Tensor, start: bool = False) -> Coded:
+        """New codes: by sweeps from those it has or, with `start`, from none."""
+        codes, _ = search(
+            coded.weight / coded.scales[:, None],
+            codebooks,
+            self.levels,
+            self.lambdas,
+            beam=self.effort.beam,
+            sweeps=self.effort.sweeps,
+            feedback=self._feedback,
+            descent=self._descent,
+            codes=None if start else coded.codes,
+            backend=self.backend,
+        )
+        return replace(coded, codes=codes)
+
+    def rescale(self, coded: Coded, codebooks: Tensor) -> Coded:
+        """Scales in closed form, as they will be stored."""
+        scales = refit_scales(coded, self.h, codebooks, self.levels, self.lambdas)
+        return replace(coded, scales=stored_scales(scales))
+
+    def encode(self, weight: Tensor, codebooks: Tensor) -> Coded:
+        """Steps 2 to 4 of the module's note, for a matrix float32 [d_out, d_in], unrotated."""
+        w = self.rotation.apply_weight(weight)
+        none = torch.empty(0, dtype=torch.uint8, device=w.device)
+        scaled = Coded(w, stored_scales(w.square().mean(1).sqrt()), none)
+        best = self.search(scaled, codebooks, start=True)
+        lowest = self.value(best, codebooks)
+        for _ in range(self.effort.rounds):
+            trial = self.search(self.rescale(best, codebooks), codebooks)
+            value = self.value(trial, codebooks)
+            if value >= lowest:
+                break
+            best, lowest = trial, value
+        return best
+
+    def result(self, coded: Coded, codebooks: Tensor) -> Encoded:
+        """What is stored of a matrix, and its errors."""
+        decoded = [coded.scales[:, None] * q for q in prefixes(coded.codes, codebooks, self.levels)]
+        errors = weighted_errors(coded.weight, decoded, self._gram)
+        return Encoded(coded.codes, coded.scales.half(), errors)
+
+
 def encode_site(
     weights: Mapping[str, Tensor],
     gram: Tensor,
@@ -73,7 +159,7 @@ def encode_site(
     effort: Effort,
     backend: str | None = None,
 ) -> dict[str, Encoded]:
-    """Encode all matrices of a site.
+    """Encode all matrices of a site with given codebooks.
 
     Args:
         weights: module name -> float32 [d_out, d_in], unrotated.
@@ -85,49 +171,11 @@ def encode_site(
     Raises:
         CalibrationError: H is not finite or not positive definite even after damping.
     """
-    rotated = rotation.apply_gram(gram)
-    try:
-        h = condition(rotated, DAMP)
-        feedback, descent = feedback_metric(h), descent_metric(h)
-    except torch.linalg.LinAlgError as error:
-        raise CalibrationError(
-            f"the inputs of {next(iter(weights))} have no usable statistics ({error}); "
-            "calibrate on more, or different, text."
-        ) from error
-    h32 = h.to(torch.float32)
-
-    def improve(coded: Coded, start: bool) -> Coded:
-        codes, _ = search(
-            coded.weight / coded.scales[:, None],
-            codebooks,
-            levels,
-            lambdas,
-            beam=effort.beam,
-            sweeps=effort.sweeps,
-            feedback=feedback,
-            descent=descent,
-            codes=None if start else coded.codes,
-            backend=backend,
-        )
-        return replace(coded, codes=codes)
-
-    out = {}
-    for name, weight in weights.items():
-        w = rotation.apply_weight(weight)
-        none = torch.empty(0, dtype=torch.uint8, device=w.device)
-        best = improve(Coded(w, stored_scales(w.square().mean(1).sqrt()), none), start=True)
-        lowest = objective(best, h32, codebooks, levels, lambdas)
-        for _ in range(effort.rounds):
-            scales = stored_scales(refit_scales(best, h32, codebooks, levels, lambdas))
-            trial = improve(replace(best, scales=scales), start=False)
-            value = objective(trial, h32, codebooks, levels, lambdas)
-            if value >= lowest:
-                break
-            best, lowest = trial, value
-        decoded = [best.scales[:, None] * q for q in prefixes(best.codes, codebooks, levels)]
-        errors = weighted_errors(w, decoded, rotated)
-        out[name] = Encoded(best.codes, best.scales.half(), errors)
-    return out
+    site = SiteEncoder(next(iter(weights)), gram, rotation, levels, lambdas, effort, backend)
+    return {
+        name: site.result(site.encode(weight, codebooks), codebooks)
+        for name, weight in weights.items()
+    }
 
 
 def stored_scales(scales: Tensor) -> Tensor:

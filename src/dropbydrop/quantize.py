@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -37,12 +35,13 @@ from .code import GROUP
 from .encoder import EFFORTS, Effort
 from .errors import DropError, PrecisionError, UnsupportedModelError
 from .linear import output_scale
+from .process import map_large_allocations, peak_memory
 from .progress import progress_bar
 from .report import CARD_FILE, LOG_FILE, model_card
 from .run import Report, Run, Tally
 from .search import backends
 from .sources import Source, resolve
-from .universal import universal_set
+from .universal import UNIVERSAL, universal_set
 from .walk import Walk
 
 if TYPE_CHECKING:
@@ -53,6 +52,7 @@ __all__ = ["Job", "Report", "check_levels", "prepare", "quantize"]
 MAX_BITS = 8
 WINDOWS = {"fast": 32, "balanced": 64, "best": 128}
 SEQ_LEN = 1024
+CODEBOOKS = (UNIVERSAL, "learned")
 _COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -91,6 +91,7 @@ def quantize(
     *,
     calibration: str | Path = SELF,
     preset: str = "balanced",
+    codebooks: str = UNIVERSAL,
     seed: int = 0,
     head_bits: int = 8,
     windows: int | None = None,
@@ -106,8 +107,10 @@ def quantize(
     Args:
         model: a local Hugging Face folder, a .gguf file, a hub id, or "smollm2".
         bits: the levels that are supervised and can be asked for later.
-        calibration: a text or .jsonl file, or "self": text that the model writes itself.
+        calibration: a text or .jsonl file, "hub:DATASET[:SPLIT]" (hub_text.py), or "self": text
+            that the model writes itself.
         preset: "fast", "balanced" or "best": calibration tokens and search effort.
+        codebooks: "universal", one set for everything, or "learned", one for each input site.
         head_bits: 8 (int8 rows) or 16, for embedding and head.
         windows, seq_len: calibration windows and their tokens; by default from the preset.
         device: where blocks run and matrices are encoded.
@@ -126,6 +129,7 @@ def quantize(
         bits,
         calibration=calibration,
         preset=preset,
+        codebooks=codebooks,
         seed=seed,
         head_bits=head_bits,
         windows=windows,
@@ -164,6 +168,7 @@ class Job:
     calibration: str | Path
     preset: str
     effort: Effort
+    codebooks: str
     seed: int
     head_bits: int
     windows: int
@@ -177,6 +182,7 @@ def prepare(
     *,
     calibration: str | Path,
     preset: str,
+    codebooks: str,
     seed: int,
     head_bits: int,
     windows: int | None,
@@ -189,9 +195,12 @@ def prepare(
     Raises:
         DropError: what can be told before any work.
     """
+    map_large_allocations()
     levels = check_levels(bits)
     if preset not in EFFORTS:
         raise DropError(f"preset {preset!r}: choose one of {', '.join(EFFORTS)}.")
+    if codebooks not in CODEBOOKS:
+        raise DropError(f"--codebooks {codebooks!r}: choose one of {', '.join(CODEBOOKS)}.")
     if head_bits not in (8, 16):
         raise DropError(f"--head-bits {head_bits}: choose 8 or 16.")
     source = resolve(model)
@@ -204,6 +213,7 @@ def prepare(
         calibration,
         preset,
         EFFORTS[preset],
+        codebooks,
         seed,
         head_bits,
         windows or WINDOWS[preset],
@@ -215,8 +225,8 @@ def prepare(
 def _carry_out(job: Job, writer: CheckpointWriter, work: Work | None, progress: bool) -> Tally:
     """Steps 1 to 3 of the module's note, from where `work` was left."""
     walk = job.walk
-    codebooks = universal_set(job.levels)
-    run = Run(walk, writer, job.levels, codebooks, job.effort, job.seed, job.backend)
+    universal, learned = universal_set(job.levels), job.codebooks != UNIVERSAL
+    run = Run(walk, writer, job.levels, universal, job.effort, job.seed, job.backend, learned)
     tally = run.tally
     hidden: Tensor | None = None
     if work is None or not work.steps:
@@ -229,7 +239,8 @@ def _carry_out(job: Job, writer: CheckpointWriter, work: Work | None, progress: 
                 job.seed,
                 source=job.source,
             )
-        writer.add_codebook_set("universal", list(codebooks))
+        if not learned:
+            writer.add_codebook_set(UNIVERSAL, list(universal))
         hidden, first, calibration = walk.embed(text.ids), 0, dict(text.description)
         if work is not None:
             step: dict[str, Any] = {
@@ -270,6 +281,7 @@ def _finish(job: Job, run: Run, calibration: dict[str, Any], work: Work | None) 
         "base_model": job.source.name,
         "calibration": calibration,
         "preset": job.preset,
+        "codebooks": job.codebooks,
         "seed": job.seed,
         "lambdas": dict(zip(map(str, levels), run.lambdas, strict=True)),
         "version": __version__,
@@ -325,6 +337,7 @@ def _fingerprint(job: Job) -> dict[str, Any]:
         "calibration": [str(job.calibration), content],
         "preset": job.preset,
         "effort": asdict(job.effort),
+        "codebooks": job.codebooks,
         "seed": job.seed,
         "head-bits": job.head_bits,
         "windows": job.windows,
@@ -364,9 +377,3 @@ def _context(walk: Walk) -> int:
     """Longest window the model takes."""
     text = walk.model.config.get_text_config()
     return int(getattr(text, "max_position_embeddings", None) or SEQ_LEN)
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

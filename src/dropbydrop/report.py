@@ -127,6 +127,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, … ({len(names)})"
+
+
 def print_info(info: Mapping[str, Any], console: Console) -> None:
     """The dictionary of `describe`, for people."""
     shown = table(info["path"], ("bits", "true bits", "whole model", "MB read", "planes here"))
@@ -142,7 +146,7 @@ def print_info(info: Mapping[str, Any], console: Console) -> None:
     made = info["provenance"]
     console.print(
         f"{info['matrices']} matrices in {info['sites']} sites, codebook sets "
-        f"{', '.join(info['codebook_sets'])}; embeddings {info['embeddings']['bits']} bits; from "
+        f"{_few(info['codebook_sets'])}; embeddings {info['embeddings']['bits']} bits; from "
         f"{made.get('base_model')}, preset {made.get('preset')}, seed {made.get('seed')}"
     )
 

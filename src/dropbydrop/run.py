@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from .capture import Captured
 from .checkpoint import CheckpointWriter, Embeddings, SiteSpec
 from .encoder import Effort, Encoded, encode_site
+from .learned import learn_site
 from .rotation import Rotation
-from .universal import default_lambdas
+from .universal import UNIVERSAL, default_lambdas
 from .walk import Walk
 
 
@@ -125,7 +126,12 @@ class Tally:
 
 
 class Run:
-    """Encodes and writes; `tally` has the books."""
+    """Encodes and writes; `tally` has the books.
+
+    Args:
+        codebooks: the universal set, float32 [M, K/2, g].
+        learned: start from it, and learn a set for every site.
+    """
 
     def __init__(
         self,
@@ -136,10 +142,11 @@ class Run:
         effort: Effort,
         seed: int,
         backend: str | None,
+        learned: bool = False,
     ) -> None:
         self.walk, self.writer, self.levels = walk, writer, levels
         self.codebooks = codebooks.to(walk.device)
-        self.effort, self.seed, self.backend = effort, seed, backend
+        self.effort, self.seed, self.backend, self.learned = effort, seed, backend, learned
         self.lambdas = default_lambdas(levels)
         self.tally = Tally(levels)
 
@@ -155,7 +162,7 @@ class Run:
             }
             weights = {name: module.weight.detach().float() for name, module in modules.items()}
             mark = time.perf_counter()
-            encoded = encode_site(
+            order = (
                 weights,
                 captured.grams[site.name],
                 rotation.to(self.walk.device),
@@ -165,9 +172,16 @@ class Run:
                 self.effort,
                 self.backend,
             )
+            name_of_set = UNIVERSAL
+            if self.learned:
+                encoded, own = learn_site(*order)
+                name_of_set = f"site-{number}"
+                self.writer.add_codebook_set(name_of_set, list(own.cpu()))
+            else:
+                encoded = encode_site(*order)
             spent = (time.perf_counter() - mark) / len(weights)
             ratio = captured.energy_ratio[site.name]
-            spec = SiteSpec(site.name, site.modules, site.d_in, "universal", rotation.spec())
+            spec = SiteSpec(site.name, site.modules, site.d_in, name_of_set, rotation.spec())
             self.writer.add_site(spec, rotation)
             for name, code in encoded.items():
                 bias = modules[name].bias

@@ -29,6 +29,7 @@ from .code import ENTRIES, GROUP
 from .objective import feedback_metric
 from .search import search
 
+UNIVERSAL = "universal"  # the name of the set in a checkpoint
 HALF = ENTRIES // 2
 _FOLDER = Path(__file__).parent / "universal_sets"
 

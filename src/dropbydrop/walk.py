@@ -21,8 +21,8 @@ live where the caller put them (CPU); batches of about `batch_tokens` tokens go 
 
 Limits, each refused with UnsupportedModelError: blocks that are not called exactly once and in
 order, arguments that depend on the tokens (per-layer embeddings), blocks of which more than 5 % is
-in no linear layer (fused experts), weights that the folder lacks. Encoder-decoders and state that
-passes between blocks outside of the hidden state are not supported.
+in no linear layer (fused experts), weights that blocks share, weights that the folder lacks.
+Encoder-decoders and state that passes between blocks outside of the hidden state are not supported.
 """
 
 from __future__ import annotations
@@ -147,6 +147,7 @@ class Walk:
             matrices = {n: p.numel() for n, p in block.named_parameters() if p.ndim >= 2}
             left = {f"{self.block_prefix(i)}.{n}": matrices[n] for n in matrices if n not in inside}
             check_uncovered(left, sum(matrices.values()))
+        self._check_shared()
         if missing := [n for n in names if self.files.find(n, prefix) is None]:
             spare = sorted(set(self.files) - set(names))
             found = f"; the files hold {spare[0]} instead" if spare else ""
@@ -155,6 +156,19 @@ class Walk:
                 f"{type(self.model).__name__} (first: {missing[0]}){found}. Load the model with "
                 "transformers and save it again with save_pretrained, or use another model."
             )
+
+    def _check_shared(self) -> None:
+        """A weight inside of the blocks has one place."""
+        prefix, places = f"{self.blocks_name}.", dict[int, str]()
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            first = places.setdefault(id(parameter), name)
+            other = self._ties.get(name, first)
+            if other != name and (name.startswith(prefix) or other.startswith(prefix)):
+                raise UnsupportedModelError(
+                    f"{name} and {other} are one and the same weight. A matrix is coded for the "
+                    "inputs of one place, so models that share weights between blocks are not "
+                    "supported; use one whose blocks are all separate."
+                )
 
     # ---- weights ---------------------------------------------------------------------------
 
