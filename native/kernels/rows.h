@@ -9,6 +9,8 @@ namespace DROP_ISA {
 
 constexpr int64_t kRowChunk = 512;  // products that are summed in int32: 127 * 32767 * 512 < 2^31
 
+constexpr int64_t kAheadBytes = 8192;  // prefetching: bandwidth times latency, and half as much again
+
 static float quantize_row(const void* x, Scalar type, int64_t d, int16_t* out) {
   float values[kRowChunk];
   uint32_t bits = 0;
@@ -55,7 +57,7 @@ DROP_INLINE int64_t sum_lanes(__m256i lanes) {
 
 // The whole vectors of `dot_rows`; returns how many products were summed.
 DROP_INLINE int64_t dot_rows_x86(const int8_t* const* rows, const int16_t* x, int64_t d,
-                                 int64_t* sums) {
+                                 int64_t ahead, int64_t* sums) {
 #ifdef __AVX512BW__
   constexpr int64_t kStep = 32;
   typedef __m512i Lanes;
@@ -92,7 +94,9 @@ DROP_INLINE int64_t dot_rows_x86(const int8_t* const* rows, const int16_t* x, in
       const Lanes v = load_x(x + k);
       DROP_UNROLL
       for (int r = 0; r < 4; ++r) {
-        _mm_prefetch(reinterpret_cast<const char*>(rows[r] + k) + 3072, _MM_HINT_T0);
+        if (k % 64 == 0) {  // once a line
+          _mm_prefetch(reinterpret_cast<const char*>(rows[r] + k + ahead), _MM_HINT_T0);
+        }
         lanes[r] = add(lanes[r], load_w(rows[r] + k), v);
       }
     }
@@ -104,11 +108,12 @@ DROP_INLINE int64_t dot_rows_x86(const int8_t* const* rows, const int16_t* x, in
 #endif
 
 // Sums of products of four rows of int8 with x, exact.
-DROP_INLINE void dot_rows(const int8_t* const* rows, const int16_t* x, int64_t d, int64_t* sums) {
+DROP_INLINE void dot_rows(const int8_t* const* rows, const int16_t* x, int64_t d,
+                          [[maybe_unused]] int64_t ahead, int64_t* sums) {
   int64_t k = 0;
   for (int r = 0; r < 4; ++r) sums[r] = 0;
 #ifdef __AVX2__
-  k = dot_rows_x86(rows, x, d, sums);
+  k = dot_rows_x86(rows, x, d, ahead, sums);
 #endif
   for (; k < d;) {
     const int64_t stop = k + kRowChunk < d ? k + kRowChunk : d;
@@ -124,6 +129,8 @@ template <Scalar kType>
 static void rows_of(const RowsJob& job, int64_t first, int64_t last) {
   constexpr int64_t kChunk = 64;
   float scales[kChunk];
+  // Four rows are read side by side: what comes next is the same place of four rows further on.
+  const int64_t ahead = round_up(kAheadBytes, 4 * job.d);
   for (int64_t start = first; start < last; start += kChunk) {
     const int64_t stop = start + kChunk < last ? start + kChunk : last;
     load_scalars(job.scales, job.scale_type, start, stop - start, scales);
@@ -133,7 +140,7 @@ static void rows_of(const RowsJob& job, int64_t first, int64_t last) {
       for (int64_t r = 0; r < 4; ++r) four[r] = job.rows + (row + (r < count ? r : 0)) * job.d;
       for (int64_t i = 0; i < job.n; ++i) {
         int64_t sums[4];
-        dot_rows(four, job.x + i * job.d, job.d, sums);
+        dot_rows(four, job.x + i * job.d, job.d, ahead, sums);
         for (int64_t r = 0; r < count; ++r) {
           const float scale = scales[row + r - start] * job.x_step[i];
           store_scalar<kType>(job.out, i * job.out_stride + row + r,
