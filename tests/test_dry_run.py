@@ -195,7 +195,7 @@ def test_what_then_happens(tmp_path: Path) -> None:
 
     def run(*more: str) -> dict[str, Any]:
         done = subprocess.run(
-            [*map(str, command), *more], capture_output=True, text=True, timeout=600
+            [*map(str, command), *more], capture_output=True, text=True, timeout=1800
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,148 @@
+"""Universal codebooks against learned ones: error, true bits and time, a site at a time.
+
+    python benchmarks/codebooks.py MODEL --text FILE --blocks 0,2 [--random 2048] [--preset fast]
+
+Encodes the sites of some blocks twice, with the universal set and with a set of the site's own, and
+with --random one matrix of that size with independent Gaussian weights and inputs of a spectrum
+that falls as 1/k. H comes from the first half of the windows; errors tr(E H E^T) / tr(W H W^T) are
+also under an H of the second half, which shows what a learned set has fitted to the sample.
+
+Learning takes further rounds of sweeps, which help the universal set too; "swept" is the universal
+set with as many. A set costs bits, so equal errors are not equal quality. The column before the
+last says what learning is worth over that: with the slope between two levels, d log2(error) / d
+bits, the bits that the lower error saves, beside the bits that the set costs. Seconds are those of
+one thread's processor time. The last line printed is one JSON object.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dropbydrop.calibration import load_windows
+from dropbydrop.encoder import EFFORTS, Encoded, encode_site
+from dropbydrop.learned import ROUNDS, learn_site
+from dropbydrop.objective import weighted_errors
+from dropbydrop.refit import prefixes
+from dropbydrop.rotation import Rotation
+from dropbydrop.sources import resolve
+from dropbydrop.universal import default_lambdas, universal_set
+from dropbydrop.walk import Walk
+
+LEVELS = (2, 3, 4)
+Site = tuple[str, dict[str, Tensor], Tensor, Tensor]  # name, weights, H, H of other windows
+
+
+def model_sites(args: argparse.Namespace) -> Iterator[Site]:
+    """The sites of the chosen blocks."""
+    source, blocks = resolve(args.model), [int(i) for i in args.blocks.split(",")]
+    walk = Walk.open(source.folder)
+    text = load_windows(args.text, source.tokenizer(), 2 * args.windows, 1024, seed=0)
+    hidden = walk.embed(text.ids)
+    for i in range(max(blocks) + 1):
+        block = walk.block(i)
+        if i in blocks:
+            one, two = (walk.capture(i, block, h) for h in hidden.split(args.windows))
+            for site in one.sites:
+                weights = {m: walk.read(f"{m}.weight", torch.float32) for m in site.modules}
+                yield site.name, weights, one.grams[site.name], two.grams[site.name]
+        hidden = walk.forward_block(i, block, hidden, out=hidden)
+        walk.release(i)
+
+
+def random_site(d: int) -> Site:
+    """A square matrix of independent weights; inputs of a spectrum 1/k in a random basis."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(d, d, generator=generator)
+    basis = Rotation.make(d, seed=1)
+    spectrum = 1 / torch.arange(1, d + 1)
+    h = basis.apply(basis.apply(torch.diag(spectrum)).T.contiguous())
+    return f"random {d} x {d}", {"w": weight}, h, h
+
+
+def errors(
+    weights: Mapping[str, Tensor],
+    coded: Mapping[str, Encoded],
+    codebooks: Tensor,
+    rotation: Rotation,
+    h: Tensor,
+) -> list[float]:
+    """Relative error of a whole site at each level, its matrices stacked."""
+    stacked, decoded = torch.cat(list(weights.values())), []
+    for level in range(len(LEVELS)):
+        parts = [
+            rotation.inverse(
+                e.scales.float()[:, None] * prefixes(e.codes, codebooks, LEVELS)[level]
+            )
+            for e in coded.values()
+        ]
+        decoded.append(torch.cat(parts))
+    return weighted_errors(stacked, decoded, h)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--blocks", default="0")
+    parser.add_argument("--windows", type=int, default=16, help="of 1,024 tokens, for each H")
+    parser.add_argument("--random", type=int, default=0, help="also a random matrix of this size")
+    parser.add_argument("--preset", default="balanced", choices=EFFORTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    universal, lambdas, rows = universal_set(LEVELS), default_lambdas(LEVELS), []
+    sites = [*([random_site(args.random)] if args.random else []), *model_sites(args)]
+    effort = EFFORTS[args.preset]
+    print("site | bits | universal error; ratios to it: swept, learned; the same held out |")
+    print("     | bits that the set costs, and is worth | seconds: universal, swept, learned")
+    for n, (name, weights, h, other) in enumerate(sites):
+        rotation = Rotation.make(h.shape[0], seed=n)
+        rest = (weights, h, rotation, universal, LEVELS, lambdas)
+        marks = [time.process_time()]
+        coded: list[tuple[Mapping[str, Encoded], Tensor]] = []
+        for rounds in (effort.rounds, effort.rounds + ROUNDS):
+            coded.append((encode_site(*rest, replace(effort, rounds=rounds)), universal))
+            marks.append(time.process_time())
+        coded.append(learn_site(*rest, effort))
+        marks.append(time.process_time())
+        count = sum(w.numel() for w in weights.values())
+        seconds = [end - start for start, end in pairwise(marks)]
+        plain, swept, learned = (
+            [errors(weights, codes, books, rotation, under) for under in (h, other)]
+            for codes, books in coded
+        )
+        slope = -math.log2(plain[0][-1] / plain[0][0]) / (LEVELS[-1] - LEVELS[0])
+        for i, p in enumerate(LEVELS):
+            row = {
+                "site": name,
+                "weights": count,
+                "level": p,
+                "universal": plain[0][i],
+                "swept_ratio": swept[0][i] / plain[0][i],
+                "ratio": learned[0][i] / plain[0][i],
+                "swept_ratio_held_out": swept[1][i] / plain[1][i],
+                "ratio_held_out": learned[1][i] / plain[1][i],
+                "bits_cost": 16 * p * universal[0].numel() / count,
+                "bits_worth": -math.log2(learned[1][i] / swept[1][i]) / slope,
+                "seconds": seconds,
+            }
+            rows.append(row)
+            print(
+                f"{name} | {p} | {row['universal']:.5f}; {row['swept_ratio']:.4f}, "
+                f"{row['ratio']:.4f}; {row['swept_ratio_held_out']:.4f}, "
+                f"{row['ratio_held_out']:.4f} | {row['bits_cost']:.4f}, {row['bits_worth']:.4f} | "
+                + ", ".join(f"{s:.1f}" for s in seconds),
+                flush=True,
+            )
+    print(json.dumps({"preset": args.preset, "levels": LEVELS, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
