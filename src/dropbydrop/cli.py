@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .commands import bench as bench_command
+from .commands import compare as compare_command
 from .commands import export as export_command
 from .commands import plan as plan_command
 from .commands import study
@@ -291,6 +292,7 @@ def generate(
 bench_command.register(app)
 export_command.register(app)
 study.register(app)
+compare_command.register(app)
 plan_command.register(app)
 transfer_command.register(app)
 

@@ -22,6 +22,7 @@ R = TypeVar("R")
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
+BROWN = "#6B4226"  # for a ninth series; dark enough to be told from the others
 
 SERIES: tuple[dict[str, Any], ...] = (
     {"color": BLUE, "marker": "o", "linestyle": "-"},
@@ -31,6 +32,8 @@ SERIES: tuple[dict[str, Any], ...] = (
     {"color": ORANGE, "marker": "v", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
     {"color": SKY, "marker": "P", "linestyle": (0, (1, 2))},
     {"color": BLACK, "marker": "X", "linestyle": (0, (8, 3))},
+    {"color": GREY, "marker": "*", "linestyle": "-"},
+    {"color": BROWN, "marker": "h", "linestyle": "--"},
 )
 """Keyword arguments of successive series; use `series(i)`."""
 
