@@ -9,7 +9,7 @@ TEXT ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 SOURCES := pyproject.toml constraints.txt $(shell find src native -type f \
-	\( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.txt' -o -name '*.safetensors' \) \
+	\( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.txt' -o -name '*.safetensors' \) \
 	-not -path '*/_native/*')
 
 .PHONY: demo test quick lint dev clean

@@ -222,7 +222,7 @@ class TestEveryBackend:
             **both,
         )
         assert (whole[:, 4:5] == alone).float().mean() > 0.9
-        if backend != "torch":  # one row always meets the same arithmetic in the native search
+        if backend not in ("torch", "triton"):  # in the native search a row is always the same
             assert torch.equal(whole[:, 4:5], alone)
 
     def test_the_beam_beats_greedy_and_reaches_the_exhaustive_optimum(self, backend):

@@ -55,6 +55,7 @@ def load_windows(
     *,
     source: Source | None = None,
     temperature: float = 1.0,
+    device: torch.device | str = "cpu",
 ) -> Calibration:
     """Windows from a file or hub dataset, or written by the model when `spec` is "self".
 
@@ -62,6 +63,7 @@ def load_windows(
         spec: path of a text, `.raw` or `.jsonl` file; "hub:NAME[[:CONFIG]:SPLIT]"; or "self".
         source: the model; only needed for "self".
         temperature: of the sampling; only used for "self".
+        device: where the model writes; only used for "self".
 
     Raises:
         CalibrationError: missing, unreadable or too short a text; the last says how many tokens
@@ -76,7 +78,9 @@ def load_windows(
             raise ValueError("calibration 'self' needs the model's source")
         from .selfgen import write_windows
 
-        ids = write_windows(source.folder, tokenizer, n_windows, seq_len, seed, temperature)
+        ids = write_windows(
+            source.folder, tokenizer, n_windows, seq_len, seed, temperature, device=device
+        )
         extra = {"kind": SELF, "seed": seed, "temperature": temperature}
         return Calibration(ids, extra | _numbers(ids))
     most = max(_MIN_CHARS, _CHARS_PER_TOKEN * n_windows * seq_len)

@@ -18,7 +18,9 @@ and v of a block; gate and up). Sites are found at run time, by watching the cal
 
 Layout: H is float32 [d_in, d_in], symmetric. Only the lower block triangle is computed (a third
 less work) and mirrored at the end. Sums run in float32: 1e5 tokens leave a relative error near
-1e-6, far below what the damping hides; factorise it in float64.
+1e-6, far below what the damping hides; factorise it in float64. Batches are added up in lanes
+(`fold`), and lanes in their order, so that several processes get the same bits as one (team.py);
+that takes room for H twice.
 
 Limits: a linear that is called twice in one forward, or that sees a subset of the tokens (routed
 experts), is refused by name.
@@ -28,11 +30,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CalibrationError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from .team import Share
 
 CLIP = 20.0
 MAX_UNCOVERED = 0.05  # share of a block's matrices that may stay outside of called linears
@@ -110,16 +116,19 @@ class _Entry:
 
     modules: list[str]
     d_in: int
-    gram: Tensor | None = None
+    gram: Tensor | None = None  # of the lane that is running
     raw: Tensor | None = None
     ratio: float = 0.0
+    grams: list[Tensor] = field(default_factory=list)  # of the lanes that are over
+    raws: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
 class Recorder:
     """Watches the linear layers of one block; use as a context manager around its forwards.
 
-    Call `batch(shape, weights)` before and `end()` after each forward of the block.
+    Call `batch(shape, weights)` before and `end()` after each forward of the block, and `fold()`
+    after each lane of batches.
 
     Args:
         block: the block; `prefix` is its full name in the model.
@@ -139,7 +148,6 @@ class Recorder:
     _seen: set[str] = field(default_factory=set)
     _shape: tuple[int, int] = (0, 0)
     _weights: Tensor | None = None
-    _tokens: int = 0
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     def __enter__(self) -> Recorder:
@@ -162,12 +170,23 @@ class Recorder:
     def batch(self, shape: tuple[int, int], weights: Tensor | None = None) -> None:
         """Announce a forward over [b, T] tokens, `weights` [b, T] multiplying the clip weights."""
         self._shape, self._weights = shape, weights
-        self._tokens += shape[0] * shape[1]
 
     def end(self) -> None:
         """The forward is over: let go of its inputs."""
         self._calls.clear()
         self._seen.clear()
+
+    def fold(self, keep: bool = False) -> None:
+        """A lane is over: add its sums to those of the lanes before it, or `keep` them apart."""
+        for entry in self._sites.values():
+            for lane, over in ((entry.gram, entry.grams), (entry.raw, entry.raws)):
+                if lane is None:
+                    continue
+                if keep or not over:
+                    over.append(lane)
+                else:
+                    over[0].add_(lane)
+            entry.gram = entry.raw = None
 
     def _called(self, full: str, x: Tensor) -> None:
         if full in self._seen:
@@ -237,29 +256,35 @@ class Recorder:
             for entry in self._sites.values()
         ]
 
-    def result(self, hidden: Tensor) -> Captured:
-        """Normalise and hand over; the recorder is empty afterwards.
+    def result(self, hidden: Tensor, share: Share, tokens: int) -> Captured:
+        """Sum over the lanes of all processes, normalise, hand over; empties the recorder.
+
+        Args:
+            hidden: the block's output for this process's windows.
+            tokens: of all processes.
 
         Raises:
             CalibrationError: activations that are not finite.
         """
-        sites = self.sites()
+        sites = share.team.together(self.sites)
+        entries = list(self._sites.values())
+        largest = share.team.largest([entry.ratio for entry in entries])
         grams: dict[str, Tensor] = {}
         raw: dict[str, Tensor] = {}
         ratio: dict[str, float] = {}
-        for site, entry in zip(sites, self._sites.values(), strict=True):
-            assert entry.gram is not None
-            grams[site.name] = mirror(entry.gram, 1 / self._tokens)
+        for site, entry, most in zip(sites, entries, largest, strict=True):
+            grams[site.name] = mirror(share.total(entry.grams), 1 / tokens)
+            entry.grams = []
             if not bool(torch.isfinite(grams[site.name]).all()):
                 raise CalibrationError(
                     f"the inputs of {site.name} are not finite: the model overflows on the "
                     "calibration text. Use dtype float32, or check the model's weights."
                 )
-            if entry.raw is not None:
-                raw[site.name] = mirror(entry.raw, 1 / self._tokens)
-            ratio[site.name] = entry.ratio
-            entry.gram = entry.raw = None
-        return Captured(sites, grams, raw, ratio, self._tokens, hidden)
+            if entry.raws:
+                raw[site.name] = mirror(share.total(entry.raws), 1 / tokens)
+                entry.raws = []
+            ratio[site.name] = most
+        return Captured(sites, grams, raw, ratio, tokens, hidden)
 
 
 def check_uncovered(left: dict[str, int], total: int) -> None:

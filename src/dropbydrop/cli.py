@@ -57,7 +57,9 @@ def quantize(
         int | None, typer.Option(help="Calibration windows [from the preset].")
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 1024,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1.")
+    ] = "auto",
     backend: Annotated[
         str | None, typer.Option(help="Search backend by name [the best here].")
     ] = None,
@@ -74,6 +76,7 @@ def quantize(
     from . import quantize as life
     from .checkpoint import Checkpoint
     from .report import print_report
+    from .team import rank_of_process
 
     order: dict[str, Any] = {
         "calibration": calibration,
@@ -95,11 +98,19 @@ def quantize(
         return finish(as_json, expected.to_dict())
     try:
         report = life.quantize(
-            model, out, parse_bits(bits), overwrite=overwrite, resume=resume, **order
+            model,
+            out,
+            parse_bits(bits),
+            overwrite=overwrite,
+            resume=resume,
+            progress=rank_of_process() == 0,
+            **order,
         )
     except KeyboardInterrupt as stop:
         sys.stderr.write(f"{stop}\n" if str(stop) else "")  # what --resume has kept
         raise
+    if rank_of_process():  # under torchrun the first process speaks for all
+        return
     checkpoint = Checkpoint.open(report.out)
     print_report(report, checkpoint, console(as_json))
     levels = {
@@ -133,7 +144,7 @@ def info(
         result["search"] = backends()
         out_console.print(f"search backends, best first: {', '.join(result['search'])}")
         result["kernels"] = [asdict(kernel) for kernel in table()]
-        out_console.print("inference kernels on the CPU (* is in use):")
+        out_console.print("inference kernels (* is in use):")
         for line in describe_kernels():
             out_console.print(line, markup=False, highlight=False)
         result["decoding"] = how_config(Checkpoint.open(out).config if out else None)
@@ -297,12 +308,21 @@ plan_command.register(app)
 transfer_command.register(app)
 
 
+def _tell(error: DropError) -> None:
+    """Print an error once, however many processes torchrun has started."""
+    from .team import PeerError, rank_of_process
+
+    rank = rank_of_process()
+    if rank == 0 or not isinstance(error, PeerError):
+        sys.stderr.write(f"error{f' of rank {rank}' if rank else ''}: {error}\n")
+
+
 def main() -> None:
     """Entry point of the `dropbydrop` command."""
     try:
         status = app(standalone_mode=False)  # typer returns that of typer.Exit, and 130 for Ctrl-C
     except DropError as error:
-        sys.stderr.write(f"error: {error}\n")
+        _tell(error)
         sys.exit(2)
     except Exception as error:
         usage = getattr(error, "show", None)  # click's usage errors

@@ -196,8 +196,11 @@ def _multiply(module: NestedLinear, x: Tensor) -> Tensor:
 
     On the CPU a few rows go through tables of dot products. More rows decode slabs of the matrix,
     also where tables would still be a little faster: prompts and evaluation are then exact to
-    float rounding. Other devices decode and multiply.
+    float rounding. On CUDA `kernels.gpu` does the like. Other devices, and the kernel "torch",
+    decode and multiply.
     """
+    if kernel := kernels.gpu_kernel(x.device.type):
+        return _device_site(module, kernel)(x)[0]
     if x.is_cpu:
         bound = _bound(module)
         return (bound if x.numel() <= FEW * x.shape[-1] else bound.dense)(x)[0]
@@ -205,6 +208,25 @@ def _multiply(module: NestedLinear, x: Tensor) -> Tensor:
     rotated = module.site.rotation.apply(wide).to(x.dtype)
     bias = module.bias if module.bias is None else module.bias.to(x.dtype)
     return F.linear(rotated, module.rotated_weight(x.dtype), bias)
+
+
+def _device_site(module: NestedLinear, kernel: str) -> kernels.gpu.DeviceSite:
+    """The module's matrix, ready for a GPU kernel; built once in the store for all views."""
+    store, device = module.store, module.codes[1].device
+
+    def build() -> kernels.gpu.DeviceSite:
+        site, shape = module.site, (module.out_features, module.in_features // GROUP)
+        tables = store.derived(
+            ("gpu tables", site.codebooks, device),
+            lambda: kernels.gpu.device_tables(site.tables, device),
+        )
+        planes = tuple(plane.detach() for plane in module.codes.tensors())
+        bias = None if module.bias is None else module.bias.detach()
+        matrix = kernels.Matrix(kernels.Packed(planes, *shape, False), module.row_scales, bias)
+        return kernels.gpu.DeviceSite([matrix], tables, site.rotation, module.prefix, kernel)
+
+    key = ("gpu", module.name, module.prefix, kernel, device)
+    return cast(kernels.gpu.DeviceSite, store.derived(key, build))
 
 
 def bound_of(module: nn.Module) -> kernels.Bound:
@@ -324,6 +346,8 @@ class NestedHead(_FixedScales):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> logits [..., vocab], in the dtype of x."""
         rows, row_scales = cast(Tensor, self.rows), cast(Tensor, self.row_scales)
+        if kernels.gpu_kernel(x.device.type) and kernels.gpu.takes_rows(x):
+            return kernels.gpu.rows_linear(x, rows, row_scales, self.bias)
         return kernels.rows_linear(x, rows, row_scales, self.bias)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -7,7 +7,8 @@ Steps:
        everything. Activations are those of the unquantized model;
     3. write what stays (embeddings and head in 8 or 16 bits, norms and biases as they are),
        config, log, model card, manifest; rename the folder into place.
-In memory at a time: the hidden states of the windows, one block, its Gram matrices.
+In memory at a time: the hidden states of the windows, one block, its Gram matrices; with a GPU, in
+the GPU's memory. Several processes (torchrun) share the windows and the matrices (team.py).
 
 Nothing is visible under OUT before the last step: bad input, an error, Ctrl-C or a full disk leave
 no trace. With `resume`, finished blocks are kept beside OUT until it is there (resume.py); the
@@ -29,7 +30,7 @@ import transformers
 from torch import Tensor, nn
 
 from . import __version__
-from .calibration import SELF, load_windows
+from .calibration import SELF, Calibration, load_windows
 from .checkpoint import CheckpointWriter, PlaneSpec, QuantizationConfig
 from .code import GROUP
 from .encoder import EFFORTS, Effort
@@ -41,6 +42,7 @@ from .report import CARD_FILE, LOG_FILE, model_card
 from .run import Report, Run, Tally
 from .search import backends
 from .sources import Source, resolve
+from .team import Team, pick_device
 from .universal import UNIVERSAL, universal_set
 from .walk import Walk
 
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["Job", "Report", "check_levels", "prepare", "quantize"]
 
 MAX_BITS = 8
+_DONE = -1  # instead of a number of steps: nothing is left to do
 WINDOWS = {"fast": 32, "balanced": 64, "best": 128}
 SEQ_LEN = 1024
 CODEBOOKS = (UNIVERSAL, "learned")
@@ -96,7 +99,7 @@ def quantize(
     head_bits: int = 8,
     windows: int | None = None,
     seq_len: int = SEQ_LEN,
-    device: str = "cpu",
+    device: str = "auto",
     backend: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -113,40 +116,69 @@ def quantize(
         codebooks: "universal", one set for everything, or "learned", one for each input site.
         head_bits: 8 (int8 rows) or 16, for embedding and head.
         windows, seq_len: calibration windows and their tokens; by default from the preset.
-        device: where blocks run and matrices are encoded.
+        device: where blocks run and matrices are encoded: "auto" (a CUDA device if there is one),
+            "cpu", "cuda", "cuda:1". Under torchrun each process takes the one of its number.
         backend: search backend by name (see `search.backends`); by default the best here.
         overwrite: replace an existing checkpoint, at the very end.
         resume: keep finished blocks in a hidden folder beside `out` until it is there, and go on
             from them if they are from the same command (resume.py).
+
+    Returns:
+        What was done; under torchrun only rank 0 has the books of all.
 
     Raises:
         DropError: anything about the input; nothing is left behind, or with `resume` only the
             finished blocks.
     """
     started = time.perf_counter()
-    job = prepare(
-        model,
-        bits,
-        calibration=calibration,
-        preset=preset,
-        codebooks=codebooks,
-        seed=seed,
-        head_bits=head_bits,
-        windows=windows,
-        seq_len=seq_len,
-        device=device,
-        backend=backend,
-    )
-    place = Path(os.path.abspath(out))
+    device = pick_device(device)
+    with Team.join(device) as team:
+        if team.size > 1 and codebooks != UNIVERSAL:
+            raise DropError(
+                f"--codebooks {codebooks} with {team.size} processes: a site's own codebooks are "
+                "fitted to all its matrices together; run one process, or take the universal set."
+            )
+        job = team.together(
+            lambda: prepare(
+                model,
+                bits,
+                calibration=calibration,
+                preset=preset,
+                codebooks=codebooks,
+                seed=seed,
+                head_bits=head_bits,
+                windows=windows,
+                seq_len=seq_len,
+                device=device,
+                backend=backend,
+            )
+        )
+        place = Path(os.path.abspath(out))
+        if team.root:
+            return _write(job, team, place, overwrite, resume, progress, started)
+        return _report(job, place, _carry_out(job, None, None, False, team), 0, started)
+
+
+def _write(
+    job: Job,
+    team: Team,
+    place: Path,
+    overwrite: bool,
+    resume: bool,
+    progress: bool,
+    started: float,
+) -> Report:
+    """The root's part of `quantize`: everything that touches OUT."""
     if not resume:
         with CheckpointWriter(place, overwrite=overwrite) as writer:
-            tally = _carry_out(job, writer, None, progress)
+            tally = _carry_out(job, writer, None, progress, team)
         return _report(job, place, tally, 0, started)
     from .resume import Work  # needs file locks, which not every platform has
 
     with Work(place, _fingerprint(job)) as work:
         blocks = sum("block" in step for step in work.steps)
         if (record := work.published()) is not None:
+            team.number(_DONE)
             tally = Tally(job.levels)
             tally.restore([*(step["run"] for step in work.steps), record["run"]])
         else:
@@ -154,7 +186,7 @@ def quantize(
             with CheckpointWriter(
                 place, overwrite=overwrite, work=work.path, records=records
             ) as writer:
-                tally = _carry_out(job, writer, work, progress)
+                tally = _carry_out(job, writer, work, progress, team)
     return _report(job, place, tally, blocks, started)
 
 
@@ -204,7 +236,7 @@ def prepare(
     if head_bits not in (8, 16):
         raise DropError(f"--head-bits {head_bits}: choose 8 or 16.")
     source = resolve(model)
-    walk = Walk.open(source.folder, device=device)
+    walk = Walk.open(source.folder, device=pick_device(device))
     check_model(walk, head_bits)
     return Job(
         source,
@@ -222,55 +254,77 @@ def prepare(
     )
 
 
-def _carry_out(job: Job, writer: CheckpointWriter, work: Work | None, progress: bool) -> Tally:
-    """Steps 1 to 3 of the module's note, from where `work` was left."""
+def _carry_out(
+    job: Job, writer: CheckpointWriter | None, work: Work | None, progress: bool, team: Team
+) -> Tally:
+    """Steps 1 to 3 of the module's note, from where `work` was left; the root has the writer."""
     walk = job.walk
+    steps = team.number(0 if work is None else len(work.steps))
+    if steps == _DONE:  # the root found the checkpoint in place
+        return Tally(job.levels)
+    kept = bool(team.number(work is not None))  # whether steps are kept for --resume
     universal, learned = universal_set(job.levels), job.codebooks != UNIVERSAL
-    run = Run(walk, writer, job.levels, universal, job.effort, job.seed, job.backend, learned)
-    tally = run.tally
+    run = Run(walk, writer, job.levels, universal, job.effort, job.seed, job.backend, learned, team)
+    tally, calibration = run.tally, {}
     hidden: Tensor | None = None
-    if work is None or not work.steps:
+    if steps == 0:
         with tally.timed("calibrate"):
-            text = load_windows(
-                job.calibration,
-                job.source.tokenizer(),
-                job.windows,
-                job.seq_len,
-                job.seed,
-                source=job.source,
-            )
-        if not learned:
-            writer.add_codebook_set(UNIVERSAL, list(universal))
-        hidden, first, calibration = walk.embed(text.ids), 0, dict(text.description)
-        if work is not None:
-            step: dict[str, Any] = {
-                "calibration": calibration,
-                "writer": writer.commit(),
-                "run": tally.mark(),
-            }
-            work.commit(step, hidden)
+            text = team.together(lambda: _calibrate(job) if team.root else None)
+            ids = team.ids(None if text is None else text.ids)
+        share = team.share(walk.lanes(*ids.shape))
+        hidden = walk.embed(ids[share.windows(team.rank)].to(walk.device))
+        if text is not None:
+            calibration = dict(text.description)
+            if not learned:
+                run.writer.add_codebook_set(UNIVERSAL, list(universal))
+        _commit(work, run, {"calibration": calibration}, share.gather(hidden) if kept else None)
+        first = 0
     else:
-        tally.restore([step["run"] for step in work.steps])
-        first, calibration = len(work.steps) - 1, work.steps[0]["calibration"]
-        hidden = work.hidden() if first < walk.num_blocks else None
+        first, share = steps - 1, team.share(walk.lanes(job.windows, job.seq_len))
+        if work is not None:
+            tally.restore([step["run"] for step in work.steps])
+            calibration = work.steps[0]["calibration"]
+        if first < walk.num_blocks:
+            whole = None if work is None else work.hidden()
+            hidden = share.scatter(whole, walk.dtype).to(walk.device)
     with progress_bar(progress) as bar:
         task = bar.add_task("quantize", total=walk.num_blocks, completed=first)
         for i in range(first, walk.num_blocks):
             assert hidden is not None
             with tally.timed("activations"):
                 block = walk.block(i)
-                captured = walk.capture(i, block, hidden, out=hidden)
+                captured = walk.capture(i, block, hidden, out=hidden, share=share)
             with tally.timed("encode"):
                 run.encode_block(i, block, captured)
                 walk.release(i)
-            if work is not None:
-                step = {"block": i, "writer": writer.commit(), "run": tally.mark()}
-                work.commit(step, hidden if i + 1 < walk.num_blocks else None)
+            del captured
+            more = kept and i + 1 < walk.num_blocks
+            _commit(work, run, {"block": i}, share.gather(hidden) if more else None)
             bar.advance(task)
     del hidden
-    with tally.timed("write"):
-        _finish(job, run, calibration, work)
+    if team.root:
+        with tally.timed("write"):
+            _finish(job, run, calibration, work)
     return tally
+
+
+def _calibrate(job: Job) -> Calibration:
+    return load_windows(
+        job.calibration,
+        job.source.tokenizer(),
+        job.windows,
+        job.seq_len,
+        job.seed,
+        source=job.source,
+        device=job.walk.device,
+    )
+
+
+def _commit(work: Work | None, run: Run, step: dict[str, Any], hidden: Tensor | None) -> None:
+    """Finish a step, where steps are kept: what was written, the books, all hidden states."""
+    if work is None:
+        return
+    work.commit({**step, "writer": run.writer.commit(), "run": run.tally.mark()}, hidden)
 
 
 def _finish(job: Job, run: Run, calibration: dict[str, Any], work: Work | None) -> None:
@@ -315,6 +369,7 @@ def _report(job: Job, out: Path, tally: Tally, resumed: int, started: float) -> 
         job.levels,
         tally.seconds | {"total": time.perf_counter() - started},
         peak_memory() / 2**30,
+        device_peak(job.walk.device) / 2**30,
         4 * tally.parameters / 2**30,
         tally.mean_errors(),
         len(tally.log),
@@ -377,3 +432,8 @@ def _context(walk: Walk) -> int:
     """Longest window the model takes."""
     text = walk.model.config.get_text_config()
     return int(getattr(text, "max_position_embeddings", None) or SEQ_LEN)
+
+
+def device_peak(device: torch.device) -> int:
+    """Peak bytes that this process held on a GPU so far; 0 for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

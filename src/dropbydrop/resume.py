@@ -274,5 +274,5 @@ def model_digest(folder: Path) -> str:
 def code_digest() -> str:
     """SHA-256 over this package: sources, native libraries, shipped codebooks."""
     here = Path(__file__).parent
-    kinds = (".py", ".so", ".dylib", ".safetensors")
+    kinds = (".py", ".cu", ".so", ".dylib", ".safetensors")
     return digest(*sorted(p for p in here.rglob("*") if p.suffix in kinds and p.is_file()))

@@ -41,18 +41,30 @@ def hadamard(size: int) -> Tensor:
     """Normalised Sylvester-Hadamard matrix, float32 [size, size], size a power of two."""
     if size < 1 or size & (size - 1):
         raise ValueError(f"Hadamard size {size} is not a power of two")
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    while matrix.shape[0] < size:
-        matrix = torch.kron(two, matrix)
-    return (matrix / size**0.5).to(torch.float32)
+    with torch.inference_mode(False):
+        matrix = torch.ones(1, 1, dtype=torch.float64)
+        two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+        while matrix.shape[0] < size:
+            matrix = torch.kron(two, matrix)
+        return (matrix / size**0.5).to(torch.float32)
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=64)
+def hadamard_on(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`hadamard(size)` on a device, copied there once: every call of every site needs it.
+
+    An ordinary tensor even when first asked for in inference mode, so that training can use it.
+    """
+    with torch.inference_mode(False):
+        return hadamard(size).to(device, dtype)
 
 
 def mix_hadamard(x: Tensor, size: int) -> Tensor:
     """Walsh-Hadamard over consecutive blocks of `size` along the last dimension. x [..., d]."""
     shape = x.shape
     low = min(size, 64)
-    y = x.reshape(-1, low) @ hadamard(low).to(x)
+    y = x.reshape(-1, low) @ hadamard_on(low, x.device, x.dtype)
     if size > low:
         high = size // low
         y = y.view(-1, high, low).transpose(1, 2)

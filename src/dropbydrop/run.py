@@ -15,13 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .capture import Captured
 from .checkpoint import CheckpointWriter, Embeddings, SiteSpec
+from .code import GROUP
 from .encoder import Effort, Encoded, encode_site
 from .learned import learn_site
 from .rotation import Rotation
+from .team import Team, deal
 from .universal import UNIVERSAL, default_lambdas
 from .walk import Walk
 
@@ -31,6 +34,7 @@ class Report:
     """What a run did. Seconds are wall-clock, memory is the peak of the whole process.
 
     Attributes:
+        device_gib: peak memory on a GPU; 0 without one.
         errors: mean over matrices of the relative weighted error at each level.
         kept: parameters left in 8 or 16 bits (or as they were): name, bits, reason.
         resumed: blocks taken over from an interrupted run; seconds count their work too, except
@@ -41,6 +45,7 @@ class Report:
     levels: tuple[int, ...]
     seconds: dict[str, float]
     peak_gib: float
+    device_gib: float
     model_gib: float
     errors: dict[int, float]
     matrices: int
@@ -56,6 +61,7 @@ class Report:
             "levels": list(self.levels),
             "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
             "peak_gib": round(self.peak_gib, 3),
+            "peak_device_gib": round(self.device_gib, 3),
             "model_float32_gib": round(self.model_gib, 3),
             "mean_relative_error": {str(p): e for p, e in self.errors.items()},
             "matrices": self.matrices,
@@ -126,77 +132,152 @@ class Tally:
 
 
 class Run:
-    """Encodes and writes; `tally` has the books.
+    """Encodes and writes; `tally` has the books. With several processes each encodes its share of a
+    block's matrices, and the root, which alone has a writer, collects and writes all.
 
     Args:
         codebooks: the universal set, float32 [M, K/2, g].
-        learned: start from it, and learn a set for every site.
+        learned: start from it, and learn a set for every site (one process only).
     """
 
     def __init__(
         self,
         walk: Walk,
-        writer: CheckpointWriter,
+        writer: CheckpointWriter | None,
         levels: tuple[int, ...],
         codebooks: Tensor,
         effort: Effort,
         seed: int,
         backend: str | None,
         learned: bool = False,
+        team: Team | None = None,
     ) -> None:
-        self.walk, self.writer, self.levels = walk, writer, levels
+        self.walk, self._writer, self.levels = walk, writer, levels
         self.codebooks = codebooks.to(walk.device)
         self.effort, self.seed, self.backend, self.learned = effort, seed, backend, learned
         self.lambdas = default_lambdas(levels)
         self.tally = Tally(levels)
+        self.team = team or Team()
+        self._sites = self.team.number(0 if writer is None else len(writer.sites))
+
+    @property
+    def writer(self) -> CheckpointWriter:
+        """The root's writer."""
+        assert self._writer is not None, "only the root writes"
+        return self._writer
 
     def encode_block(self, i: int, block: nn.Module, captured: Captured) -> None:
         """Encode and write every matrix of block i, and the parameters that stay as they are."""
-        done: set[str] = set()
         prefix = f"{self.walk.block_prefix(i)}."
+        modules: dict[str, Any] = {
+            name: block.get_submodule(name.removeprefix(prefix))
+            for site in captured.sites
+            for name in site.modules
+        }
+        rotations = {}
         for site in captured.sites:
-            number = len(self.writer.sites)
-            rotation = Rotation.make(site.d_in, seed=self.seed * 1_000_003 + number)
-            modules: dict[str, Any] = {
-                name: block.get_submodule(name.removeprefix(prefix)) for name in site.modules
-            }
-            weights = {name: module.weight.detach().float() for name, module in modules.items()}
-            mark = time.perf_counter()
-            order = (
-                weights,
-                captured.grams[site.name],
-                rotation.to(self.walk.device),
-                self.codebooks,
-                self.levels,
-                self.lambdas,
-                self.effort,
-                self.backend,
+            rotations[site.name] = Rotation.make(
+                site.d_in, seed=self.seed * 1_000_003 + self._sites
             )
-            name_of_set = UNIVERSAL
-            if self.learned:
-                encoded, own = learn_site(*order)
-                name_of_set = f"site-{number}"
-                self.writer.add_codebook_set(name_of_set, list(own.cpu()))
-            else:
-                encoded = encode_site(*order)
-            spent = (time.perf_counter() - mark) / len(weights)
-            ratio = captured.energy_ratio[site.name]
-            spec = SiteSpec(site.name, site.modules, site.d_in, name_of_set, rotation.spec())
-            self.writer.add_site(spec, rotation)
-            for name, code in encoded.items():
-                bias = modules[name].bias
-                self._write(name, code, None if bias is None else bias.detach().cpu())
+            self._sites += 1
+        # work of a matrix: a search that is linear in its size, products with H
+        costs = [m.weight.numel() * (2000.0 + m.weight.shape[1]) for m in modules.values()]
+        owners = dict(zip(modules, deal(costs, self.team.size), strict=True))
+        own = {name for name, owner in owners.items() if owner == self.team.rank}
+        encoded, own_books = self.team.together(
+            lambda: self._encode_sites(captured, modules, rotations, own)
+        )
+        done: set[str] = set()
+        for site in captured.sites:
+            rotation = rotations[site.name]
+            if self.team.root:
+                books = own_books.get(site.name)
+                kind = UNIVERSAL if books is None else f"site-{len(self.writer.sites)}"
+                if books is not None:
+                    self.writer.add_codebook_set(kind, list(books.cpu()))
+                spec = SiteSpec(site.name, site.modules, site.d_in, kind, rotation.spec())
+                self.writer.add_site(spec, rotation)
+            for name in site.modules:
                 done |= {f"{name}.weight", f"{name}.bias"}
-                self.tally.parameters += weights[name].numel() + (
-                    0 if bias is None else bias.numel()
-                )
-                self._log(name, weights[name], code, ratio, spent)
+                weight = modules[name].weight
+                result = self._collect(encoded.pop(name, None), owners[name], weight)
+                if result is not None:
+                    self._add(name, modules[name], *result, captured.energy_ratio[site.name])
+        if not self.team.root:
+            return
         for local, _ in block.named_parameters():
             if prefix + local not in done:
                 self._keep(prefix + local, "not a matrix of a linear layer")
         for local, _ in block.named_buffers():
             if local in block.state_dict():
                 self._keep(prefix + local, "a buffer")
+
+    def _encode_sites(
+        self,
+        captured: Captured,
+        modules: Mapping[str, Any],
+        rotations: Mapping[str, Rotation],
+        own: set[str],
+    ) -> tuple[dict[str, tuple[Encoded, float]], dict[str, Tensor]]:
+        """This process's matrices, name -> code and the seconds it took; learned sets by site."""
+        out: dict[str, tuple[Encoded, float]] = {}
+        books: dict[str, Tensor] = {}
+        for site in captured.sites:
+            names = [name for name in site.modules if name in own]
+            if not names:
+                continue
+            mark = time.perf_counter()
+            order = (
+                {name: modules[name].weight.detach().float() for name in names},
+                captured.grams[site.name],
+                rotations[site.name].to(self.walk.device),
+                self.codebooks,
+                self.levels,
+                self.lambdas,
+                self.effort,
+                self.backend,
+            )
+            if self.learned:
+                encoded, books[site.name] = learn_site(*order)
+            else:
+                encoded = encode_site(*order)
+            spent = (time.perf_counter() - mark) / len(names)
+            out |= {name: (code, spent) for name, code in encoded.items()}
+        return out, books
+
+    def _collect(
+        self, result: tuple[Encoded, float] | None, owner: int, weight: Tensor
+    ) -> tuple[Encoded, float] | None:
+        """A matrix's code on the root, None elsewhere; `result` is its owner's."""
+        if owner == 0:
+            return result
+        code, spent = result if result is not None else (None, 0.0)
+        d_out, d_in = weight.shape
+        planes, levels = self.codebooks.shape[0], len(self.levels)
+        shapes = {
+            "codes": torch.empty(planes, d_out, d_in // GROUP, dtype=torch.uint8, device="meta"),
+            "scales": torch.empty(d_out, dtype=torch.float16, device="meta"),
+            "numbers": torch.empty(levels + 1, dtype=torch.float64, device="meta"),
+        }
+        sent: dict[str, Tensor | None] = dict.fromkeys(shapes)
+        if code is not None:
+            numbers = torch.tensor([*code.errors, spent], dtype=torch.float64)
+            sent = {"codes": code.codes, "scales": code.scales, "numbers": numbers}
+        got = {kind: self.team.to_root(sent[kind], owner, like) for kind, like in shapes.items()}
+        codes, scales, numbers_got = got["codes"], got["scales"], got["numbers"]
+        if codes is None or scales is None or numbers_got is None:
+            return None
+        *errors, seconds = numbers_got.tolist()
+        return Encoded(codes, scales, errors), seconds
+
+    def _add(
+        self, name: str, module: Any, code: Encoded, seconds: float, energy_ratio: float
+    ) -> None:
+        """Write a coded matrix and note it in the books."""
+        bias, weight = module.bias, module.weight.detach().float()
+        self._write(name, code, None if bias is None else bias.detach().cpu())
+        self.tally.parameters += weight.numel() + (0 if bias is None else bias.numel())
+        self._log(name, weight, code, energy_ratio, seconds)
 
     def _write(self, name: str, code: Encoded, bias: Tensor | None) -> None:
         codes = [plane.cpu() for plane in code.codes]

@@ -16,8 +16,9 @@ Two kinds of text:
 Tokens are drawn from softmax(logits / temperature), without truncation, with one seeded generator:
 the same seed, machine and build give the same text.
 
-The model writes in bfloat16 where the processor multiplies it natively (three times as fast; the
-text is a sample of the same distribution up to rounding), in float32 elsewhere.
+The model writes on the device it is quantized on, in bfloat16 where that multiplies it natively
+(three times as fast; the text is a sample of the same distribution up to rounding), in float32
+elsewhere.
 
 Memory: the cache, 2 * layers * key/value heads * head_dim * bytes of the type, a token of a batch
 of texts; batches are chosen to stay below `CACHE_BYTES`.
@@ -140,6 +141,7 @@ def write_windows(
     seed: int,
     temperature: float = 1.0,
     progress: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Sample `n` windows of `seq_len` tokens from the model in `folder`: int64 [n, seq_len].
 
@@ -148,7 +150,7 @@ def write_windows(
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} must be positive")
-    model = open_model(folder)
+    model = open_model(folder, device)
     generator = torch.Generator().manual_seed(seed)
     pieces = -(-seq_len // TEXT_TOKENS)
     length = -(-seq_len // pieces)
@@ -164,16 +166,21 @@ def write_windows(
     return torch.cat(parts).view(n, pieces * length)[:, :seq_len].contiguous()
 
 
-def open_model(folder: Path) -> Any:
-    """The model in `folder`, in the type it writes in."""
-    capabilities = torch.cpu.get_capabilities()
-    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+def open_model(folder: Path, device: torch.device | str = "cpu") -> Any:
+    """The model in `folder` on `device`, in the type it writes in."""
+    place = torch.device(device)
+    if place.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    else:
+        native = place.type == "cuda" and torch.cuda.is_bf16_supported()
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16 if native else torch.float32
-        ).eval()
-    fold_attention(model)
-    return model
+        )
+    if place.type == "cpu":
+        fold_attention(model)
+    return model.to(place).eval()
 
 
 def fold_attention(model: Any) -> bool:
@@ -210,7 +217,7 @@ def _sample(
     for position in range(seq_len):
         out[:, position] = torch.tensor([w.next(d) for w, d in zip(writers, drawn, strict=True)])
         if position + 1 < seq_len:
-            step = out[:, position : position + 1]
+            step = out[:, position : position + 1].to(model.device)
             logits = model(step, past_key_values=cache, use_cache=True).logits[:, -1]
             drawn = draw(logits, temperature, generator).tolist()
         advance()
@@ -224,7 +231,7 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tens
     logits [b, vocab] -> int64 [b].
     """
     total = torch.softmax(logits.to(torch.float32) / temperature, dim=-1).cumsum(-1)
-    u = torch.rand(logits.shape[0], 1, generator=generator) * total[:, -1:]
+    u = torch.rand(logits.shape[0], 1, generator=generator).to(total) * total[:, -1:]
     return torch.searchsorted(total, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 

@@ -28,6 +28,7 @@ Encoder-decoders and state that passes between blocks outside of the hidden stat
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from .capture import CLIP, Captured, Recorder, Site, check_uncovered
 from .errors import FormatError, UnsupportedModelError
 from .quiet import quiet_transformers
 from .skeleton import Skeleton
+from .team import LANES, Share, Team
 from .weights import WeightFiles
 
 BATCH_TOKENS = 4096
@@ -232,6 +234,13 @@ class Walk:
         out = block(x, *rest, **named)
         return out[0] if isinstance(out, tuple) else out
 
+    def lanes(self, n: int, t: int) -> list[list[slice]]:
+        """Batches of n windows of t tokens, in at most LANES contiguous runs (see team.py)."""
+        batches = list(self._batches(n, t))
+        count = min(LANES, len(batches))
+        edges = [len(batches) * lane // count for lane in range(count + 1)]
+        return [batches[low:high] for low, high in pairwise(edges)]
+
     def embed(self, ids: Tensor) -> Tensor:
         """ids [n, T] -> input of the first block, [n, T, d] in the walk's dtype."""
         n, t = ids.shape
@@ -272,6 +281,7 @@ class Walk:
         raw: bool = False,
         weights: Tensor | None = None,
         out: Tensor | None = None,
+        share: Share | None = None,
     ) -> Captured:
         """Gram matrices of all sites of block i and its output, in one pass.
 
@@ -282,20 +292,29 @@ class Walk:
             raw: also return the unclipped, unweighted matrices.
             weights: [n, T], importance of each token, multiplied into the clip weights.
             out: where to write the output [n, T, d]; may be `hidden` itself.
+            share: of this process in a run of several; `hidden` has its windows alone.
 
         Raises:
             UnsupportedModelError: too much of the block is in no called linear, or a linear is
                 shared or routed.
             CalibrationError: activations that are not finite.
         """
-        out = torch.empty_like(hidden) if out is None else out
+        to = torch.empty_like(hidden) if out is None else out
+        own = share or Team().share(self.lanes(*hidden.shape[:2]))
         with Recorder(block, self.block_prefix(i), clip, raw) as recorder:
-            for part in self._batches(*hidden.shape[:2]):
-                x = hidden[part].to(self.device)
-                recorder.batch((x.shape[0], x.shape[1]), None if weights is None else weights[part])
-                out[part] = self._run(i, block, x).to(out)
-                recorder.end()
-            return recorder.result(out)
+
+            def run() -> None:
+                for lane in own.lanes:
+                    for part in lane:
+                        x = hidden[part].to(self.device)
+                        token_weights = None if weights is None else weights[part]
+                        recorder.batch((x.shape[0], x.shape[1]), token_weights)
+                        to[part] = self._run(i, block, x).to(to)
+                        recorder.end()
+                    recorder.fold(keep=own.team.size > 1)
+
+            own.team.together(run)
+            return recorder.result(to, own, own.count * hidden.shape[1])
 
     def finish(self, hidden: Tensor) -> Tensor:
         """Output of the last block -> output of the base model (final norm), [n, T, d]."""

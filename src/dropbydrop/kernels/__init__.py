@@ -1,4 +1,4 @@
-"""CPU kernels for a prefix of additive codes.
+"""Kernels for a prefix of additive codes: of the CPU here, of CUDA devices in `gpu`.
 
     kernel = select()                          # or select("avx2-u8"), or DROPBYDROP_KERNEL=torch
     packed = pack(codes)                       # once per matrix; planes can be appended later
@@ -11,10 +11,11 @@
     logits = rows_linear(x, head_rows, head_scales)               # eight-bit head
     attach(model, bound_of)                    # single tokens through all blocks in one call
 
-A product of a few rows goes through tables of dot products (registry, ops, native/kernels); more
-rows, and every device but the CPU, decode to a dense matrix and use torch's product.
+A product of a few rows goes through tables of dot products (registry, ops, native/kernels), on CUDA
+through kernels of its own; more rows decode to a dense matrix and use torch's product.
 """
 
+from . import gpu
 from .attach import attach, detach, how, how_config, native
 from .layout import (
     Codebooks,
@@ -28,7 +29,7 @@ from .layout import (
     unpack_plane,
 )
 from .linear import Bound, Matrix, decode_dense, linear, linears, rotate
-from .registry import Kernel, available, by_name, describe, select, table
+from .registry import Kernel, available, by_name, describe, gpu_kernel, select, table
 from .rows import rows_linear
 from .step import DecodeStep
 
@@ -46,6 +47,8 @@ __all__ = [
     "decode_dense",
     "describe",
     "detach",
+    "gpu",
+    "gpu_kernel",
     "how",
     "how_config",
     "keep",

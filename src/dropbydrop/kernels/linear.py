@@ -27,8 +27,9 @@ from torch.nn import functional as F
 
 from .. import code
 from ..code import GROUP
+from ..errors import KernelError
 from ..rotation import Rotation
-from . import ops, registry
+from . import gpu, ops, registry
 from .layout import Codebooks, Packed, unpack
 
 FEW = 16
@@ -77,7 +78,7 @@ def _fits(x: Tensor, kernel: registry.Kernel) -> bool:
 
 def rotate(x: Tensor, rotation: Rotation, kernel: str | None = None) -> Tensor:
     """x [..., d] -> Q x in float32 (float64 stays), natively where possible."""
-    chosen = registry.select(kernel)
+    chosen = registry.select(kernel, x.device.type)
     if not _fits(x, chosen):
         return rotation.apply(x if x.dtype == torch.float64 else x.float())
     flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -101,7 +102,10 @@ def decode_dense(
     (`Packed` with tiled=False), so nothing has to be packed for this.
     """
     _check_prefix(prefix, packed, books)
-    return _rows(packed, books, scales, prefix, dtype, registry.select(kernel), 0, packed.rows)
+    chosen = registry.select(kernel, packed.planes[0].device.type)
+    if chosen.gpu:
+        return gpu.decode_dense(packed, books, scales, prefix, dtype)
+    return _rows(packed, books, scales, prefix, dtype, chosen, 0, packed.rows)
 
 
 def _rows(
@@ -173,6 +177,10 @@ class Bound:
         self.prefix, self.kernel = prefix, registry.select(kernel)
         self.rows = [matrix.packed.rows for matrix in matrices]
         self.d_in = matrices[0].packed.groups * GROUP
+        if self.kernel.gpu:
+            raise KernelError(
+                f"kernel {self.kernel.name!r} reads row-major planes; use gpu.DeviceSite, linears."
+            )
         self.few = few(self.kernel, prefix)
         tiled = all(matrix.packed.tiled for matrix in matrices)
         self.job: ops.SiteJob | None = None
@@ -259,7 +267,11 @@ def linears(
     Raises:
         KernelError: the kernel named is not available.
     """
-    return Bound(matrices, books, rotation, prefix, kernel)(x)
+    chosen = registry.select(kernel, x.device.type)
+    if chosen.gpu:
+        tables = gpu.device_tables(books.tables, x.device)
+        return gpu.DeviceSite(matrices, tables, rotation, prefix, chosen.name)(x)
+    return Bound(matrices, books, rotation, prefix, chosen.name)(x)
 
 
 def linear(

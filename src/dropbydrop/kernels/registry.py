@@ -1,20 +1,28 @@
 """The table of kernels, and which of them runs.
 
 One row a kernel: name, what it needs, whether this machine has it. "torch" is always there and is
-the reference. A kernel is picked once per process: the best native one this machine supports, or
-the one named by the environment variable DROPBYDROP_KERNEL, or the one named in a call; a name that
-cannot be honoured raises `KernelError`, never a silent substitute. The choice is logged once.
+the reference. A kernel is picked once per process and kind of device: the best one this machine
+supports there, or the one named by the environment variable DROPBYDROP_KERNEL, or the one named in
+a call; a name that cannot be honoured raises `KernelError`, never a silent substitute. The choice
+is logged once.
+
+    device    kernels, best first
+    cpu       the native ones (native/kernels), torch
+    cuda      triton, torch; cuda-i8 when named
 
 Names ending in "-u8" use 8-bit tables: about 1 % output error on inputs without outliers (up to 6 %
 with one of 20 times the rms), against 0.02 % (0.1 %) for the default 14-bit tables. They are used
-only when named.
+only when named; so is "cuda-i8", whose 8-bit codebooks and activations cost about the same
+(gpu/int8.py).
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 
@@ -26,23 +34,35 @@ VARIABLE = "DROPBYDROP_KERNEL"
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way of multiplying by codes on a CPU."""
+    """One way of multiplying by codes."""
 
     name: str
     summary: str
     index: int  # in the native library; -1 for torch
     supported: bool
     reason: str  # why it is not supported; empty otherwise
+    device: str = "cpu"  # kind of device whose tensors it takes; "any" for torch
 
     @property
     def native(self) -> bool:
         """Whether it lives in the native library."""
         return self.index >= 0
 
+    @property
+    def gpu(self) -> bool:
+        """Whether it is one of `kernels.gpu`."""
+        return self.device == "cuda"
+
+    def takes(self, device: str) -> bool:
+        """Whether it multiplies tensors on this kind of device."""
+        return self.device in ("any", device) or (
+            device == "cpu" and self.name == "triton" and triton_interpreted()
+        )
+
 
 @lru_cache(maxsize=1)
 def table() -> tuple[Kernel, ...]:
-    """All kernels this build knows, best first, "torch" last."""
+    """All kernels this build knows, best first for each kind of device, "torch" last."""
     rows = []
     lib = library()
     for index in range(lib.drop_kernel_count() if lib else 0):
@@ -57,8 +77,40 @@ def table() -> tuple[Kernel, ...]:
                 "" if ok else "this processor lacks the instructions",
             )
         )
-    rows.append(Kernel("torch", "decodes to a dense matrix in torch; any device", -1, True, ""))
+    rows += _gpu_rows()
+    rows.append(
+        Kernel("torch", "decodes to a dense matrix in torch; any device", -1, True, "", "any")
+    )
     return tuple(rows)
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run on CPU tensors in this process (TRITON_INTERPRET=1; for tests)."""
+    from .gpu.ops import interpreted
+
+    return interpreted()
+
+
+def _gpu_rows() -> list[Kernel]:
+    """The kernels of `kernels.gpu`, and why one cannot run here."""
+    from .gpu import nvrtc
+
+    no_gpu = "" if torch.cuda.is_available() else "no CUDA device was found"
+    if not no_gpu and torch.cuda.get_device_capability() < (8, 0):
+        no_gpu = "the GPU's compute capability is below 8.0"
+    no_triton = "" if find_spec("triton") else "the package triton is not installed"
+    reasons = {
+        "triton": no_triton or ("" if triton_interpreted() else no_gpu),
+        "cuda-i8": no_gpu or nvrtc.missing(),
+    }
+    summaries = {
+        "triton": "Triton, planes to tensor cores; up to 16 rows",
+        "cuda-i8": "CUDA, 8-bit codebooks and activations; 1 % error, only when named",
+    }
+    return [
+        Kernel(name, summaries[name], -1, not reason, reason, "cuda")
+        for name, reason in reasons.items()
+    ]
 
 
 def available() -> list[Kernel]:
@@ -93,17 +145,38 @@ def index(name: str) -> int:
     """The number of a native kernel in the library; KernelError as `by_name`, also for "torch"."""
     kernel = by_name(name)
     if not kernel.native:
-        raise KernelError(f"kernel {name!r} has no native operators.")
+        raise KernelError(f"kernel {name!r} has no native operators for the CPU.")
     return kernel.index
 
 
+def _automatic(device: str) -> Kernel:
+    """The best kernel for a kind of device, of those that are chosen without being named."""
+    return next(
+        kernel
+        for kernel in available()
+        if kernel.device in ("any", device) and kernel.name != "cuda-i8"
+    )
+
+
+def _named(name: str, device: str) -> Kernel:
+    kernel = by_name(name)
+    if not kernel.takes(device):
+        fitting = ", ".join(k.name for k in available() if k.takes(device))
+        raise KernelError(
+            f"kernel {name!r} multiplies tensors on {kernel.device}, these are on {device}. "
+            f"Move the model, or choose one of: {fitting}."
+        )
+    return kernel
+
+
 @lru_cache(maxsize=8)
-def _preferred(forced: str | None) -> Kernel:
-    kernel = by_name(forced) if forced else available()[0]
+def _preferred(forced: str | None, device: str) -> Kernel:
+    kernel = _named(forced, device) if forced else _automatic(device)
     lib = library()
-    team = lib.drop_team_kind().decode() if lib and kernel.native else "torch"
+    team = f"; threads: {lib.drop_team_kind().decode()}" if lib and kernel.native else ""
     log.info(
-        "CPU kernel: %s (%s; threads: %s)%s",
+        "%s kernel: %s (%s%s)%s",
+        device.upper(),
         kernel.name,
         kernel.summary,
         team,
@@ -113,20 +186,38 @@ def _preferred(forced: str | None) -> Kernel:
 
 
 @torch.compiler.assume_constant_result
-def select(name: str | None = None) -> Kernel:
+def select(name: str | None = None, device: str = "cpu") -> Kernel:
     """The kernel to use: `name`, else DROPBYDROP_KERNEL, else the best one here.
 
+    Args:
+        device: kind of device (`tensor.device.type`) of the tensors to multiply.
+
     Raises:
-        KernelError: see `by_name`.
+        KernelError: see `by_name`; or the kernel named does not take tensors of `device`.
     """
-    return by_name(name) if name else _preferred(os.environ.get(VARIABLE) or None)
+    if name:
+        return _named(name, device)
+    return _preferred(os.environ.get(VARIABLE) or None, device)
+
+
+@torch.compiler.assume_constant_result
+def gpu_kernel(device: str) -> str:
+    """The name of the kernel of `kernels.gpu` in use for a kind of device; empty if it is another.
+
+    A string rather than a `Kernel`, so that torch.compile can branch on it.
+    """
+    kernel = select(device=device)
+    return kernel.name if kernel.gpu else ""
 
 
 def describe() -> list[str]:
-    """One line a kernel, for `dropbydrop info --kernels`; `*` marks the one in use."""
-    chosen = select()
+    """One line a kernel, for `dropbydrop info --kernels`; `*` marks what is in use."""
+    chosen = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        with suppress(KernelError):  # one that was forced for the other kind of device
+            chosen.append(select(device=device))
     return [
-        f"{'*' if kernel is chosen else ' '} {kernel.name:15} "
+        f"{'*' if kernel in chosen else ' '} {kernel.name:15} "
         f"{'yes' if kernel.supported else 'no':4} {kernel.summary}"
         f"{f' ({kernel.reason})' if kernel.reason else ''}"
         for kernel in table()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import registry
+from . import gpu, registry
 from .ops import TYPES, done, fake, native_library, operator
 
 FEW = 16
@@ -72,8 +72,10 @@ def rows_linear(
             f"rows of {weight.dtype} {tuple(weight.shape)} for inputs of {x.shape[-1]}; "
             "need int8 [count, d]"
         )
-    chosen = registry.select(kernel)
+    chosen = registry.select(kernel, x.device.type)
     flat = x.reshape(-1, x.shape[-1])
+    if chosen.gpu and gpu.takes_rows(x):
+        return gpu.rows_linear(x, weight, row_scales, bias)
     native = (
         chosen.native
         and x.is_cpu

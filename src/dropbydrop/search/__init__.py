@@ -4,6 +4,7 @@
     avx512      x86-64 with AVX-512 F and DQ            native/search, 16 rows in a vector
     avx2        x86-64 with AVX2 and FMA                native/search, 8 rows in a vector
     portable    any machine the library was built for   native/search, 4 rows in a vector
+    triton      CUDA                                    torch's, with the beam as one kernel
     torch       anywhere, also CUDA                     batched over rows; no compiler needed
 
 All backends run the algorithm stated in native/search/search_core.h. They differ in the order of
@@ -14,11 +15,13 @@ so codes may differ at ties while the objective agrees.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from ..errors import KernelError
+from ..kernels.gpu.ops import interpreted
 from ..objective import Metric
 from . import native, torch_search
 
@@ -28,8 +31,9 @@ LOOKAHEAD = 0.25  # what one more stage leaves of a squared error; flat optimum,
 def backends(device: torch.device | str = "cpu") -> list[str]:
     """Backends that run on `device`, best first."""
     if torch.device(device).type != "cpu":
-        return ["torch"]
-    return [*native.backends(), "torch"]
+        triton = torch.device(device).type == "cuda" and find_spec("triton") is not None
+        return ["triton", "torch"] if triton else ["torch"]
+    return [*native.backends(), "torch", *(["triton"] if interpreted() else [])]
 
 
 def search(
@@ -82,6 +86,13 @@ def search(
         return torch_search.search(
             w, codebooks, levels, lambdas, beam, LOOKAHEAD, feedback, descent, sweeps, codes
         )
+    if name == "triton":
+        from .triton_beam import beam_search
+
+        return torch_search.search(
+            w, codebooks, levels, lambdas, beam, LOOKAHEAD, feedback, descent, sweeps, codes,
+            beam_search,
+        )  # fmt: skip
     return native.search(
         name, w, codebooks, levels, lambdas, beam, LOOKAHEAD, feedback, descent, sweeps, codes
     )

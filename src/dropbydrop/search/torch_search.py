@@ -2,12 +2,12 @@
 
 Serves GPUs and machines without a compiler. The steps are those of native/search/search_core.h;
 the beam keeps its candidates by exact scores. Memory: scores [rows, B, K/2] of one group, so rows
-are cut into chunks.
+are cut into chunks. The beam itself may be another one, such as triton_beam.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -99,8 +99,9 @@ def search(
     descent: Metric | None,
     sweeps: int,
     codes: Tensor | None,
+    beam_search: Callable[..., tuple[Tensor, Tensor]] = _beam,
 ) -> tuple[Tensor, list[int]]:
-    """See `dropbydrop.search.search`."""
+    """See `dropbydrop.search.search`; `beam_search` has the arguments of `_beam`."""
     planes = codebooks.shape[0]
     d_out, d_in = w.shape
     schedule = _schedule(planes, levels, lambdas, lookahead)
@@ -120,7 +121,7 @@ def search(
             factor = metric.factor[j]
             own = part[:, j * GROUP : (j + 1) * GROUP] @ factor
             target = own + error @ metric.coupling[j]
-            found, cost = _beam(target, codebooks @ factor, lambdas, schedule, beam)
+            found, cost = beam_search(target, codebooks @ factor, lambdas, schedule, beam)
             return found, cost, target, factor
 
         chosen = torch.zeros(planes, part.shape[0], d_in // GROUP, dtype=torch.uint8).to(w.device)

@@ -1,0 +1,134 @@
+// Runs a CUDA kernel on the host, thread by thread: enough of CUDA C for gpu/int8.cu. For tests.
+//
+// CUDA threads are fibers of one thread, so a run is reproducible; __syncthreads is a meeting of the
+// block, a shuffle two meetings of the warp around an exchange in memory. Blocks run one after the
+// other, so shared memory is one array. Integer and float arithmetic is that of IEEE, as on the GPU (compile without contraction).
+#pragma once
+#include <math.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define DROP_HOST 1
+#define __device__
+#define __global__
+#define __shared__
+#define __launch_bounds__(threads)
+
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct Index { int x, y; };
+
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+inline Index threadIdx, blockIdx, blockDim, gridDim;
+alignas(16) uint4 shared[(256 << 10) / 16];
+
+// One fiber a CUDA thread: it runs until it has to wait for others.
+struct Meeting {
+  int arrived = 0, passed = 0;
+};
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(256 << 10);
+  bool done = false;
+};
+inline ucontext_t scheduler;
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline Meeting whole_block;
+inline std::vector<Meeting> warps;
+inline std::vector<float> slots;
+inline std::function<void()> body;
+
+// Wait until `count` threads have come here: others run meanwhile.
+inline void meet(Meeting &meeting, int count) {
+  const int turn = meeting.passed, own = threadIdx.x;
+  if (++meeting.arrived == count) {
+    meeting.arrived = 0;
+    meeting.passed++;
+  }
+  while (meeting.passed == turn) {
+    swapcontext(&fibers[own]->context, &scheduler);
+    threadIdx = {own, 0};
+  }
+}
+
+inline void __syncthreads() { meet(whole_block, blockDim.x); }
+
+inline float __shfl_xor_sync(unsigned, float value, int offset) {
+  const int own = threadIdx.x;
+  Meeting &warp = warps[own / 32];
+  slots[own] = value;
+  meet(warp, 32);
+  const float got = slots[own ^ offset];
+  meet(warp, 32);
+  return got;
+}
+
+template <class T> T __ldcs(const T *at) { return *at; }
+
+inline int __dp4a(int a, int b, int c) {
+  int8_t u[4], v[4];
+  std::memcpy(u, &a, 4);
+  std::memcpy(v, &b, 4);
+  for (int i = 0; i < 4; i++) c += int(u[i]) * int(v[i]);
+  return c;
+}
+
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline int __float2int_rn(float a) { return a != a ? 0 : int(lrintf(a)); }
+inline float __uint_as_float(unsigned a) { float f; std::memcpy(&f, &a, 4); return f; }
+inline unsigned __float_as_uint(float f) { unsigned a; std::memcpy(&a, &f, 4); return a; }
+inline float half_to_float(unsigned short bits) {
+  _Float16 h;
+  std::memcpy(&h, &bits, 2);
+  return float(h);
+}
+inline unsigned short float_to_half(float f) {
+  const _Float16 h = _Float16(f);
+  unsigned short bits;
+  std::memcpy(&bits, &h, 2);
+  return bits;
+}
+
+inline void start(int thread) {
+  threadIdx = {thread, 0};
+  body();
+  fibers[thread]->done = true;
+}
+
+template <class Kernel> void run(int grid_x, int grid_y, int threads, const Kernel &kernel) {
+  blockDim = {threads, 1};
+  gridDim = {grid_x, grid_y};
+  body = kernel;
+  for (int block = 0; block < grid_x * grid_y; block++) {
+    blockIdx = {block % grid_x, block / grid_x};
+    whole_block = {};
+    warps.assign(threads / 32, {});
+    slots.assign(threads, 0);
+    fibers.clear();
+    for (int i = 0; i < threads; i++) {
+      fibers.push_back(std::make_unique<Fiber>());
+      ucontext_t &context = fibers[i]->context;
+      getcontext(&context);
+      context.uc_stack.ss_sp = fibers[i]->stack.data();
+      context.uc_stack.ss_size = fibers[i]->stack.size();
+      context.uc_link = &scheduler;
+      makecontext(&context, (void (*)())start, 1, i);
+    }
+    for (int left = threads; left;) {
+      left = 0;
+      for (int i = 0; i < threads; i++) {
+        if (fibers[i]->done) continue;
+        threadIdx = {i, 0};
+        swapcontext(&scheduler, &fibers[i]->context);
+        left += !fibers[i]->done;
+      }
+    }
+  }
+}

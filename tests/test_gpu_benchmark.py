@@ -1,0 +1,84 @@
+"""benchmarks/gpu.py runs with tiny shapes, keeps its state, and knows its targets."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_the_plan_covers_the_targets(bench, capsys):
+    found = bench.main(["--plan", "--device", "cpu"])
+    assert json.loads(capsys.readouterr().out) == found
+    assert found["steps"] == list(bench.STEPS)
+    assert {"8192x28672", "4096x4096"} <= set(found["shapes"])
+    assert {2, 4} <= set(found["bits"])
+    for count, (d_out, d_in) in zip(
+        found["matrices_of_a_shape_in_bf16"], bench.REAL.matvec, strict=True
+    ):
+        assert count * 2 * d_out * d_in > 200e6
+
+
+def test_every_step_runs_and_is_not_repeated(bench, tmp_path, capsys, monkeypatch):
+    state = tmp_path / "state.json"
+    argv = ["--smoke", "--device", "cpu", "--state", str(state)]
+    results = bench.main(argv)
+    failed = {name: results[name]["error"] for name in bench.STEPS if "error" in results[name]}
+    assert not failed
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(json.dumps(results))
+    rows = results["matvec"]["40x64"]["planes"]
+    assert {row["kernel"] for row in rows} == set(results["machine"]["kernels"])
+    assert all(row["us"] > 0 for row in rows)
+    assert any(key.startswith("extrapolated") for key in results["quantize"])
+
+    def refuse(b):
+        raise AssertionError("a finished step is repeated")
+
+    monkeypatch.setattr(bench, "STEPS", dict.fromkeys(bench.STEPS, refuse))
+    again = bench.main(argv)
+    assert again["matvec"] == json.loads(json.dumps(results["matvec"]))
+
+
+def test_a_failing_step_stops_no_other(bench, tmp_path, monkeypatch):
+    def fails(b):
+        raise RuntimeError("out of memory")
+
+    steps = {"copy": fails, "prefill": lambda b: {"share": 0.1}}
+    monkeypatch.setattr(bench, "STEPS", steps)
+    state = tmp_path / "state.json"
+    argv = ["--smoke", "--device", "cpu", "--only", "copy,prefill", "--state", str(state)]
+    results = bench.main(argv)
+    assert results["copy"] == {"error": "RuntimeError: out of memory"}
+    assert results["prefill"] == {"share": 0.1}
+    steps["copy"] = lambda b: {"gb_per_s": 1.0}
+    assert bench.main(argv)["copy"] == {"gb_per_s": 1.0}
+
+
+def test_the_best_kernel_counts(bench):
+    rows = [
+        {"kernel": "a", "bits": 2, "times_bf16": 1.5, "codes_gb_per_s": 100.0},
+        {"kernel": "b", "bits": 2, "times_bf16": 3.6, "codes_gb_per_s": 240.0},
+    ]
+    found = bench.targets({"copy": {"gb_per_s": 480.0}, "matvec": {"8x8": {"planes": rows}}})
+    assert found["matvec 8x8 2 bits, times bf16"] == {"value": 3.6, "kernel": "b"}
+    assert found["largest share of the copy bandwidth"] == 0.5
+    assert bench.targets({"matvec": {"error": "none"}}) == {}
+
+
+def test_wrong_steps_are_refused(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--only", "everything"])
+    assert "no step everything" in capsys.readouterr().err
