@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from dropbydrop.baselines.additive import Training, train
 from dropbydrop.code import GROUP
 from dropbydrop.encoder import EFFORTS, encode_site
 from dropbydrop.objective import weighted_errors
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--anchors", type=Path, required=True)
     parser.add_argument("--preset", default="balanced", choices=EFFORTS)
+    parser.add_argument("--aqlm", action="store_true", help="train AQLM in the same run")
     args = parser.parse_args()
     anchors = [json.loads(line) for line in args.anchors.read_text().splitlines()]
     anchors = [a for a in anchors if a["kind"] in NAMES]
@@ -122,6 +124,18 @@ def main() -> None:
                 }
             )
             r = rows[-1]
+            if args.aqlm:
+                start = time.perf_counter()
+                state = train(weight, own[module], p, [p], [1.0], Training(), seed=0)
+                r["aqlm_here_seconds"] = time.perf_counter() - start
+                r["aqlm_here"] = weighted_errors(weight, [state.decode(p)], own[module])[0]
+                r["ratio_here"] = r["nested"] / r["aqlm_here"]
+                print(
+                    f"{r['matrix']:>8} P={p} aqlm here {r['aqlm_here']:.5f}, "
+                    f"{r['aqlm_here'] / r['aqlm_dedicated']:.2f} of the anchor's, ratio "
+                    f"{r['ratio_here']:.2f}, {r['aqlm_here_seconds']:.1f} s",
+                    flush=True,
+                )
             print(
                 f"{r['matrix']:>8} P={p} ours {r['nested']:.5f} aqlm {r['aqlm_dedicated']:.5f} "
                 f"ratio {ratio:.2f} held-out {r['held_out']:.5f} bits {bits:.3f} / "
