@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,10 @@ PATH = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 def bench():
     spec = importlib.util.spec_from_file_location("gpu_benchmark", PATH)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PATH.parent)
+        spec.loader.exec_module(module)
+        yield module
 
 
 def test_the_plan_covers_the_targets(bench, capsys):
@@ -56,13 +55,13 @@ def test_a_failing_step_stops_no_other(bench, tmp_path, monkeypatch):
     def fails(b):
         raise RuntimeError("out of memory")
 
-    steps = {"copy": fails, "prefill": lambda b: {"share": 0.1}}
+    steps = {"copy": fails, "prefill": lambda b: {"8x8": {"share": 0.1}}}
     monkeypatch.setattr(bench, "STEPS", steps)
     state = tmp_path / "state.json"
     argv = ["--smoke", "--device", "cpu", "--only", "copy,prefill", "--state", str(state)]
     results = bench.main(argv)
     assert results["copy"] == {"error": "RuntimeError: out of memory"}
-    assert results["prefill"] == {"share": 0.1}
+    assert results["prefill"] == {"8x8": {"share": 0.1}}
     steps["copy"] = lambda b: {"gb_per_s": 1.0}
     assert bench.main(argv)["copy"] == {"gb_per_s": 1.0}
 
@@ -74,7 +73,11 @@ def test_the_best_kernel_counts(bench):
     ]
     found = bench.targets({"copy": {"gb_per_s": 480.0}, "matvec": {"8x8": {"planes": rows}}})
     assert found["matvec 8x8 2 bits, times bf16"] == {"value": 3.6, "kernel": "b"}
-    assert found["largest share of the copy bandwidth"] == 0.5
+    share = found["matvec 8x8 2 bits, share of the copy bandwidth"]
+    assert share == {"value": 0.5, "kernel": "b"}
+    found = bench.targets({"prefill": {"8x8": {"share": 0.1}}, "decode": {"planes": rows}})
+    assert found["prefill 8x8, share of the product"] == {"value": 0.1}
+    assert found["decode 2 bits, times bf16"] == {"value": 3.6, "kernel": "b"}
     assert bench.targets({"matvec": {"error": "none"}}) == {}
 
 

@@ -29,7 +29,7 @@ from ...rotation import Rotation, hadamard_on
 
 FEW = 16  # rows of x a product takes
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST_BLOCK = 1 << 14  # of a Hadamard factor: two products of at most 128
+_LARGEST_BLOCK = 1 << 13  # of a Hadamard factor: two products, at most 64 x 128
 _LARGEST_ODD = 128
 _ROWS, _GROUPS = 32, 32  # tile of a product; of codes, so 256 inputs wide
 _PROGRAMS = 512  # programs a product is split into: about 4 for each multiprocessor of a large GPU
