@@ -77,13 +77,14 @@ def _folded_attention(
     torch's kernel takes [b, heads, 1, d] head by head; as [b, groups, heads per group, d] every key
     is read once (a fourth of the time in bfloat16). Longer queries go to the usual function.
     """
+    alone: Any = _Ungrouped
     b, heads, new, d = query.shape
     groups = key.shape[1]
     plain = settings.get("position_bias") is None and (mask is None or mask.shape[1:3] == (1, 1))
     if new == 1 and plain:
         query = query.reshape(b, groups, heads // groups, d)
         settings["is_causal"] = False
-        out, _ = sdpa_attention_forward(_Ungrouped, query, key, value, mask, **settings)
+        out, _ = sdpa_attention_forward(alone, query, key, value, mask, **settings)
         return out.transpose(1, 2).reshape(b, 1, heads, value.shape[-1]), None
     return sdpa_attention_forward(module, query, key, value, mask, **settings)
 
