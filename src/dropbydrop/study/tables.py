@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -49,7 +50,7 @@ def print_gaussian(result: dict[str, Any], console: Console, top: int = 10) -> N
             for key, form in (("max_over_rms", ".1f"), ("kurtosis", ".2f"), ("negentropy", ".5f"))
         ]
         expected = f"{before['expected_max_over_rms']:.1f}"
-        table.add_row(m["module"], pairs[0], expected, pairs[1], pairs[2])
+        table.add_row(_short(m["module"]), pairs[0], expected, pairs[1], pairs[2])
     console.print(table)
     if result["skipped"]:
         console.print(f"all zero, left out: {', '.join(result['skipped'])}")
@@ -64,7 +65,7 @@ def print_gaussian(result: dict[str, Any], console: Console, top: int = 10) -> N
     for row in massive[:top]:
         peak = row["max_over_median"]
         table.add_row(
-            row["site"],
+            _short(row["site"]),
             "infinite" if peak is None else f"{peak:,.0f}",
             f"{row['count']} of {row['tokens']}",
             f"{row['share']:.1%}",
@@ -78,7 +79,7 @@ def print_bound(result: dict[str, Any], console: Console, top: int = 10) -> None
     table = _table(
         f"{result['model']}: relative weighted error, mean over {len(result['matrices'])} matrices",
         ["level", "true bits", "bound", "held out", "reached", "held out", "gap dB", "gap bits",
-         "structural dB"],
+         "floor dB"],
     )  # fmt: skip
     for level, bits in result["rates"].items():
         s = result["summary"][level]
@@ -94,7 +95,7 @@ def print_bound(result: dict[str, Any], console: Console, top: int = 10) -> None
     console.print(table)
     console.print(
         "The bound holds for the Gaussian ensemble with each matrix's H and row variances, not for "
-        "the one matrix: where a premise fails, a code may get below it. Structural: what codes of "
+        "the one matrix: where a premise fails, a code may get below it. Floor: what codes of "
         "8-dimensional vectors lose even on a white Gaussian; "
         f"{result['high_rate_floor_db']:.2f} dB at high rate for any of them."
     )
@@ -116,7 +117,7 @@ def _print_ranking(result: dict[str, Any], level: str, console: Console, top: in
         for m in matrices:
             data = m["levels"][level]
             table.add_row(
-                m["module"],
+                _short(m["module"]),
                 f"{data['bound']:.5f}",
                 _num(data["bound_held_out"], ".5f"),
                 f"{data['active']} of {m['shape'][1]}",
@@ -130,7 +131,7 @@ def _print_ranking(result: dict[str, Any], level: str, console: Console, top: in
     )
     for row in ranking[:top]:
         table.add_row(
-            row["module"],
+            _short(row["module"]),
             *(f"{row[key]:.5f}" for key in ("reached", "excess", "attainable", "next_bit")),
             _num(row["gap_db"], ".2f"),
             _num(row["gap_bits"], ".3f"),
@@ -142,7 +143,7 @@ def _print_premises(result: dict[str, Any], console: Console) -> None:
     failed: dict[str, list[tuple[str, str]]] = {}
     for m in result["matrices"]:
         for p in m["premises"]:
-            failed.setdefault(p["premise"], []).append((m["module"], p["found"]))
+            failed.setdefault(p["premise"], []).append((_short(m["module"]), p["found"]))
     if not failed:
         console.print("no premise of the bound fails for any matrix")
         return
@@ -179,10 +180,25 @@ def print_refinement(result: dict[str, Any], console: Console) -> None:
 
 
 def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left")
+    """Narrow enough for 80 characters: values are never folded, titles of columns may be."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
+        width = max(map(len, column.replace("/", " ").split()))
+        text = not i or column == "for example"
+        table.add_column(
+            column,
+            justify="left" if text else "right",
+            min_width=width,
+            overflow="fold",
+            no_wrap=not text,
+        )
     return table
+
+
+def _short(module: str) -> str:
+    """A module's name without what every name of a model begins with."""
+    short = module.removeprefix("model.").removeprefix("layers.")
+    return short.replace(".self_attn.", ".").replace(".mlp.", ".")
 
 
 def _num(value: float | None, form: str) -> str:
