@@ -346,8 +346,6 @@ class NestedHead(_FixedScales):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> logits [..., vocab], in the dtype of x."""
         rows, row_scales = cast(Tensor, self.rows), cast(Tensor, self.row_scales)
-        if kernels.gpu_kernel(x.device.type) and kernels.gpu.takes_rows(x):
-            return kernels.gpu.rows_linear(x, rows, row_scales, self.bias)
         return kernels.rows_linear(x, rows, row_scales, self.bias)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

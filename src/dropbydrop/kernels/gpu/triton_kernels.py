@@ -194,7 +194,8 @@ def rows(
         w = tl.load(weight + row.to(tl.int64)[:, None] * d + k[None, :], mask=mask, other=0)
         inside = (i < n)[:, None] & (k < d)[None, :]
         part = tl.load(x + i[:, None] * d + k[None, :], mask=inside, other=0.0)
-        total = _times(w.to(x.dtype.element_ty), part, total, WIDE)
+        # by way of float32, which is exact: Triton's interpreter takes integers for bfloat16's bits
+        total = _times(w.to(tl.float32).to(x.dtype.element_ty), part, total, WIDE)
     keep = row < count
     total *= tl.load(scales + row, mask=keep, other=0).to(tl.float32)[:, None]
     if BIAS:
