@@ -14,9 +14,16 @@ SOURCES := pyproject.toml constraints.txt $(shell find src native -type f \
 
 .PHONY: demo test quick lint dev clean
 
-$(VENV)/installed: $(SOURCES)
+$(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(PIP) .
+	@touch $@
+
+$(VENV)/tools: $(VENV)/torch $(SOURCES)
 	$(PIP) ".[dev]"
 	@touch $@
 
@@ -27,7 +34,7 @@ $(VENV)/smollm2: $(VENV)/installed
 demo: $(VENV)/smollm2
 	$(BIN)/python scripts/demo.py --preset $(PRESET) $(if $(TEXT),--text "$(TEXT)")
 
-lint: $(VENV)/installed
+lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -35,7 +42,7 @@ lint: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest
 
-quick: $(VENV)/installed
+quick: $(VENV)/tools
 	$(BIN)/python -m pytest -m "not slow"
 
 dev:
