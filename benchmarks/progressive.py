@@ -41,6 +41,7 @@ class Link:
 
     def __init__(self, folder: Path, rate: float) -> None:
         self.sent = 0
+        self.trace: list[tuple[float, int]] = []  # seconds and bytes of every piece
         self.start = time.perf_counter()
         self._next, self._lock = self.start, threading.Lock()
         outer = self
@@ -72,6 +73,7 @@ class Link:
             self._next = max(self._next, time.perf_counter()) + size / rate
             pause = self._next - time.perf_counter()
             self.sent += size
+            self.trace.append(self.now())
         time.sleep(max(0.0, pause))
 
     def now(self) -> tuple[float, int]:
@@ -93,8 +95,10 @@ def pulling(url: str, dest: Path, bits: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def progressive(out: Path, dest: Path, rate: float, levels: tuple[int, ...]) -> list[dict]:
-    """First token of every level, while one pull runs."""
+def progressive(
+    out: Path, dest: Path, rate: float, levels: tuple[int, ...]
+) -> tuple[list[dict], list[tuple[float, int]]]:
+    """First token of every level, while one pull runs; and when bytes arrived."""
     link = Link(out, rate)
     fetching = pulling(link.url, dest, levels[-1])
     while not (dest / "config.json").exists():
@@ -111,7 +115,7 @@ def progressive(out: Path, dest: Path, rate: float, levels: tuple[int, ...]) -> 
         rows.append({"bits": level, "seconds": seconds, "bytes": sent, "token": token})
     fetching.wait()
     link.http.shutdown()
-    return rows
+    return rows, link.trace
 
 
 def all_first(out: Path, dest: Path, rate: float, level: int) -> dict:
@@ -128,18 +132,18 @@ def all_first(out: Path, dest: Path, rate: float, level: int) -> dict:
 
 
 @styled
-def plot(rows: list[dict], whole: dict, rate: float) -> Figure:
+def plot(rows: list[dict], trace: list[tuple[float, int]], whole: dict, rate: float) -> Figure:
     """First tokens on the line of arriving bytes."""
     figure, axes = new_figure(1, 1, 5.2, 3.4)
     axis = axes[0, 0]
-    end = max(whole["seconds"], rows[-1]["seconds"])
-    total = whole["bytes"] / 1e6
-    axis.plot([0, total / rate, end], [0, total, total], label=f"bytes arrived, {rate:g} MB/s",
-              **series(5, marker=""))  # fmt: skip
+    end = (max(whole["seconds"], rows[-1]["seconds"]), trace[-1][1])
+    arrived = [(0.0, 0), (trace[0][0], 0), *trace, end]
+    axis.plot([t for t, _ in arrived], [n / 1e6 for _, n in arrived],
+              label=f"bytes arrived, {rate:g} MB/s", **series(5, marker=""))  # fmt: skip
     for i, row in enumerate(rows):
         axis.plot([row["seconds"]], [row["bytes"] / 1e6], label=f"first token, {row['bits']} bits",
                   **series(i, linestyle="", markersize=8))  # fmt: skip
-    axis.plot([whole["seconds"]], [total], label="first token, everything first",
+    axis.plot([whole["seconds"]], [whole["bytes"] / 1e6], label="first token, everything first",
               **series(6, linestyle="", markersize=9))  # fmt: skip
     axis.set(xlabel="seconds since the pull began", ylabel="MB arrived", xlim=(0, None))
     axis.legend(loc="lower right")
@@ -156,7 +160,7 @@ def main() -> None:
     with quiet_transformers():
         first_token(dropbydrop.load(args.out, bits=levels[0], dtype=torch.float32))  # imports
     with tempfile.TemporaryDirectory() as folder:
-        rows = progressive(args.out, Path(folder) / "a", rate, levels)
+        rows, trace = progressive(args.out, Path(folder) / "a", rate, levels)
         whole = all_first(args.out, Path(folder) / "b", rate, levels[-1])
     if rows[-1]["token"] != whole["token"]:
         raise SystemExit("the upgraded model answers otherwise than the one loaded at once")
@@ -166,7 +170,7 @@ def main() -> None:
     print(f"everything first, {whole['bits']} bits: {whole['seconds']:.1f} s, "
           f"{whole['bytes'] / 1e6:.1f} MB")  # fmt: skip
     if args.picture:
-        save(plot(rows, whole, args.mb_per_s), args.picture)
+        save(plot(rows, trace, whole, args.mb_per_s), args.picture)
     print(json.dumps({"benchmark": "progressive", "checkpoint": args.out.name,
                       "mb_per_s": args.mb_per_s, "levels": rows, "all_first": whole}))  # fmt: skip
 
