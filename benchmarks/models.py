@@ -164,6 +164,8 @@ def quantized_gguf(source: Path, kind: str) -> Path:
 
     path = source.with_name(f"{source.stem}-{kind}.gguf")
     if not path.exists():
+        quiet = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(quiet, None)
         order = llama_cpp.llama_model_quantize_default_params()
         order.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
         order.nthread = torch.get_num_threads()

@@ -330,9 +330,9 @@ class TestLayout:
         rows, groups = 150, 131
         codes = torch.randint(0, 256, (rows, groups), dtype=torch.uint8)
         packed, at = kernels.pack_plane(codes), 0
-        for block in range(0, groups, 128):
+        for block in range(0, groups, 64):
             for strip in range(0, 192, 64):
-                for j in range(block, min(block + 128, groups)):
+                for j in range(block, min(block + 64, groups)):
                     for byte in range(64):
                         row = strip + byte // 2 + 32 * (byte % 2)
                         assert packed[at] == (codes[row, j] if row < rows else 0)
@@ -498,7 +498,7 @@ class TestOperators:
 
 def registry_group_bytes(tables: Tensor, groups: int, prefix: int) -> range:
     """Bytes of the entries, without the steps at the end (one float32 a plane and block)."""
-    steps = prefix * -(-groups // 128) * 4
+    steps = prefix * -(-groups // 64) * 4
     row = tables.shape[1]
     per_group = (row - steps) // (groups * prefix) // 128 * 128
     return range(per_group * groups * prefix)

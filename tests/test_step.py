@@ -271,6 +271,10 @@ def test_notices_what_changes_in_the_model():
             block.input_layernorm.weight.mul_(3)
         got = hidden_states(model, ids, 6, [6])
         assert len(calls) == 3
+        norm = block.post_attention_layernorm
+        norm.weight = nn.Parameter(norm.weight * 2)  # another tensor
+        got = hidden_states(model, ids, 6, [6])
+        assert len(calls) == 4
     want = hidden_states(model, ids, 6, [6])
     assert (got - want).norm() / want.norm() < 1e-3
 

@@ -157,7 +157,7 @@ int drop_build(int kernel, const float* x, int64_t n, int64_t groups, int64_t pr
   if (!chosen) return -1;
   const auto* books = reinterpret_cast<const Codebook* const*>(codebooks);
   const TableShape shape{groups, prefix, chosen->group_bytes(books[0]->entries == kHalf)};
-  const BuildJob job{x, groups * kGroup, books, shape, tables};
+  const BuildJob job{x, groups * kGroup, books, shape, tables, nullptr};
   // The padding at the end is part of the value.
   const int64_t used = shape.steps_offset() + prefix * shape.blocks() * 4;
   for (int64_t i = 0; i < n; ++i) {

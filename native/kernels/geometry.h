@@ -4,7 +4,7 @@
 // major. Packed, it is ordered so that a vector register holds the same group of many rows, and so
 // that one pass over the plane is one sequential read:
 //
-//     for block b of kBlock groups         (the tables of a block stay in the first cache)
+//     for block b of kBlock groups         (its tables take a third of the first cache)
 //       for strip s of kStrip rows
 //         for group j of the block: 64 bytes, one code each of the strip's rows
 //
@@ -31,7 +31,7 @@ constexpr int kHalf = kEntries / 2;            // stored entries of a sign-symme
 constexpr int kMostPlanes = 64;
 constexpr int64_t kStrip = 64;                 // rows per strip
 constexpr int64_t kTileStrips = 4;             // most strips per tile
-constexpr int64_t kBlock = 128;                // groups per block
+constexpr int64_t kBlock = 64;                // groups per block
 
 static inline int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;

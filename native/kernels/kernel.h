@@ -36,12 +36,25 @@ struct TableShape {
   int64_t bytes() const { return round_up(steps_offset() + prefix * blocks() * 4, 64); }
 };
 
+// What a member of a team reads next, in that order. While it builds tables it asks memory for
+// these lines, which would otherwise be idle, so that the product finds them in the second cache.
+constexpr int64_t kMostParts = 32;
+struct Upcoming {
+  struct Part {
+    const uint8_t* data;
+    int64_t bytes;
+  };
+  Part parts[kMostParts];
+  int64_t count, at, offset;  // of parts; where asking has come to
+};
+
 struct BuildJob {
   const float* x;  // [n, groups * kGroup], rotated
   int64_t x_stride;
   const Codebook* const* codebooks;  // [P]
   TableShape shape;
   uint8_t* tables;  // [n, shape.bytes()]
+  Upcoming* upcoming;  // or null
 };
 
 // Several matrices that share one input; their rows are accumulated one after the other.

@@ -8,6 +8,9 @@ thread_local Scratch sums_scratch, mix_scratch, own_scratch;
 // A plane below this many bytes a member is not worth waking it.
 constexpr int64_t kBytesPerMember = 1 << 14;
 
+// Most bytes of codes asked for ahead of a product.
+constexpr int64_t kAskedBytes = 384 << 10;
+
 int64_t width_of(int64_t type) { return type == kF32 ? 4 : 2; }
 
 // Strips first .. last of one matrix, for all rows of x.
@@ -36,6 +39,36 @@ void multiply_strips(const Products& job, const DropMatrix& matrix, char* out, R
 
 }  // namespace
 
+// A member's strips of matrix i, when its share of all strips is `mine` and `start` came before.
+Range own_strips(const Products& job, const Member& member, Range mine, int64_t start,
+                 int64_t strips) {
+  if (job.aligned) return share(strips, member);
+  const Range here{mine.first > start ? mine.first - start : 0, mine.last - start};
+  return {here.first, here.last < strips ? here.last : strips};
+}
+
+// The codes that multiply_share will read, as far as they fit the second cache beside the tables.
+Upcoming upcoming(const Products& job, const Member& member) {
+  Upcoming soon{};
+  const Range mine = share(job.strips(), member);
+  int64_t start = 0, left = kAskedBytes;
+  for (int64_t i = 0; i < job.count; ++i) {
+    const PlaneShape plane{job.matrices[i].rows, job.groups};
+    const Range own = own_strips(job, member, mine, start, plane.strips());
+    start += plane.strips();
+    for (int64_t m = 0; m < job.prefix && own.first < own.last; ++m) {
+      for (int64_t block = 0; block < plane.blocks(); ++block) {
+        const int64_t bytes = (own.last - own.first) * kStrip * plane.block_groups(block);
+        if (soon.count == kMostParts || left <= 0) return soon;
+        soon.parts[soon.count++] = {job.matrices[i].planes[m] + plane.offset(block, own.first),
+                                    bytes < left ? bytes : left};
+        left -= bytes;
+      }
+    }
+  }
+  return soon;
+}
+
 int team_for(int threads, int64_t bytes) {
   const int64_t most = bytes / kBytesPerMember;
   if (threads > most) threads = static_cast<int>(most);
@@ -54,9 +87,7 @@ void multiply_share(const Products& job, const Member& member) {
   char* out = job.out;
   for (int64_t i = 0; i < job.count; ++i) {
     const int64_t strips = PlaneShape{job.matrices[i].rows, job.groups}.strips();
-    Range here{mine.first > start ? mine.first - start : 0, mine.last - start};
-    if (here.last > strips) here.last = strips;
-    if (job.aligned) here = share(strips, member);
+    const Range here = own_strips(job, member, mine, start, strips);
     if (here.first < here.last) multiply_strips(job, job.matrices[i], out, here);
     start += strips;
     out += job.out_rows * job.matrices[i].rows * width_of(job.out_type);
@@ -79,11 +110,6 @@ void site_share(const SiteShare& job, Products products, const Member& member) {
 
   const int64_t groups = site.d / kGroup;
   const TableShape shape{groups, site.prefix, job.kernel->group_bytes(site.entries == kHalf)};
-  const Range units = share(job.n * site.prefix * shape.blocks(), member);
-  job.kernel->build({rotated, site.d, reinterpret_cast<const Codebook* const*>(site.codebooks),
-                     shape, job.tables},
-                    units.first, units.last);
-  member.meet();
   products.kernel = job.kernel;
   products.tables = job.tables;
   products.n = job.n;
@@ -92,6 +118,12 @@ void site_share(const SiteShare& job, Products products, const Member& member) {
   products.entries = site.entries;
   products.matrices = site.matrices;
   products.count = site.count;
+  Upcoming soon = upcoming(products, member);
+  const Range units = share(job.n * site.prefix * shape.blocks(), member);
+  job.kernel->build({rotated, site.d, reinterpret_cast<const Codebook* const*>(site.codebooks),
+                     shape, job.tables, &soon},
+                    units.first, units.last);
+  member.meet();
   multiply_share(products, member);
 }
 

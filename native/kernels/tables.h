@@ -70,6 +70,21 @@ static float block_reach(const float* x, int64_t count, float largest, const Cod
   return (static_cast<float>(reach) + 131072.0f) / (factor * codebook.scale);
 }
 
+// Lines asked for while one group's table is built: about what memory delivers in that time.
+constexpr int64_t kLinesPerGroup = 6;
+
+DROP_INLINE void ask(Upcoming& soon, int64_t lines) {
+  for (; lines > 0 && soon.at < soon.count; --lines) {
+    const Upcoming::Part& part = soon.parts[soon.at];
+    __builtin_prefetch(part.data + soon.offset, 0, 2);
+    soon.offset += 64;
+    if (soon.offset >= part.bytes) {
+      soon.offset = 0;
+      ++soon.at;
+    }
+  }
+}
+
 template <typename Isa>
 static void build(const BuildJob& job, int64_t first, int64_t last) {
   const TableShape& shape = job.shape;
@@ -112,6 +127,7 @@ static void build(const BuildJob& job, int64_t first, int64_t last) {
       quantize(x, count * kGroup, factor, rounded);
     }
     for (int64_t j = 0; j < count; ++j) {
+      if (job.upcoming) ask(*job.upcoming, kLinesPerGroup);
       Isa::group_table(rounded + j * kGroup, codebook, tables + j * shape.group_bytes);
     }
   }

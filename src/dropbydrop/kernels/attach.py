@@ -29,8 +29,6 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import repeat
-from operator import getitem
 from typing import Any
 
 import torch
@@ -41,6 +39,7 @@ from . import ops, registry
 from ._native import log
 from .linear import Bound
 from .step import MOST, TYPES, DecodeStep
+from .watch import Watch
 
 # Arguments of a decoder's forward that the step can honour.
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values",
@@ -104,59 +103,11 @@ def native(model: Any) -> bool:
     return isinstance(forward, NativeForward) and forward.state().step is not None
 
 
-class _Watch:
-    """The parts of a decoder that a step was built from; `same` is asked at every token."""
-
-    def __init__(self, inner: Any) -> None:
-        self.owners: list[dict] = []
-        self.names: list[str] = []
-        self.parts: list[nn.Module] = []
-        self._add(inner, depth=4)
-        self.hooks = [m._forward_hooks for m in self.parts]
-        self.hooks += [m._forward_pre_hooks for m in self.parts]
-        self.members = [m.__dict__ for m in self.parts]
-        self.norms = [p for m in self.parts for p in m.parameters(recurse=False) if p.dim() == 1]
-        self.versions = self._versions()
-
-    def _add(self, module: nn.Module, depth: int) -> None:
-        """Modules down to the linears of a block: layers, block, attention, projection."""
-        for name, child in module._modules.items():
-            if child is not None:
-                self.owners.append(module._modules)
-                self.names.append(name)
-                self.parts.append(child)
-                if depth > 1:
-                    self._add(child, depth - 1)
-
-    def _versions(self) -> list[int]:
-        # In-place changes count in `_version`, new data show in the address.
-        norms = [p for p in self.norms if not p.is_inference()]
-        return [p._version for p in norms] + [p.data_ptr() for p in self.norms]
-
-    def plain(self) -> bool:
-        """Whether the modules compute what their classes say: no hooks, no patched forward."""
-        if any(map(dict.__contains__, self.members, repeat("forward"))):
-            return False
-        # transformers leaves its own hooks behind, idle unless hidden states are asked for.
-        return not any(self.hooks) or all(
-            f.__module__ == "transformers.utils.output_capturing"
-            for hooks in self.hooks
-            for f in hooks.values()
-        )
-
-    def same(self) -> bool:
-        try:
-            found = list(map(getitem, self.owners, self.names))
-        except KeyError:
-            return False
-        return found == self.parts and self._versions() == self.versions
-
-
 @dataclass(frozen=True)
 class _State:
     """A step, or the reason why there is none, and what that was concluded from."""
 
-    watch: _Watch
+    watch: Watch
     step: DecodeStep | None
     reason: str
 
@@ -197,7 +148,7 @@ class NativeForward:
 
     def _build(self) -> _State:
         inner: Any = self._inner()
-        step, watch = None, _Watch(inner)
+        step, watch = None, Watch(inner)
         try:
             step = DecodeStep(inner, self._bound_of, self._kernel)
             message = f"native step, {step.kernel.name}, {len(step.blocks)} blocks"
@@ -327,8 +278,9 @@ def _advance(cache: Any, pairs: list[tuple[Tensor, Tensor]], n: int) -> None:
     """Tell the cache about n tokens that were written."""
     from transformers.cache_utils import StaticLayer
 
+    counts = [x.cumulative_length for x in cache.layers if type(x) is StaticLayer]
+    if counts:  # one operator for all of them
+        torch._foreach_add_(counts, n)
     for layer, (keys, values) in zip(cache.layers, pairs, strict=True):
-        if type(layer) is StaticLayer:
-            layer.cumulative_length.add_(n)
-        else:
+        if type(layer) is not StaticLayer:
             layer.keys, layer.values = keys, values

@@ -10,7 +10,8 @@
 (`_WINS`; benchmarks/matvec.py --crossover). The result of a row does not depend on how many of them
 are computed together, bit for bit, nor on the number of threads or the instruction set.
 
-Dense products run in float32 where the processor multiplies 16-bit types no faster (no AMX).
+Dense products run in float32 where an x86 processor has no instructions for the 16-bit type (for
+bfloat16 AMX or AVX512-BF16, for float16 AMX-FP16).
 Differentiable in x: an input that requires a gradient takes the dense path.
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,11 +44,16 @@ def few(kernel: registry.Kernel, prefix: int) -> int:
     return max(FEW, _WINS.get(kernel.name, 0) // prefix) if kernel.native else 0
 
 
-@lru_cache(maxsize=1)
-def _widens() -> bool:
-    """Whether dense 16-bit products are done in float32: x86 without AMX."""
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return platform.machine().lower() in ("x86_64", "amd64") and not amx()
+@cache
+def _widens(dtype: torch.dtype) -> bool:
+    """Whether dense products of a 16-bit type are done in float32, as x86 does the type no faster."""
+    fast = {
+        torch.bfloat16: ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
+        torch.float16: ("_is_amx_fp16_supported",),
+    }
+    if dtype not in fast or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not any(getattr(torch.cpu, name, lambda: False)() for name in fast[dtype])
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +239,7 @@ class Bound:
         """The same through dense matrices, for any number of rows; differentiable in x."""
         flat = x.reshape(-1, self.d_in)
         rotated = rotate(flat, self.rotation, self.kernel.name)
-        if not (x.is_cpu and _widens() and x.dtype in (torch.bfloat16, torch.float16)):
+        if not (x.is_cpu and _widens(x.dtype)):
             rotated = rotated.to(x.dtype)
         results = [
             _dense(rotated, matrix, self.books, self.prefix, self.kernel)

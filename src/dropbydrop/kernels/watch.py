@@ -1,0 +1,81 @@
+"""Notices when a decoder is no longer what a native step was built from.
+
+`same` and `plain` are asked at every token, for hundreds of modules whose objects the caches have
+lost since the last one. So what is compared lies in flat lists, the loops are those of `map`, and
+hooks are looked at only after any module of the process was given one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import repeat
+from operator import attrgetter, getitem, is_
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_version: Callable[[Tensor], int] = attrgetter("_version")
+
+
+class Watch:
+    """The modules of a decoder down to the linears of a block, and the weights of its norms."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        self._owners: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._parts: list[Any] = []  # modules, then norms
+        self._add(inner, depth=4)
+        modules: list[nn.Module] = self._parts[:]
+        self._members = [m.__dict__ for m in modules]
+        self._hooks: list[dict[int, Any]] = [m._forward_hooks for m in modules]
+        self._hooks += [m._forward_pre_hooks for m in modules]
+        self._hooks_seen = -1  # how many hooks this process had registered when all did nothing
+        self._norms: list[Tensor] = []
+        for module in modules:
+            for name, p in module._parameters.items():
+                if p is not None and p.dim() == 1:
+                    self._keep(module._parameters, name, p)
+                    self._norms.append(p)
+        self._counted = [p for p in self._norms if not p.is_inference()]
+        self._versions = self._read_versions()
+
+    def _keep(self, owner: dict[str, Any], name: str, part: Any) -> None:
+        self._owners.append(owner)
+        self._names.append(name)
+        self._parts.append(part)
+
+    def _add(self, module: nn.Module, depth: int) -> None:
+        for name, child in module._modules.items():
+            if child is not None:
+                self._keep(module._modules, name, child)
+                if depth > 1:
+                    self._add(child, depth - 1)
+
+    def _read_versions(self) -> list[int]:
+        # In-place changes count in `_version`, new data show in the address.
+        return [*map(_version, self._counted), *map(Tensor.data_ptr, self._norms)]
+
+    def same(self) -> bool:
+        """Whether all modules and norms are the same objects, and the norms unchanged."""
+        try:
+            found = map(getitem, self._owners, self._names)
+            return all(map(is_, found, self._parts)) and self._read_versions() == self._versions
+        except KeyError:
+            return False
+
+    def plain(self) -> bool:
+        """Whether the modules compute what their classes say: no hooks, no patched forward."""
+        if any(map(dict.__contains__, self._members, repeat("forward"))):
+            return False
+        registered = RemovableHandle.next_id
+        if registered != self._hooks_seen:
+            # transformers leaves its own hooks behind, idle unless hidden states are asked for.
+            if any(
+                f.__module__ != "transformers.utils.output_capturing"
+                for hooks in filter(None, self._hooks)
+                for f in hooks.values()
+            ):
+                return False
+            self._hooks_seen = registered
+        return True
