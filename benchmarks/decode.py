@@ -138,9 +138,7 @@ class LlamaCpp:
 
         self.api, self.args = llama_cpp, args
         self.api.llama_backend_init()
-        quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-        self._quiet = quiet(lambda *_: None)
-        self.api.llama_log_set(self._quiet, None)
+        models.silence(self.api)
         model = self.api.llama_model_default_params()
         self.model = self.api.llama_model_load_from_file(str(path).encode(), model)
         if not self.model:

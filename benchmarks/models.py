@@ -7,8 +7,10 @@ tokenizer; llama.cpp's own quantizer makes them from one float16 file.
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,14 +160,21 @@ def random_gguf(path: Path, size: str) -> Path:
     return path
 
 
+_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+
+
+def silence(api: Any) -> None:
+    """No messages from llama.cpp."""
+    api.llama_log_set(_SILENT, None)  # it keeps the address, so the callback must stay
+
+
 def quantized_gguf(source: Path, kind: str) -> Path:
     """`source` quantized by llama.cpp, e.g. kind "Q4_K_M"; beside it."""
     import llama_cpp
 
     path = source.with_name(f"{source.stem}-{kind}.gguf")
     if not path.exists():
-        quiet = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(quiet, None)
+        silence(llama_cpp)
         order = llama_cpp.llama_model_quantize_default_params()
         order.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
         order.nthread = torch.get_num_threads()

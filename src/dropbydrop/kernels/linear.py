@@ -46,7 +46,7 @@ def few(kernel: registry.Kernel, prefix: int) -> int:
 
 @cache
 def _widens(dtype: torch.dtype) -> bool:
-    """Whether dense products of a 16-bit type are done in float32, as x86 does the type no faster."""
+    """Whether dense products of a 16-bit type are done in float32: no instructions for it."""
     fast = {
         torch.bfloat16: ("_is_amx_tile_supported", "_is_avx512_bf16_supported"),
         torch.float16: ("_is_amx_fp16_supported",),
