@@ -204,6 +204,7 @@ def test_refinement_and_cached_codebooks(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(encode, "universal_set", small_sets)
+    monkeypatch.setattr(encode, "ships", lambda levels: False)
     options = ("--levels", "1,2", "--width", 24, "--preset", "fast", "--json")
     assert run("refinement", *options) == 0
     captured = capsys.readouterr()
@@ -220,6 +221,9 @@ def test_refinement_and_cached_codebooks(
         path.write_bytes(b"damaged")
     monkeypatch.setattr(encode, "universal_set", small_sets)
     assert torch.equal(encode.codebooks_for([1]), small_sets((1,)))
+    monkeypatch.setattr(encode, "ships", lambda levels: True)  # shipped sets are not kept twice
+    monkeypatch.setattr(encode, "universal_set", lambda levels: "shipped")
+    assert encode.codebooks_for([1]) == "shipped"
 
 
 def test_the_page(

@@ -1,9 +1,12 @@
 """Objective, refits and the encoder of a site."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 
-from dropbydrop import learned
+from dropbydrop import learned, universal
 from dropbydrop.encoder import EFFORTS, Effort, encode_site, stored_scales
 from dropbydrop.errors import CalibrationError
 from dropbydrop.objective import condition, descent_metric, feedback_metric, weighted_errors
@@ -170,6 +173,56 @@ def test_shipped_set_is_near_the_known_distortions():
     assert found[1] < 0.105
     assert found[2] < 0.0300
     assert found[3] < 0.0092
+
+
+SHIPPED = sorted(path.stem for path in universal._FOLDER.iterdir())
+
+
+def test_the_sets_that_ship():
+    assert {"2-3-4", "3-4-5", "1-2-3-4"} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_sets_are_what_the_script_made(name):
+    """Levels, weights and distortions noted in the file are those of its codebooks, today."""
+    levels = tuple(map(int, name.split("-")))
+    with safe_open(universal._FOLDER / f"{name}.safetensors", "pt") as file:
+        notes = {k: json.loads(v) for k, v in file.metadata().items() if k != "format"}
+        assert list(file.keys()) == ["codebooks"]
+        stored = file.get_tensor("codebooks")
+    assert stored.dtype == torch.float16
+    assert stored.shape == (levels[-1], 128, 8)
+    books, lambdas = universal_set(levels), default_lambdas(levels)
+    assert torch.equal(books, stored.float())
+    assert tuple(notes["levels"]) == levels
+    assert notes["lambdas"] == pytest.approx(lambdas)
+    found = distortions(books, levels, lambdas)
+    assert found == pytest.approx(notes["distortions"], rel=5e-3)
+    for p in levels:  # no code is below the bound; these stay within 2.2 times of it
+        assert 1 < found[p - 1] / 4.0**-p < 2.2
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_sets_are_trained_to_the_end(name):
+    """One more round, on other samples, does not lower the loss on a third sample."""
+    levels = [int(p) for p in name.split("-")]
+    books, lambdas = universal_set(tuple(levels)), default_lambdas(levels)
+    weights = [lambdas[levels.index(p)] if p in levels else 0.0 for p in range(1, levels[-1] + 1)]
+    fit, test = torch.randn(2, 1 << 15, 8, generator=torch.Generator().manual_seed(5))
+    metric = feedback_metric(torch.eye(8, dtype=torch.float64))
+
+    def encode(x, b):
+        return search(x, b, levels, lambdas, beam=8, sweeps=0, feedback=metric)[0][:, :, 0]
+
+    def loss(b):
+        total, rest = 0.0, test
+        for book, code, weight in zip(b, encode(test, b), weights, strict=True):
+            rest = rest - torch.cat([book, -book])[code.long()]
+            total += weight * float(rest.square().sum())
+        return total
+
+    again = least_squares(fit, encode(fit, books), weights, 1e-4)
+    assert loss(books) < 1.005 * loss(again)
 
 
 def test_a_set_for_any_levels_can_be_trained_and_is_reproducible():

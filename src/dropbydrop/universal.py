@@ -10,9 +10,9 @@ Training (`train`), on n Gaussian vectors of 8, for the levels P with weights la
        squares, A C = B with A[(m,k),(m',k')] = Lambda_max(m,m') sum(sign sign'), Lambda_m =
        sum_{P >= m} lambda_P (LSQ, Martinez et al. 2016, with the block weights of the nested loss).
 Annealing noise on the codebooks (SR-D of LSQ++) was tried and did not help at these sizes.
-Sets for common levels ship with the package as `universal/<levels>.safetensors`, written by
-`scripts/train_universal.py`; any other choice of levels is trained when it is first needed (under
-a minute) and kept for the process.
+Sets for common levels ship with the package as `universal_sets/<levels>.safetensors`, written by
+`scripts/train_universal.py` from more samples and rounds; any other choice of levels is trained
+when it is first needed (under a minute) and kept for the process.
 """
 
 from __future__ import annotations
@@ -50,11 +50,16 @@ def name_of(levels: Sequence[int]) -> str:
     return "-".join(map(str, levels))
 
 
+def ships(levels: Sequence[int]) -> bool:
+    """Whether the package has the set for these levels, so that it need not be trained."""
+    return (_FOLDER / f"{name_of(levels)}.safetensors").is_file()
+
+
 @lru_cache(maxsize=16)
 def universal_set(levels: tuple[int, ...]) -> Tensor:
     """The set for these levels: float32 [M, K/2, g] with entries exact in float16."""
-    path = _FOLDER / f"{name_of(levels)}.safetensors"
-    if path.exists():
+    if ships(levels):
+        path = _FOLDER / f"{name_of(levels)}.safetensors"
         return load_file(path)["codebooks"].to(torch.float32)
     return train(levels, default_lambdas(levels))
 

@@ -17,17 +17,19 @@ from ..encoder import EFFORTS, encode_site
 from ..refit import prefixes
 from ..rotation import Rotation
 from ..sources import cache_dir
-from ..universal import default_lambdas, universal_set
+from ..universal import default_lambdas, ships, universal_set
 from .refinement import Encode
 
 
 def codebooks_for(levels: Sequence[int]) -> Tensor:
-    """The universal set for these levels, float32 [M, K/2, g], kept in the user's cache.
+    """The universal set for these levels, float32 [M, K/2, g]; kept in the user's cache.
 
-    Sets that do not ship with the package take up to a minute to train; the cache is keyed by
+    Sets that do not ship with the package take a while to train; the cache is keyed by
     levels, their weights and the version, and one that cannot be read is trained again.
     """
     levels = tuple(levels)
+    if ships(levels):
+        return universal_set(levels)
     key = json.dumps([levels, default_lambdas(levels), __version__])
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_dir() / "universal" / f"{name}.safetensors"
