@@ -1,6 +1,7 @@
 """End to end on a tiny model: quantize, store, load, evaluate; and doing it wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -243,6 +244,25 @@ def test_dimensions_that_groups_do_not_divide_are_refused_by_name(tmp_path):
             tmp_path / "odd", tmp_path / "out", calibration=tmp_path / "text.txt", **QUICK
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_terminated_command_leaves_nothing(folder):
+    before = sorted(p.name for p in folder.iterdir())
+    argv = ["quantize", str(folder / "llama"), str(folder / "ended"), "--bits", "1,2",
+            "--calibration", str(folder / "text.txt"), "--windows", "4"]  # fmt: skip
+    code = (  # ends itself in the middle of the work
+        "import os, signal, sys; from dropbydrop import cli, run\n"
+        "run.encode_site = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"sys.argv[1:] = {argv!r}; cli.main()"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "RANK"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 130, done.stderr
+    assert "nothing was left half-written" in done.stderr
+    assert sorted(p.name for p in folder.iterdir()) == before
 
 
 def test_the_installed_command_starts():

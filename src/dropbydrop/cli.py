@@ -1,11 +1,14 @@
 """The command line. Each command parses, calls one function of the library, prints a table.
 
 With --json the last line on stdout is one JSON object; tables and progress go to stderr.
-User errors (errors.DropError) print their message and exit with status 2, Ctrl-C with 130.
+User errors (errors.DropError) print their message and exit with status 2, Ctrl-C with 130. SIGTERM,
+which schedulers send before they kill, ends a command as Ctrl-C does, except under torchrun.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -317,8 +320,14 @@ def _tell(error: DropError) -> None:
         sys.stderr.write(f"error{f' of rank {rank}' if rank else ''}: {error}\n")
 
 
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point of the `dropbydrop` command."""
+    if "RANK" not in os.environ:
+        signal.signal(signal.SIGTERM, _terminated)
     try:
         status = app(standalone_mode=False)  # typer returns that of typer.Exit, and 130 for Ctrl-C
     except DropError as error:
