@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def check_levels(source: Path, out: Path) -> None:
         seen.append(found)
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     errors = [float((x - logits(original)).square().mean()) for x in seen]
-    assert errors[0] > errors[1] > errors[2] > 0
+    assert all(low > high > 0 for low, high in pairwise(errors))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,6 +121,17 @@ def test_biases_and_odd_heights(tmp_path: Path, text: Path) -> None:
     checkpoint = Checkpoint.open(report.out)
     assert checkpoint.shapes["model.layers.0.self_attn.k_proj"] == (6, 48)
     assert "model.layers.2.mlp.down_proj.bias" in checkpoint.rest
+    check_levels(source, report.out)
+
+
+@pytest.mark.parametrize("bits", [(3, 4, 5), (1, 2, 3, 4), tuple(range(1, 9))])
+def test_other_levels(tmp_path: Path, text: Path, bits: tuple[int, ...]) -> None:
+    """Through search, store, load, views and kernels, up to eight planes."""
+    source = save_tiny(tmp_path / "source", "llama-tied")
+    report = quantize.quantize(source, tmp_path / "out", bits, calibration=text, **QUICK)
+    checkpoint = Checkpoint.open(report.out)
+    assert checkpoint.levels == bits
+    assert checkpoint.verify() == []
     check_levels(source, report.out)
 
 
@@ -280,3 +292,7 @@ def test_lora_on_a_view(tmp_path: Path, text: Path, family: str) -> None:
     torch.testing.assert_close(logits(again.eval()), after, rtol=1e-5, atol=1e-5)
     with pytest.raises(DropError, match="cannot be merged"):
         model.merge_and_unload()
+    for wrong in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
+        other = peft.LoraConfig(target_modules=["o_proj"], **wrong)
+        with pytest.raises(DropError, match=r"(use_dora|pissa).*dense weight.*export"):
+            lora.adapt(other)

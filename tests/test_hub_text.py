@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import tiny
-from dropbydrop import hub_text
+from dropbydrop import hub_text, quantize
 from dropbydrop.calibration import load_windows
+from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.encoder import Effort
 from dropbydrop.errors import CalibrationError
 from dropbydrop.hub_text import parse, read_hub_text
 
@@ -121,3 +123,32 @@ def test_the_library_itself_offline(cache: Path) -> None:
         read_hub_text("hub:someone/words:dev", 100)
     with pytest.raises(CalibrationError, match=r"hub:someone/words:big:train .*big"):
         read_hub_text("hub:someone/words:big:train", 100)
+
+
+def test_quantize_from_the_caches_alone(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model and text by their ids, offline; a snapshot's files are links into `blobs`."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(quantize, "EFFORTS", {"balanced": Effort(2, 1, 0)})
+    folder = tiny.save_tiny(tmp_path / "model", "qwen2", max_shard_size="100KB")
+    repo, revision = tmp_path / "hub" / "models--someone--tiny", "0" * 40
+    for name in ("refs", "blobs", f"snapshots/{revision}"):
+        (repo / name).mkdir(parents=True)
+    (repo / "refs" / "main").write_text(revision)
+    for i, file in enumerate(sorted(folder.iterdir())):
+        (repo / "blobs" / f"{i:040}").write_bytes(file.read_bytes())
+        (repo / "snapshots" / revision / file.name).symlink_to(f"../../blobs/{i:040}")
+    (tmp_path / "words.txt").write_text("\n\n".join(ROWS))
+    size: dict[str, Any] = {"windows": 4, "seq_len": 32, "progress": False}
+    found = quantize.quantize(
+        "someone/tiny", tmp_path / "one", calibration="hub:someone/words", **size
+    )
+    quantize.quantize(folder, tmp_path / "two", calibration=tmp_path / "words.txt", **size)
+    assert Checkpoint.open(found.out).quantization.provenance["base_model"] == "someone/tiny"
+    for file in (tmp_path / "two").glob("*.safetensors"):
+        assert (found.out / file.name).read_bytes() == file.read_bytes()
+    assert not any(file.is_symlink() for file in found.out.iterdir())

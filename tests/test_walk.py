@@ -293,6 +293,24 @@ def test_linear_called_twice_is_refused(llama: Path, ids: Tensor) -> None:
         walk.capture(0, block, walk.embed(ids))
 
 
+def test_linears_that_see_some_tokens_are_refused(llama: Path, ids: Tensor) -> None:
+    """Experts that are linear layers pass the coverage guard; routing shows in their inputs."""
+    walk = open_walk(llama)
+    block = walk.block(0)
+    original = block.mlp.forward
+
+    def routed(x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[:, ::2] = original(x[:, ::2])
+        return out
+
+    block.mlp.forward = routed
+    with pytest.raises(
+        UnsupportedModelError, match=r"gate_proj sees 24 rows for 46 tokens.*routed"
+    ):
+        walk.capture(0, block, walk.embed(ids))
+
+
 def test_weights_shared_between_blocks_are_refused(llama: Path) -> None:
     model = open_walk(llama).model
     model.model.layers[2].mlp = model.model.layers[0].mlp

@@ -6,11 +6,11 @@
     y = W_P x + (alpha / r) B A x        (LoRA, Hu et al. 2021), W_P decoded from P planes
 
 peft replaces the modules that it adapts, so give it a view of its own. Without `adapt`, peft
-refuses `NestedLinear` by name. Adapters cannot be merged into codes, and variants that look at W
-(DoRA, PiSSA, ...) are refused. To merge, call `model.dequantize()` before peft, or export the level
-(`dropbydrop export`) and train on that.
+refuses `NestedLinear` by name. Adapters cannot be merged into codes, and variants and initial
+values that look at W or change it (DoRA, PiSSA, ...) are refused. To merge, call
+`model.dequantize()` before peft, or export the level (`dropbydrop export`) and train on that.
 
-peft is optional and imported only here; written against 0.21.
+peft is optional and imported only here; tested with 0.21.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 from .errors import DropError
 from .linear import NestedLinear
 
+_INITIAL = (True, False, "gaussian")  # initial values that do not depend on W
+
 
 def adapt(config: Any) -> Any:
     """Make a `peft.LoraConfig` work for `NestedLinear`; changes and returns `config`.
@@ -29,8 +31,15 @@ def adapt(config: Any) -> Any:
     `PeftModel.from_pretrained(view, folder, config=adapt(LoraConfig.from_pretrained(folder)))`.
 
     Raises:
-        DropError: peft is not installed.
+        DropError: peft is not installed, or the config asks for what needs a dense weight.
     """
+    if getattr(config, "use_dora", False) or config.init_lora_weights not in _INITIAL:
+        asked = "use_dora" if getattr(config, "use_dora", False) else config.init_lora_weights
+        raise DropError(
+            f"LoRA with {asked!r} needs the dense weight, which a view does not have; use plain "
+            "adapters (init_lora_weights True or 'gaussian'), or train on a folder made with "
+            "dropbydrop export."
+        )
     config._register_custom_module({NestedLinear: _adapter_class()})
     return config
 
