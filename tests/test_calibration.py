@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from dropbydrop import selfgen
-from dropbydrop.calibration import leading_bos, load_windows
+from dropbydrop.calibration import Writing, leading_bos, load_windows
 from dropbydrop.errors import CalibrationError
 from dropbydrop.sources import Source
 from dropbydrop.texts import raw_rows, read_text, text_windows
@@ -154,9 +154,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 def test_self_is_seeded_and_described(source: Source) -> None:
     tokenizer = source.tokenizer()
-    one = load_windows("self", tokenizer, 4, 24, seed=1, source=source, temperature=0.7)
-    two = load_windows("self", tokenizer, 4, 24, seed=1, source=source, temperature=0.7)
-    other = load_windows("self", tokenizer, 4, 24, seed=2, source=source, temperature=0.7)
+    writing = Writing(temperature=0.7)
+    one = load_windows("self", tokenizer, 4, 24, seed=1, source=source, writing=writing)
+    two = load_windows("self", tokenizer, 4, 24, seed=1, source=source, writing=writing)
+    other = load_windows("self", tokenizer, 4, 24, seed=2, source=source, writing=writing)
     assert one.ids.shape == (4, 24)
     assert torch.equal(one.ids, two.ids)
     assert not torch.equal(one.ids, other.ids)
@@ -169,7 +170,8 @@ def test_self_is_seeded_and_described(source: Source) -> None:
 
 def test_self_samples_follow_the_model(source: Source) -> None:
     """At a temperature near 0 every sampled token is the model's likeliest one, cache and all."""
-    ids = load_windows("self", source.tokenizer(), 2, 20, source=source, temperature=1e-4).ids
+    cold = Writing(temperature=1e-4)
+    ids = load_windows("self", source.tokenizer(), 2, 20, source=source, writing=cold).ids
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     with torch.no_grad():
         logits = model(ids[:1], use_cache=False).logits[0, :-1]
@@ -205,9 +207,9 @@ def test_folded_attention_is_attention(tmp_path: Path, family: str) -> None:
 def test_long_windows_are_filled_by_several_texts(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selfgen, "TEXT_TOKENS", 8)
     monkeypatch.setattr(selfgen, "CACHE_BYTES", 1)  # one text a batch
-    ids = load_windows("self", source.tokenizer(), 2, 20, source=source).ids
+    short = Writing(text_tokens=8)
+    ids = load_windows("self", source.tokenizer(), 2, 20, source=source, writing=short).ids
     assert ids.shape == (2, 20)
     user = source.tokenizer().convert_tokens_to_ids("<user>")
     assert ids[0, 7] == user, "the second text of a window is a conversation"
@@ -231,10 +233,28 @@ def test_writers_follow_the_template() -> None:
     assert [chat.next(i) for i in drawn] == [3, 10, 11, 2, 4, 12, 2, 3, 13]
 
 
-def test_endless_user_turns_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selfgen, "MAX_USER_TOKENS", 2)
-    chat = selfgen._Writer(([3], [2, 4]), lambda: [], {2})
+def test_endless_user_turns_are_cut() -> None:
+    chat = selfgen._Writer(([3], [2, 4]), lambda: [], {2}, longest=2)
     assert [chat.next(10) for _ in range(6)] == [3, 10, 10, 2, 4, 10]
+
+
+@pytest.mark.parametrize(
+    ("share", "talks"), [(0.0, ""), (0.25, "37"), (0.5, "1357"), (1.0, "01234567")]
+)
+def test_the_share_of_conversations(source: Source, share: float, talks: str) -> None:
+    tokenizer = source.tokenizer()
+    writing = Writing(conversations=share, text_tokens=6)
+    ids = load_windows("self", tokenizer, 4, 12, source=source, writing=writing).ids
+    first = ids.view(8, 6)[:, 0] == tokenizer.convert_tokens_to_ids("<user>")
+    assert first.nonzero().flatten().tolist() == [int(i) for i in talks]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": 0}, {"conversations": 1.5}, {"text_tokens": 1}, {"user_tokens": 0}]
+)
+def test_writing_out_of_range(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        Writing(**wrong)
 
 
 def test_chat_parts() -> None:

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import dropbydrop
 from dropbydrop import cli, quantize
-from dropbydrop.calibration import load_windows
+from dropbydrop.calibration import Calibration, load_windows
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.encoder import Effort
-from dropbydrop.errors import DropError, PrecisionError
+from dropbydrop.errors import CalibrationError, DropError, PrecisionError
 from dropbydrop.linear import NestedLinear
 from dropbydrop.objective import weighted_errors
 from dropbydrop.sources import load_tokenizer
@@ -142,6 +142,30 @@ def test_other_levels(folder, bits, monkeypatch):
     unsupervised = next(p for p in range(1, 9) if p not in bits)
     with pytest.raises(PrecisionError, match=str(bits[0])):
         dropbydrop.load(out, bits=unsupervised)
+
+
+def test_ready_windows(folder, made):
+    """Windows that the caller made or chose: the same bytes as from the text they come from."""
+    tokenizer = load_tokenizer(folder / "llama")
+    text = load_windows(folder / "text.txt", tokenizer, QUICK["windows"], QUICK["seq_len"])
+    again = quantize.quantize(
+        folder / "llama", folder / "ready", [2, 3, 4], calibration=text, progress=False
+    )
+    for plane in (f"plane-{p}.safetensors" for p in (1, 2, 3, 4)):
+        assert (again.out / plane).read_bytes() == (made.out / plane).read_bytes()
+    kept = json.loads((again.out / "config.json").read_text())["quantization_config"]
+    assert kept["provenance"]["calibration"] == text.description
+    for ids, says in (
+        (text.ids[0], r"shape \[64\]"),
+        (text.ids.float(), "float32"),
+        (text.ids[:, :1], r"T from 2 to the 256"),
+        (text.ids + 9000, "vocabulary of 384"),
+    ):
+        with pytest.raises(CalibrationError, match=says):
+            quantize.quantize(folder / "llama", folder / "no", calibration=Calibration(ids, {}))
+    with pytest.raises(CalibrationError, match="5 are asked for"):
+        quantize.quantize(folder / "llama", folder / "no", calibration=text, windows=5)
+    assert not (folder / "no").exists()
 
 
 def test_head_bits(folder):

@@ -1,7 +1,8 @@
 """Calibration: the token windows that Gram matrices are measured on.
 
 `load_windows(spec, ...)`, where `spec` is a file (see texts.py), a hub dataset `hub:NAME[:SPLIT]`
-(hub_text.py), or `self`, text that the model writes itself (selfgen.py), which needs no data.
+(hub_text.py), or `self`, text that the model writes itself (selfgen.py), which needs no data; how
+it writes can be changed from Python (`Writing`).
 
 From a file, windows of `seq_len` tokens are drawn at random, without overlap, and kept in the order
 of the text: a seed chooses a spread over the whole file rather than its beginning. Very large texts
@@ -16,7 +17,7 @@ text, never its path or content.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,39 @@ class Calibration:
     description: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Writing:
+    """How a model writes its calibration text.
+
+    Attributes:
+        temperature: of the sampling, above 0.
+        text_tokens: longest text; a window is filled by as many as it takes.
+        conversations: share of the texts that are conversations, where the tokenizer has a template
+            for them; 0 to 1. The others are bare text.
+        user_tokens: longest turn of a user in a conversation.
+
+    Raises:
+        ValueError: out of these ranges.
+    """
+
+    temperature: float = 1.0
+    text_tokens: int = 512
+    conversations: float = 0.5
+    user_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and 0 <= self.conversations <= 1):
+            raise ValueError(
+                f"temperature {self.temperature} must be positive, and the share of "
+                f"conversations {self.conversations} between 0 and 1"
+            )
+        if self.text_tokens < 2 or self.user_tokens < 1:
+            raise ValueError(
+                f"texts of {self.text_tokens} tokens and turns of {self.user_tokens}: a text needs "
+                "at least 2, a turn at least 1"
+            )
+
+
 def load_windows(
     spec: str | Path,
     tokenizer: Any,
@@ -54,7 +88,7 @@ def load_windows(
     seed: int = 0,
     *,
     source: Source | None = None,
-    temperature: float = 1.0,
+    writing: Writing | None = None,
     device: torch.device | str = "cpu",
 ) -> Calibration:
     """Windows from a file or hub dataset, or written by the model when `spec` is "self".
@@ -62,7 +96,7 @@ def load_windows(
     Args:
         spec: path of a text, `.raw` or `.jsonl` file; "hub:NAME[[:CONFIG]:SPLIT]"; or "self".
         source: the model; only needed for "self".
-        temperature: of the sampling; only used for "self".
+        writing: how the model writes, by default as `Writing()`; only used for "self".
         device: where the model writes; only used for "self".
 
     Raises:
@@ -78,10 +112,11 @@ def load_windows(
             raise ValueError("calibration 'self' needs the model's source")
         from .selfgen import write_windows
 
+        writing = writing or Writing()
         ids = write_windows(
-            source.folder, tokenizer, n_windows, seq_len, seed, temperature, device=device
+            source.folder, tokenizer, n_windows, seq_len, seed, writing, device=device
         )
-        extra = {"kind": SELF, "seed": seed, "temperature": temperature}
+        extra = {"kind": SELF, "seed": seed, **asdict(writing)}
         return Calibration(ids, extra | _numbers(ids))
     most = max(_MIN_CHARS, _CHARS_PER_TOKEN * n_windows * seq_len)
     if is_hub_text(spec):

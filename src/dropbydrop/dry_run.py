@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import SELF, load_windows
+from .calibration import SELF, Calibration, Writing, load_windows
 from .capture import Captured
 from .checkpoint import CheckpointWriter
 from .checkpoint.narrow import quantize_rows
@@ -142,12 +142,14 @@ class _Block:
         _reset_peak()
         step = max(1, walk.batch_tokens // job.seq_len)
         self.batches = job.windows / step
-        if str(job.calibration) == SELF:
+        self.text_seconds = 0.0
+        if isinstance(job.calibration, Calibration):
+            ids = job.calibration.ids[: 2 * step]
+        elif str(job.calibration) == SELF:
             vocab = walk.model.config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(0)
             count = min(job.windows, 2 * step)
             ids = torch.randint(0, vocab, (count, job.seq_len), generator=generator)
-            self.text_seconds = 0.0
         else:
             self.text_seconds, text = _clock(
                 lambda: load_windows(
@@ -279,13 +281,12 @@ def _time_self(job: Job) -> tuple[float, int]:
     """Seconds and peak bytes of writing the calibration text."""
     from transformers.cache_utils import Cache
 
-    from .selfgen import TEXT_TOKENS, _batch_size, _Slots, draw, open_model
+    from .selfgen import _batch_size, _Slots, draw, open_model, texts_of
 
     _reset_peak()
     model: Any
     loading, model = _clock(lambda: open_model(job.source.folder))
-    pieces = -(-job.seq_len // TEXT_TOKENS)
-    length = -(-job.seq_len // pieces)
+    pieces, length = texts_of(job.seq_len, Writing())
     texts = job.windows * pieces
     size = _batch_size(model, texts, length)
     cache: Any = Cache(layer_class_to_replicate=type("_Room", (_Slots,), {"room": length}))

@@ -21,12 +21,11 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from . import __version__
@@ -34,7 +33,7 @@ from .calibration import SELF, Calibration, load_windows
 from .checkpoint import CheckpointWriter, PlaneSpec, QuantizationConfig
 from .code import GROUP
 from .encoder import EFFORTS, Effort
-from .errors import DropError, PrecisionError, UnsupportedModelError
+from .errors import CalibrationError, DropError, PrecisionError, UnsupportedModelError
 from .linear import output_scale
 from .process import map_large_allocations, peak_memory
 from .progress import progress_bar
@@ -92,7 +91,7 @@ def quantize(
     out: str | Path,
     bits: Sequence[int] = (2, 3, 4),
     *,
-    calibration: str | Path = SELF,
+    calibration: str | Path | Calibration = SELF,
     preset: str = "balanced",
     codebooks: str = UNIVERSAL,
     seed: int = 0,
@@ -111,11 +110,13 @@ def quantize(
         model: a local Hugging Face folder, a .gguf file, a hub id, or "smollm2".
         bits: the levels that are supervised and can be asked for later.
         calibration: a text or .jsonl file, "hub:DATASET[:SPLIT]" (hub_text.py), or "self": text
-            that the model writes itself.
+            that the model writes itself. From Python also ready windows, of `load_windows`, which
+            has more ways to make them, or the caller's own.
         preset: "fast", "balanced" or "best": calibration tokens and search effort.
         codebooks: "universal", one set for everything, or "learned", one for each input site.
         head_bits: 8 (int8 rows) or 16, for embedding and head.
-        windows, seq_len: calibration windows and their tokens; by default from the preset.
+        windows, seq_len: calibration windows and their tokens; by default from the preset. Those of
+            ready windows are what they are.
         device: where blocks run and matrices are encoded: "auto" (a CUDA device if there is one),
             "cpu", "cuda", "cuda:1". Under torchrun each process takes the one of its number.
         backend: search backend by name (see `search.backends`); by default the best here.
@@ -173,9 +174,9 @@ def _write(
         with CheckpointWriter(place, overwrite=overwrite) as writer:
             tally = _carry_out(job, writer, None, progress, team)
         return _report(job, place, tally, 0, started)
-    from .resume import Work  # needs file locks, which not every platform has
+    from .resume import Work, fingerprint  # needs file locks, which not every platform has
 
-    with Work(place, _fingerprint(job)) as work:
+    with Work(place, fingerprint(job)) as work:
         blocks = sum("block" in step for step in work.steps)
         if (record := work.published()) is not None:
             team.number(_DONE)
@@ -197,7 +198,7 @@ class Job:
     source: Source
     walk: Walk
     levels: tuple[int, ...]
-    calibration: str | Path
+    calibration: str | Path | Calibration
     preset: str
     effort: Effort
     codebooks: str
@@ -212,7 +213,7 @@ def prepare(
     model: str | Path,
     bits: Sequence[int],
     *,
-    calibration: str | Path,
+    calibration: str | Path | Calibration,
     preset: str,
     codebooks: str,
     seed: int,
@@ -238,6 +239,8 @@ def prepare(
     source = resolve(model)
     walk = Walk.open(source.folder, device=pick_device(device))
     check_model(walk, head_bits)
+    if isinstance(calibration, Calibration):
+        windows, seq_len = _check_windows(calibration, walk, windows)
     return Job(
         source,
         walk,
@@ -308,7 +311,28 @@ def _carry_out(
     return tally
 
 
+def _check_windows(calibration: Calibration, walk: Walk, windows: int | None) -> tuple[int, int]:
+    """Number and length of ready windows that this model can run."""
+    ids, vocab = calibration.ids, walk.model.config.get_text_config().vocab_size
+    good = ids.ndim == 2 and ids.dtype == torch.int64 and ids.shape[0] > 0
+    if not good or not 2 <= ids.shape[1] <= _context(walk):
+        raise CalibrationError(
+            f"calibration windows {ids.dtype} of shape {list(ids.shape)}: give int64 [n, T], with "
+            f"T from 2 to the {_context(walk):,} tokens of the model's context."
+        )
+    if windows not in (None, ids.shape[0]):
+        raise CalibrationError(f"{ids.shape[0]} ready windows, but {windows} are asked for.")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab:
+        raise CalibrationError(
+            f"calibration windows with tokens from {int(ids.min())} to {int(ids.max())}, for a "
+            f"vocabulary of {vocab:,}: they are another tokenizer's."
+        )
+    return ids.shape[0], ids.shape[1]
+
+
 def _calibrate(job: Job) -> Calibration:
+    if isinstance(job.calibration, Calibration):
+        return job.calibration
     return load_windows(
         job.calibration,
         job.source.tokenizer(),
@@ -378,31 +402,6 @@ def _report(job: Job, out: Path, tally: Tally, resumed: int, started: float) -> 
         resumed,
         tally.log,
     )
-
-
-def _fingerprint(job: Job) -> dict[str, Any]:
-    """Everything that the bytes of the result depend on; by the names of the options."""
-    from .resume import code_digest, digest, model_digest
-
-    text = Path(job.calibration).expanduser()
-    content = digest(text) if job.calibration != SELF and text.is_file() else None
-    return {
-        "model": model_digest(job.source.folder),
-        "bits": job.levels,
-        "calibration": [str(job.calibration), content],
-        "preset": job.preset,
-        "effort": asdict(job.effort),
-        "codebooks": job.codebooks,
-        "seed": job.seed,
-        "head-bits": job.head_bits,
-        "windows": job.windows,
-        "seq-len": job.seq_len,
-        "device": str(job.walk.device),
-        "backend": job.backend or backends(job.walk.device)[0],
-        "dropbydrop": [__version__, code_digest()],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def check_model(walk: Walk, head_bits: int) -> None:

@@ -29,17 +29,25 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 
+from . import __version__
+from .calibration import SELF, Calibration
 from .checkpoint.files import DTYPE_NAMES, DTYPES
 from .checkpoint.folder import full_disk, sync_folder
 from .checkpoint.format import MANIFEST_FILE
 from .errors import DropError, FormatError
+from .search import backends
+
+if TYPE_CHECKING:
+    from .quantize import Job
 
 JOURNAL = "journal.jsonl"
 _CHUNK = 64 << 20
@@ -253,6 +261,37 @@ def _short(value: Any) -> str:
 
 
 # ---- fingerprint ---------------------------------------------------------------------------
+
+
+def fingerprint(job: Job) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on; by the names of the options."""
+    return {
+        "model": model_digest(job.source.folder),
+        "bits": job.levels,
+        "calibration": _calibration_digest(job.calibration),
+        "preset": job.preset,
+        "effort": asdict(job.effort),
+        "codebooks": job.codebooks,
+        "seed": job.seed,
+        "head-bits": job.head_bits,
+        "windows": job.windows,
+        "seq-len": job.seq_len,
+        "device": str(job.walk.device),
+        "backend": job.backend or backends(job.walk.device)[0],
+        "dropbydrop": [__version__, code_digest()],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _calibration_digest(calibration: str | Path | Calibration) -> list[Any]:
+    """How the text is named, and the SHA-256 of what is read; None where the rest decides it."""
+    if isinstance(calibration, Calibration):
+        content = calibration.ids.contiguous().numpy().tobytes()
+        return [calibration.description, hashlib.sha256(content).hexdigest()]
+    text = Path(calibration).expanduser()
+    is_file = str(calibration) != SELF and text.is_file()
+    return [str(calibration), digest(text) if is_file else None]
 
 
 def digest(*paths: Path) -> str:

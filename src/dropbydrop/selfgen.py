@@ -3,7 +3,8 @@
 All texts are sampled at once, one token a step, with a key/value cache; a step of 128 texts is a
 matrix product of 128 rows, so a token costs a small part of what it costs in `generate`. A window
 is filled by texts of at most 512 tokens: half the attention and the same matrix products as one
-long text, and more topics.
+long text, and more topics. That length and the other figures below are those of `Writing`
+(calibration.py) unless the caller gives another.
 
 Two kinds of text:
 - bare text: [BOS if the tokenizer adds one,] a random ordinary token of the vocabulary, then
@@ -13,8 +14,8 @@ Two kinds of text:
   user's words, samples until the end of the turn (at most 128 tokens), the template's text up to
   the answer, samples to the end of the answer, then a new conversation (Magpie, Xu et al. 2024).
 
-Tokens are drawn from softmax(logits / temperature), without truncation, with one seeded generator:
-the same seed, machine and build give the same text.
+Tokens are drawn from softmax(logits / temperature), at temperature 1 and without truncation, with
+one seeded generator: the same seed, machine and build give the same text.
 
 The model writes on the device it is quantized on, in bfloat16 where that multiplies it natively
 (three times as fast; the text is a sample of the same distribution up to rounding), in float32
@@ -37,12 +38,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .calibration import Writing, leading_bos
 from .progress import progress_bar
 from .quiet import quiet_transformers
 
 CACHE_BYTES = 3 << 29  # 1.5 GiB
-TEXT_TOKENS = 512
-MAX_USER_TOKENS = 128
 _MARK = "DROPBYDROP"
 _FOLDED = "dropbydrop_folded"  # name of our attention function in transformers
 
@@ -104,8 +104,15 @@ AttentionMaskInterface.register(_FOLDED, sdpa_mask)
 class _Writer:
     """Decides, for one text, which tokens are given and which are sampled."""
 
-    def __init__(self, chat: tuple[list[int], list[int]] | None, start: Any, ends: set[int]):
+    def __init__(
+        self,
+        chat: tuple[list[int], list[int]] | None,
+        start: Any,
+        ends: set[int],
+        longest: int = Writing.user_tokens,
+    ):
         self.chat, self.start, self.ends = chat, start, ends
+        self.longest = longest  # turn of a user
         self.given: deque[int] = deque()
         self.user_tokens: int | None = None  # sampled so far in a user's turn; None outside
         self._begin()
@@ -124,7 +131,7 @@ class _Writer:
         token, over = sampled, sampled in self.ends
         if self.chat is not None and self.user_tokens is not None:
             self.user_tokens += 1
-            if over or self.user_tokens > MAX_USER_TOKENS:
+            if over or self.user_tokens > self.longest:
                 # the template's own end of turn replaces the sampled one
                 self.given.extend(self.chat[1])
                 self.user_tokens = None
@@ -140,31 +147,30 @@ def write_windows(
     n: int,
     seq_len: int,
     seed: int,
-    temperature: float = 1.0,
+    writing: Writing,
     progress: bool = True,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Sample `n` windows of `seq_len` tokens from the model in `folder`: int64 [n, seq_len].
-
-    Raises:
-        ValueError: a temperature that is not positive.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature} must be positive")
+    """Sample `n` windows of `seq_len` tokens from the model in `folder`: int64 [n, seq_len]."""
     model = open_model(folder, device)
     generator = torch.Generator().manual_seed(seed)
-    pieces = -(-seq_len // TEXT_TOKENS)
-    length = -(-seq_len // pieces)
-    writers = _writers(model, tokenizer, n * pieces, generator)
+    pieces, length = texts_of(seq_len, writing)
+    writers = _writers(model, tokenizer, n * pieces, writing, generator)
     size = _batch_size(model, n * pieces, length)
     batches = [writers[low : low + size] for low in range(0, n * pieces, size)]
     with progress_bar(progress) as bar:
         task = bar.add_task("writing calibration text", total=length * len(batches))
         parts = [
-            _sample(model, batch, length, temperature, generator, lambda: bar.advance(task))
+            _sample(model, batch, length, writing.temperature, generator, lambda: bar.advance(task))
             for batch in batches
         ]
     return torch.cat(parts).view(n, pieces * length)[:, :seq_len].contiguous()
+
+
+def texts_of(seq_len: int, writing: Writing) -> tuple[int, int]:
+    """How many texts fill a window, and their tokens."""
+    pieces = -(-seq_len // writing.text_tokens)
+    return pieces, -(-seq_len // pieces)
 
 
 def open_model(folder: Path, device: torch.device | str = "cpu") -> Any:
@@ -236,10 +242,10 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tens
     return torch.searchsorted(total, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
-def _writers(model: Any, tokenizer: Any, n: int, generator: torch.Generator) -> list[_Writer]:
-    """Bare text and, where there is a template, conversations in turn."""
-    from .calibration import leading_bos
-
+def _writers(
+    model: Any, tokenizer: Any, n: int, writing: Writing, generator: torch.Generator
+) -> list[_Writer]:
+    """Bare text and, where there is a template, their share of conversations, evenly spread."""
     special = set(tokenizer.all_special_ids)
     vocab = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
     ordinary = [i for i in range(vocab) if i not in special]
@@ -253,7 +259,10 @@ def _writers(model: Any, tokenizer: Any, n: int, generator: torch.Generator) -> 
     ends = _end_tokens(model, tokenizer)
     if chat is not None and chat[1][0] in special:
         ends.add(chat[1][0])
-    return [_Writer(chat if i % 2 else None, start, ends) for i in range(n)]
+    talks = [
+        int((i + 1) * writing.conversations) > int(i * writing.conversations) for i in range(n)
+    ]
+    return [_Writer(chat if talk else None, start, ends, writing.user_tokens) for talk in talks]
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
