@@ -1,17 +1,21 @@
 """Universal codebooks against learned ones: error, true bits and time, a site at a time.
 
-    python benchmarks/codebooks.py MODEL --text FILE --blocks 0,2 [--random 2048] [--preset fast]
+    python benchmarks/codebooks.py [MODEL --text FILE --blocks 0,2] [--random 2048x2048,2048x8192]
+        [--preset fast] [--threads 1]
 
 Encodes the sites of some blocks twice, with the universal set and with a set of the site's own, and
-with --random one matrix of that size with independent Gaussian weights and inputs of a spectrum
-that falls as 1/k. H comes from the first half of the windows; errors tr(E H E^T) / tr(W H W^T) are
-also under an H of the second half, which shows what a learned set has fitted to the sample.
+with --random matrices of these sizes (d_out x d_in) with independent Gaussian weights and inputs of
+a spectrum that falls as 1/k. H comes from the first half of the windows; errors tr(E H E^T) /
+tr(W H W^T) are also under an H of the second half, which shows what a learned set has fitted to the
+sample.
 
 Learning takes further rounds of sweeps, which help the universal set too; "swept" is the universal
 set with as many. A set costs bits, so equal errors are not equal quality. The column before the
 last says what learning is worth over that: with the slope between two levels, d log2(error) / d
-bits, the bits that the lower error saves, beside the bits that the set costs. Seconds are those of
-one thread's processor time. The last line printed is one JSON object.
+bits, the bits that the lower error saves, beside the bits that the set costs. Seconds are processor
+time. The last line printed is one JSON object.
+
+A matrix with 8,192 inputs takes about 3 GiB, most of it H and its factors in float64.
 """
 
 import argparse
@@ -57,14 +61,23 @@ def model_sites(args: argparse.Namespace) -> Iterator[Site]:
         walk.release(i)
 
 
-def random_site(d: int) -> Site:
-    """A square matrix of independent weights; inputs of a spectrum 1/k in a random basis."""
+def random_site(d_out: int, d_in: int) -> Site:
+    """Independent weights [d_out, d_in]; inputs of a spectrum 1/k in a random basis."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(d, d, generator=generator)
-    basis = Rotation.make(d, seed=1)
-    spectrum = 1 / torch.arange(1, d + 1)
+    weight = torch.randn(d_out, d_in, generator=generator)
+    basis = Rotation.make(d_in, seed=1)
+    spectrum = 1 / torch.arange(1, d_in + 1)
     h = basis.apply(basis.apply(torch.diag(spectrum)).T.contiguous())
-    return f"random {d} x {d}", {"w": weight}, h, h
+    return f"random {d_out} x {d_in}", {"w": weight}, h, h
+
+
+def all_sites(args: argparse.Namespace) -> Iterator[Site]:
+    """One after the other, so that only one H is held."""
+    for size in args.random.split(",") if args.random else []:
+        d_out, d_in = map(int, size.split("x"))
+        yield random_site(d_out, d_in)
+    if args.model:
+        yield from model_sites(args)
 
 
 def errors(
@@ -89,20 +102,22 @@ def errors(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--text", type=Path, help="calibration of MODEL")
     parser.add_argument("--blocks", default="0")
     parser.add_argument("--windows", type=int, default=16, help="of 1,024 tokens, for each H")
-    parser.add_argument("--random", type=int, default=0, help="also a random matrix of this size")
+    parser.add_argument("--random", help="also random matrices, 2048x2048,2048x8192")
     parser.add_argument("--preset", default="balanced", choices=EFFORTS)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    if bool(args.model) != bool(args.text) or not (args.model or args.random):
+        parser.error("give MODEL and --text, or --random, or both")
+    torch.set_num_threads(args.threads)
     universal, lambdas, rows = universal_set(LEVELS), default_lambdas(LEVELS), []
-    sites = [*([random_site(args.random)] if args.random else []), *model_sites(args)]
     effort = EFFORTS[args.preset]
     print("site | bits | universal error; ratios to it: swept, learned; the same held out |")
     print("     | bits that the set costs, and is worth | seconds: universal, swept, learned")
-    for n, (name, weights, h, other) in enumerate(sites):
+    for n, (name, weights, h, other) in enumerate(all_sites(args)):
         rotation = Rotation.make(h.shape[0], seed=n)
         rest = (weights, h, rotation, universal, LEVELS, lambdas)
         marks = [time.process_time()]

@@ -13,7 +13,8 @@ Every matrix of the chosen blocks is encoded with each of them, for levels 2, 3 
 geometric means of tr(E H E^T) / tr(W H W^T) under an H of other windows, of outlier matrices (one
 of d_in columns holds more than SHARE of tr(W H W^T)) and of ordinary ones apart. With --whole all
 blocks are encoded, and the perplexity and divergence of the whole model measured on the first
-windows of EVAL_TEXT; weights are held in float16 meanwhile. The last line is one JSON object.
+windows of EVAL_TEXT; all variants of the weights are held in float16 meanwhile, 30 bytes a weight.
+The last line is one JSON object.
 """
 
 import argparse
@@ -95,8 +96,9 @@ def main() -> None:
     parser.add_argument("--whole", type=Path, metavar="EVAL_TEXT")
     parser.add_argument("--eval-windows", type=int, default=3, help="of 1,024 tokens")
     parser.add_argument("--preset", default="fast", choices=EFFORTS)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     source = resolve(args.model)
     walk = Walk.open(source.folder)
     chosen = range(walk.num_blocks) if args.whole else [int(i) for i in args.blocks.split(",")]
