@@ -18,6 +18,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NoReturn
 
+from torch import nn
+
 from .errors import DropError
 from .linear import NestedLinear
 
@@ -58,7 +60,8 @@ def _adapter_class() -> type:
         def lora_variants(self) -> dict[tuple[str, ...], Any]:
             return {(): None}
 
-        def _get_in_out_features(self, module: NestedLinear) -> tuple[int, int]:
+        def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+            assert isinstance(module, NestedLinear)
             return module.in_features, module.out_features
 
         def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
