@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from dropbydrop import cli, dry_run, quantize
+from dropbydrop import run as life
+from dropbydrop.calibration import load_windows
 from dropbydrop.encoder import Effort, encode_site
 from dropbydrop.errors import DropError
 from dropbydrop.walk import Walk
@@ -135,6 +137,37 @@ def test_text_of_the_model_itself(place: Path, tmp_path: Path) -> None:
     estimate = dry_run.dry_run(job(place, calibration="self", windows=4), tmp_path / "out")
     assert estimate.seconds["calibrate"] > 0.01
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ready_windows_take_no_time(place: Path, tmp_path: Path) -> None:
+    order = job(place)
+    text = load_windows(order.calibration, order.source.tokenizer(), 5, 48)
+    ready = job(place, calibration=text, windows=None)
+    assert (ready.windows, ready.seq_len) == (5, 48)
+    assert dry_run.dry_run(ready, tmp_path / "out").seconds["calibrate"] == 0
+
+
+def test_training_of_a_set_that_does_not_ship(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is part of the search, in the estimate as in the run."""
+    real, clock = dry_run.universal_set, Clock()
+
+    def slow(levels: tuple[int, ...]) -> torch.Tensor:
+        clock.now += 50
+        return real(levels)
+
+    for module in (dry_run, quantize):
+        monkeypatch.setattr(module, "universal_set", slow)
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(life, "time", clock)
+    expected = dry_run.dry_run(job(place, windows=3), tmp_path / "out")
+    found = quantize.quantize(
+        place / "model", tmp_path / "out", calibration=place / "text.txt", windows=3, seq_len=64,
+        progress=False,
+    )  # fmt: skip
+    assert found.seconds["encode"] == found.seconds["total"] == 50
+    assert expected.seconds["encode"] >= 50
 
 
 def test_refusals_come_first_and_nothing_is_left(

@@ -10,12 +10,13 @@ Method. Blocks of a model are alike, so one is timed and the rest extrapolated b
                  largest matrix, some and three times as many: cost of a row, and the constant part
                  (factoring H, cubic in d_in). The cost of a row does not depend on the others.
     write        a stretch of bytes written, hashed and synced beside OUT, and a slab of the
-                 embedding narrowed.
+                 embedding narrowed. With --resume also the hidden states after each block.
 
-Memory is the peak of the timed part, measured, plus what it had less of than the real run: hidden
-states of all windows (4 bytes a value), and the working copies of the largest matrix. `self` has a
-peak of its own (the whole model in float32 and the key/value cache), and so has narrowing the
-embedding at the end. Disk follows from shapes.
+Memory is the largest of several peaks, each measured on the timed part and completed by what that
+had less of than the real run: reading or writing the text (the model in the type it writes in, and
+its key/value cache); `capture`, with H of each site held twice as two batches are two lanes, plus
+the hidden states of all windows; encoding a site, plus these and the working copies of the rows
+that were not timed; narrowing the embedding at the end. Disk follows from shapes.
 
 Limits: block 0 stands for all; a machine that is busy now, and not later, deceives. Memory is that
 of a fresh process, as of the command line.
@@ -111,16 +112,20 @@ def dry_run(
     place = Path(os.path.abspath(out))
     CheckpointWriter(place, overwrite=overwrite).abort()  # whether OUT can be written at all
     itself = _time_self(job) if str(job.calibration) == SELF else (0.0, 0)
+    training, _ = _clock(lambda: universal_set(job.levels))
     block = _Block(job)
     shapes = _Shapes(job, block.sites)
     final = shapes.bytes_out()
     _reset_peak()
-    writing = _write_seconds(job, place.parent, final)
+    generations = shapes.hidden_bytes() * job.walk.num_blocks if resume else 0
+    writing = _write_seconds(job, place.parent, final, generations)
     at_the_end = peak_memory() + shapes.embedding * (1 if job.head_bits == 8 else 2)
     peak = max(block.peak(), itself[1], at_the_end)
     seconds = {"calibrate": block.text_seconds + itself[0], **block.seconds(), "write": writing}
+    seconds["encode"] += training
     seconds["total"] = sum(seconds.values())
-    most = final + shapes.weights // GROUP
+    # a raw file and its copy: of one plane, or of everything else
+    most = final + max(shapes.plane_bytes(), final - job.levels[-1] * shapes.plane_bytes())
     if resume:  # raw files are kept to the end, and two generations of hidden states
         most = 2 * final + 2 * shapes.hidden_bytes()
     free = shutil.disk_usage(place.parent).free
@@ -143,9 +148,10 @@ class _Block:
         step = max(1, walk.batch_tokens // job.seq_len)
         self.batches = job.windows / step
         self.text_seconds = 0.0
-        if isinstance(job.calibration, Calibration):
-            ids = job.calibration.ids[: 2 * step]
-        elif str(job.calibration) == SELF:
+        spec = job.calibration
+        if isinstance(spec, Calibration):
+            ids = spec.ids[: 2 * step]
+        elif str(spec) == SELF:
             vocab = walk.model.config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(0)
             count = min(job.windows, 2 * step)
@@ -153,10 +159,12 @@ class _Block:
         else:
             self.text_seconds, text = _clock(
                 lambda: load_windows(
-                    job.calibration, job.source.tokenizer(), job.windows, job.seq_len, job.seed
+                    spec, job.source.tokenizer(), job.windows, job.seq_len, job.seed
                 )
             )
             ids = text.ids[: 2 * step]
+        self.reading = peak_memory()
+        _reset_peak()
         hidden = walk.embed(ids)
         self.held = hidden.numel() * hidden.element_size()
         loading, block = _clock(lambda: walk.block(0))
@@ -168,9 +176,8 @@ class _Block:
         self.batch = (two - one) / (ratio - 1) if ratio > 1.5 else one
         self.constant = loading + max(0.0, one - self.batch)
         self.captured, self.sites = captured, captured.sites
-        self.largest = 0  # bytes that the largest matrix needs and the timed rows did not
+        self.working = peak_memory()
         self.encode = sum(self._time_site(site) for site in captured.sites)
-        self.measured = peak_memory()
         weights = [
             sum(m.weight.numel() for m in b.modules() if isinstance(m, nn.Linear))
             for b in walk._blocks
@@ -210,13 +217,16 @@ class _Block:
                 )
             )[0]
 
+        _reset_peak()
         encode(min(few, 16))  # warms up
-        small = (encode(few) + encode(few)) / 2
-        large = encode(many)
-        together = len(largest) if job.codebooks == UNIVERSAL else rows  # learned: a whole site
-        missing = (together - many) * site.d_in
-        copies = 2 + 2 * len(job.levels)  # rotated and scaled W, every level and its error
-        self.largest = max(self.largest, 4 * copies * missing)
+        small = min(encode(few), encode(few))
+        large = min(encode(many), encode(many))
+        # Copies at a time: W rotated, all levels as prefixes and decoded, three for an error. To
+        # learn a set, all matrices of the site are held, with residuals and sources of each level.
+        together = len(largest) if job.codebooks == UNIVERSAL else rows
+        copies = (4 if job.codebooks == UNIVERSAL else 6) + 2 * len(job.levels)
+        missing = 4 * copies * (together - many) * site.d_in
+        self.working = max(self.working, peak_memory() + missing)
         if many == few:
             return small * rows / few
         row = max(0.0, large - small) / (many - few)
@@ -228,11 +238,11 @@ class _Block:
         return {"activations": self.blocks * one, "encode": self.blocks * self.encode}
 
     def peak(self) -> int:
-        """Bytes of the real run's walk."""
+        """Bytes of the real run's text and walk."""
         text = self.job.walk.model.config.get_text_config()
         full = 4 * self.job.windows * self.job.seq_len * text.hidden_size
         # held twice: as input and as output, which the real run writes over its input
-        return self.measured + full - 2 * self.held + self.largest
+        return max(self.reading, self.working + full - 2 * self.held)
 
 
 class _Shapes:
@@ -261,7 +271,7 @@ class _Shapes:
         )
         everything = sum(p.numel() for p in walk.model.parameters())
         kept = everything - self.weights - sum(p.numel() for p in outer)
-        size = planes * self.weights // GROUP + 2 * self.rows + self.signs + self.odd
+        size = planes * self.plane_bytes() + 2 * self.rows + self.signs + self.odd
         sets = 1 if job.codebooks == UNIVERSAL else self.sites
         size += sets * planes * (2 * HALF * GROUP + 130)
         size += embeddings + 4 * max(0, kept)
@@ -270,6 +280,10 @@ class _Shapes:
         folder = job.source.folder
         side = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
         return size + sum((folder / n).stat().st_size for n in side if (folder / n).is_file())
+
+    def plane_bytes(self) -> int:
+        """Codes of one plane."""
+        return self.weights // GROUP
 
     def hidden_bytes(self) -> int:
         """One generation of hidden states."""
@@ -285,13 +299,14 @@ def _time_self(job: Job) -> tuple[float, int]:
 
     _reset_peak()
     model: Any
-    loading, model = _clock(lambda: open_model(job.source.folder))
+    loading, model = _clock(lambda: open_model(job.source.folder, job.walk.device))
     pieces, length = texts_of(job.seq_len, Writing())
     texts = job.windows * pieces
     size = _batch_size(model, texts, length)
     cache: Any = Cache(layer_class_to_replicate=type("_Room", (_Slots,), {"room": length}))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, (size, 1))
+    vocab = model.config.get_text_config().vocab_size
+    ids = torch.randint(0, vocab, (size, 1)).to(model.device)
 
     @torch.inference_mode()
     def step(position: int) -> float:
@@ -301,7 +316,7 @@ def _time_self(job: Job) -> tuple[float, int]:
 
         def run() -> None:
             logits = model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
-            draw(logits, 1.0, generator)
+            draw(logits, 1.0, generator).tolist()
 
         return _clock(run)[0]
 
@@ -311,15 +326,16 @@ def _time_self(job: Job) -> tuple[float, int]:
             layer._keys.zero_()
             layer._values.zero_()
     first, middle, last = (
-        (step(p) + step(p) + step(p)) / 3 for p in (0, length // 2, max(0, length - 1))
+        sum(step(p) for _ in range(3)) / 3 for p in (0, length // 2, max(0, length - 1))
     )
     one = (first + 4 * middle + last) / 6
     seconds = loading + one * length * -(-texts // size)
     return seconds, peak_memory()
 
 
-def _write_seconds(job: Job, parent: Path, final: int) -> float:
-    """Assembling and syncing the checkpoint, and narrowing the embedding."""
+def _write_seconds(job: Job, parent: Path, final: int, generations: int) -> float:
+    """Assembling and syncing the checkpoint (and `generations` bytes of hidden states), and
+    narrowing the embedding."""
     data = os.urandom(1 << 20)
 
     def write() -> None:
@@ -332,7 +348,7 @@ def _write_seconds(job: Job, parent: Path, final: int) -> float:
             os.fsync(file.fileno())
 
     per_byte = _clock(write)[0] / _DISK_SAMPLE
-    seconds = 1.3 * per_byte * final  # and reading back
+    seconds = per_byte * (1.3 * final + generations)  # 1.3: and reading back
     walk = job.walk
     modules = [*walk.embedding_modules, *([] if walk.tied else walk.head_modules)]
     for module in modules:

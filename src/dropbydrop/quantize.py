@@ -266,9 +266,12 @@ def _carry_out(
     if steps == _DONE:  # the root found the checkpoint in place
         return Tally(job.levels)
     kept = bool(team.number(work is not None))  # whether steps are kept for --resume
+    mark = time.perf_counter()
     universal, learned = universal_set(job.levels), job.codebooks != UNIVERSAL
+    trained = time.perf_counter() - mark  # a while, for levels whose set does not ship
     run = Run(walk, writer, job.levels, universal, job.effort, job.seed, job.backend, learned, team)
     tally, calibration = run.tally, {}
+    tally.seconds["encode"] += trained
     hidden: Tensor | None = None
     if steps == 0:
         with tally.timed("calibrate"):
