@@ -185,6 +185,8 @@ def test_refusals_come_first_and_nothing_is_left(
 def test_a_small_disk_is_said(place: Path, tmp_path: Path) -> None:
     estimate = dry_run.dry_run(job(place, windows=3), tmp_path / "out")
     assert "too small" not in str(estimate)
+    assert "busy" not in str(replace(estimate, load=0.1))
+    assert "busy (load 3.0 for each" in str(replace(estimate, load=3.0))
     assert "too small" in str(replace(estimate, bytes_free=10))
 
 

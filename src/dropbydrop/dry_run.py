@@ -18,8 +18,8 @@ its key/value cache); `capture`, with H of each site held twice as two batches a
 the hidden states of all windows; encoding a site, plus these and the working copies of the rows
 that were not timed; narrowing the embedding at the end. Disk follows from shapes.
 
-Limits: block 0 stands for all; a machine that is busy now, and not later, deceives. Memory is that
-of a fresh process, as of the command line.
+Limits: block 0 stands for all. Times are those of now: a machine that is busy now, and not later,
+deceives, and the estimate says so. Memory is that of a fresh process, as of the command line.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from .universal import HALF, UNIVERSAL, default_lambdas, universal_set
 
 _ROWS = 32  # rows a thread of the small search; three times as many of the large one
 _DISK_SAMPLE = 32 << 20
+_BUSY = 0.5  # load for each processor above which times are not those of an idle machine
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Estimate:
         bytes_out: size of the checkpoint. bytes_most: most disk in use at a time.
         bytes_free: free where OUT will be.
         spent: seconds that this estimate took.
+        load: processes that wanted a processor before it began, for each processor (the average of
+            a minute); 0 where the system does not tell.
     """
 
     seconds: dict[str, float]
@@ -73,6 +76,7 @@ class Estimate:
     bytes_most: int
     bytes_free: int
     spent: float
+    load: float
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -84,6 +88,7 @@ class Estimate:
             "bytes_most": self.bytes_most,
             "bytes_free": self.bytes_free,
             "spent": round(self.spent, 2),
+            "load": round(self.load, 2),
         }
 
     def __str__(self) -> str:
@@ -97,6 +102,11 @@ class Estimate:
         )
         if self.bytes_most > self.bytes_free:
             text += ". The disk is too small: free some space or choose another folder"
+        if self.load > _BUSY:
+            text += (
+                f". The machine is busy (load {self.load:.1f} for each processor), and times are "
+                "those of now; idle, it takes less"
+            )
         return text
 
 
@@ -108,7 +118,7 @@ def dry_run(
     Raises:
         DropError: what the run would refuse before its first block.
     """
-    started = time.perf_counter()
+    started, load = time.perf_counter(), _load()
     place = Path(os.path.abspath(out))
     CheckpointWriter(place, overwrite=overwrite).abort()  # whether OUT can be written at all
     itself = _time_self(job) if str(job.calibration) == SELF else (0.0, 0)
@@ -130,7 +140,7 @@ def dry_run(
         most = 2 * final + 2 * shapes.hidden_bytes()
     free = shutil.disk_usage(place.parent).free
     spent = time.perf_counter() - started
-    return Estimate(seconds, peak / 2**30, final, most, free, spent)
+    return Estimate(seconds, peak / 2**30, final, most, free, spent, load)
 
 
 def _clock(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -358,6 +368,11 @@ def _write_seconds(job: Job, parent: Path, final: int, generations: int) -> floa
             slab = weight[:8192]
             seconds += _clock(partial(quantize_rows, slab))[0] * len(weight) / len(slab)
     return seconds
+
+
+def _load() -> float:
+    """Load average of the last minute for each processor."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 
 def _reset_peak() -> None:
