@@ -201,13 +201,20 @@ def select(name: str | None = None, device: str = "cpu") -> Kernel:
 
 
 @torch.compiler.assume_constant_result
-def gpu_kernel(device: str) -> str:
-    """The name of the kernel of `kernels.gpu` in use for a kind of device; empty if it is another.
+def way(name: str | None, device: str) -> tuple[str, str]:
+    """("native", "gpu" or "torch", name) of what `select` gives.
 
-    A string rather than a `Kernel`, so that torch.compile can branch on it.
+    Strings rather than a `Kernel`, so that torch.compile can branch on them.
     """
-    kernel = select(device=device)
-    return kernel.name if kernel.gpu else ""
+    kernel = select(name, device)
+    return ("native" if kernel.native else "gpu" if kernel.gpu else "torch"), kernel.name
+
+
+@torch.compiler.assume_constant_result
+def gpu_kernel(device: str) -> str:
+    """The name of the kernel of `kernels.gpu` in use for a kind of device, else an empty string."""
+    kind, name = way(None, device)
+    return name if kind == "gpu" else ""
 
 
 def describe() -> list[str]:

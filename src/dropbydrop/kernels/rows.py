@@ -72,12 +72,12 @@ def rows_linear(
             f"rows of {weight.dtype} {tuple(weight.shape)} for inputs of {x.shape[-1]}; "
             "need int8 [count, d]"
         )
-    chosen = registry.select(kernel, x.device.type)
+    kind, name = registry.way(kernel, x.device.type)
     flat = x.reshape(-1, x.shape[-1])
-    if chosen.gpu and gpu.takes_rows(x):
+    if kind == "gpu" and gpu.takes_rows(x):
         return gpu.rows_linear(x, weight, row_scales, bias)
     native = (
-        chosen.native
+        kind == "native"
         and x.is_cpu
         and x.dtype in TYPES
         and row_scales.dtype in TYPES
@@ -88,7 +88,7 @@ def rows_linear(
     )
     if native:
         run = torch.ops.dropbydrop.rows if torch.compiler.is_compiling() else rows
-        y = run(flat.contiguous(), weight, row_scales, chosen.name)
+        y = run(flat.contiguous(), weight, row_scales, name)
     else:
         y = flat.new_empty(flat.shape[0], weight.shape[0])
         for first in range(0, weight.shape[0], _SLAB):
