@@ -4,7 +4,7 @@
     avx512      x86-64 with AVX-512 F and DQ            native/search, 16 rows in a vector
     avx2        x86-64 with AVX2 and FMA                native/search, 8 rows in a vector
     portable    any machine the library was built for   native/search, 4 rows in a vector
-    triton      CUDA                                    torch's, with the beam as one kernel
+    triton      CUDA                                    torch's, with a visit as one kernel
     torch       anywhere, also CUDA                     batched over rows; no compiler needed
 
 All backends run the algorithm stated in native/search/search_core.h. They differ in the order of
@@ -87,11 +87,11 @@ def search(
             w, codebooks, levels, lambdas, beam, LOOKAHEAD, feedback, descent, sweeps, codes
         )
     if name == "triton":
-        from .triton_beam import beam_search
+        from .triton_beam import TritonVisits
 
         return torch_search.search(
             w, codebooks, levels, lambdas, beam, LOOKAHEAD, feedback, descent, sweeps, codes,
-            beam_search,
+            TritonVisits,
         )  # fmt: skip
     return native.search(
         name, w, codebooks, levels, lambdas, beam, LOOKAHEAD, feedback, descent, sweeps, codes

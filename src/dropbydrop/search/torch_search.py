@@ -1,21 +1,23 @@
 """The nested search as batched torch operations: all rows of a matrix at once, group by group.
 
 Serves GPUs and machines without a compiler. The steps are those of native/search/search_core.h;
-the beam keeps its candidates by exact scores. Memory: scores [rows, B, K/2] of one group, so rows
-are cut into chunks. The beam itself may be another one, such as triton_beam.py.
+the beam keeps its candidates by exact scores. Memory: what is left of W at each level, [L, rows,
+d_in], and the scores [rows, B, K/2] of one group, so rows are cut into chunks. triton_beam.py does
+what follows the product of a visit in one kernel.
+
+Nothing in a pass over the groups waits for the device: constants are put there once, and the number
+of changes is read at the end of a sweep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..code import GROUP
 from ..objective import Metric
-
-_ROWS = 4096  # rows searched together: scores of 4096 x 32 x 128 floats are 64 MiB
 
 
 def _schedule(
@@ -88,6 +90,87 @@ def _prefixes(codes: Tensor, tables: Tensor, levels: Sequence[int]) -> Tensor:
     return torch.stack(out)
 
 
+class Visits:
+    """One chunk of rows of W: what a visit of a group does to its codes.
+
+    Attributes:
+        chosen: codes so far, uint8 [M, rows, G].
+        error: W minus the prefix of those codes at each level, [L, rows, d_in]; of groups without
+            codes W itself.
+        moved: how often a visit changed a row since the last `take_moved`, int32 [rows].
+    """
+
+    ROWS = 4096  # rows searched together: scores of 4096 x 32 x 128 floats are 64 MiB
+
+    def __init__(
+        self,
+        part: Tensor,
+        codebooks: Tensor,
+        levels: Sequence[int],
+        lambdas: Sequence[float],
+        lookahead: float,
+        beam: int,
+    ) -> None:
+        """Args as for `search`; part [rows, d_in] are rows of w."""
+        self.part, self.codebooks, self.beam = part, codebooks, beam
+        self.levels, self.lambdas = list(levels), list(lambdas)
+        rows, d_in = part.shape
+        self.groups, self.device = d_in // GROUP, part.device
+        self.schedule = _schedule(codebooks.shape[0], levels, lambdas, lookahead)
+        self.tables = torch.cat([codebooks, -codebooks], dim=1)
+        self.weights = torch.tensor(self.lambdas, device=self.device)
+        self.error = part.expand(len(levels), -1, -1).clone()
+        shape = (codebooks.shape[0], rows, self.groups)
+        self.chosen = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        self.moved = torch.zeros(rows, dtype=torch.int32, device=self.device)
+
+    def adopt(self, codes: Tensor) -> None:
+        """Begin with codes uint8 [M, rows, G]."""
+        self.chosen.copy_(codes)
+        for j in range(self.groups):
+            self._subtract(j)
+
+    def pass_over(self, metric: Metric, order: Sequence[int], start: bool) -> None:
+        """Visit groups in this order, to choose (`start`) or to improve their codes."""
+        groups = self.part.view(-1, self.groups, GROUP).transpose(0, 1)
+        own = (groups @ metric.factor).contiguous()  # [G, rows, g], whitened
+        books = torch.einsum("mkg,jgh->jmkh", self.codebooks, metric.factor).contiguous()
+        for j in order:
+            self._visit(j, own[j], self.error @ metric.coupling[j], books[j], start)
+
+    def take_moved(self) -> int:
+        """The number of changes since the last call."""
+        count = int(self.moved.sum())
+        self.moved.zero_()
+        return count
+
+    def _visit(self, j: int, own: Tensor, pulled: Tensor, books: Tensor, start: bool) -> None:
+        """New codes of group j, all rows.
+
+        Args:
+            own: the group's inputs, whitened, [rows, g].
+            pulled: what the errors of all others add, [L, rows, g].
+            books: whitened, [M, K/2, g].
+        """
+        target = own + pulled
+        found, cost = _beam(target, books, self.lambdas, self.schedule, self.beam)
+        new = found.to(torch.uint8)
+        if not start:
+            old = self.chosen[:, :, j]
+            whitened = _prefixes(old, torch.cat([books, -books], dim=1), self.levels)
+            before = (target - whitened).square().sum(-1)  # [L, rows]
+            better = cost < (self.weights[:, None] * before).sum(0) * (1 - 1e-6)
+            self.moved += better
+            new = torch.where(better, new, old)
+        self.chosen[:, :, j] = new
+        self._subtract(j)
+
+    def _subtract(self, j: int) -> None:
+        inputs = slice(j * GROUP, (j + 1) * GROUP)
+        found = _prefixes(self.chosen[:, :, j], self.tables, self.levels)
+        self.error[:, :, inputs] = self.part[:, inputs] - found
+
+
 def search(
     w: Tensor,
     codebooks: Tensor,
@@ -99,55 +182,24 @@ def search(
     descent: Metric | None,
     sweeps: int,
     codes: Tensor | None,
-    beam_search: Callable[..., tuple[Tensor, Tensor]] = _beam,
+    visits: type[Visits] = Visits,
 ) -> tuple[Tensor, list[int]]:
-    """See `dropbydrop.search.search`; `beam_search` has the arguments of `_beam`."""
-    planes = codebooks.shape[0]
+    """See `dropbydrop.search.search`; `visits` is the class that does the visits."""
     d_out, d_in = w.shape
-    schedule = _schedule(planes, levels, lambdas, lookahead)
-    tables = torch.cat([codebooks, -codebooks], dim=1)
-    weights = torch.tensor(lambdas, device=w.device)
-    out = torch.zeros(planes, d_out, d_in // GROUP, dtype=torch.uint8, device=w.device)
+    groups = d_in // GROUP
+    out = torch.empty(codebooks.shape[0], d_out, groups, dtype=torch.uint8, device=w.device)
     changed = [0] * sweeps
-    for first in range(0, d_out, _ROWS):
-        rows = slice(first, min(first + _ROWS, d_out))
-        part = w[rows]
-        error = part.expand(len(levels), -1, -1).clone()  # [L, rows, d_in]
-
-        def visit(
-            j: int, metric: Metric, part: Tensor = part, error: Tensor = error
-        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            """Codes, cost, whitened targets and factor for group j with the errors as they are."""
-            factor = metric.factor[j]
-            own = part[:, j * GROUP : (j + 1) * GROUP] @ factor
-            target = own + error @ metric.coupling[j]
-            found, cost = beam_search(target, codebooks @ factor, lambdas, schedule, beam)
-            return found, cost, target, factor
-
-        chosen = torch.zeros(planes, part.shape[0], d_in // GROUP, dtype=torch.uint8).to(w.device)
+    for first in range(0, d_out, visits.ROWS):
+        rows = slice(first, min(first + visits.ROWS, d_out))
+        chunk = visits(w[rows].contiguous(), codebooks, levels, lambdas, lookahead, beam)
         if codes is None:
             assert feedback is not None
-            for j in reversed(range(d_in // GROUP)):
-                found, *_ = visit(j, feedback)
-                chosen[:, :, j] = found.to(torch.uint8)
-                inputs = slice(j * GROUP, (j + 1) * GROUP)
-                error[:, :, inputs] = part[:, inputs] - _prefixes(found, tables, levels)
+            chunk.pass_over(feedback, range(groups - 1, -1, -1), start=True)
         else:
-            chosen.copy_(codes[:, rows])
-            for j in range(d_in // GROUP):
-                inputs = slice(j * GROUP, (j + 1) * GROUP)
-                error[:, :, inputs] -= _prefixes(chosen[:, :, j], tables, levels)
+            chunk.adopt(codes[:, rows])
         for sweep in range(sweeps):
             assert descent is not None
-            for j in range(d_in // GROUP):
-                found, cost, target, factor = visit(j, descent)
-                old = _prefixes(chosen[:, :, j], tables, levels)
-                before = (target - old @ factor).square().sum(-1)  # [L, rows]
-                better = cost < (weights[:, None] * before).sum(0) * (1 - 1e-6)
-                changed[sweep] += int(better.sum())
-                merged = torch.where(better, found.to(torch.uint8), chosen[:, :, j])
-                chosen[:, :, j] = merged
-                inputs = slice(j * GROUP, (j + 1) * GROUP)
-                error[:, :, inputs] = part[:, inputs] - _prefixes(merged, tables, levels)
-        out[:, rows] = chosen
+            chunk.pass_over(descent, range(groups), start=False)
+            changed[sweep] += chunk.take_moved()
+        out[:, rows] = chunk.chosen
     return out, changed
