@@ -17,7 +17,7 @@
 #define __device__
 #define __global__
 #define __shared__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
@@ -79,6 +79,10 @@ inline int __dp4a(int a, int b, int c) {
   return c;
 }
 
+inline void start_dependents() {}
+inline void wait_for_inputs() {}
+inline void prefetch(const void *) {}
+inline float __fsqrt_rn(float a) { return sqrtf(a); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline int __float2int_rn(float a) { return a != a ? 0 : int(lrintf(a)); }
@@ -94,6 +98,14 @@ inline unsigned short float_to_half(float f) {
   unsigned short bits;
   std::memcpy(&bits, &h, 2);
   return bits;
+}
+
+inline unsigned to_bfloat16(float low, float high) {  // to nearest even; a NaN stays one
+  const auto half = [](float f) {
+    const unsigned bits = __float_as_uint(f);
+    return f != f ? 0x7fffu : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  };
+  return half(low) | half(high) << 16;
 }
 
 inline void start(int thread) {

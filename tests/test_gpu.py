@@ -3,6 +3,7 @@
 The products themselves are in test_kernels.py, the same tests as for the CPU's kernels.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -11,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import StaticCache
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import dropbydrop
-from dropbydrop import kernels
+from dropbydrop import kernels, together
 from dropbydrop.code import decode
 from dropbydrop.errors import KernelError
 from dropbydrop.kernels import gpu, layout, registry
 from dropbydrop.kernels.gpu import ops
-from dropbydrop.linear import NestedHead, NestedLinear
+from dropbydrop.linear import NestedHead
 from dropbydrop.rotation import Rotation, hadamard_on
 from helpers import write_checkpoint
 from test_kernels import Case, device
@@ -35,14 +38,37 @@ def same_numbers():
     torch.manual_seed(0)
 
 
-def site_of(case: Case, prefix: int, bias=None, kernel: str = "triton") -> gpu.DeviceSite:
+def matrix_of(case: Case, bias=None, kernel: str = "triton") -> kernels.Matrix:
     at = device(kernel)
     planes = tuple(plane.to(at) for plane in case.codes)
     packed = layout.Packed(planes, case.rows, case.groups, False)
-    matrix = kernels.Matrix(packed, case.scales.to(at), None if bias is None else bias.to(at))
+    return kernels.Matrix(packed, case.scales.to(at), None if bias is None else bias.to(at))
+
+
+def site_of(case: Case, prefix: int, bias=None, kernel: str = "triton", more=()) -> gpu.DeviceSite:
+    """The matrix of a case, and those of `more`, with the codebooks of the first."""
+    at = device(kernel)
+    matrices = [matrix_of(case, bias, kernel), *(matrix_of(c, None, kernel) for c in more)]
     tables = gpu.device_tables(case.tables, at)
     rotation = Rotation.make(case.groups * 8, seed=1).to(at)
-    return gpu.DeviceSite([matrix], tables, rotation, prefix, kernel)
+    return gpu.DeviceSite(matrices, tables, rotation, prefix, kernel)
+
+
+class Launches:
+    """Stands in for the Triton kernels and notes the names of those that are launched."""
+
+    def __init__(self):
+        self.names, self._kernels = [], ops._triton()
+
+    def __getattr__(self, name):
+        launches, kernel = self, getattr(self._kernels, name)
+
+        class Launch:
+            def __getitem__(self, grid):
+                launches.names.append(name)
+                return kernel[grid]
+
+        return Launch()
 
 
 @needs_triton
@@ -88,12 +114,12 @@ class TestOperators:
         at = device("triton")
         planes = [plane.to(at) for plane in case.codes]
         tables, scales = gpu.device_tables(case.tables, at), case.scales.to(at)
-        x = torch.randn(3, 32, device=at)
+        x, site = torch.randn(3, 32, device=at), site_of(case, 2)
         rotation = Rotation.make(32, seed=0).to(at)
         weight = torch.ones(5, 32, dtype=torch.int8, device=at)
         calls = {
-            "gpu_decode": (planes, tables, scales, torch.bfloat16),
-            "gpu_product": (x.half(), planes, tables, scales, None),
+            "gpu_decode": (planes, tables, scales, torch.bfloat16, "triton"),
+            "gpu_site": (x.half(), site.number, site.width),
             "gpu_rotate": (x, rotation.signs, None, 32, torch.float16),
             "gpu_rows": (x, weight, scales[:5], None),
         }
@@ -111,22 +137,71 @@ class TestOperators:
         graphs = []
 
         def record(graph, inputs):
-            graphs.append(graph)
+            graphs.append((graph, inputs))
             return graph.forward
 
         compiled = torch.compile(lambda x: site(x)[0], backend=record, fullgraph=True)
         assert torch.equal(compiled(x), site(x)[0])
-        called = {str(n.target) for n in graphs[0].graph.nodes if n.op == "call_function"}
-        assert {"dropbydrop.gpu_rotate", "dropbydrop.gpu_product"} <= called
-        assert len(graphs) == 1
+        ((graph, inputs),) = graphs
+        called = {str(n.target) for n in graph.graph.nodes if n.op == "call_function"}
+        assert "dropbydrop.gpu_site" in called
+        assert len(inputs) == 1, "planes are no inputs: a graph would copy them"
+
+    def test_what_the_dense_path_passes_never_moves(self):
+        """Else torch's CUDA graphs copy it before every replay."""
+        site = site_of(Case(24, 6, 3), 2)
+        for tensor in (*site.planes[0], site.tables, site.rotation.signs, site.rotation.odd):
+            assert tensor._dynamo_static_input_type
+
+    def test_a_site_that_is_gone_is_an_error(self):
+        case = Case(24, 6, 2)
+        number = site_of(case, 2).number
+        with pytest.raises(KernelError, match="compile the model again"):
+            torch.ops.dropbydrop.gpu_site(case.x.to(device("triton")), number, 24)
+
+    @pytest.mark.parametrize("prefix", [1, 3, 8])
+    def test_matrices_of_a_site(self, prefix):
+        """Up to three share a launch, further ones take another; biases of some."""
+        cases = [Case(rows, 45, 8, n=2, seed=rows) for rows in (70, 5, 32, 33)]
+        for case in cases[1:]:
+            case.tables = cases[0].tables
+        for count in (2, 3, 4):
+            site = site_of(cases[0], prefix, cases[0].bias, more=cases[1:count])
+            x = cases[0].x.to(device("triton"))
+            rotated = site.rotation.apply(x.double()).cpu()
+            for i, (y, case) in enumerate(zip(site(x), cases, strict=False)):
+                want = case.exact(prefix, rotated) + (case.bias if i == 0 else 0)
+                assert y.shape == want.shape
+                assert (y.cpu() - want).norm() < 1e-5 * want.norm()
+            assert len(site(x)) == count
+            for y, dense in zip(site(x), site.dense(x), strict=True):
+                assert (y - dense).abs().max() < 1e-4 * dense.abs().max()
+
+    def test_launches(self, monkeypatch):
+        """What docs/gpu.md says: two a site, three where the inputs are split, also with an odd
+        factor and for several matrices."""
+        launches = Launches()
+        monkeypatch.setattr(ops, "_triton", lambda: launches)
+        q, k, v = (Case(rows, 24, 2, n=16) for rows in (64, 8, 8))
+        wide = Case(8, 8 * ops._GROUPS, 2)
+        for case, more, want in (
+            (q, (k, v), ["mix", "product"]),
+            (wide, (), ["mix", "product", "finish"]),
+        ):
+            site = site_of(case, 2, more=more)
+            launches.names.clear()
+            site(case.x.to(device("triton")))
+            assert launches.names == want
+        assert site_of(q, 2).rotation.odd is not None
 
     def test_splits_cover_the_inputs(self):
-        for d_out in (1, 512, 4096, 28672):
+        for tiles in (1, 16, 128, 896):
             for groups in (1, 72, 512, 3584):
-                count, length = ops.splits(d_out, groups)
+                count, length = ops.splits(tiles, groups)
                 assert count * length >= groups > (count - 1) * length
                 assert length % ops._GROUPS == 0
-        assert ops.splits(4096, 512)[0] > 1
+        assert ops.splits(128, 512)[0] > 1
+        assert ops.splits(ops._PROGRAMS, 3584)[0] == 1
 
     def test_training_decodes_again_instead_of_keeping(self):
         case = Case(40, 16, 2, n=3)
@@ -148,11 +223,13 @@ class TestOperators:
         planes, scales = site.planes[0], site.matrices[0].scales
         x = case.x.to(scales.device)
         with pytest.raises(ValueError, match="at most 16 rows of 64"):
-            ops.product(x, planes, site.tables, scales, None)
+            ops.product(x, [planes], site.tables, scales, None)
         with pytest.raises(ValueError, match="need 1 to 8"):
-            ops.product(x[:1], planes, site.tables[:1], scales, None)
+            ops.product(x[:1], [planes], site.tables[:1], scales, None)
+        with pytest.raises(ValueError, match="3 matrices"):
+            ops.product(x[:1], [planes] * 4, site.tables, scales, None)
         with pytest.raises(ValueError, match="uint8"):
-            ops.decode([planes[0].float()], site.tables, scales, torch.float32)
+            ops.decode([planes[0].float()], site.tables, scales, torch.float32, "triton")
         packed = layout.Packed(tuple(planes), 70, 8, True)
         with pytest.raises(KernelError, match="row major"):
             gpu.DeviceSite(
@@ -179,7 +256,7 @@ def test_a_model_runs_on_the_kernel(tmp_path, monkeypatch):
             gpu.DeviceSite, "__call__", lambda self, x: called.append(x.shape) or original(self, x)
         )
         got = model(ids.to(model.device)).logits.cpu()
-        assert len(called) == sum(isinstance(m, NestedLinear) for m in model.modules())
+        assert len(called) == 4 * len(model.model.layers), "q/k/v and gate/up go together"
         assert (got - want).abs().max() < 2e-3 * want.abs().max()
         short = model(ids[:, :4].to(model.device)).logits.cpu()
         assert (short - want[:, :4]).abs().max() < 2e-3 * want.abs().max()
@@ -200,6 +277,122 @@ def test_a_module_is_one_graph(tmp_path, monkeypatch):
         want = layer(x)  # the prompt runs first and builds what all calls share
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
         assert torch.equal(compiled(x), want)
+
+
+@pytest.fixture
+def on_device(tmp_path, monkeypatch):
+    """A tiny model whose products run on the kernel triton."""
+    if device("triton") == "cpu":
+        monkeypatch.setenv(registry.VARIABLE, "triton")
+    folder = write_checkpoint(tmp_path / "out")
+    return dropbydrop.load(folder, bits=2, device=device("triton"))
+
+
+@needs_triton
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_decoded_token_is_one_graph(on_device, backend):
+    """What transformers compiles for a static cache: the whole model, without breaks."""
+    model = on_device
+    graphs, ids = [], torch.randint(3, 259, (1, 6)).to(model.device)
+    with torch.no_grad():
+
+        def token(run):
+            cache = StaticCache(config=model.config, max_cache_len=16)
+            model(ids[:, :5], past_key_values=cache)
+            return run(ids[:, 5:], past_key_values=cache).logits
+
+        def record(graph, inputs):
+            graphs.append(graph)
+            return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+        want = token(model)
+        got = token(torch.compile(model.forward, backend=record, fullgraph=True))
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()  # attention in another order
+    targets = [str(n.target) for n in graphs[0].graph.nodes if n.op == "call_function"]
+    assert sum("gpu_site" in target for target in targets) == 4 * len(model.model.layers)
+    assert not any("gpu_decode" in target for target in targets)
+
+
+@needs_triton
+def test_generation_with_a_static_cache(on_device):
+    ids = torch.randint(3, 259, (1, 6)).to(on_device.device)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    want = on_device.generate(ids, **settings)
+    assert torch.equal(on_device.generate(ids, cache_implementation="static", **settings), want)
+
+
+@needs_triton
+class TestTogether:
+    """q/k/v in one product (together.py)."""
+
+    def calls(self, model, monkeypatch):
+        """Numbers of matrices of the sites that a prompt of two tokens is multiplied by."""
+        seen, original = [], gpu.DeviceSite.__call__
+
+        def spy(self, x):
+            seen.append(len(self.rows))
+            return original(self, x)
+
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(gpu.DeviceSite, "__call__", spy)
+            logits = model(torch.tensor([[5, 6]], device=model.device)).logits
+        return seen[: len(seen) // 2], logits  # of the first of two equal blocks
+
+    def test_sites_are_multiplied_together(self, on_device, monkeypatch):
+        seen, logits = self.calls(on_device, monkeypatch)
+        assert seen == [3, 1, 2, 1]
+        view = dropbydrop.at(on_device, 2)
+        again, same = self.calls(view, monkeypatch)
+        assert again == seen
+        assert torch.equal(same, logits)
+        assert type(on_device.model.layers[0].mlp).__name__ == "LlamaMLP"
+
+    def test_what_is_not_plain_runs_alone(self, on_device, monkeypatch):
+        _, want = self.calls(on_device, monkeypatch)
+        hooked = []
+        for layer in on_device.model.layers:
+            layer.self_attn.k_proj.register_forward_hook(lambda m, x, y: hooked.append(m))
+        seen, logits = self.calls(on_device, monkeypatch)
+        assert seen == [1, 1, 1, 1, 2, 1]
+        assert len(hooked) == 2
+        assert (logits - want).abs().max() < 1e-4 * want.abs().max()
+
+    def test_another_input_is_not_mixed_up(self, on_device, monkeypatch):
+        """A parent that does not give the same tensor to all linears of a site."""
+        attention = on_device.model.layers[0].self_attn
+
+        class Odd(torch.nn.Module):
+            def forward(self, x):
+                return self.q_proj(x), self.k_proj(2 * x), self.v_proj(x)
+
+        parent = Odd()
+        parent.q_proj, parent.k_proj, parent.v_proj = (
+            attention.q_proj, attention.k_proj, attention.v_proj,
+        )  # fmt: skip
+        x = torch.randn(1, 2, attention.q_proj.in_features, device=on_device.device)
+        with torch.no_grad():
+            want = parent(x)
+            together.multiply_together(parent)
+            got = parent(x)
+        assert type(parent) is not Odd
+        for one, other in zip(want, got, strict=True):
+            assert (one - other).abs().max() < 1e-5 * one.abs().max()
+
+    def test_a_parent_that_calls_super_is_left_alone(self, on_device):
+        class Calls(LlamaMLP):
+            def forward(self, x):
+                return super().forward(x)
+
+        mlp = on_device.model.layers[0].mlp
+        mlp.__class__ = Calls
+        together.multiply_together(on_device)
+        assert type(mlp) is Calls
+        with torch.no_grad():
+            assert mlp(torch.ones(1, 64, device=on_device.device)).shape == (1, 64)
+
+    def test_models_elsewhere_stay_as_they_are(self, tmp_path):
+        model = dropbydrop.load(write_checkpoint(tmp_path / "out"), bits=2)
+        assert type(model.model.layers[0].mlp) is LlamaMLP
 
 
 @needs_triton
@@ -274,7 +467,14 @@ def test_compiles_for_a_gpu_without_one():
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True,
                           env=environment, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "compiled" in done.stdout
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {one["kernel"] for one in found} >= {"decode", "product", "mix", "visit", "rows"}
+    assert not [one for one in found if one["spilled"]]
+    assert all(one["shared"] <= 227 << 10 for one in found)
+    for one in found:
+        if one["kernel"] in ("product", "decode"):  # entries of 16 bytes, by way of the cache
+            assert one["wide"] > one["constants"]["P"]
+            assert not one["around"]
 
 
 def test_importing_the_package_loads_no_gpu_software():
@@ -319,12 +519,14 @@ class TestDevice:
         graph.replay()
         assert torch.equal(got, want)
 
-    def test_decoding_is_exact(self):
+    @pytest.mark.parametrize("kernel", ["triton", "cuda-i8"])
+    def test_decoding_is_exact(self, kernel):
         case = Case(333, 77, 8)
         at = "cuda"
         planes = [plane.to(at) for plane in case.codes]
+        case.tables = [table.half().float() for table in case.tables]
         tables = gpu.device_tables(case.tables, at)
         for prefix in range(1, 9):
             for dtype in DTYPES:
-                got = ops.decode(planes[:prefix], tables, case.scales.to(at), dtype).cpu()
+                got = ops.decode(planes[:prefix], tables, case.scales.to(at), dtype, kernel).cpu()
                 assert torch.equal(got, decode(case.codes, case.tables, case.scales, prefix, dtype))

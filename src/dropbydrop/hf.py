@@ -8,7 +8,8 @@ Steps of `AutoModelForCausalLM.from_pretrained(out)` that are ours:
    names, so transformers loads them itself, to whatever device it was told.
 3. After the weights are read, codes are entered into the `PlaneStore`, and it is checked that
    every tensor of ours has really been read: never a random weight. The native decode step is
-   offered to the model (kernels/attach.py).
+   offered to the model (kernels/attach.py), and on a GPU one product for all linears of an input
+   (together.py).
 
 Codebooks, signs and odd factors belong to no single module; the store reads them.
 Written against transformers 5.23; tests/test_hf.py exercises every hook that is overridden.
@@ -36,6 +37,7 @@ from .errors import DropError, FormatError, PrecisionError, UnsupportedModelErro
 from .kernels import attach
 from .linear import NestedEmbedding, NestedHead, NestedLinear, bound_of, output_scale
 from .store import PlaneStore
+from .together import multiply_together
 
 logger = logging.get_logger(__name__)
 
@@ -149,6 +151,7 @@ class DropByDropQuantizer(HfQuantizer):
             head.row_scales = embedding.row_scales.to(head.rows.device)
         set_level_parameters(model, linears[0].store, linears[0].prefix)
         attach(model, bound_of)
+        multiply_together(model)
         return model
 
     def is_serializable(self) -> bool:

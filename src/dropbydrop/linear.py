@@ -17,7 +17,7 @@ the first floating-point parameter, stays the type of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -200,7 +200,7 @@ def _multiply(module: NestedLinear, x: Tensor) -> Tensor:
     decode and multiply.
     """
     if kernel := kernels.gpu_kernel(x.device.type):
-        return _device_site(module, kernel)(x)[0]
+        return device_site([module], kernel)(x)[0]
     if x.is_cpu:
         bound = _bound(module)
         return (bound if x.numel() <= FEW * x.shape[-1] else bound.dense)(x)[0]
@@ -210,23 +210,35 @@ def _multiply(module: NestedLinear, x: Tensor) -> Tensor:
     return F.linear(rotated, module.rotated_weight(x.dtype), bias)
 
 
-def _device_site(module: NestedLinear, kernel: str) -> kernels.gpu.DeviceSite:
-    """The module's matrix, ready for a GPU kernel; built once in the store for all views."""
-    store, device = module.store, module.codes[1].device
+def device_site(modules: Sequence[NestedLinear], kernel: str) -> kernels.gpu.DeviceSite:
+    """Modules of one input site and precision, ready for a GPU kernel; built once for all views.
+
+    Args:
+        modules: they have the same `site` and `prefix`.
+        kernel: the name of a kernel of `kernels.gpu`.
+    """
+    first = modules[0]
+    store, device = first.store, first.codes[1].device
 
     def build() -> kernels.gpu.DeviceSite:
-        site, shape = module.site, (module.out_features, module.in_features // GROUP)
+        site = first.site
         tables = store.derived(
             ("gpu tables", site.codebooks, device),
             lambda: kernels.gpu.device_tables(site.tables, device),
         )
-        planes = tuple(plane.detach() for plane in module.codes.tensors())
-        bias = None if module.bias is None else module.bias.detach()
-        matrix = kernels.Matrix(kernels.Packed(planes, *shape, False), module.row_scales, bias)
-        return kernels.gpu.DeviceSite([matrix], tables, site.rotation, module.prefix, kernel)
+        matrices = [_row_major(module) for module in modules]
+        return kernels.gpu.DeviceSite(matrices, tables, site.rotation, first.prefix, kernel)
 
-    key = ("gpu", module.name, module.prefix, kernel, device)
+    key = ("gpu", *[module.name for module in modules], first.prefix, kernel, device)
     return cast(kernels.gpu.DeviceSite, store.derived(key, build))
+
+
+def _row_major(module: NestedLinear) -> kernels.Matrix:
+    """A module's matrix from planes that are held as they are on disk."""
+    planes = tuple(plane.detach() for plane in module.codes.tensors())
+    packed = kernels.Packed(planes, module.out_features, module.in_features // GROUP, False)
+    bias = None if module.bias is None else module.bias.detach()
+    return kernels.Matrix(packed, module.row_scales, bias)
 
 
 def bound_of(module: nn.Module) -> kernels.Bound:

@@ -110,7 +110,7 @@ def decode_dense(
     _check_prefix(prefix, packed, books)
     chosen = registry.select(kernel, packed.planes[0].device.type)
     if chosen.gpu:
-        return gpu.decode_dense(packed, books, scales, prefix, dtype)
+        return gpu.decode_dense(packed, books, scales, prefix, dtype, chosen.name)
     return _rows(packed, books, scales, prefix, dtype, chosen, 0, packed.rows)
 
 

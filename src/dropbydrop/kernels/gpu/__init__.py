@@ -4,8 +4,8 @@
     q, k, v = site(x)          # rotation and three products; decodes when x has many rows
 
 Files: site.py chooses between few rows and a dense matrix; ops.py launches the Triton kernels of
-triton_kernels.py as torch operators; int8.py does the same for int8.cu, which nvrtc.py compiles at
-run time. Importing this package imports neither Triton nor CUDA.
+triton_kernels.py; int8.py and dense.py launch CUDA kernels, int8.cu and dense.cu, which nvrtc.py
+compiles at run time. Importing this package imports neither Triton nor CUDA.
 """
 
 from .ops import device_tables, interpreted, rows_linear, takes_rows

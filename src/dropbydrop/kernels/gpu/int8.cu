@@ -6,6 +6,12 @@
 // exact: bytes times bytes in 32-bit integers (dp4a), at most 16 * 8 * 127 * 127 < 2^21. Around them
 // float32, in this order: planes, then the blocks of a lane, then lanes by butterflies.
 //
+// Two launches a site, however many matrices read its input:
+//   rotate_rows  x -> Q x (float32, in shared memory) -> bytes and a unit for each 128 of them.
+//   product      all rows of all matrices of the site.
+// On devices from 9.0 on the second may start while the first runs: it loads the codebooks and asks
+// for its first codes, then waits (`wait_for_inputs`) before it reads x.
+//
 // Layout. A team of LANES lanes takes R rows of W; a lane takes one block at a time: 16 codes of a
 // plane and row are one 16-byte load, and neighbouring lanes read neighbouring bytes. Shared memory:
 //   books  [P][256][COPIES] of 8 bytes. With 16 copies the lanes of a half-warp read 16 different
@@ -16,71 +22,121 @@
 // Blocks of threads are persistent: books and x are loaded once and serve many rows.
 //
 // Compile-time constants: P planes, N rows of x in a pass, R rows of W of a team, LANES (a power of
-// two up to 32), COPIES (a power of two up to 16), VECTOR (bytes a load of codes may take: 16, 4, 1).
-// The result depends on none but P and LANES, and LANES on the shape alone (int8.py).
+// two up to 32), COPIES (a power of two up to 16), VECTOR (bytes a load of codes may take: 16, 4, 1),
+// MATRICES of the site, RESIDENT (blocks that shared memory lets a multiprocessor hold: a bound on
+// registers). The result depends on none but P and LANES, and LANES on the shape alone (int8.py).
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
+constexpr int MOST = 4;  // matrices of a site; more take further launches
 
-struct Planes { const u8 *at[8]; };
+// Where the matrices of a site are. Their rows are counted one after the other.
+struct Matrices {
+  const u8 *codes[MOST][8];  // planes of each, [rows, groups]
+  int end[MOST];             // the row after the last of each
+};
 
 #ifndef DROP_HOST  // tests compile this file for the host and define these themselves
-__device__ inline float half_to_float(u16 h) {
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
-  return f;
+__device__ inline void start_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
-__device__ inline u16 float_to_half(float f) {
-  u16 h;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
-  return h;
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void prefetch(const void *at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 #endif
 
-// Element i of an array of float32 (type 0), float16 (1) or bfloat16 (2).
-__device__ inline float load_number(const void *array, int type, long long i) {
-  if (type == 0) return ((const float *)array)[i];
-  const u16 bits = ((const u16 *)array)[i];
-  return type == 1 ? half_to_float(bits) : __uint_as_float((u32)bits << 16);
+__device__ inline int padded(int i) { return i + (i >> 3); }  // strides of 8 meet in no bank
+
+// Q x of `span` consecutive outputs, `first` onwards, into y[padded(0 .. span)]; zeros past d.
+// Q = (factor (x) H) signs, H the Hadamard matrix of `size`; `factor` [odd, odd] or null, `signs`
+// null for no rotation. The factor comes first, while loading (both commute); then H in passes of
+// up to three stages, from the largest stride down.
+__device__ inline void rotate(const void *x, int type, long long row, const float *signs,
+                              const float *factor, float *y, int first, int span, int d, int odd,
+                              int size) {
+  for (int i = threadIdx.x; i < span; i += blockDim.x) {
+    const int at = first + i;
+    float value = 0.0f;
+    if (at < d && !factor) {
+      value = load_number(x, type, row * d + at) * (signs ? signs[at] : 1.0f);
+    } else if (at < d) {
+      const int column = at % size;
+      const float *weights = factor + (at / size) * odd;
+#pragma unroll 8
+      for (int o = 0; o < odd; o++) {
+        const int from = o * size + column;
+        value = fmaf(weights[o], load_number(x, type, row * d + from) * signs[from], value);
+      }
+    }
+    y[padded(i)] = value;
+  }
+  __syncthreads();
+  for (int left = size; left > 1;) {
+    const int points = left >= 8 ? 8 : left, h = left / points;
+    for (int t = threadIdx.x; t < span / points; t += blockDim.x) {
+      const int base = t / h * h * points + t % h;
+      float v[8];
+#pragma unroll
+      for (int k = 0; k < 8; k++) v[k] = k < points ? y[padded(base + k * h)] : 0.0f;
+#pragma unroll
+      for (int stage = 1; stage < 8; stage *= 2) {
+        if (stage < points) {
+#pragma unroll
+          for (int k = 0; k < 8; k++) {
+            if (!(k & stage)) {
+              const float low = v[k], high = v[k | stage];
+              v[k] = low + high;
+              v[k | stage] = low - high;
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < 8; k++)
+        if (k < points) y[padded(base + k * h)] = v[k];
+    }
+    __syncthreads();
+    left = h;
+  }
 }
 
-__device__ inline void store_number(void *array, int type, long long i, float value) {
-  if (type == 0) {
-    ((float *)array)[i] = value;
-  } else if (type == 1) {
-    ((u16 *)array)[i] = float_to_half(value);
-  } else {  // round to nearest even; a NaN stays one
-    const u32 bits = __float_as_uint(value);
-    ((u16 *)array)[i] =
-        value != value ? 0x7fff : (u16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+// x [n, d] of a type -> steps int8 [n, 128 * blocks] and units float32 [n, blocks], Q x ~ units *
+// steps. Inputs past d count as zeros; a block with a NaN or infinity gets a NaN unit. Grid: spans of
+// `span` outputs (a multiple of `size` and of 128), rows. Shared memory: padded(span) floats.
+extern "C" __global__ void rotate_rows(const void *x, const float *signs, const float *factor,
+                                       signed char *steps, float *units, int type, int d, int odd,
+                                       int size, int span, int blocks) {
+  extern __shared__ uint4 shared[];
+  start_dependents();
+  float *y = (float *)shared;
+  const int first = blockIdx.x * span, lane = threadIdx.x & 31;
+  const long long row = blockIdx.y;
+  rotate(x, type, row, signs, factor, y, first, span, d, odd, size);
+  const float unit = __fdiv_rn(1.0f, __fsqrt_rn((float)size));
+  for (int b = threadIdx.x / 32; b < span / 128 && first / 128 + b < blocks; b += blockDim.x / 32) {
+    float value[4], largest = 0.0f, bad = 0.0f;
+    for (int i = 0; i < 4; i++) {
+      value[i] = __fmul_rn(y[padded(b * 128 + lane * 4 + i)], unit);
+      largest = fmaxf(largest, fabsf(value[i]));
+      bad += value[i] - value[i];
+    }
+    for (int offset = 16; offset; offset >>= 1) {
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+      bad += __shfl_xor_sync(0xffffffffu, bad, offset);
+    }
+    const float inverse = largest > 0.0f ? __fdiv_rn(127.0f, largest) : 0.0f;
+    u32 word = 0;
+    for (int i = 0; i < 4; i++)
+      word |= (u32)(__float2int_rn(value[i] * inverse) & 255) << (8 * i);
+    const long long block = row * blocks + first / 128 + b;
+    ((u32 *)steps)[block * 32 + lane] = word;
+    if (lane == 0) units[block] = __fdiv_rn(largest, 127.0f) + bad;
   }
-}
-
-// x float32 [n, d] -> steps int8 [n, 128 * blocks] and units float32 [n, blocks], x ~ units * steps.
-// One warp a block; inputs past d count as zeros. A block with a NaN or infinity gets a NaN unit.
-extern "C" __global__ void round_rows(const float *x, signed char *steps, float *units, int n,
-                                      int d, int blocks) {
-  const int lane = threadIdx.x & 31;
-  const long long block = (long long)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
-  if (block >= (long long)n * blocks) return;  // the same for all lanes of a warp
-  const long long row = block / blocks;
-  const int first = (int)(block % blocks) * 128 + lane * 4;
-  float value[4], largest = 0.0f, bad = 0.0f;
-  for (int i = 0; i < 4; i++) {
-    value[i] = first + i < d ? x[row * d + first + i] : 0.0f;
-    largest = fmaxf(largest, fabsf(value[i]));
-    bad += value[i] - value[i];
-  }
-  for (int offset = 16; offset; offset >>= 1) {
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-    bad += __shfl_xor_sync(0xffffffffu, bad, offset);
-  }
-  const float inverse = largest > 0.0f ? __fdiv_rn(127.0f, largest) : 0.0f;
-  for (int i = 0; i < 4; i++) {
-    steps[block * 128 + lane * 4 + i] = (signed char)__float2int_rn(value[i] * inverse);
-  }
-  if (lane == 0) units[block] = __fdiv_rn(largest, 127.0f) + bad;
 }
 
 #ifdef P
@@ -102,20 +158,54 @@ __device__ inline uint4 load_codes(const u8 *row, int first, int groups) {
   return make_uint4(word[0], word[1], word[2], word[3]);
 }
 
+// Where the entry of code i of a word is in `books`: bytes from the entry of code 0.
+__device__ inline u32 offset_of(u32 word, int i) {
+  constexpr int bits = COPIES == 16 ? 7 : COPIES == 8 ? 6 : 5;  // COPIES * 8 bytes an entry
+  const int shift = 8 * i - bits;
+  return (shift < 0 ? word << -shift : word >> shift) & (255u << bits);
+}
+
 __device__ inline u32 word_of(uint4 v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-product(Planes planes, const uint2 *books, const float *book_units, const uint4 *steps,
-        const float *units, const void *scales, const void *bias, void *out, int scale_type,
-        int bias_type, int out_type, int n, int d_out, int groups) {
+// The matrix of a row: selected, as parameters that are indexed at run time would go to memory.
+__device__ inline const u8 *row_of(const Matrices &all, int m, int row, int groups) {
+  const u8 *at = all.codes[0][m];
+  int first = 0;
+#pragma unroll
+  for (int i = 1; i < MATRICES; i++) {
+    if (row >= all.end[i - 1]) {
+      at = all.codes[i][m];
+      first = all.end[i - 1];
+    }
+  }
+  return at + (long long)(row - first) * groups;
+}
+
+// y [n, rows of all matrices] of a type; scales and bias (or null) float32 of all rows.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+product(const Matrices all, const uint2 *books, const float *book_units, const uint4 *steps,
+        const float *units, const float *scales, const float *bias, void *out, int type, int n,
+        int groups) {
   extern __shared__ uint4 shared[];
-  const int blocks = (groups + 15) / 16;
+  const int blocks = (groups + 15) / 16, rows = all.end[MATRICES - 1];
   uint4 *x = shared + P * 256 * COPIES / 2;
   uint2 *book = (uint2 *)shared;
   const int first_x = blockIdx.y * N;  // rows first_x .. first_x + N of x
+  const int lane = threadIdx.x & 31, own = lane % LANES, team = lane / LANES;
+  const int warp = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+  const int rows_of_warp = 32 / LANES * R;
+
+#pragma unroll
+  for (int r = 0; r < R; r++) {
+    const int row = warp * rows_of_warp + team * R + r;
+#pragma unroll
+    for (int m = 0; m < P; m++)
+      if (row < rows && own < blocks) prefetch(row_of(all, m, row, groups) + own * 16);
+  }
   for (int i = threadIdx.x; i < P * 256 * COPIES; i += THREADS) book[i] = books[i / COPIES];
+  wait_for_inputs();
   for (int i = threadIdx.x; i < N * blocks * 8; i += THREADS) {
     const int b = i / 8 % blocks, row = first_x + i / 8 / blocks;
     const uint4 zero = make_uint4(0, 0, 0, 0);
@@ -124,16 +214,19 @@ product(Planes planes, const uint2 *books, const float *book_units, const uint4 
   }
   __syncthreads();
 
-  const int lane = threadIdx.x & 31, own = lane % LANES, team = lane / LANES;
-  const int warp = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
-  const int rows_of_warp = 32 / LANES * R;
-  const uint2 *copy = book + lane % COPIES;
+  const u32 copy = lane % COPIES * 8;  // bits that no offset has
   float unit_of[P];
   for (int m = 0; m < P; m++) unit_of[m] = book_units[m];
 
-  for (long long tile = (long long)warp * rows_of_warp; tile < d_out;
+  for (long long tile = (long long)warp * rows_of_warp; tile < rows;
        tile += (long long)gridDim.x * (THREADS / 32) * rows_of_warp) {
-    const long long first_row = tile + team * R;
+    const int first_row = (int)tile + team * R;
+    const u8 *from[R][P];
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+      for (int m = 0; m < P; m++)
+        from[r][m] = row_of(all, m, first_row + r < rows ? first_row + r : 0, groups);
     float sum[N][R];
     for (int i = 0; i < N; i++)
       for (int r = 0; r < R; r++) sum[i][r] = 0.0f;
@@ -143,9 +236,7 @@ product(Planes planes, const uint2 *books, const float *book_units, const uint4 
       for (int r = 0; r < R; r++)
 #pragma unroll
         for (int m = 0; m < P; m++)
-          codes[r][m] = first_row + r < d_out
-                            ? load_codes(planes.at[m] + (first_row + r) * groups, b * 16, groups)
-                            : make_uint4(0, 0, 0, 0);
+          codes[r][m] = load_codes(from[r][m], b * 16, groups);
       int dots[N][R][P];
 #pragma unroll
       for (int i = 0; i < N; i++)
@@ -165,8 +256,8 @@ product(Planes planes, const uint2 *books, const float *book_units, const uint4 
           for (int r = 0; r < R; r++)
 #pragma unroll
             for (int m = 0; m < P; m++) {
-              const u32 code = (word_of(codes[r][m], at / 4) >> (8 * (at % 4))) & 255;
-              const uint2 entry = copy[(m * 256 + code) * COPIES];
+              const u32 offset = offset_of(word_of(codes[r][m], at / 4), at % 4) | copy;
+              const uint2 entry = *(const uint2 *)((const u8 *)(book + m * 256 * COPIES) + offset);
 #pragma unroll
               for (int i = 0; i < N; i++) {
                 const u32 low = half ? inputs[i].z : inputs[i].x;
@@ -197,11 +288,11 @@ product(Planes planes, const uint2 *books, const float *book_units, const uint4 
 #pragma unroll
         for (int offset = LANES / 2; offset; offset >>= 1)
           total += __shfl_xor_sync(0xffffffffu, total, offset);
-        const long long row = first_row + r;
-        if (own == 0 && row < d_out && first_x + i < n) {
-          const float scaled = __fmul_rn(total, load_number(scales, scale_type, row));
-          store_number(out, out_type, (first_x + i) * (long long)d_out + row,
-                bias ? scaled + load_number(bias, bias_type, row) : scaled);
+        const int row = first_row + r;
+        if (own == 0 && row < rows && first_x + i < n) {
+          const float scaled = __fmul_rn(total, scales[row]);
+          store_number(out, type, (first_x + i) * (long long)rows + row,
+                       bias ? scaled + bias[row] : scaled);
         }
       }
   }

@@ -7,6 +7,9 @@ torch.cuda._compile_kernel does much the same; it looks for the headers of an in
 fails without one, and this package must not need a compiler. Pointers are passed as c_void_p,
 integers as c_int, structures as they are. Launches go to torch's current stream, so that CUDA
 graphs record them; compile before a capture (the first call does).
+
+A launch with `overlap` may start while the kernel before it on the stream still runs (programmatic
+dependent launch, compute capability 9.0): it must wait before it reads what that one wrote.
 """
 
 from __future__ import annotations
@@ -25,6 +28,33 @@ from ...errors import KernelError
 
 _OPTIN_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _FREE_SHARED = 48 << 10  # what a kernel may use without opting in
+_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint64 * 8))
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+def source(name: str) -> str:
+    """A CUDA source of this folder, after what all of them use."""
+    folder = Path(__file__).parent
+    return (folder / "numbers.cu").read_text() + (folder / name).read_text()
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """A tensor as an argument of a kernel; None is a null pointer."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _candidates() -> list[str]:
@@ -118,6 +148,8 @@ class Function:
         major, minor = torch.cuda.get_device_capability(device)
         image = compile_source(source, name, defines, f"sm_{major}{minor}")
         self._device, self._shared = device, _FREE_SHARED
+        self._overlaps = (major, minor) >= (9, 0)
+        self._resident: dict[tuple[int, int], int] = {}
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes torch's context the current one
@@ -130,22 +162,57 @@ class Function:
                 f"finding {name}",
             )
 
+    def resident(self, threads: int, shared: int) -> int:
+        """Blocks of `threads` with `shared` bytes that a multiprocessor holds; at least one."""
+        key = threads, shared
+        if key not in self._resident:
+            count = ctypes.c_int()
+            with torch.cuda.device(self._device):
+                self._allow(shared)
+                _checked(
+                    _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                        ctypes.byref(count), self._function, threads, ctypes.c_size_t(shared)
+                    ),
+                    "asking for the occupancy of a kernel",
+                )
+            self._resident[key] = max(1, count.value)
+        return self._resident[key]
+
+    def _allow(self, shared: int) -> None:
+        """Opt in to more shared memory than every kernel may use."""
+        if shared > self._shared:
+            _checked(
+                _driver().cuFuncSetAttribute(self._function, _OPTIN_SHARED, shared),
+                f"asking for {shared} bytes of shared memory",
+            )
+            self._shared = shared
+
     def launch(
-        self, grid: tuple[int, int], threads: int, shared: int, arguments: Sequence[Any]
+        self,
+        grid: tuple[int, int],
+        threads: int,
+        shared: int,
+        arguments: Sequence[Any],
+        overlap: bool = False,
     ) -> None:
         """Run on the current stream of the function's device; `arguments` are ctypes values."""
         driver = _driver()
         with torch.cuda.device(self._device):
-            if shared > self._shared:
-                _checked(
-                    driver.cuFuncSetAttribute(self._function, _OPTIN_SHARED, shared),
-                    f"asking for {shared} bytes of shared memory",
-                )
-                self._shared = shared
+            self._allow(shared)
             pointers = (ctypes.c_void_p * len(arguments))(
                 *[ctypes.addressof(argument) for argument in arguments]
             )
             stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            if overlap and self._overlaps:
+                attribute = _Attribute(_SERIALIZATION, 0, (1,))
+                config = _Config(
+                    (*grid, 1), (threads, 1, 1), shared, stream, ctypes.pointer(attribute), 1
+                )
+                if not driver.cuLaunchKernelEx(
+                    ctypes.byref(config), self._function, pointers, None
+                ):
+                    return
+                self._overlaps = False  # an older driver: launch as usual from now on
             _checked(
                 driver.cuLaunchKernel(
                     self._function, *grid, 1, threads, 1, 1, shared, stream, pointers, None

@@ -1,12 +1,12 @@
 """Torch operators over the Triton kernels: opaque, functional, so compile and graphs see them.
 
-    dropbydrop::gpu_decode(planes, tables, scales, dtype) -> W' [d_out, d_in]
-    dropbydrop::gpu_product(x, planes, tables, scales, bias) -> [n, d_out], n <= 16
+    dropbydrop::gpu_decode(planes, tables, scales, dtype, kernel) -> W' [d_out, d_in]
     dropbydrop::gpu_rotate(x, signs, odd, block, dtype) -> Q x [n, d]
     dropbydrop::gpu_rows(x, rows, row_scales, bias) -> [n, count], n <= 16
 
-P = len(planes): uint8 [d_out, G] each, contiguous. `tables` is what `device_tables` returns.
-Nothing here differentiates; site.py does.
+`product`, the product of few rows, is no operator of its own but part of site.py's. P is the number
+of planes: uint8 [d_out, G] each, contiguous. `tables` is what `device_tables` returns. Nothing here
+differentiates; site.py does.
 
 Triton is imported at the first launch. With TRITON_INTERPRET=1 it interprets the kernels on the
 CPU, which is how they are tested without a GPU: the operators then take CPU tensors.
@@ -28,10 +28,12 @@ from ...errors import KernelError
 from ...rotation import Rotation, hadamard_on
 
 FEW = 16  # rows of x a product takes
+MOST = 3  # matrices of a launch
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_BLOCK = 1 << 13  # of a Hadamard factor: two products, at most 64 x 128
 _LARGEST_ODD = 128
-_ROWS, _GROUPS = 32, 32  # tile of a product; of codes, so 256 inputs wide
+_ROWS = 32  # of W, in the tile of a product
+_GROUPS = 32  # the inputs are split into multiples of this
 _PROGRAMS = 512  # programs a product is split into: about 4 for each multiprocessor of a large GPU
 _library = torch.library.Library("dropbydrop", "FRAGMENT")
 
@@ -108,13 +110,22 @@ def _padded(planes: Sequence[Tensor]) -> list[Tensor]:
     return [*planes, *[planes[0]] * (8 - len(planes))]
 
 
-@operator("gpu_decode(Tensor[] planes, Tensor tables, Tensor scales, ScalarType dtype) -> Tensor")
-def decode(planes: Sequence[Tensor], tables: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+@operator(
+    "gpu_decode(Tensor[] planes, Tensor tables, Tensor scales, ScalarType dtype, str kernel)"
+    " -> Tensor"
+)
+def decode(
+    planes: Sequence[Tensor], tables: Tensor, scales: Tensor, dtype: torch.dtype, kernel: str
+) -> Tensor:
     """Planes 1..P -> the weight [d_out, d_in] in rotated coordinates, float32, bfloat16, float16.
 
-    Bit for bit what `dropbydrop.code.decode` gives.
+    Bit for bit what `dropbydrop.code.decode` gives, with either kernel.
     """
     check_planes(planes, tables)
+    if kernel == "cuda-i8" and tables.dtype == torch.float16:
+        from . import dense
+
+        return dense.decode(planes, tables, scales, dtype)
     d_out, groups = planes[0].shape
     out = torch.empty(d_out, groups * GROUP, dtype=dtype, device=scales.device)
     r, b = 16, 64
@@ -125,49 +136,73 @@ def decode(planes: Sequence[Tensor], tables: Tensor, scales: Tensor, dtype: torc
 
 
 @fake("gpu_decode")
-def _(planes, tables, scales, dtype):  # type: ignore[no-untyped-def]
+def _(planes, tables, scales, dtype, kernel):  # type: ignore[no-untyped-def]
     d_out, groups = planes[0].shape
     return scales.new_empty((d_out, groups * GROUP), dtype=dtype)
 
 
-def splits(d_out: int, groups: int) -> tuple[int, int]:
-    """How a product cuts its inputs: (splits, groups in each). A function of the shape alone."""
-    wanted = -(-_PROGRAMS // -(-d_out // _ROWS))
+def splits(tiles: int, groups: int) -> tuple[int, int]:
+    """How a product of `tiles` tiles of rows cuts its inputs: (splits, groups in each).
+
+    A function of the shape alone, and one split where tiles alone fill a GPU.
+    """
+    wanted = -(-_PROGRAMS // tiles)
     most = max(1, groups // (2 * _GROUPS))
     length = -(-groups // min(wanted, most))
     length = -(-length // _GROUPS) * _GROUPS
     return -(-groups // length), length
 
 
-@operator(
-    "gpu_product(Tensor x, Tensor[] planes, Tensor tables, Tensor scales, Tensor? bias) -> Tensor"
-)
+def width(planes: int, dtype: torch.dtype) -> int:
+    """Groups in the tile of a product: what fits the registers (tests/compile_triton.py)."""
+    return 8 if dtype == torch.float32 else 32 if planes <= 2 else 16
+
+
 def product(
-    x: Tensor, planes: Sequence[Tensor], tables: Tensor, scales: Tensor, bias: Tensor | None
+    x: Tensor,
+    planes: Sequence[Sequence[Tensor]],
+    tables: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
 ) -> Tensor:
-    """x [n, d_in], rotated, n <= 16; planes 1..P -> [n, d_out] in the type of x."""
-    check_planes(planes, tables)
-    n, (d_out, groups) = x.shape[0], planes[0].shape
-    if n > FEW or x.shape[1] != groups * GROUP:
-        raise ValueError(f"x {tuple(x.shape)}; need at most {FEW} rows of {groups * GROUP}")
-    count, length = splits(d_out, groups)
-    part = torch.empty(count, n, d_out, device=x.device)
-    _triton().product[-(-d_out // _ROWS), count](
-        x.contiguous(), *_padded(planes), tables, part, n, d_out, groups, length,
-        P=len(planes), R=_ROWS, B=_GROUPS, WIDE=interpreted(),
+    """Few rows times matrices that lie below each other: one launch, or two (see `splits`).
+
+    Args:
+        x: [n, d_in], rotated, n <= 16, contiguous.
+        planes: planes 1..P, uint8 [d_out, G], of each of at most MOST matrices.
+        scales, bias: float32 [d_out of all matrices]; bias may be None.
+
+    Returns:
+        [n, d_out of all matrices] in the type of x.
+    """
+    for own in planes:
+        check_planes(own, tables)
+    n, groups = x.shape[0], planes[0][0].shape[1]
+    if n > FEW or x.shape[1] != groups * GROUP or len(planes) > MOST:
+        raise ValueError(
+            f"x {tuple(x.shape)}, {len(planes)} matrices; need at most {FEW} rows of "
+            f"{groups * GROUP} and {MOST} matrices"
+        )
+    counts = [own[0].shape[0] for own in planes]
+    rows, tiles = sum(counts), sum(-(-count // _ROWS) for count in counts)
+    parts, length = splits(tiles, groups)
+    whole, biased = parts == 1, bias is not None
+    out = torch.empty(n, rows, dtype=x.dtype, device=x.device)
+    to = out if whole else torch.empty(parts, n, rows, device=x.device)
+    spare = MOST - len(planes)
+    _triton().product[tiles, parts](
+        x, *[plane for own in [*planes, *[planes[0]] * spare] for plane in _padded(own)],
+        tables, scales, scales if bias is None else bias, to, n, *counts, *[0] * spare,
+        groups, length, P=len(planes[0]), R=_ROWS, B=width(len(planes[0]), x.dtype),
+        MATRICES=len(planes), WHOLE=whole, BIAS=biased, WIDE=interpreted(),
+        num_stages=1,  # see the note of triton_kernels.py
     )  # fmt: skip
-    out = torch.empty(n, d_out, dtype=x.dtype, device=x.device)
-    r = 128
-    _triton().finish[-(-d_out // r), n](
-        part, scales.contiguous(), scales if bias is None else bias.contiguous(), out,
-        n, d_out, count, BIAS=bias is not None, R=r,
-    )  # fmt: skip
+    if not whole:
+        r = 128
+        _triton().finish[-(-rows // r), n](
+            to, scales, scales if bias is None else bias, out, n, rows, parts, BIAS=biased, R=r
+        )
     return out
-
-
-@fake("gpu_product")
-def _(x, planes, tables, scales, bias):  # type: ignore[no-untyped-def]
-    return x.new_empty((x.shape[0], planes[0].shape[0]))
 
 
 def rotates(rotation: Rotation) -> bool:
@@ -183,13 +218,19 @@ def rotate(x: Tensor, signs: Tensor, odd: Tensor | None, block: int, dtype: torc
     count = d // block
     b = min(block, 64 if block <= 4096 else 128)
     a = block // b
-    out = torch.empty(n, d, dtype=dtype if odd is None else torch.float32, device=x.device)
+    ap, bp = max(16, a), max(16, b)
+    at_once = odd is not None and n <= FEW
+    last = odd is None or at_once
+    out = torch.empty(n, d, dtype=dtype if last else torch.float32, device=x.device)
     _triton().mix[(n * count,)](
-        x.contiguous(), signs, hadamard_on(a, x.device), hadamard_on(b, x.device), out, count,
-        A=a, B=b, AP=max(16, a), BP=max(16, b),
+        x.contiguous(), signs, signs if odd is None else odd, hadamard_on(a, x.device),
+        hadamard_on(b, x.device), out, count, A=a, B=b, AP=ap, BP=bp, FACTOR=at_once,
+        S=max(1, min(1 << (count - 1).bit_length(), _LARGEST_BLOCK // (ap * bp))),
+        num_warps=4 if ap * bp <= 4096 else 8,
     )  # fmt: skip
-    if odd is None:
+    if last:
         return out
+    assert odd is not None
     mixed = torch.empty(n, d, dtype=dtype, device=x.device)
     s = 32
     size = 1 << max(4, (count - 1).bit_length())

@@ -1,13 +1,18 @@
 """The matrices of one input site on a GPU: rotation, then a product of few rows or a dense matrix.
 
-    rows of x        kernel "triton" or "cuda-i8"          otherwise
-    up to 16         rotate, one product a matrix          -
-    more             rotate, decode to a dense matrix      the same
-                     in the type of x, vendor's product
+    rows of x   launches, for up to 3 (triton) or 4 (cuda-i8) matrices together
+    up to 16    triton   rotate, multiply; one more to add the parts of matrices with few rows
+                cuda-i8  rotate and round, multiply
+    more        rotate (one or two); for each matrix: decode to the type of x, vendor's product
 
 The counterpart of `kernels.linear.Bound`. The planes are those of the module, row major as on disk:
-nothing is packed, copied or padded. A row of the result does not depend on how many rows are
-computed together, as long as they are few.
+nothing is packed, copied or padded; scales and biases are copied, in float32, below each other. A
+row of the result does not depend on how many rows are computed together, as long as they are few.
+
+Few rows are one operator, dropbydrop::gpu_site(x, site, width) -> [n, width], which names its site
+by a number. Planes as arguments would become inputs of a compiled graph: a guard each, and torch's
+CUDA graphs copy inputs that are no parameters before every replay, all planes for every token. For
+the same reason the tensors that the dense path passes to operators are marked as never moving.
 
 Differentiable in x: an input that requires a gradient takes the dense path, whose backward decodes
 the matrix again instead of keeping it. float64 takes plain torch.
@@ -15,8 +20,10 @@ the matrix again instead of keeping it. float64 takes plain torch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -28,7 +35,27 @@ from ...rotation import Rotation
 from .. import registry
 from ..layout import Codebooks, Packed
 from . import int8, ops
-from .ops import FEW, TYPES
+from .ops import FEW, TYPES, fake, operator
+
+_numbers = itertools.count()  # never given twice: a compiled graph cannot reach another site
+_sites: WeakValueDictionary[int, DeviceSite] = WeakValueDictionary()
+
+
+@operator("gpu_site(Tensor x, int site, int width) -> Tensor")
+def few_rows(x: Tensor, site: int, width: int) -> Tensor:
+    """x [n, d_in], n <= 16 -> [n, width], the rows of all matrices of a site in their order."""
+    found = _sites.get(site)
+    if found is None:
+        raise KernelError(
+            "compiled code refers to a part of a model that no longer exists; compile the model "
+            "again after loading or moving it."
+        )
+    return found.few(x)
+
+
+@fake("gpu_site")
+def _(x, site, width):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], width))
 
 
 class _Decoded(torch.autograd.Function):
@@ -45,16 +72,21 @@ class _Decoded(torch.autograd.Function):
 
 
 def decode_dense(
-    packed: Packed, books: Codebooks, scales: Tensor, prefix: int, dtype: torch.dtype
+    packed: Packed,
+    books: Codebooks,
+    scales: Tensor,
+    prefix: int,
+    dtype: torch.dtype,
+    kernel: str,
 ) -> Tensor:
-    """`kernels.decode_dense` by the Triton kernel; float64 by torch."""
+    """`kernels.decode_dense` by a kernel of its name; float64 by torch."""
     planes = packed.planes[:prefix]
     _check_row_major(packed)
     if dtype not in TYPES:
         wide = [table.to(scales.device) for table in books.tables]
         return decode(planes, wide, scales, prefix, dtype)
     tables = ops.device_tables(books.tables[:prefix], scales.device)
-    return torch.ops.dropbydrop.gpu_decode(list(planes), tables, scales, dtype)
+    return torch.ops.dropbydrop.gpu_decode(list(planes), tables, scales, dtype, kernel)
 
 
 def _check_row_major(packed: Packed) -> None:
@@ -93,39 +125,58 @@ class DeviceSite:
         self.matrices, self.rotation, self.prefix = tuple(matrices), rotation, prefix
         self.kernel = registry.by_name(kernel).name
         self.d_in = matrices[0].packed.groups * GROUP
+        self.rows = [matrix.packed.rows for matrix in matrices]
+        self.width = sum(self.rows)
         self.tables = tables[:prefix]
         self.planes = [list(matrix.packed.planes[:prefix]) for matrix in matrices]
+        self._scales = torch.cat([matrix.scales.float() for matrix in matrices])
+        self._bias: Tensor | None = None
+        if any(matrix.bias is not None for matrix in matrices):
+            self._bias = torch.cat(
+                [m.scales.new_zeros(m.packed.rows).float() if m.bias is None else m.bias.float()
+                 for m in matrices]
+            )  # fmt: skip
         self._fused = rotation.signs is not None and ops.rotates(rotation)
         self._bytes = None
         if self.kernel == int8.NAME:
-            int8.check_fits(self.d_in, prefix)
+            int8.check_fits(rotation, prefix)
             self._bytes = int8.prepare(self.tables)
+        for tensor in (self.tables, rotation.signs, rotation.odd, *itertools.chain(*self.planes)):
+            if tensor is not None:
+                torch._dynamo.mark_static_address(tensor)
+        self.number = next(_numbers)
+        _sites[self.number] = self
 
-    def __call__(self, x: Tensor) -> list[Tensor]:
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """x [..., d_in] -> [..., d_out] of each matrix, in the dtype of x."""
         n = x.numel() // self.d_in
         training = x.requires_grad and torch.is_grad_enabled()
         if n > FEW or x.dtype not in TYPES or training:
             return self.dense(x)
-        flat, shape = x.reshape(n, self.d_in), x.shape[:-1]
+        flat = x.reshape(n, self.d_in)
+        y = torch.ops.dropbydrop.gpu_site(flat, self.number, self.width)
+        y = y.view(*x.shape[:-1], self.width)
+        return (y,) if len(self.rows) == 1 else torch.split_with_sizes(y, self.rows, -1)
+
+    def few(self, x: Tensor) -> Tensor:
+        """x [n, d_in], n <= 16 -> [n, width]; not differentiable."""
         if self._bytes is not None:
-            rotated = self._rotate(flat, torch.float32)
-            steps, units = torch.ops.dropbydrop.i8_round(rotated)
-            ys = [
-                torch.ops.dropbydrop.i8_product(
-                    steps, units, planes, *self._bytes, matrix.scales, matrix.bias, x.dtype
-                )
-                for matrix, planes in zip(self.matrices, self.planes, strict=True)
-            ]
+            most, inputs = int8.MOST, int8.rotate_rows(x, self.rotation)
         else:
-            rotated = self._rotate(flat, x.dtype)
-            ys = [
-                torch.ops.dropbydrop.gpu_product(
-                    rotated, planes, self.tables, matrix.scales, matrix.bias
-                )
-                for matrix, planes in zip(self.matrices, self.planes, strict=True)
-            ]
-        return [y.view(*shape, y.shape[-1]) for y in ys]
+            most, rotated = ops.MOST, self._rotate(x, x.dtype)
+        results, first = [], 0
+        for start in range(0, len(self.rows), most):
+            planes = self.planes[start : start + most]
+            last = first + sum(self.rows[start : start + most])
+            scales = self._scales[first:last]
+            bias = None if self._bias is None else self._bias[first:last]
+            if self._bytes is not None:
+                y = int8.product(*inputs, planes, *self._bytes, scales, bias, x.dtype)
+            else:
+                y = ops.product(rotated, planes, self.tables, scales, bias)
+            results.append(y)
+            first = last
+        return results[0] if len(results) == 1 else torch.cat(results, 1)
 
     def dense(self, x: Tensor) -> list[Tensor]:
         """The same through dense matrices, for any number of rows; differentiable in x."""
@@ -145,16 +196,18 @@ class DeviceSite:
         """Matrix i decoded from its P planes: [d_out, d_in], for rotated inputs."""
         scales = self.matrices[i].scales
         if dtype in TYPES:
-            return torch.ops.dropbydrop.gpu_decode(self.planes[i], self.tables, scales, dtype)
+            return torch.ops.dropbydrop.gpu_decode(
+                self.planes[i], self.tables, scales, dtype, self.kernel
+            )
         return decode(self.planes[i], list(self.tables), scales, self.prefix, dtype)
 
     def _rotate(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """x [n, d_in] -> Q x in `dtype`: one or two launches, or torch's steps (see `rotates`)."""
+        """x [n, d_in] -> Q x in `dtype`: one or two launches, or torch's steps (`ops.rotates`)."""
         rotation = self.rotation
         differentiated = x.requires_grad and torch.is_grad_enabled()
         if not self._fused or x.dtype not in TYPES or differentiated:
             wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-            return rotation.apply(wide).to(dtype)
+            return rotation.apply(wide).to(dtype).contiguous()
         return torch.ops.dropbydrop.gpu_rotate(
             x, rotation.signs, rotation.odd, rotation.block, dtype
         )
