@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class Sizes:
     """Shapes of a run; the real ones, or tiny ones that show the script works."""
 
     matvec: tuple[tuple[int, int], ...]  # (d_out, d_in)
-    prefixes: tuple[int, ...]
+    prefixes: tuple[int, ...]  # those with a target first
     hidden: int
     inner: int
     heads: int
@@ -37,8 +37,8 @@ class Sizes:
 
 
 REAL = Sizes(
-    ((8192, 28672), (28672, 8192), (4096, 4096)),
-    (1, 2, 3, 4),
+    ((8192, 28672), (4096, 4096), (28672, 8192)),
+    (2, 4, 1, 3),
     4096, 11008, 32, 32000, 32, 512, 2048, 64, 1024, 30,
 )  # fmt: skip
 SMOKE = Sizes(((40, 64), (24, 96)), (2,), 64, 96, 4, 300, 2, 16, 24, 2, 16, 2)
@@ -50,6 +50,7 @@ class Bench:
     def __init__(self, device: str, sizes: Sizes, megabytes: float) -> None:
         self.device, self.sizes, self.bytes = torch.device(device), sizes, megabytes * 1e6
         self.cuda = self.device.type == "cuda"
+        self.partial: dict[str, Any] = {}  # of the step that runs, kept if it fails
         fitting = [k for k in kernels.available() if k.takes(self.device.type)]
         self.names = [k.name for k in fitting if k.gpu] or ["torch"]
         self.tables = [codebook_table(book) for book in universal_set((2, 3, 4))]
@@ -64,6 +65,7 @@ class Bench:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             kept = [call() for call in calls]
+        graph.replay()  # the first one uploads the graph
         times = []
         for _ in range(self.sizes.replays):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -81,6 +83,11 @@ class Bench:
             call()
         return (time.perf_counter() - start) / len(calls)
 
+    def synchronize(self) -> None:
+        """Wait for the device, so that a host clock may be read."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
     def copies(self, size: float) -> int:
         """Matrices of `size` bytes that together exceed what caches hold; at least two."""
         return max(2, -(-int(self.bytes) // int(size)))
@@ -93,28 +100,49 @@ class Bench:
         )
         return Packed(planes, d_out, d_in // 8, False)
 
-    def product(self, d_out: int, d_in: int, prefix: int, kernel: str) -> Product:
-        """A matrix of P random planes that a kernel multiplies; the rotation is part of it."""
-        scales = torch.full((d_out,), 0.02, dtype=torch.float16, device=self.device)
-        matrix = Matrix(self.codes(d_out, d_in, prefix), scales)
+    def site(self, rows: Sequence[int], d_in: int, prefix: int, kernel: str) -> Products:
+        """Matrices of P random planes that share an input; the rotation is part of the product."""
+        matrices = [
+            Matrix(
+                self.codes(d_out, d_in, prefix),
+                torch.full((d_out,), 0.02, dtype=torch.float16, device=self.device),
+            )
+            for d_out in rows
+        ]
         rotation = Rotation.make(d_in, seed=0).to(self.device)
-        return Product(matrix, self.tables, rotation, prefix, kernel)
+        return Products(matrices, self.tables, rotation, prefix, kernel)
 
 
-class Product(nn.Module):
-    """y = W x from planes, by a kernel of its name."""
+class Products(nn.Module):
+    """x -> W x for each matrix of a site, from planes, by a kernel of its name."""
 
     def __init__(
-        self, matrix: Matrix, tables: list[Tensor], rotation: Rotation, prefix: int, kernel: str
+        self,
+        matrices: list[Matrix],
+        tables: list[Tensor],
+        rotation: Rotation,
+        prefix: int,
+        kernel: str,
     ) -> None:
         super().__init__()
-        self.bytes = prefix * matrix.packed.planes[0].numel()
         if kernel == "torch":
             books = kernels.prepare_codebooks(tables, True)
-            self._call: Any = kernels.Bound([matrix], books, rotation, prefix, kernel)
+            self._call: Any = kernels.Bound(matrices, books, rotation, prefix, kernel)
         else:
-            on_device = gpu.device_tables(tables, matrix.scales.device)
-            self._call = gpu.DeviceSite([matrix], on_device, rotation, prefix, kernel)
+            on_device = gpu.device_tables(tables, matrices[0].scales.device)
+            self._call = gpu.DeviceSite(matrices, on_device, rotation, prefix, kernel)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._call(x)[0]
+    def forward(self, x: Tensor) -> Sequence[Tensor]:
+        return self._call(x)
+
+
+class Dense(nn.Module):
+    """The same from random matrices in bfloat16."""
+
+    def __init__(self, b: Bench, rows: Sequence[int], d_in: int) -> None:
+        super().__init__()
+        kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": b.device}
+        self.weights = [torch.randn(d_out, d_in, **kind) / d_in**0.5 for d_out in rows]
+
+    def forward(self, x: Tensor) -> Sequence[Tensor]:
+        return [nn.functional.linear(x, weight) for weight in self.weights]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import tiny_model_folder
+
 PATH = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 
 
@@ -31,9 +33,13 @@ def test_the_plan_covers_the_targets(bench, capsys):
         assert count * 2 * d_out * d_in > 200e6
 
 
+@pytest.mark.slow
 def test_every_step_runs_and_is_not_repeated(bench, tmp_path, capsys, monkeypatch):
-    state = tmp_path / "state.json"
-    argv = ["--smoke", "--device", "cpu", "--state", str(state)]
+    state, text = tmp_path / "state.json", tmp_path / "text.txt"
+    text.write_text("plain words " * 100)
+    model = tiny_model_folder(tmp_path / "model")
+    argv = ["--smoke", "--device", "cpu", "--state", str(state), "--model", str(model)]
+    argv += ["--text", str(text), "--work", str(tmp_path / "work")]
     results = bench.main(argv)
     failed = {name: results[name]["error"] for name in bench.STEPS if "error" in results[name]}
     assert not failed
@@ -42,6 +48,12 @@ def test_every_step_runs_and_is_not_repeated(bench, tmp_path, capsys, monkeypatc
     assert {row["kernel"] for row in rows} == set(results["machine"]["kernels"])
     assert all(row["us"] > 0 for row in rows)
     assert any(key.startswith("extrapolated") for key in results["quantize"])
+    assert set(results["smollm2"]["bits"]) == {"2", "3", "4"}
+    if "skipped" in results["tuned"]:
+        assert "no fine-tuning" in results["tuned"]["skipped"]
+        del results["tuned"]  # would be tried again
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"tuned": {}}))
+    capsys.readouterr()
 
     def refuse(b):
         raise AssertionError("a finished step is repeated")
@@ -64,6 +76,55 @@ def test_a_failing_step_stops_no_other(bench, tmp_path, monkeypatch):
     assert results["prefill"] == {"8x8": {"share": 0.1}}
     steps["copy"] = lambda b: {"gb_per_s": 1.0}
     assert bench.main(argv)["copy"] == {"gb_per_s": 1.0}
+
+
+def test_a_failed_step_is_repeated_only_by_name(bench, tmp_path, monkeypatch):
+    calls = []
+
+    def fails(b):
+        calls.append(b)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(bench, "STEPS", {"copy": fails})
+    argv = ["--smoke", "--device", "cpu", "--state", str(tmp_path / "state.json")]
+    bench.main(argv)
+    assert "error" in bench.main(argv)["copy"]
+    assert len(calls) == 1
+    bench.main([*argv, "--only", "copy"])
+    assert len(calls) == 2
+
+
+def test_what_does_not_fit_is_left_for_the_next_run(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "STEPS", {"copy": lambda b: {"gb_per_s": 1.0}})
+    argv = ["--smoke", "--device", "cpu", "--state", str(tmp_path / "state.json")]
+    assert "run again" in bench.main([*argv, "--minutes", "0"])["copy"]["skipped"]
+    assert bench.main(argv)["copy"] == {"gb_per_s": 1.0}
+
+
+def test_a_step_that_loses_the_device_starts_the_script_again(bench, tmp_path, monkeypatch):
+    """The rest runs in a new process; the failed step is on record there."""
+
+    class Lost:
+        cuda = True
+
+    def fails(b):
+        b.partial["found"] = 1
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def gone():
+        raise RuntimeError("the device is lost")
+
+    begun = []
+    monkeypatch.setattr(bench, "STEPS", {"copy": fails})
+    monkeypatch.setattr(bench.torch.cuda, "synchronize", gone)
+    monkeypatch.setattr(bench, "again", begun.append)
+    monkeypatch.setattr(bench.torch.cuda, "empty_cache", lambda: None)
+    state = bench.State(tmp_path / "state.json", {})
+    bench.run_step(Lost(), "copy", state, 12.0)
+    assert begun == [12.0]
+    entry = json.loads((tmp_path / "state.json").read_text())["copy"]
+    assert "illegal" in entry["error"]
+    assert entry["found"] == 1
 
 
 def test_the_best_kernel_counts(bench):
