@@ -6,7 +6,7 @@ state unchanged, then the model runs as usual. That yields, for any family and w
 - the input of the first block (embedding, with whatever scaling the family applies);
 - what each block receives beside the hidden state: masks, local or global, position embeddings;
 - when the last stub returns a given hidden state, what the model makes of it: final norm, head,
-  soft cap.
+  soft cap; also with other values of the parameters, and with gradients (tuning).
 
 Arguments are recorded once for a batch shape [b, T] and reused for all windows. They must not
 depend on the tokens; two runs on different random tokens are compared to make sure.
@@ -14,12 +14,13 @@ depend on the tokens; two runs on different random tokens are compared to make s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
@@ -52,17 +53,23 @@ class Skeleton:
         self._load, self._device = load, device
         self._calls: dict[tuple[int, int], list[Call]] = {}
 
+    @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """ids [b, T] -> input of the first block [b, T, d]."""
         self.arguments(0, *ids.shape)  # settles whether stubs return tuples
         return self._run(ids)[0][0][1]
 
-    def inject(self, hidden: Tensor, head: bool) -> Tensor:
-        """Output of the last block [b, T, d] -> that of the base model or, with `head`, logits."""
+    def inject(
+        self, hidden: Tensor, head: bool, values: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Output of the last block [b, T, d] -> that of the base model or, with `head`, logits.
+
+        With `values`, parameters of the model that runs are replaced by name. Gradients flow.
+        """
         b, t = hidden.shape[:2]
         self.arguments(0, b, t)  # settles whether stubs return tuples
         ids = torch.zeros(b, t, dtype=torch.int64)
-        return self._run(ids, last=hidden, head=head)[1]
+        return self._run(ids, last=hidden, head=head, values=values)[1]
 
     def arguments(self, i: int, b: int, t: int) -> Call:
         """What block i receives beside a hidden state [b, t, d].
@@ -98,18 +105,24 @@ class Skeleton:
             for block in self.blocks:
                 del block.forward
 
-    @torch.no_grad()
     def _run(
-        self, ids: Tensor, last: Tensor | None = None, head: bool = False
+        self,
+        ids: Tensor,
+        last: Tensor | None = None,
+        head: bool = False,
+        values: Mapping[str, Tensor] | None = None,
     ) -> tuple[list[_Record], Tensor]:
         """Run the model without its blocks. ids [b, T] -> (recorded calls, final output)."""
         self._load(head)
         records: list[_Record] = []
         run: Any = self.model if head else self.model.base_model
         with self._stubs(records, last), quiet_transformers():
-            output = run(input_ids=ids.to(self._device))
+            output = functional_call(
+                run, dict(values or {}), (), {"input_ids": ids.to(self._device)}
+            )
         return records, output.logits if head else output[0]
 
+    @torch.no_grad()
     def _probe(self, b: int, t: int, seed: int) -> list[_Record]:
         """Recorded calls on random tokens; checks that blocks run once, in order, on [b, t, d]."""
         generator = torch.Generator().manual_seed(seed)

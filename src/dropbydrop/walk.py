@@ -27,13 +27,14 @@ Encoder-decoders and state that passes between blocks outside of the hidden stat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .capture import CLIP, Captured, Recorder, Site, check_uncovered
@@ -85,8 +86,12 @@ class Walk:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         batch_tokens: int = BATCH_TOKENS,
+        files: WeightFiles | None = None,
     ) -> Walk:
         """Open a local Hugging Face folder (config.json and safetensors).
+
+        Args:
+            files: where the weights are, if not in the folder.
 
         Raises:
             FormatError: config or weights missing or damaged.
@@ -95,7 +100,7 @@ class Walk:
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise FormatError(f"{folder} has no config.json; give a Hugging Face model folder.")
-        files = WeightFiles(folder)
+        files = WeightFiles(folder) if files is None else files
         with quiet_transformers():
             try:
                 config = AutoConfig.from_pretrained(folder)
@@ -324,12 +329,36 @@ class Walk:
         """Output of the last block -> logits [n, T, vocab], with the model's own head."""
         return self._inject(hidden, head=True)
 
+    @torch.no_grad()
     def _inject(self, hidden: Tensor, head: bool) -> Tensor:
         parts = [
             self._skeleton.inject(hidden[part].to(self.device), head).to(hidden.device)
             for part in self._batches(*hidden.shape[:2])
         ]
         return torch.cat(parts)
+
+    # ---- with values and gradients of the caller's ---------------------------------------------
+
+    def state_names(self, i: int) -> list[str]:
+        """Parameters and persistent buffers of block i, by their names in the block."""
+        return self._state_names(self._blocks[i])
+
+    def apply_block(self, i: int, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Block i with other values of all its parameters, by their names in the block.
+
+        x [b, T, d] -> [b, T, d] on the walk's device. Gradients flow to x and to `values`; the
+        weights of the block need not be loaded.
+        """
+        rest, named = self._skeleton.arguments(i, x.shape[0], x.shape[1])
+        out = functional_call(self._blocks[i], dict(values), (x, *rest), named)
+        return out[0] if isinstance(out, tuple) else out
+
+    def apply_head(self, hidden: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Output of the last block [b, T, d] -> logits [b, T, vocab], with gradients.
+
+        `values` replaces parameters outside of the blocks, by their full names.
+        """
+        return self._skeleton.inject(hidden, head=True, values=values)
 
 
 def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
