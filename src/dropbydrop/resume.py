@@ -234,7 +234,9 @@ class Work:
 
     def _progress(self) -> str:
         blocks = sum("block" in step for step in self.steps)
+        steps = max((step.get("step", 0) for step in self.steps), default=0)
         what = f"{blocks} finished blocks" if blocks else "the calibration"
+        what = f"{steps} finished steps" if steps else what
         return f"{what}. Give the same command again (with --resume) to go on, or remove it."
 
 

@@ -176,18 +176,20 @@ def texts_of(seq_len: int, writing: Writing) -> tuple[int, int]:
 def open_model(folder: Path, device: torch.device | str = "cpu") -> Any:
     """The model in `folder` on `device`, in the type it writes in."""
     place = torch.device(device)
-    if place.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    else:
-        native = place.type == "cuda" and torch.cuda.is_bf16_supported()
+    kind = torch.bfloat16 if multiplies_bfloat16(place) else torch.float32
     with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16 if native else torch.float32
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     if place.type == "cpu":
         fold_attention(model)
     return model.to(place).eval()
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has instructions for products in bfloat16."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def fold_attention(model: Any) -> bool:
