@@ -23,6 +23,7 @@ from .commands import export as export_command
 from .commands import plan as plan_command
 from .commands import study
 from .commands import transfer as transfer_command
+from .commands import tune as tune_command
 from .commands.common import Bits, Json, console, finish, parse_bits, parse_dtype, parse_precision
 from .commands.tasks import BatchSize, Limit, Tasks, TasksData, evaluate_tasks
 from .errors import CalibrationError, DropError
@@ -309,6 +310,7 @@ study.register(app)
 compare_command.register(app)
 plan_command.register(app)
 transfer_command.register(app)
+tune_command.register(app)
 
 
 def _tell(error: DropError) -> None:

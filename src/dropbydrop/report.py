@@ -148,6 +148,7 @@ def print_info(info: Mapping[str, Any], console: Console) -> None:
         f"{info['matrices']} matrices in {info['sites']} sites, codebook sets "
         f"{_few(info['codebook_sets'])}; embeddings {info['embeddings']['bits']} bits; from "
         f"{made.get('base_model')}, preset {made.get('preset')}, seed {made.get('seed')}"
+        + "".join(f"; tuned: {done.get('method')}" for done in made.get("tuning", ()))
     )
 
 
