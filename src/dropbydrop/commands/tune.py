@@ -94,4 +94,10 @@ def run(
         f"on windows not trained on; {report.trained:,} values, {report.steps} steps, "
         f"{report.seconds:.0f} s; peak memory {report.peak_gib:.2f} GiB"
     )
+    worse = [str(p) for p, (before, after) in report.loss.items() if after > before]
+    if worse:
+        to.print(
+            f"level {', '.join(worse)} became worse; a lower --learning-rate, or more --windows or "
+            "--epochs, may mend it"
+        )
     finish(as_json, report.to_dict() | {"bits": levels})

@@ -44,7 +44,7 @@ from .student import Student
 if TYPE_CHECKING:
     from ..resume import Work
 
-KEEP = 8  # steps of distillation between two states that are kept for `resume`
+KEEP = 4  # steps of distillation between two states that are kept for `resume`
 _WINDOWS = "windows.safetensors"
 
 
