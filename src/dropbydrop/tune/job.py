@@ -32,7 +32,7 @@ from .student import TRAINED, Student, refuse_experts
 
 METHODS = ("distill", "blocks")
 EPOCHS = {"distill": 2, "blocks": 2}
-RATES = {"distill": 1e-3, "blocks": 1e-3}
+RATES = {"distill": 1e-3, "blocks": 2e-3}
 _LIKE = 0.3  # correlation of decoded and original weights; that of other models is near 0
 _SAME = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 
