@@ -1,10 +1,11 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 #   make demo [PRESET=balanced] [TEXT=file]   quantize SmolLM2-135M once, evaluate every level
-#   make test                                 lint, types and tests (make quick: without the slow)
+#   make test [JOBS=2]                        lint, types and tests (make quick: without the slow)
 #   make dev                                  editable install for work on the code
 PYTHON ?= python3
 VENV ?= .venv
 PRESET ?= fast
+JOBS ?= 2
 TEXT ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
@@ -40,10 +41,10 @@ lint: $(VENV)/tools
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 quick: $(VENV)/tools
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 dev:
 	$(PYTHON) -m venv $(VENV)

@@ -22,12 +22,15 @@ COMMAND = ["--bits", "2,3,4", "--preset", "fast", "--windows", "3", "--seq-len",
 
 
 CHILD = """
-import sys
+import inspect, sys
 from dropbydrop import cli, run, walk
 from dropbydrop.errors import DropError
 
-*defaults, _ = walk.Walk.open.__func__.__defaults__
-walk.Walk.open.__func__.__defaults__ = (*defaults, 16)  # one window a batch: lanes to share
+opened = walk.Walk.open.__func__
+names = list(inspect.signature(opened).parameters)[-len(opened.__defaults__):]
+opened.__defaults__ = tuple(  # one window a batch: lanes to share
+    16 if name == "batch_tokens" else value for name, value in zip(names, opened.__defaults__)
+)
 for option in [a for a in sys.argv if a.startswith("--fail-at=")]:
     sys.argv.remove(option)
     rank, block = map(int, option.removeprefix("--fail-at=").split(","))
