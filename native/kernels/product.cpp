@@ -37,8 +37,6 @@ void multiply_strips(const Products& job, const DropMatrix& matrix, char* out, R
   }
 }
 
-}  // namespace
-
 // A member's strips of matrix i, when its share of all strips is `mine` and `start` came before.
 Range own_strips(const Products& job, const Member& member, Range mine, int64_t start,
                  int64_t strips) {
@@ -68,6 +66,8 @@ Upcoming upcoming(const Products& job, const Member& member) {
   }
   return soon;
 }
+
+}  // namespace
 
 int team_for(int threads, int64_t bytes) {
   const int64_t most = bytes / kBytesPerMember;
