@@ -21,6 +21,7 @@ from dropbydrop.baselines.additive import (
     beam_search,
     kmeans,
     loss_and_gradients,
+    nearest,
     residual_kmeans,
     train,
 )
@@ -287,6 +288,22 @@ def test_kmeans_reaches_the_best_clustering_of_separate_blobs() -> None:
     runs = [kmeans(points, 3, 50, torch.Generator().manual_seed(s)) for s in range(5)]
     found = min(cost(tuple(torch.cdist(points, c).argmin(1).tolist())) for c in runs)
     assert found == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 1023, 2500])
+def test_an_iteration_of_kmeans_is_that_of_a_loop_over_clusters(n: int) -> None:
+    points = torch.randn(n, 8, generator=torch.Generator().manual_seed(n))
+    points[n // 2] = points[0]  # and with n < k, centers that are equal: draws
+    generator = torch.Generator().manual_seed(0)
+    start = points[torch.randperm(n, generator=generator)[:256].repeat(256)[:256]]
+    own = nearest(points, start)
+    gaps = torch.cdist(points.double(), start.double())
+    torch.testing.assert_close(gaps[torch.arange(n), own], gaps.amin(1), rtol=0, atol=1e-6)
+    moved = kmeans(points, 256, 1, torch.Generator().manual_seed(0))
+    for i in own.unique().tolist():
+        torch.testing.assert_close(moved[i], points[own == i].mean(0))
+    left = [i for i in range(256) if i not in own]
+    assert torch.equal(moved[left], start[left])
 
 
 def test_residual_kmeans_starts_from_what_the_last_codebook_left() -> None:

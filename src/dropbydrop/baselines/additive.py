@@ -26,7 +26,7 @@ Layout: codes int64 [M, d_out, G]; codebooks float32 [M, K, g], K = 256, g = 8; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,10 +75,25 @@ class Additive:
 # ---- start ---------------------------------------------------------------------------------
 
 
+def _winners(points: Tensor, centers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Points [n', g] part by part, with a 1 at the nearest center of each, float32 [n', k].
+
+    On a CPU torch's argmax takes eight times as long as the product that it reads. The maximum of
+    a row is vectorized, and products with the ones do the rest; the parts stay in the cache.
+    """
+    half = centers.square().sum(1) / -2
+    for part in points.split(1 << 16 if points.is_cuda else 1 << 10):
+        score = torch.addmm(half, part, centers.T)
+        won = (score - score.amax(1, keepdim=True)).ge_(0)
+        if int(won.sum()) != len(part):  # a draw, or NaN
+            won = torch.nn.functional.one_hot(score.argmax(1), len(centers)).to(won)
+        yield part, won
+
+
 def nearest(points: Tensor, centers: Tensor) -> Tensor:
-    """Index of the nearest center [k, g] for each point [n, g]."""
-    half = centers.square().sum(1) / 2
-    return torch.cat([(part @ centers.T - half).argmax(1) for part in points.split(1 << 16)])
+    """Index of the nearest center [k, g] for each point [n, g]; of equal ones, one."""
+    columns = torch.arange(len(centers), dtype=centers.dtype, device=centers.device)
+    return torch.cat([won @ columns for _, won in _winners(points, centers)]).long()
 
 
 def kmeans(points: Tensor, k: int, iterations: int, generator: torch.Generator) -> Tensor:
@@ -89,9 +104,10 @@ def kmeans(points: Tensor, k: int, iterations: int, generator: torch.Generator) 
     pick = torch.randperm(len(points), generator=generator)[:k].to(points.device)
     centers = points[pick.repeat(-(-k // len(pick)))[:k]]
     for i in range(iterations):
-        own = nearest(points, centers)
-        count = torch.bincount(own, minlength=k)[:, None]
-        total = torch.zeros_like(centers).index_add_(0, own, points)
+        total, count = torch.zeros_like(centers), centers.new_zeros(k, 1)
+        for part, won in _winners(points, centers):
+            total += won.T @ part
+            count += won.sum(0)[:, None]
         moved = torch.where(count > 0, total / count.clamp(min=1), centers)
         if i % 10 == 0 and torch.allclose(moved, centers, rtol=1e-6, atol=1e-8):
             break
