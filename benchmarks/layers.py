@@ -1,26 +1,39 @@
-"""Matrix by matrix: one nested code against AQLM dedicated to each level.
+"""Matrix by matrix: one nested code against AQLM dedicated to each level, in the same run.
 
-    python benchmarks/layers.py MODEL --text FILE --anchors aqlm_layers.jsonl [--preset balanced]
+    python benchmarks/layers.py smollm2 --text FILE --out ROWS.jsonl [--anchors FILE]
+        [--matrices "15 q,28 down"] [--preset balanced] [--no-aqlm]
 
-For every matrix of the anchors file the Gram matrix of its inputs is rebuilt as it was for AQLM
-(32 windows of 1,024 tokens from the start of the text, no BOS, every token weighted alike), the
-matrix is encoded once for levels 2, 3, 4, and its weighted errors tr(E H E^T) / tr(W H W^T)
-are divided by AQLM's, which come from a code of its own for each level. Beside them: the errors
-under an H from the next 32 windows, true bits a weight of both, the Gaussian bound by reverse
-water-filling at our true bits and the distance to it, and seconds (one thread).
+Every matrix is encoded once for levels 2, 3, 4; AQLM trains a code of its own for each level, as
+published (baselines/additive.py). Both get the same H, from 32 windows of 1,024 tokens from the
+start of the text (no BOS), and one thread. Two groups of matrices of SmolLM2:
 
-Lines of the anchors file: {"layer", "kind": q|up|down, "M", "rel": [errors after 1..M codebooks],
-"sec"}; its seconds are of another run and machine state, so only their order of magnitude counts.
-The last line printed is one JSON object.
+    ordinary   those for which figures of AQLM's published code exist; H weights every token alike,
+               as it was there
+    outliers   weights of up to 30 sigma, inputs whose first token has up to 4e5 times the energy of
+               the median one; H is energy-clipped, as `quantize` does it (capture.py)
+
+Printed for each level: the relative weighted error tr(E H E^T) / tr(W H W^T) of both and its
+ratio; the same ratio under H of the next 32 windows, unclipped, with and without the first token of
+each window; true bits a weight of both; the Gaussian bound by reverse water-filling at our true
+bits and our distance from it; seconds of our one code for all levels beside AQLM's for all levels.
+
+A line of FILE of --anchors: {"layer", "kind", "M", "rel": [errors after 1..M codebooks]}, of the
+published code under the same H; printed beside AQLM's here. Finished matrices are kept in ROWS,
+and the same command goes on. The last line printed is one JSON object.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dropbydrop.baselines.additive import Training, train
 from dropbydrop.code import GROUP
@@ -34,118 +47,188 @@ from dropbydrop.universal import default_lambdas, universal_set
 from dropbydrop.walk import Walk
 
 LEVELS = (2, 3, 4)
-NAMES = {"q": "self_attn.q_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+NAMES = {
+    "q": "self_attn.q_proj",
+    "o": "self_attn.o_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+ORDINARY = ("3 q", "3 up", "3 down", "15 q", "15 up", "15 down", "27 q", "27 up")
+OUTLIERS = ("0 o", "2 down", "11 down", "28 down")
 
 
-def grams(walk: Walk, ids: torch.Tensor, wanted: set[str]) -> dict[str, torch.Tensor]:
-    """Module -> H over all tokens of ids [n, T], unclipped."""
-    hidden, found = walk.embed(ids), {}
+@dataclass(frozen=True)
+class Statistics:
+    """H of one matrix's inputs, each [d_in, d_in]: to encode under, and of text set apart."""
+
+    raw: Tensor
+    clipped: Tensor
+    held_out: Tensor
+    held_out_later: Tensor  # without the first token of each window
+
+
+def statistics(walk: Walk, windows: Tensor, wanted: set[str]) -> dict[str, Statistics]:
+    """Module -> its statistics; the first half of windows [n, T] is that of the encoding."""
+    n, t = windows.shape
+    own, held = walk.embed(windows[: n // 2]), walk.embed(windows[n // 2 :])
+    later = torch.ones(n - n // 2, t)
+    later[:, 0] = 0
+    found: dict[str, Statistics] = {}
     for i in range(walk.num_blocks):
-        captured = walk.capture(i, walk.block(i), hidden, clip=math.inf, out=hidden)
-        for site in captured.sites:
+        block = walk.block(i)
+        a = walk.capture(i, block, own, raw=True, out=own)
+        b = walk.capture(i, block, held, clip=math.inf, weights=later, raw=True, out=held)
+        for site in a.sites:
             for module in wanted.intersection(site.modules):
-                found[module] = captured.grams[site.name]
+                name = site.name
+                found[module] = Statistics(a.raw[name], a.grams[name], b.raw[name], b.grams[name])
         walk.release(i)
     return found
 
 
 def true_bits(level: int, d_out: int, d_in: int, own_codebooks: bool) -> float:
-    """Codes, float16 scales, and fp16 codebooks of 256 entries where they are the matrix's own."""
+    """Codes, float16 scales, and float16 codebooks of 256 entries where they are the matrix's."""
     extra = 16 * d_out + (level * 256 * GROUP * 16 if own_codebooks else d_in)
     return level + extra / (d_out * d_in)
+
+
+def nested(weight: Tensor, h: Tensor, seed: int, preset: str) -> tuple[list[Tensor], float]:
+    """Our one code decoded at every level, and its seconds."""
+    rotation = Rotation.make(weight.shape[1], seed=seed)
+    codebooks, lambdas = universal_set(LEVELS), default_lambdas(LEVELS)
+    start = time.perf_counter()
+    code = encode_site({"w": weight}, h, rotation, codebooks, LEVELS, lambdas, EFFORTS[preset])["w"]
+    seconds = time.perf_counter() - start
+    scaled = code.scales.float()[:, None]
+    decoded = prefixes(code.codes, codebooks, LEVELS)
+    return [rotation.inverse(scaled * q) for q in decoded], seconds
+
+
+def aqlm(weight: Tensor, h: Tensor) -> tuple[list[Tensor], float]:
+    """AQLM's codes decoded, one trained for each level, and their seconds together."""
+    start = time.perf_counter()
+    decoded = [train(weight, h, p, [p], [1.0], Training(), seed=0).decode(p) for p in LEVELS]
+    return decoded, time.perf_counter() - start
+
+
+def measure(
+    matrix: str, weight: Tensor, stats: Statistics, seed: int, preset: str, with_aqlm: bool
+) -> dict[str, Any]:
+    """One row: lists have an entry a level."""
+    h = stats.clipped if matrix in OUTLIERS else stats.raw
+    under = {"own": h, "held_out": stats.held_out, "held_out_later": stats.held_out_later}
+    ours, seconds = nested(weight, h, seed, preset)
+    source = GaussianSource.of(weight, h)
+    bits = [true_bits(p, *weight.shape, own_codebooks=False) for p in LEVELS]
+    row: dict[str, Any] = {
+        "matrix": matrix,
+        "group": "outliers" if matrix in OUTLIERS else "ordinary",
+        "shape": list(weight.shape),
+        "nested": {name: weighted_errors(weight, ours, gram) for name, gram in under.items()},
+        "seconds": seconds,
+        "true_bits": bits,
+        "aqlm_true_bits": [true_bits(p, *weight.shape, own_codebooks=True) for p in LEVELS],
+        "bound": [source.distortion(b) / source.power for b in bits],
+    }
+    if with_aqlm:
+        theirs, row["aqlm_seconds"] = aqlm(weight, h)
+        row["aqlm"] = {name: weighted_errors(weight, theirs, gram) for name, gram in under.items()}
+    return row
+
+
+def tell(row: dict[str, Any], anchors: dict[tuple[str, int], float]) -> None:
+    """Print a row, a line a level."""
+    for i, p in enumerate(LEVELS):
+        e = row["nested"]["own"][i]
+        line = (
+            f"{row['matrix']:>8} P={p}  ours {e:.6f} ({row['true_bits'][i]:.3f} bits, "
+            f"{10 * math.log10(e / row['bound'][i]):.1f} dB above the bound {row['bound'][i]:.6f})"
+        )
+        if "aqlm" in row:
+            line += f"  AQLM {row['aqlm']['own'][i]:.6f} ({row['aqlm_true_bits'][i]:.3f} bits)"
+            ratios = [row["nested"][n][i] / row["aqlm"][n][i] for n in row["nested"]]
+            line += "  ratio {:.2f}, held out {:.2f}, without first tokens {:.2f}".format(*ratios)
+            line += f"  {row['seconds']:.1f} / {row['aqlm_seconds']:.0f} s"
+        if (row["matrix"], p) in anchors:
+            line += f"  published AQLM {anchors[row['matrix'], p]:.6f}"
+        print(line, flush=True)
+
+
+def summary(
+    rows: list[dict[str, Any]], anchors: dict[tuple[str, int], float]
+) -> dict[str, dict[str, Any]]:
+    """Geometric means of the ratios of a group, and of seconds."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in ("ordinary", "outliers"):
+        part = [row for row in rows if row["group"] == group]
+        result: dict[str, Any] = {"matrices": len(part)}
+        coded = [row for row in part if "aqlm" in row]
+        for name in ("own", "held_out", "held_out_later") if coded else ():
+            result[name] = [
+                geometric_mean([row["nested"][name][i] / row["aqlm"][name][i] for row in coded])
+                for i in range(len(LEVELS))
+            ]
+        if coded:
+            result["seconds"] = geometric_mean([r["seconds"] / r["aqlm_seconds"] for r in coded])
+        known = [[(r["nested"]["own"][i] / anchors[r["matrix"], p]) for r in part
+                  if (r["matrix"], p) in anchors] for i, p in enumerate(LEVELS)]  # fmt: skip
+        if all(known):
+            result["published"] = [geometric_mean(ratios) for ratios in known]
+        found[group] = result
+    return found
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--anchors", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="finished matrices, JSON lines")
+    parser.add_argument("--anchors", type=Path, help="figures of AQLM's published code")
+    parser.add_argument("--matrices", default=",".join((*ORDINARY, *OUTLIERS)))
     parser.add_argument("--preset", default="balanced", choices=EFFORTS)
-    parser.add_argument("--aqlm", action="store_true", help="train AQLM in the same run")
+    parser.add_argument("--no-aqlm", action="store_true", help="train no AQLM")
     args = parser.parse_args()
-    anchors = [json.loads(line) for line in args.anchors.read_text().splitlines()]
-    anchors = [a for a in anchors if a["kind"] in NAMES]
+    wanted = [name.strip() for name in args.matrices.split(",")]
+    lines = args.anchors.read_text().splitlines() if args.anchors else []
+    anchors = {(f"{a['layer']} {a['kind']}", a["M"]): a["rel"][-1] for a in map(json.loads, lines)}
+    settings = {"text": args.text.name, "preset": args.preset, "aqlm": not args.no_aqlm}
+    lines = args.out.read_text().splitlines() if args.out.exists() else []
+    rows = {row["matrix"]: row for row in map(json.loads, lines)}
+    if any(row["settings"] != settings for row in rows.values()):
+        raise SystemExit(f"{args.out} has rows of other settings than {settings}; name another.")
+
     source = resolve(args.model)
     walk = Walk.open(source.folder)
-    module_of = {
-        (a["layer"], a["kind"]): f"{walk.block_prefix(a['layer'])}.{NAMES[a['kind']]}"
-        for a in anchors
-    }
-    tokens = source.tokenizer()(args.text.read_text(), return_tensors="pt").input_ids[0]
-    windows = tokens[: 64 * 1024].view(64, 1024)
-    names = set(module_of.values())
-    own, held = grams(walk, windows[:32], names), grams(walk, windows[32:], names)
-
-    torch.set_num_threads(1)
-    codebooks, lambdas = universal_set(LEVELS), default_lambdas(LEVELS)
-    rows, logs = [], {p: [] for p in LEVELS}
-    for n, ((layer, kind), module) in enumerate(sorted(module_of.items())):
-        weight = walk.read(f"{module}.weight", torch.float32)
-        rotation = Rotation.make(weight.shape[1], seed=n)
-        start = time.perf_counter()
-        code = encode_site(
-            {module: weight},
-            own[module],
-            rotation,
-            codebooks,
-            LEVELS,
-            lambdas,
-            EFFORTS[args.preset],
-        )[module]
-        seconds = time.perf_counter() - start
-        scaled = code.scales.float()[:, None]
-        decoded = [rotation.inverse(scaled * q) for q in prefixes(code.codes, codebooks, LEVELS)]
-        held_out = weighted_errors(weight, decoded, held[module])
-        bound = GaussianSource.of(weight, own[module])
-        for i, p in enumerate(LEVELS):
-            peer = next(
-                (a for a in anchors if (a["layer"], a["kind"], a["M"]) == (layer, kind, p)), None
-            )
-            if peer is None:
-                continue
-            bits = true_bits(p, *weight.shape, own_codebooks=False)
-            limit = bound.distortion(bits) / bound.power
-            ratio = code.errors[i] / peer["rel"][-1]
-            logs[p].append(math.log(ratio))
-            rows.append(
-                {
-                    "matrix": f"{layer} {kind}",
-                    "level": p,
-                    "nested": code.errors[i],
-                    "aqlm_dedicated": peer["rel"][-1],
-                    "ratio": ratio,
-                    "held_out": held_out[i],
-                    "true_bits": bits,
-                    "aqlm_true_bits": true_bits(p, *weight.shape, own_codebooks=True),
-                    "bound": limit,
-                    "db_above_bound": 10 * math.log10(code.errors[i] / limit),
-                    "seconds_all_levels": seconds,
-                    "aqlm_seconds": peer["sec"],
-                }
-            )
-            r = rows[-1]
-            if args.aqlm:
-                start = time.perf_counter()
-                state = train(weight, own[module], p, [p], [1.0], Training(), seed=0)
-                r["aqlm_here_seconds"] = time.perf_counter() - start
-                r["aqlm_here"] = weighted_errors(weight, [state.decode(p)], own[module])[0]
-                r["ratio_here"] = r["nested"] / r["aqlm_here"]
-                print(
-                    f"{r['matrix']:>8} P={p} aqlm here {r['aqlm_here']:.5f}, "
-                    f"{r['aqlm_here'] / r['aqlm_dedicated']:.2f} of the anchor's, ratio "
-                    f"{r['ratio_here']:.2f}, {r['aqlm_here_seconds']:.1f} s",
-                    flush=True,
-                )
-            print(
-                f"{r['matrix']:>8} P={p} ours {r['nested']:.5f} aqlm {r['aqlm_dedicated']:.5f} "
-                f"ratio {ratio:.2f} held-out {r['held_out']:.5f} bits {bits:.3f} / "
-                f"{r['aqlm_true_bits']:.3f} bound {limit:.5f} ({r['db_above_bound']:.1f} dB) "
-                f"{seconds:.1f} s / {r['aqlm_seconds']:.0f} s",
-                flush=True,
-            )
-    mean = {str(p): math.exp(sum(v) / len(v)) for p, v in logs.items() if v}
-    print("geometric mean of the ratios:", {p: round(v, 3) for p, v in mean.items()})
-    print(json.dumps({"geometric_mean_ratio": mean, "rows": rows}))
+    module_of = {}
+    for matrix in wanted:
+        layer, kind = matrix.split()
+        module_of[matrix] = f"{walk.block_prefix(int(layer))}.{NAMES[kind]}"
+    if todo := [matrix for matrix in wanted if matrix not in rows]:
+        tokens = source.tokenizer()(args.text.read_text(), return_tensors="pt").input_ids[0]
+        windows = tokens[: 64 * 1024].view(64, 1024)
+        found = statistics(walk, windows, {module_of[m] for m in todo})
+        torch.set_num_threads(1)
+        for matrix in todo:
+            module = module_of[matrix]
+            weight = walk.read(f"{module}.weight", torch.float32)
+            seed = wanted.index(matrix)
+            row = measure(matrix, weight, found[module], seed, args.preset, not args.no_aqlm)
+            rows[matrix] = row | {"settings": settings}
+            with args.out.open("a") as file:
+                file.write(json.dumps(rows[matrix]) + "\n")
+            tell(row, anchors)
+    told = [rows[matrix] for matrix in wanted]
+    if not todo:
+        for row in told:
+            tell(row, anchors)
+    result = summary(told, anchors)
+    for group, means in result.items():
+        print(f"{group}, geometric means of ours over AQLM's at {LEVELS} bits: {means}")
+    print(json.dumps({"benchmark": "layers", **settings, "means": result, "rows": told}))
 
 
 if __name__ == "__main__":
