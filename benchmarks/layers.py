@@ -28,9 +28,8 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,11 +41,13 @@ from dropbydrop.objective import weighted_errors
 from dropbydrop.refit import prefixes
 from dropbydrop.rotation import Rotation
 from dropbydrop.sources import resolve
+from dropbydrop.texts import text_windows
 from dropbydrop.theory import GaussianSource
 from dropbydrop.universal import default_lambdas, universal_set
 from dropbydrop.walk import Walk
 
 LEVELS = (2, 3, 4)
+WINDOWS, SEQ_LEN = 64, 1024
 NAMES = {
     "q": "self_attn.q_proj",
     "o": "self_attn.o_proj",
@@ -57,8 +58,7 @@ ORDINARY = ("3 q", "3 up", "3 down", "15 q", "15 up", "15 down", "27 q", "27 up"
 OUTLIERS = ("0 o", "2 down", "11 down", "28 down")
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """H of one matrix's inputs, each [d_in, d_in]: to encode under, and of text set apart."""
 
     raw: Tensor
@@ -208,8 +208,7 @@ def main() -> None:
         layer, kind = matrix.split()
         module_of[matrix] = f"{walk.block_prefix(int(layer))}.{NAMES[kind]}"
     if todo := [matrix for matrix in wanted if matrix not in rows]:
-        tokens = source.tokenizer()(args.text.read_text(), return_tensors="pt").input_ids[0]
-        windows = tokens[: 64 * 1024].view(64, 1024)
+        windows, _ = text_windows(args.text, source.tokenizer(), SEQ_LEN, WINDOWS)
         found = statistics(walk, windows, {module_of[m] for m in todo})
         torch.set_num_threads(1)
         for matrix in todo:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dropbydrop import quantize
+from dropbydrop.baselines.additive import Training
 from dropbydrop.calibration import Writing
 from dropbydrop.encoder import EFFORTS, Effort
 from dropbydrop.errors import DropError
@@ -112,6 +114,60 @@ def test_data_free(place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.Mo
     assert again["rows"][3]["kl"] != result["rows"][1]["kl"]
     with pytest.raises(SystemExit, match="other settings"):
         run(bench, *argv, "--level", 2)
+
+
+# ---------------------------------------------------------------------------------- layers
+
+
+def test_layers(place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load("layers")
+    monkeypatch.setattr(bench, "WINDOWS", 4)
+    monkeypatch.setattr(bench, "SEQ_LEN", 32)
+    monkeypatch.setattr(bench, "Training", lambda: Training(kmeans_iterations=3, steps=3, epochs=2))
+    anchors, out = tmp_path / "anchors.jsonl", tmp_path / "rows.jsonl"
+    known = {"layer": 1, "kind": "q", "M": 3, "rel": [0.5, 0.2, 0.1]}
+    anchors.write_text(json.dumps(known) + "\n")
+    argv = [place / "model", "--text", place / "one.txt", "--anchors", anchors, "--out", out,
+            "--preset", "fast"]  # fmt: skip
+    result, printed = run(bench, *argv, "--matrices", "1 q,0 o")
+    one, two = result["rows"]
+    assert [(r["matrix"], r["group"]) for r in (one, two)] == [("1 q", "ordinary"),
+                                                              ("0 o", "outliers")]  # fmt: skip
+    for row in (one, two):
+        for errors in (*row["nested"].values(), *row["aqlm"].values()):
+            assert 1 > errors[0] > errors[1] > errors[2] > 0
+        assert all(b < e for b, e in zip(row["bound"], row["nested"]["own"], strict=True))
+        assert all(a > b > p for a, b, p in zip(
+            row["aqlm_true_bits"], row["true_bits"], (2, 3, 4), strict=True))  # fmt: skip
+    ratio = one["nested"]["own"][1] / one["aqlm"]["own"][1]
+    assert result["means"]["ordinary"]["own"][1] == pytest.approx(ratio)
+    assert sum("published AQLM 0.100000" in line for line in printed.splitlines()) == 1
+
+    monkeypatch.setattr(bench, "measure", None)  # nothing is left to be measured
+    again, _ = run(bench, *argv, "--matrices", "0 o,1 q")
+    assert again["rows"] == [two, one]
+    with pytest.raises(SystemExit, match="other settings"):
+        run(bench, *argv, "--no-aqlm")
+
+
+def test_layers_statistics_leave_the_first_tokens_out(place: Path) -> None:
+    bench = load("layers")
+    walk = bench.Walk.open(place / "model")
+    ids = torch.randint(0, 100, (6, 16), generator=torch.Generator().manual_seed(0))
+    module = f"{walk.block_prefix(1)}.{bench.NAMES['up']}"
+    found = bench.statistics(walk, ids, {module})[module]
+    inputs: list[torch.Tensor] = []
+    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    model.get_submodule(module).register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+    x = inputs[0]  # [6, 16, d_in]
+    for gram, part, count in ((found.raw, x[:3], 48), (found.held_out, x[3:], 48),
+                              (found.held_out_later, x[3:, 1:], 48)):  # fmt: skip
+        rows = part.flatten(0, 1)
+        torch.testing.assert_close(gram, rows.T @ rows / count, rtol=1e-4, atol=1e-5)
+    energy = found.clipped.trace()
+    assert 0 < float(energy) <= float(found.raw.trace())
 
 
 # ------------------------------------------------------------------- rotations and codebooks
