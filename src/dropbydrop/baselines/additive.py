@@ -138,23 +138,24 @@ def loss_and_gradients(
     weight: Tensor, h: Tensor, state: Additive, levels: Sequence[int], lambdas: Sequence[float]
 ) -> tuple[float, Tensor, Tensor]:
     """L, and its gradients with respect to codebooks [M, K, g] and scales [d_out]."""
-    d_out = len(weight)
-    planes = len(state.codes)
-    prefixes, sums = state.prefixes(), torch.zeros_like(weight)
+    prefixes, scales = state.prefixes(), state.scales[:, None]
     value, by_scale = 0.0, torch.zeros_like(state.scales)
     by_book = torch.zeros_like(state.codebooks)
-    pull: dict[int, Tensor] = {}  # level -> dL/dW^_P
+    pull: dict[int, Tensor] = {}  # level -> dL / d(sum of its codewords)
     for p, lam in zip(levels, lambdas, strict=True):
         q = prefixes[p - 1]
-        e = weight - state.scales[:, None] * q
+        e = torch.addcmul(weight, scales, q, value=-1)
         eh = e @ h
-        value += lam * float((eh * e).sum()) / d_out
-        pull[p] = eh * (-2 * lam / d_out)
-        by_scale += (pull[p] * q).sum(1)
-    for m in reversed(range(planes)):  # codebook m + 1 is in every prefix from m + 1 on
+        factor = lam / len(weight)
+        value += factor * float(torch.dot(eh.view(-1), e.view(-1)))
+        by_scale -= 2 * factor * torch.linalg.vecdot(eh, q)
+        pull[p] = eh.mul_(-2 * factor * scales)
+    sums: Tensor | None = None
+    for m in reversed(range(len(state.codes))):  # codebook m + 1 is in every prefix from m + 1 on
         if m + 1 in pull:
-            sums = sums + pull[m + 1] * state.scales[:, None]
-        by_book[m].index_add_(0, state.codes[m].reshape(-1), sums.reshape(-1, GROUP))
+            sums = pull[m + 1] if sums is None else sums.add_(pull[m + 1])
+        if sums is not None:
+            by_book[m].index_add_(0, state.codes[m].reshape(-1), sums.view(-1, GROUP))
     return value, by_book, by_scale
 
 
