@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM
 
 import dropbydrop
 from dropbydrop.calibration import SELF, Calibration, Writing, load_windows
+from dropbydrop.compare.price import paired_ratio
 from dropbydrop.errors import DropError
 from dropbydrop.evaluate import bootstrap_interval, evaluate
 from dropbydrop.quantize import WINDOWS, quantize
@@ -144,17 +145,6 @@ def finished(file: Path) -> dict[str, dict[str, Any]]:
     return {line["variant"]: line for line in map(json.loads, lines)}
 
 
-def ratio(one: torch.Tensor, other: torch.Tensor) -> tuple[float, list[float] | None]:
-    """mean(one) / mean(other), and its 95 % interval by a paired bootstrap over windows [n]."""
-    if len(one) < 2:
-        return float(one.mean() / other.mean()), None
-    generator = torch.Generator().manual_seed(0)
-    index = torch.randint(0, len(one), (2000, len(one)), generator=generator)
-    drawn = one[index].mean(1) / other[index].mean(1)
-    ends = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype))
-    return float(one.mean() / other.mean()), ends.tolist()
-
-
 def figures(line: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """A row of the table; `base` is the line of the in-domain calibration."""
     tensors = [
@@ -162,7 +152,8 @@ def figures(line: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         for x in (line, base)
     ]
     excess, excess_base = (t["nll"] - t["reference"] for t in tensors)
-    loss, kl = ratio(excess, excess_base), ratio(tensors[0]["kl"], tensors[1]["kl"])
+    loss = paired_ratio(excess, excess_base)
+    kl = paired_ratio(tensors[0]["kl"], tensors[1]["kl"])
     return {
         "variant": line["variant"],
         "excess": float(excess.mean()),

@@ -73,15 +73,6 @@ def test_variants() -> None:
             bench.parse(wrong)
 
 
-def test_ratio_is_paired() -> None:
-    bench = load("data_free")
-    base = torch.rand(20, dtype=torch.float64) + 0.5
-    found, interval = bench.ratio(1.1 * base, base)
-    assert found == pytest.approx(1.1)
-    assert interval == pytest.approx([1.1, 1.1])
-    assert bench.ratio(base[:1], base[:1]) == (1.0, None)
-
-
 def test_data_free(place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = load("data_free")
     argv = [place / "model", "--in-domain", place / "one.txt", "--text", place / "two.txt",

@@ -117,6 +117,8 @@ def test_all_methods_in_one_table(
     for name in ("rtn", "any-precision"):
         assert name in printed.err
     assert "none" in printed.err
+    assert list(result["price_of_nesting"]) == ["2", "4"]
+    assert printed.err.count("price of nesting") == 2
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
     for plot in ("loss", "cost"):
         assert (tmp_path / "out" / f"{plot}.png").read_bytes()[:4] == b"\x89PNG"

@@ -127,6 +127,13 @@ def print_comparison(result: Mapping[str, Any], out: Console) -> None:
             ", ".join(map(str, method["lacks"])) or "none",
         )
     out.print(cost)
+    for p, price in (result["price_of_nesting"] or {}).items():
+        bits = "" if price["bits"] is None else f", {price['bits']:.2f} bits"
+        out.print(
+            f"price of nesting at {p} bits: excess {price['excess']:.2f} times that of a code for "
+            f"this level alone{_within(price['excess_interval'])}, KL {price['kl']:.2f}"
+            f"{_within(price['kl_interval'])}{bits}"
+        )
     out.print(
         f"{result['calibration_seconds']:.0f} s of calibration pass are shared by all; "
         f"{result['threads']} threads. KL and excess loss in nats a token; no method is fine-tuned."
@@ -139,6 +146,10 @@ def short(value: float | None) -> str:
         return ""
     text = f"{value:.3f}"
     return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
+
+
+def _within(ends: list[float] | None) -> str:
+    return "" if ends is None else f" ({ends[0]:.2f} to {ends[1]:.2f})"
 
 
 def interval(ends: list[float] | None) -> str:

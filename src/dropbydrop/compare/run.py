@@ -50,6 +50,7 @@ from ..sources import Source, resolve
 from ..texts import text_windows
 from ..walk import Walk
 from .folder import RESULT, Folder, Record, Sites
+from .price import price_of_nesting
 
 _PEAK_RESET = Path("/proc/self/clear_refs")
 _CAPTURE = (
@@ -133,7 +134,8 @@ def compare(order: Order, out: Path | None = None, progress: bool = True) -> dic
         "sha256", "calibration", "calibration_seconds", "preset", "seed", "device", "torch",
         "threads", "reference": {"ppl", "nll"}, "methods": {name: {"title", "nested", "lacks",
         "checkpoints", "disk_bytes", "seconds", "peak_gib", "bits": {level: {"true_bits",
-        "true_bits_whole", "bytes", "rel_error", and what `evaluate` gives}}}}}.
+        "true_bits_whole", "bytes", "rel_error", and what `evaluate` gives}}}},
+        "price_of_nesting" (price.py)}.
 
     Raises:
         DropError: anything about the input, or `out` holds something else.
@@ -165,6 +167,7 @@ def compare(order: Order, out: Path | None = None, progress: bool = True) -> dic
             "threads": torch.get_num_threads(),
             "reference": {name: reference[name] for name in ("ppl", "nll")},
             "methods": methods,
+            "price_of_nesting": price_of_nesting(methods, reference["per_window"]),
         }
         folder.write_json(out / RESULT, result)
     return result

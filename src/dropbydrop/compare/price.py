@@ -1,0 +1,80 @@
+"""The price of nesting: one code for all levels against a code of the same kind for each level.
+
+For every level P that both `drop` and `dedicated` have, on the same windows:
+
+    excess, kl   nested over dedicated, 1 being free, with 95 % intervals of a bootstrap that draws
+                 the same windows for both
+    bits         how many true bits fewer a dedicated code would need for the nested code's KL: log
+                 of the ratio of KL over the slope of log KL in true bits of the dedicated codes,
+                 from this level to the next lower one (for the lowest, to the next higher)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NESTED, DEDICATED = "drop", "dedicated"
+
+
+def price_of_nesting(
+    methods: Mapping[str, Any], reference: Sequence[float]
+) -> dict[str, dict[str, Any]] | None:
+    """Level -> prices, JSON-able; None unless both methods are there.
+
+    Args:
+        methods: rows of a comparison (run.py), each level with its "per_window" figures.
+        reference: nll of the original in nats a token, by window.
+
+    Returns:
+        {level: {"excess", "excess_interval", "kl", "kl_interval", "bits"}}; an interval is None for
+        one window, "bits" for one level or where the KL does not fall from level to level.
+    """
+    if NESTED not in methods or DEDICATED not in methods:
+        return None
+    nested, dedicated = methods[NESTED]["bits"], methods[DEDICATED]["bits"]
+    ascending = sorted((p for p in nested if p in dedicated), key=int)
+    base = torch.tensor(reference, dtype=torch.float64)
+    found = {}
+    for i, p in enumerate(ascending):
+        one, other = (
+            {k: torch.tensor(row["per_window"][k], dtype=torch.float64) for k in ("nll", "kl")}
+            for row in (nested[p], dedicated[p])
+        )
+        excess, excess_interval = paired_ratio(one["nll"] - base, other["nll"] - base)
+        kl, kl_interval = paired_ratio(one["kl"], other["kl"])
+        near = ascending[i - 1] if i else ascending[min(1, len(ascending) - 1)]
+        found[p] = {
+            "excess": excess,
+            "excess_interval": excess_interval,
+            "kl": kl,
+            "kl_interval": kl_interval,
+            "bits": _in_bits(kl, dedicated[p], dedicated[near]),
+        }
+    return found
+
+
+def _in_bits(ratio: float, here: Mapping[str, Any], near: Mapping[str, Any]) -> float | None:
+    bits = here["true_bits"] - near["true_bits"]
+    if bits == 0 or min(here["kl"], near["kl"], ratio) <= 0:
+        return None
+    slope = math.log(here["kl"] / near["kl"]) / bits  # below 0
+    return math.log(ratio) / -slope if slope < 0 else None
+
+
+def paired_ratio(
+    one: Tensor, other: Tensor, resamples: int = 2000
+) -> tuple[float, list[float] | None]:
+    """mean(one) / mean(other) of values [n] by window, and its 95 % interval; None for n = 1."""
+    ratio = float(one.mean() / other.mean())
+    if len(one) < 2:
+        return ratio, None
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(0, len(one), (resamples, len(one)), generator=generator)
+    drawn = one[index].mean(1) / other[index].mean(1)
+    ends = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype))
+    return ratio, ends.tolist()
