@@ -5,6 +5,7 @@ levels in, decoded weights with their true bytes out (suite.py). None of them kn
 
     drop           one nested code, this package        drop.py
     dedicated      the same, one code a level           dedicated.py
+    paper-weights  drop under the paper's weights       paper_weights.py
     paper          AQLM's loop under the nested loss    paper.py      \\
     aqlm           AQLM, one code a level               aqlm.py        } additive.py
     aqlm-drop      AQLM, codebooks dropped              aqlm_drop.py  /
@@ -25,7 +26,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import DropError
-from . import any_precision, aqlm, aqlm_drop, dedicated, drop, gptq, matryoshka, paper, rtn
+from . import any_precision, aqlm, aqlm_drop, dedicated, drop, gptq, matryoshka, paper, paper_weights, rtn
 from .suite import Level, Suite
 
 __all__ = ["METHODS", "Level", "Method", "Site", "Suite", "choose"]
@@ -129,6 +130,10 @@ METHODS: dict[str, Method] = {
         Method("dedicated", "ours, dedicated", False, _own(dedicated.dedicated),
                (*_ENCODER, "baselines/dedicated.py"), shared=drop.shared_bytes,
                prepare=dedicated.prepare, uses_preset=True),
+        Method("paper-weights", "ours, the paper's weights", True,
+               _own(paper_weights.paper_weights),
+               (*_ENCODER, "baselines/paper_weights.py"), shared=drop.shared_bytes,
+               prepare=paper_weights.prepare, uses_preset=True),
         Method("paper", "AQLM, nested loss", True, _seeded(paper.paper),
                (*_AQLM, "baselines/paper.py")),
         Method("aqlm", "AQLM, dedicated", False, _seeded(aqlm.aqlm), _AQLM),

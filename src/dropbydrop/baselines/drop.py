@@ -8,6 +8,7 @@ counted with the site's first matrix; codebooks and odd factors are stored once 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,8 +21,26 @@ from ..universal import default_lambdas
 from .suite import Level, Suite
 
 
+class Supervision(NamedTuple):
+    """Which levels J sums over, ascending, and their weights."""
+
+    levels: tuple[int, ...]
+    lambdas: tuple[float, ...]
+
+    @classmethod
+    def default(cls, levels: Sequence[int]) -> Supervision:
+        """Every level, as `quantize` weights them."""
+        chosen = tuple(sorted(levels))
+        return cls(chosen, tuple(default_lambdas(chosen)))
+
+
 def drop(
-    weights: Mapping[str, Tensor], gram: Tensor, levels: Sequence[int], preset: str, seed: int
+    weights: Mapping[str, Tensor],
+    gram: Tensor,
+    levels: Sequence[int],
+    preset: str,
+    seed: int,
+    supervision: Supervision | None = None,
 ) -> dict[str, Suite]:
     """Encode the matrices of a site.
 
@@ -29,6 +48,7 @@ def drop(
         weights: module -> float32 [d_out, d_in]; gram [d_in, d_in] of their common input.
         preset: search effort: fast, balanced or best.
         seed: of the rotation.
+        supervision: up to the highest of `levels`; None is the default.
 
     Raises:
         CalibrationError: H is not finite or not positive definite even after damping.
@@ -36,9 +56,9 @@ def drop(
     chosen = tuple(sorted(levels))
     d_in = gram.shape[0]
     rotation = Rotation.make(d_in, seed=seed).to(gram.device)
-    books = codebooks_for(chosen).to(gram.device)
-    lambdas = default_lambdas(chosen)
-    coded = encode_site(weights, gram, rotation, books, chosen, lambdas, EFFORTS[preset])
+    at, lambdas = supervision or Supervision.default(chosen)
+    books = codebooks_for(at, lambdas).to(gram.device)
+    coded = encode_site(weights, gram, rotation, books, at, lambdas, EFFORTS[preset])
     suites, signs = {}, -(-d_in // 8)
     for name, code in coded.items():
         scales = code.scales.float()[:, None]
@@ -53,9 +73,9 @@ def drop(
     return suites
 
 
-def prepare(levels: Sequence[int]) -> None:
+def prepare(levels: Sequence[int], supervision: Supervision | None = None) -> None:
     """Train the universal set for these levels if it neither ships nor is in the cache."""
-    codebooks_for(sorted(levels))
+    codebooks_for(*(supervision or Supervision.default(levels)))
 
 
 def shared_bytes(level: int, widths: Collection[int]) -> int:

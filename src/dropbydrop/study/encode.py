@@ -17,26 +17,29 @@ from ..encoder import EFFORTS, encode_site
 from ..refit import prefixes
 from ..rotation import Rotation
 from ..sources import cache_dir
-from ..universal import default_lambdas, ships, universal_set
+from ..universal import default_lambdas, ships, train, universal_set
 from .refinement import Encode
 
 
-def codebooks_for(levels: Sequence[int]) -> Tensor:
+def codebooks_for(levels: Sequence[int], lambdas: Sequence[float] | None = None) -> Tensor:
     """The universal set for these levels, float32 [M, K/2, g]; kept in the user's cache.
 
     Sets that do not ship with the package take a while to train; the cache is keyed by
-    levels, their weights and the version, and one that cannot be read is trained again.
+    levels, their weights (`lambdas`, None for the default ones) and the version, and one that
+    cannot be read is trained again.
     """
     levels = tuple(levels)
-    if ships(levels):
+    usual = lambdas is None or list(lambdas) == default_lambdas(levels)
+    if usual and ships(levels):
         return universal_set(levels)
-    key = json.dumps([levels, default_lambdas(levels), __version__])
+    weights = default_lambdas(levels) if lambdas is None else list(lambdas)
+    key = json.dumps([levels, weights, __version__])
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_dir() / "universal" / f"{name}.safetensors"
     try:
         return load_file(path)["codebooks"].to(torch.float32)
     except (OSError, SafetensorError, KeyError):
-        codebooks = universal_set(levels)
+        codebooks = universal_set(levels) if usual else train(levels, weights)
     partial = path.with_name(f".{name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
