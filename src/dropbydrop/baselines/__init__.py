@@ -26,7 +26,18 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import DropError
-from . import any_precision, aqlm, aqlm_drop, dedicated, drop, gptq, matryoshka, paper, paper_weights, rtn
+from . import (
+    any_precision,
+    aqlm,
+    aqlm_drop,
+    dedicated,
+    drop,
+    gptq,
+    matryoshka,
+    paper,
+    paper_weights,
+    rtn,
+)
 from .suite import Level, Suite
 
 __all__ = ["METHODS", "Level", "Method", "Site", "Suite", "choose"]
