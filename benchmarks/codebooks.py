@@ -91,7 +91,7 @@ def errors(
     stacked, decoded = torch.cat(list(weights.values())), []
     for level in range(len(LEVELS)):
         parts = [
-            rotation.inverse(
+            rotation.transpose(
                 e.scales.float()[:, None] * prefixes(e.codes, codebooks, LEVELS)[level]
             )
             for e in coded.values()

@@ -36,10 +36,9 @@ from torch import Tensor
 
 from dropbydrop.baselines.additive import Training, train
 from dropbydrop.code import GROUP
-from dropbydrop.encoder import EFFORTS, encode_site
+from dropbydrop.encoder import EFFORTS, encode_site, site_rotation
 from dropbydrop.objective import weighted_errors
 from dropbydrop.refit import prefixes
-from dropbydrop.rotation import Rotation
 from dropbydrop.sources import resolve
 from dropbydrop.texts import text_windows
 from dropbydrop.theory import GaussianSource
@@ -87,21 +86,22 @@ def statistics(walk: Walk, windows: Tensor, wanted: set[str]) -> dict[str, Stati
 
 
 def true_bits(level: int, d_out: int, d_in: int, own_codebooks: bool) -> float:
-    """Codes, float16 scales, and float16 codebooks of 256 entries where they are the matrix's."""
-    extra = 16 * d_out + (level * 256 * GROUP * 16 if own_codebooks else d_in)
+    """Codes, float16 scales, and float16 codebooks of 256 entries where they are the matrix's; else
+    a byte an input for its sign and factor."""
+    extra = 16 * d_out + (level * 256 * GROUP * 16 if own_codebooks else 8 * d_in)
     return level + extra / (d_out * d_in)
 
 
 def nested(weight: Tensor, h: Tensor, seed: int, preset: str) -> tuple[list[Tensor], float]:
     """Our one code decoded at every level, and its seconds."""
-    rotation = Rotation.make(weight.shape[1], seed=seed)
     codebooks, lambdas = universal_set(LEVELS), default_lambdas(LEVELS)
     start = time.perf_counter()
+    rotation = site_rotation({"w": weight}, h, seed)
     code = encode_site({"w": weight}, h, rotation, codebooks, LEVELS, lambdas, EFFORTS[preset])["w"]
     seconds = time.perf_counter() - start
     scaled = code.scales.float()[:, None]
     decoded = prefixes(code.codes, codebooks, LEVELS)
-    return [rotation.inverse(scaled * q) for q in decoded], seconds
+    return [rotation.transpose(scaled * q) for q in decoded], seconds
 
 
 def aqlm(weight: Tensor, h: Tensor) -> tuple[list[Tensor], float]:

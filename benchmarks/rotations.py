@@ -75,7 +75,7 @@ def decode(weight: Tensor, h: Tensor, variant: str, seed: int, effort: str) -> l
     out = []
     for q in prefixes(found.codes, books, LEVELS):
         whole = weight.half().float()
-        whole[:, coded] = rotation.inverse(found.scales.float()[:, None] * q)
+        whole[:, coded] = rotation.transpose(found.scales.float()[:, None] * q)
         out.append(whole)
     return out
 

@@ -476,8 +476,8 @@ def test_bytes_of_our_codes_are_those_of_a_checkpoint(monkeypatch: pytest.Monkey
     weight, h = problem(16, 48)
     site = Site({"a": weight, "b": weight[:8]}, h, preset="fast")
     suites = METHODS["drop"].encode(site, [1, 2])
-    signs = 48 // 8  # once a site
-    assert suites["a"].levels[2].bytes == 2 * 16 * 6 + 2 * 16 + signs
+    inputs = 48  # signs and factors, once a site
+    assert suites["a"].levels[2].bytes == 2 * 16 * 6 + 2 * 16 + inputs
     assert suites["b"].levels[2].bytes == 2 * 8 * 6 + 2 * 8
     assert suites["b"].levels[1].bytes == 8 * 6 + 2 * 8
     # 128 stored entries of 8 float16 values a plane; odd factors 3 and 5 in float32

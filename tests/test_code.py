@@ -5,7 +5,16 @@ import torch
 
 from dropbydrop.code import ENTRIES, GROUP, codebook_table, decode
 from dropbydrop.errors import FormatError
-from dropbydrop.rotation import Rotation, hadamard, pack_signs, split_odd, unpack_signs
+from dropbydrop.rotation import (
+    Rotation,
+    hadamard,
+    pack_factors,
+    pack_signs,
+    round_factors,
+    split_odd,
+    unpack_factors,
+    unpack_signs,
+)
 
 
 def naive_decode(codes, stored, scales, prefix, symmetric):
@@ -84,7 +93,7 @@ def test_rotation_equals_its_matrix(d_in, kind, block):
     x = torch.randn(2, 3, d_in)
     torch.testing.assert_close(q @ q.T, torch.eye(d_in), atol=2e-5, rtol=0)
     torch.testing.assert_close(rotation.apply(x), x @ q.T, atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(rotation.inverse(rotation.apply(x)), x, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(rotation.transpose(rotation.apply(x)), x, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(rotation.matrix(), q, atol=1e-5, rtol=1e-4)
     gram = x.view(-1, d_in).T @ x.view(-1, d_in)
     torch.testing.assert_close(rotation.apply_gram(gram), q @ gram @ q.T, atol=2e-4, rtol=1e-3)
@@ -109,7 +118,49 @@ def test_stored_rotation_round_trip():
         assert torch.equal(back.apply(x), r.apply(x))
 
 
+def test_every_byte_is_a_signed_factor():
+    packed = torch.arange(256).to(torch.uint8)
+    signs = unpack_factors(packed, 256)
+    naive = [(-1 if b >= 128 else 1) * 2 ** (((b & 127) - 64) / 8) for b in range(256)]
+    assert signs.tolist() == pytest.approx(naive, rel=1e-6)
+    assert torch.equal(pack_factors(signs), packed)
+    close = signs.abs() * torch.linspace(0.96, 1.04, 256)  # half a step is 4.4 %
+    assert torch.equal(round_factors(close), signs.abs())
+    assert round_factors(torch.tensor([1e-9, 1e9])).tolist() == [2**-8, pytest.approx(2**7.875)]
+    with pytest.raises(ValueError, match="round_factors"):
+        pack_factors(torch.tensor([1.0, 2.0**-9]))
+
+
+@pytest.mark.parametrize(("d_in", "kind"), [(96, "full"), (7, "full"), (64, "block")])
+def test_scaled_rotation_equals_its_matrix(d_in, kind):
+    torch.manual_seed(0)
+    plain = Rotation.make(d_in, kind, seed=3)
+    r = plain.scale(torch.rand(d_in) * 4 + 0.1)
+    assert torch.equal(r.signs.sign(), plain.signs)
+    assert r.spec() == {**plain.spec(), "scaled": True}
+    q = naive_matrix(r)
+    x, weight = torch.randn(3, d_in), torch.randn(5, d_in)
+    torch.testing.assert_close(r.apply(x), x @ q.T, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(r.transpose(x), x @ q, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(r.apply_weight(weight), weight @ q.inverse(), atol=1e-4, rtol=1e-3)
+    # what is coded multiplies what is rotated, and decoding gives W back
+    product = r.apply_weight(weight) @ r.apply(x).T
+    torch.testing.assert_close(product, weight @ x.T, atol=1e-4, rtol=1e-3)
+    back = r.transpose(r.apply_weight(weight))
+    torch.testing.assert_close(back, weight, atol=2e-5, rtol=1e-4)
+    gram = x.T @ x
+    torch.testing.assert_close(r.apply_gram(gram), q @ gram @ q.T, atol=1e-3, rtol=1e-3)
+    stored = Rotation.from_stored(r.spec(), d_in, r.packed(), r.odd)
+    assert torch.equal(stored.apply(x), r.apply(x))
+    assert stored.scaled
+
+
 def test_bad_rotations_are_refused():
+    with pytest.raises(ValueError, match="no place"):
+        Rotation.make(16, "none").scale(torch.ones(16))
+    spec = {"kind": "full", "scaled": True}
+    with pytest.raises(FormatError, match="factors of inputs"):
+        Rotation.from_stored(spec, 16, torch.zeros(2, dtype=torch.uint8), None)
     with pytest.raises(FormatError, match="expected 2 bytes"):
         unpack_signs(torch.zeros(3, dtype=torch.uint8), 16)
     with pytest.raises(FormatError, match="odd3"):

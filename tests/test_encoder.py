@@ -1,6 +1,7 @@
 """Objective, refits and the encoder of a site."""
 
 import json
+import math
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from safetensors import safe_open
 
 from dropbydrop import learned, universal
-from dropbydrop.encoder import EFFORTS, Effort, encode_site, stored_scales
+from dropbydrop.balance import input_factors
+from dropbydrop.encoder import EFFORTS, Effort, encode_site, site_rotation, stored_scales
 from dropbydrop.errors import CalibrationError
 from dropbydrop.objective import condition, descent_metric, feedback_metric, weighted_errors
 from dropbydrop.refit import Coded, objective, prefixes, refit_codebooks, refit_scales
@@ -250,12 +252,52 @@ def test_encoding_a_site(preset):
         assert e.codes.shape == (4, len(weights[name]), 12)
         assert e.scales.dtype == torch.float16
         decoded = [
-            rotation.inverse(e.scales.float()[:, None] * q)
+            rotation.transpose(e.scales.float()[:, None] * q)
             for q in prefixes(e.codes, books, [2, 3, 4])
         ]
         assert weighted_errors(weights[name], decoded, h) == pytest.approx(e.errors, rel=1e-2)
         assert e.errors[0] > e.errors[1] > e.errors[2]
     assert out["a"].errors[0] < 0.1  # white noise coded without H would be near 0.1
+
+
+def test_factors_of_inputs_are_the_formula():
+    torch.manual_seed(0)
+    weights = [torch.randn(24, 16) * torch.rand(16) * 3, torch.randn(8, 16) * 100]
+    h = gram(16)
+    log = []
+    for i in range(16):
+        power = sum(
+            float(w[r, i] ** 2 / w[r].square().mean()) for w in weights for r in range(len(w))
+        )
+        log.append(0.375 * math.log(power) - 0.125 * math.log(float(h[i, i])))
+    naive = [math.exp(x - sum(log) / 16) for x in log]
+    assert input_factors(weights, h).tolist() == pytest.approx(naive, rel=1e-4)
+
+
+def test_factors_where_statistics_say_nothing():
+    weight, h = torch.randn(8, 16), gram(16)
+    weight[:, 3] = 0
+    weight[2] = 0
+    h[5], h[:, 5] = 0, 0
+    factors = input_factors([weight], h)
+    assert bool(torch.isfinite(factors).all())
+    assert factors.min() > 0
+    assert torch.equal(input_factors([weight * 0], h * 0), torch.ones(16))
+    assert torch.equal(input_factors([weight * 0], h * torch.nan), torch.ones(16))
+
+
+@pytest.mark.parametrize("levels", [(2,), (2, 3, 4)])
+def test_balanced_inputs_lower_the_error(levels):
+    """Columns of W and inputs of unequal size: the rotation alone would mix them up for good."""
+    torch.manual_seed(0)
+    spread = torch.randn(2, 96).exp()
+    weights, h = {"a": torch.randn(64, 96) * spread[0]}, gram(96) * spread[1] * spread[1][:, None]
+    books, lambdas = universal_set(levels), default_lambdas(levels)
+    errors = [
+        encode_site(weights, h, rotation, books, levels, lambdas, EFFORTS["fast"])["a"].errors
+        for rotation in (site_rotation(weights, h, 1), Rotation.make(96, seed=1))
+    ]
+    assert all(one < 0.7 * other for one, other in zip(*errors, strict=True))
 
 
 def test_learned_codebooks_fit_their_site():

@@ -41,16 +41,25 @@ GOLDEN = {
 }
 
 
-def write_golden(out: Path) -> None:
+GOLDEN_SCALED = {  # version 2: only what a scaled rotation changes
+    "config.json": "9260d4b0f9970e44f5a8011b0907a42569fc86dc4d355df74587f25e6b326914",
+    "model.safetensors": "4b6e3c44dfd3b943ef37c71bf0c97a219877e967c963f23c5cbae3dee4bec5a2",
+}
+
+
+def write_golden(out: Path, scaled: bool = False) -> None:
     """Two linears of one site, d_in 24 = 8 * 3, no random numbers anywhere."""
-    spec = SiteSpec("s", ("a", "b"), 24, "universal", {"kind": "full"})
+    rotation = {"kind": "full", "scaled": True} if scaled else {"kind": "full"}
+    spec = SiteSpec("s", ("a", "b"), 24, "universal", rotation)
     signs = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0] * 4)
+    if scaled:
+        signs = signs * torch.exp2((torch.arange(24) - 12) / 8)
     odd = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     quantization = QuantizationConfig(
         2, (1, 2), (PlaneSpec(), PlaneSpec()), (spec,), Embeddings(8, ("e",), True), {"seed": 7}
     )
     with CheckpointWriter(out) as writer:
-        writer.add_site(spec, Rotation("full", 24, 8, signs, odd))
+        writer.add_site(spec, Rotation("full", 24, 8, signs, odd, scaled))
         book = torch.arange(128 * 8).reshape(128, 8) / 64
         writer.add_codebook_set("universal", [book, book / 2])
         for offset, (module, d_out) in enumerate((("b", 2), ("a", 4))):
@@ -65,13 +74,27 @@ def write_golden(out: Path) -> None:
         writer.finish(config, quantization, {"notes.txt": b"hello\n"}, {"total": 200})
 
 
-def test_golden_bytes(tmp_path: Path) -> None:
-    write_golden(tmp_path / "out")
+@pytest.mark.parametrize("scaled", [False, True])
+def test_golden_bytes(tmp_path: Path, scaled: bool) -> None:
+    write_golden(tmp_path / "out", scaled)
     found = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted((tmp_path / "out").iterdir())
     }
-    assert found == GOLDEN
+    if not scaled:
+        assert found == GOLDEN
+        return
+    assert {name: found[name] for name in GOLDEN_SCALED} == GOLDEN_SCALED
+    for plane in ("plane-1.safetensors", "plane-2.safetensors"):
+        assert found[plane] == GOLDEN[plane]
+
+
+def test_bytes_of_scaled_inputs(tmp_path: Path) -> None:
+    write_golden(tmp_path / "out", scaled=True)
+    rest = load_file(tmp_path / "out" / "model.safetensors")
+    assert "sites.0.signs" not in rest
+    signs = [0, 1, 0, 0, 1, 1] * 4
+    assert rest["sites.0.inputs"].tolist() == [64 - 12 + i + 128 * s for i, s in enumerate(signs)]
 
 
 def test_golden_plane_header(tmp_path: Path) -> None:
@@ -189,6 +212,15 @@ def valid_config() -> dict[str, Any]:
     }
 
 
+def test_version_2_has_scaled_rotations() -> None:
+    data = valid_config()
+    data["format_version"] = 2
+    data["sites"][1]["rotation"]["scaled"] = True
+    config = QuantizationConfig.from_dict(data)
+    assert config.to_dict() == data
+    assert config.format_version == 2
+
+
 def test_config_round_trip() -> None:
     config = QuantizationConfig.from_dict(valid_config())
     assert config.to_dict() == valid_config()
@@ -212,7 +244,11 @@ def _set(*path: Any) -> Any:
     ("change", "message"),
     [
         (_set("quant_method", "aqlm"), "quant_method is not"),
-        (_set("format_version", 2), "format_version 2; this dropbydrop reads version 1"),
+        (_set("format_version", 3), "format_version 3; this dropbydrop reads version 1 and 2"),
+        (_set("format_version", 2), "format_version 2 without scaled rotations"),
+        (_set("sites", 0, "rotation", {"kind": "full", "scaled": True}), "1 with scaled rotations"),
+        (_set("sites", 0, "rotation", {"kind": "full", "scaled": False}), "true or not there"),
+        (_set("sites", 0, "rotation", {"kind": "none", "scaled": True}), "cannot be scaled"),
         (_set("format_version", True), "format_version True"),
         (_set("format_version", "1"), "format_version '1'"),
         (_set("surprise", 1), r"unknown keys \['surprise'\]"),

@@ -263,7 +263,7 @@ class _Shapes:
         linears = [m for b in walk._blocks for m in b.modules() if isinstance(m, nn.Linear)]
         self.weights = sum(m.in_features * m.out_features for m in linears)
         self.rows = sum(m.out_features for m in linears)
-        self.signs = walk.num_blocks * sum(-(-site.d_in // 8) for site in sites)
+        self.inputs = walk.num_blocks * sum(site.d_in for site in sites)
         self.odd = sum(4 * odd * odd for odd in {split_odd(site.d_in)[1] for site in sites})
         self.matrices = len(linears)
         self.sites = walk.num_blocks * len(sites)
@@ -281,7 +281,7 @@ class _Shapes:
         )
         everything = sum(p.numel() for p in walk.model.parameters())
         kept = everything - self.weights - sum(p.numel() for p in outer)
-        size = planes * self.plane_bytes() + 2 * self.rows + self.signs + self.odd
+        size = planes * self.plane_bytes() + 2 * self.rows + self.inputs + self.odd
         sets = 1 if job.codebooks == UNIVERSAL else self.sites
         size += sets * planes * (2 * HALF * GROUP + 130)
         size += embeddings + 4 * max(0, kept)

@@ -1,7 +1,8 @@
 """Encode the matrices of one input site: rotate, condition, search, refit.
 
 Steps, for the matrices W of a site that share an input with Gram matrix H:
-    1. rotate: W' = W Q^T, H' = Q H Q^T (rotation.py); condition H' and factor it in float64
+    1. rotate: W' = W Q^-1, H' = Q H Q^T (rotation.py), Q with factors of the inputs that suit W and
+       H (balance.py); condition H' and factor it in float64
        (objective.py). Done once a site.
     2. start: row scales = rms of the rows; codes by error feedback with the universal set; then
        descent sweeps.
@@ -22,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .balance import input_factors
 from .errors import CalibrationError
 from .objective import condition, descent_metric, feedback_metric, weighted_errors
 from .refit import Coded, objective, prefixes, refit_scales
@@ -147,6 +149,15 @@ class SiteEncoder:
         decoded = [coded.scales[:, None] * q for q in prefixes(coded.codes, codebooks, self.levels)]
         errors = weighted_errors(coded.weight, decoded, self._gram)
         return Encoded(coded.codes, coded.scales.half(), errors)
+
+
+def site_rotation(weights: Mapping[str, Tensor], gram: Tensor, seed: int) -> Rotation:
+    """The rotation of a site: full mixing of its inputs, balanced for these matrices and this H.
+
+    weights, gram: as in `encode_site`. On the device of `gram`.
+    """
+    factors = input_factors(weights.values(), gram)
+    return Rotation.make(gram.shape[0], seed=seed).scale(factors).to(gram.device)
 
 
 def encode_site(

@@ -162,7 +162,7 @@ def _linear_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Callable[[
             scales = checkpoint.read(f"{module}.level_scales")[checkpoint.level_index(prefix)]
         codes = [checkpoint.read_codes(module, m)[low:high] for m in range(1, prefix + 1)]
         rotated = decode(codes, tables, scales[low:high], prefix)
-        return checkpoint.read_rotation(site).inverse(rotated)
+        return checkpoint.read_rotation(site).transpose(rotated)
 
     return rows
 

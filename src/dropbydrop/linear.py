@@ -166,7 +166,7 @@ class NestedLinear(_FixedScales):
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W decoded from P planes, in the coordinates of the original model: [d_out, d_in]."""
-        return self.site.rotation.inverse(self.rotated_weight()).to(dtype)
+        return self.site.rotation.transpose(self.rotated_weight()).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out], in the dtype of x."""

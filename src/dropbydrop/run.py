@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .capture import Captured
 from .checkpoint import CheckpointWriter, Embeddings, SiteSpec
 from .code import GROUP
-from .encoder import Effort, Encoded, encode_site
+from .encoder import Effort, Encoded, encode_site, site_rotation
 from .learned import learn_site
 from .rotation import Rotation
 from .team import Team, deal
@@ -176,9 +176,9 @@ class Run:
         }
         rotations = {}
         for site in captured.sites:
-            rotations[site.name] = Rotation.make(
-                site.d_in, seed=self.seed * 1_000_003 + self._sites
-            )
+            weights = {name: modules[name].weight.detach().float() for name in site.modules}
+            gram, seed = captured.grams[site.name], self.seed * 1_000_003 + self._sites
+            rotations[site.name] = site_rotation(weights, gram, seed)
             self._sites += 1
         # work of a matrix: a search that is linear in its size, products with H
         costs = [m.weight.numel() * (2000.0 + m.weight.shape[1]) for m in modules.values()]
@@ -230,7 +230,7 @@ class Run:
             order = (
                 {name: modules[name].weight.detach().float() for name in names},
                 captured.grams[site.name],
-                rotations[site.name].to(self.walk.device),
+                rotations[site.name],
                 self.codebooks,
                 self.levels,
                 self.lambdas,

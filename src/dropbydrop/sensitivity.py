@@ -290,7 +290,7 @@ class _Product:
             inner = ((g @ module.rotated_weight() - full) * turned).sum(-1)
             old = self.inner.get((site.name, p))
             self.inner[site.name, p] = inner if old is None else old + inner
-        return site.rotation.inverse(full).view(x.shape).to(x.dtype)
+        return site.rotation.transpose(full).view(x.shape).to(x.dtype)
 
 
 class _Recorded(torch.autograd.Function):

@@ -127,8 +127,8 @@ def _own(
 
 
 _ENCODER = (
-    "baselines/drop.py", "encoder.py", "objective.py", "refit.py", "rotation.py", "universal.py",
-    "universal_sets", "search", "_native",
+    "baselines/drop.py", "balance.py", "encoder.py", "objective.py", "refit.py", "rotation.py",
+    "universal.py", "universal_sets", "search", "_native",
 )  # fmt: skip
 _AQLM = ("baselines/additive.py", "baselines/aqlm.py")
 _SCALAR = ("baselines/grid.py", "baselines/columns.py")

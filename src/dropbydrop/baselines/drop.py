@@ -1,8 +1,8 @@
 """`drop`: this package's quantizer, one nested code for all levels, as `quantize` runs it.
 
-The matrices of a site share a rotation, so this method takes a site rather than a matrix. Signs are
-counted with the site's first matrix; codebooks and odd factors are stored once a checkpoint
-(`shared_bytes`).
+The matrices of a site share a rotation, so this method takes a site rather than a matrix. Signs and
+factors of its inputs are counted with the site's first matrix; codebooks and odd factors are stored
+once a checkpoint (`shared_bytes`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..code import ENTRIES, GROUP
-from ..encoder import EFFORTS, encode_site
+from ..encoder import EFFORTS, encode_site, site_rotation
 from ..refit import prefixes
-from ..rotation import Rotation, split_odd
+from ..rotation import split_odd
 from ..study.encode import codebooks_for
 from ..universal import default_lambdas
 from .suite import Level, Suite
@@ -55,21 +55,21 @@ def drop(
     """
     chosen = tuple(sorted(levels))
     d_in = gram.shape[0]
-    rotation = Rotation.make(d_in, seed=seed).to(gram.device)
+    rotation = site_rotation(weights, gram, seed)
     at, lambdas = supervision or Supervision.default(chosen)
     books = codebooks_for(at, lambdas).to(gram.device)
     coded = encode_site(weights, gram, rotation, books, at, lambdas, EFFORTS[preset])
-    suites, signs = {}, -(-d_in // 8)
+    suites, inputs = {}, d_in
     for name, code in coded.items():
         scales = code.scales.float()[:, None]
-        fixed = 2 * len(scales) + signs
+        fixed = 2 * len(scales) + inputs
         plane = code.codes[0].numel()
         served = {
-            p: Level(rotation.inverse(scales * q), p * plane + fixed)
+            p: Level(rotation.transpose(scales * q), p * plane + fixed)
             for p, q in zip(chosen, prefixes(code.codes, books, chosen), strict=True)
         }
         suites[name] = Suite(served, (chosen[-1] * plane + fixed,))
-        signs = 0
+        inputs = 0
     return suites
 
 

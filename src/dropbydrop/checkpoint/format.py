@@ -24,7 +24,8 @@ from ..code import ENTRIES, GROUP
 from ..errors import FormatError, PrecisionError
 
 FORMAT = "dropbydrop"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of everything but a config with scaled rotations
+SCALED_VERSION = 2  # of a config with at least one scaled rotation
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
 REST_FILE = "model.safetensors"
@@ -52,6 +53,11 @@ def codebook_name(set_name: str, m: int) -> str:
 def signs_name(site: int) -> str:
     """Packed signs of site i: uint8 [ceil(d_in / 8)]."""
     return f"sites.{site}.signs"
+
+
+def inputs_name(site: int) -> str:
+    """Signs and factors of the inputs of a site with a scaled rotation: uint8 [d_in]."""
+    return f"sites.{site}.inputs"
 
 
 def odd_name(odd: int) -> str:
@@ -112,12 +118,13 @@ def _strings(values: Sequence[Any], where: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def check_version(version: object, where: str) -> None:
-    """Raises FormatError unless `version` is the one this package reads."""
-    if version != FORMAT_VERSION or isinstance(version, bool):
+def check_version(version: object, where: str, known: Sequence[int] = (FORMAT_VERSION,)) -> None:
+    """Raises FormatError unless `version` is one of the `known` ones."""
+    if version not in known or isinstance(version, bool):
         raise FormatError(
             f"{where} has format_version {version!r}; this dropbydrop reads version "
-            f"{FORMAT_VERSION}. Upgrade dropbydrop, or fetch a checkpoint of that version."
+            f"{' and '.join(map(str, known))}. Upgrade dropbydrop, or fetch a checkpoint of that "
+            "version."
         )
 
 
@@ -191,6 +198,10 @@ class SiteSpec:
     def _check_rotation(self, where: str) -> None:
         rotation = dict(self.rotation)
         kind, block = rotation.pop("kind", None), rotation.pop("block", None)
+        if rotation.pop("scaled", True) is not True:
+            raise FormatError(f"{where}: rotation 'scaled' is true or not there.")
+        if kind == "none" and "scaled" in self.rotation:
+            raise FormatError(f"{where}: a rotation of kind 'none' cannot be scaled.")
         if kind not in ("full", "block", "none") or rotation:
             raise FormatError(
                 f"{where}: rotation {dict(self.rotation)!r} is unknown to this version. "
@@ -317,6 +328,12 @@ class QuantizationConfig:
             f"{', '.join(map(str, self.levels))}. Ask for one of these, or quantize again with it."
         )
 
+    @property
+    def format_version(self) -> int:
+        """The version that a reader needs."""
+        scaled = any("scaled" in site.rotation for site in self.sites)
+        return SCALED_VERSION if scaled else FORMAT_VERSION
+
     @cached_property
     def site_index(self) -> dict[str, int]:
         """Quantized module -> index of its site."""
@@ -348,7 +365,8 @@ class QuantizationConfig:
         fields = Fields(data, where)
         if fields.data.pop("quant_method", None) != FORMAT:
             raise FormatError(f"{where}: quant_method is not {FORMAT!r}. Not one of our folders.")
-        check_version(fields.data.pop("format_version", None), where)
+        version = fields.data.pop("format_version", None)
+        check_version(version, where, (FORMAT_VERSION, SCALED_VERSION))
         planes = fields.take("planes", list)
         sites = fields.take("sites", list)
         config = QuantizationConfig(
@@ -360,13 +378,18 @@ class QuantizationConfig:
             fields.take("provenance", dict, default={}),
         )
         fields.done()
+        if version != config.format_version:
+            raise FormatError(
+                f"{where}: format_version {version} with{'' if version == 1 else 'out'} scaled "
+                f"rotations, which is version {config.format_version}. Damaged."
+            )
         return config
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return {
             "quant_method": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "bits": self.bits,
             "levels": list(self.levels),
             "planes": [plane.to_dict() for plane in self.planes],

@@ -37,6 +37,7 @@ from .format import (
     QuantizationConfig,
     codebook_name,
     codes_name,
+    inputs_name,
     odd_name,
     signs_name,
 )
@@ -247,7 +248,8 @@ class Checkpoint:
             return Rotation.from_stored(dict(spec.rotation), spec.d_in, None, None)
         odd = split_odd(spec.d_in)[1]
         stored = self.read(odd_name(odd)) if spec.rotation["kind"] == "full" and odd > 1 else None
-        signs = self.read(signs_name(site))
+        scaled = spec.rotation.get("scaled", False)
+        signs = self.read(inputs_name(site) if scaled else signs_name(site))
         return Rotation.from_stored(dict(spec.rotation), spec.d_in, signs, stored)
 
     # -- checking -------------------------------------------------------------------------
@@ -319,7 +321,9 @@ class Checkpoint:
                 expected[codebook_name(name, m)] = book
         for i, site in enumerate(q.sites):
             odd = split_odd(site.d_in)[1]
-            if site.rotation["kind"] != "none":
+            if site.rotation.get("scaled", False):
+                expected[inputs_name(i)] = TensorInfo("U8", (site.d_in,))
+            elif site.rotation["kind"] != "none":
                 expected[signs_name(i)] = TensorInfo("U8", (-(-site.d_in // 8),))
             if site.rotation["kind"] == "full" and odd > 1:
                 expected[odd_name(odd)] = TensorInfo("F32", (odd, odd))

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..code import GROUP
 from ..errors import DropError, FormatError
-from ..rotation import Rotation, pack_signs
+from ..rotation import Rotation
 from .files import DTYPES, Manifest, dump_json, encode_header, plane_file
 from .folder import PartialFolder
 from .format import (
@@ -48,6 +48,7 @@ from .format import (
     SiteSpec,
     codebook_name,
     codes_name,
+    inputs_name,
     odd_name,
     plain_name,
     signs_name,
@@ -194,8 +195,9 @@ class CheckpointWriter:
         if dict(site.rotation) != rotation.spec() or site.d_in != rotation.d_in:
             raise ValueError(f"{site.name}: the rotation does not match its description")
         with self._folder.disk_errors():
-            if rotation.signs is not None:
-                self._rest.add(signs_name(len(self._sites)), pack_signs(rotation.signs.cpu()))
+            if (packed := rotation.packed()) is not None:
+                named = inputs_name if rotation.scaled else signs_name
+                self._rest.add(named(len(self._sites)), packed)
             if rotation.odd is not None:
                 name = odd_name(rotation.odd.shape[0])
                 if name not in self._rest.tensors:

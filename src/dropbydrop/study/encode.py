@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import __version__
-from ..encoder import EFFORTS, encode_site
+from ..encoder import EFFORTS, encode_site, site_rotation
 from ..refit import prefixes
-from ..rotation import Rotation
 from ..sources import cache_dir
 from ..universal import default_lambdas, ships, train, universal_set
 from .refinement import Encode
@@ -60,18 +59,19 @@ def package_encoder(preset: str = "balanced", seed: int = 0) -> Encode:
     def encode(weight: Tensor, h: Tensor, levels: Sequence[int], /) -> list[Tensor]:
         chosen = tuple(levels)
         codebooks = codebooks_for(chosen)
-        rotation = Rotation.make(weight.shape[1], seed=seed)
+        rotation = site_rotation({"w": weight}, h, seed)
         lambdas = default_lambdas(chosen)
         effort = EFFORTS[preset]
         coded = encode_site({"w": weight}, h, rotation, codebooks, chosen, lambdas, effort)["w"]
         scales = coded.scales.to(weight.dtype)[:, None]
         every = range(1, chosen[-1] + 1)
-        return [rotation.inverse(scales * q) for q in prefixes(coded.codes, codebooks, every)]
+        return [rotation.transpose(scales * q) for q in prefixes(coded.codes, codebooks, every)]
 
     return encode
 
 
 def overhead(d_in: int) -> float:
-    """Bits a weight of the float16 row scales. Signs and universal codebooks are not counted: the
-    former are one bit an input, shared by all rows, the latter part of the package."""
+    """Bits a weight of the float16 row scales. Signs and factors of inputs and universal codebooks
+    are not counted: the former are a byte an input, shared by all rows, the latter part of the
+    package."""
     return 16 / d_in

@@ -289,7 +289,7 @@ class Student:
         block = int(module.removeprefix(f"{self.walk.blocks_name}.").partition(".")[0])
         local = module.removeprefix(f"{self.walk.block_prefix(block)}.")
         rotated = self._weights(block, stored, self.levels[-1:])[0][f"{local}.weight"]
-        return linear.rotation.inverse(rotated)
+        return linear.rotation.transpose(rotated)
 
     def block(
         self,

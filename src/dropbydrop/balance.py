@@ -1,0 +1,54 @@
+"""Factors of a site's inputs, by which its rotation multiplies them: noise shaping for nothing.
+
+A code of rotated coordinates makes white noise there, so with x_i multiplied by t_i before the
+rotation, and column i of W divided by t_i, the noise of column i of W has power proportional to
+P t_i^2, P being the power of the scaled weights. With w_i^2 the mean square of column i (rows
+divided by their rms) and h_i = H_ii, the weighted error is, up to what the code contributes,
+
+    without error feedback         mean_i(w_i^2 / t_i^2) * mean_i(h_i t_i^2)    t^4 = w^2 / h
+    with perfect error feedback    mean_i(w_i^2 / t_i^2) * GM_i(h_i t_i^2)      t^2 = w^2
+
+since feedback makes the geometric mean of H's spectrum count, which factors only move by their own
+(GM: geometric mean). On the right is what minimises each, by Cauchy-Schwarz and by the inequality
+of the means. Real feedback is damped (objective.py), and all the more does feedback cost a nested
+code: what a low level hides where H does not look, the next one has to represent. Factors hide it
+at every level alike. So we take the geometric middle of the two,
+
+    t_i = w_i^(3/4) h_i^(-1/8),
+
+measured against either end in docs/log.md. Related: the scales of channels of AWQ (Lin et al.
+2024), searched there for a round-to-nearest quantizer without rotation.
+
+Means over columns are those of all matrices of the site, which share the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_FLOOR = 1e-4  # of the mean: inputs that are always zero, columns of zeros
+
+
+def input_factors(weights: Iterable[Tensor], gram: Tensor) -> Tensor:
+    """t > 0, float32 [d_in], of geometric mean 1.
+
+    weights: the site's matrices [d_out, d_in]; gram: H = E[x x^T] [d_in, d_in] of the unrotated
+    inputs. Not finite or all-zero statistics give ones where they say nothing; the encoder refuses
+    them.
+    """
+    power = torch.zeros(gram.shape[0], dtype=torch.float64, device=gram.device)
+    for weight in weights:
+        rows = weight.double().square()
+        power += (rows / rows.mean(1, keepdim=True).clamp_min(1e-30)).sum(0)
+    log = 0.375 * _log(power) - 0.125 * _log(gram.diagonal().double())
+    return (log - log.mean()).exp().float()
+
+
+def _log(values: Tensor) -> Tensor:
+    mean = values.mean()
+    if not bool(torch.isfinite(mean)) or float(mean) <= 0:
+        return torch.zeros_like(values)
+    return values.clamp_min(_FLOOR * mean).log()
