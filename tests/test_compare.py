@@ -32,14 +32,14 @@ ORDER: dict[str, Any] = {"calibration_windows": 4, "seq_len": 64, "windows": 3, 
 
 
 @lru_cache
-def quick_set(levels: tuple[int, ...]) -> Tensor:
-    return universal.train(tuple(levels), default_lambdas(levels), samples=2048, rounds=1, beam=2)
+def quick_set(levels: tuple[int, ...], lambdas: tuple[float, ...]) -> Tensor:
+    return universal.train(levels, lambdas, samples=2048, rounds=1, beam=2)
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little effort, the same everywhere."""
-    monkeypatch.setattr(baselines.drop, "codebooks_for", lambda levels: quick_set(tuple(levels)))
+    monkeypatch.setattr(baselines.drop, "codebooks_for", quick_set)
     for one in (baselines.aqlm.aqlm, baselines.aqlm_drop.aqlm_drop, baselines.paper.paper):
         monkeypatch.setattr(one, "__defaults__", (SHORT, 0))
 
@@ -166,7 +166,9 @@ def test_drop_is_the_checkpoint_that_quantize_writes(
     from dropbydrop.checkpoint import Checkpoint
     from dropbydrop.export import export
 
-    monkeypatch.setattr("dropbydrop.quantize.universal_set", quick_set)
+    monkeypatch.setattr(
+        "dropbydrop.quantize.universal_set", lambda p: quick_set(p, tuple(default_lambdas(p)))
+    )
     quantize(root / "model", tmp_path / "out", [2, 4], calibration=root / "text.txt",
              preset="fast", windows=4, head_bits=16, progress=False)  # fmt: skip
     todo = order(root, "drop")

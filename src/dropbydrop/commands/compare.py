@@ -14,7 +14,7 @@ from .common import Bits, Json, console, finish, parse_bits
 if TYPE_CHECKING:
     from rich.console import Console
 
-ALL = "drop,dedicated,paper,aqlm,aqlm-drop,gptq,rtn,any-precision,matryoshka"
+ALL = "drop,dedicated,paper-weights,paper,aqlm,aqlm-drop,gptq,rtn,any-precision,matryoshka"
 
 
 def register(app: typer.Typer) -> None:

@@ -23,6 +23,7 @@ R = TypeVar("R")
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
 BROWN = "#6B4226"  # for a ninth series; dark enough to be told from the others
+OLIVE = "#6B7A00"
 
 SERIES: tuple[dict[str, Any], ...] = (
     {"color": BLUE, "marker": "o", "linestyle": "-"},
@@ -34,6 +35,7 @@ SERIES: tuple[dict[str, Any], ...] = (
     {"color": BLACK, "marker": "X", "linestyle": (0, (8, 3))},
     {"color": GREY, "marker": "*", "linestyle": "-"},
     {"color": BROWN, "marker": "h", "linestyle": "--"},
+    {"color": OLIVE, "marker": "<", "linestyle": ":"},
 )
 """Keyword arguments of successive series; use `series(i)`."""
 
