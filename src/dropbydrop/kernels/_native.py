@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 from torch import Tensor
+
+from ..built import library_path
 
 log = logging.getLogger("dropbydrop.kernels")
 
 INTERFACE = 1  # drop_kernels_version() this module was written for
-_SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
-PATH = Path(__file__).parent.parent / "_native" / f"libdrop_kernels.{_SUFFIX}"
+PATH = library_path("drop_kernels")
 
 _int, _i64, _ptr = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {

@@ -5,17 +5,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..built import library_path
 from ..code import GROUP
 from ..errors import KernelError
 from ..objective import Metric
 
 _MAX = 8
-_LIBRARY = Path(__file__).parent.parent / "_native" / "libdrop_search.so"
+_LIBRARY = library_path("drop_search")
 
 
 class _Metric(ctypes.Structure):
