@@ -30,7 +30,7 @@ from .refit import Coded, objective, prefixes, refit_scales
 from .rotation import Rotation
 from .search import search
 
-DAMP = 0.1  # of the mean diagonal; below it the lowest level shapes its noise so hard that the
+DAMP = 0.2  # of the mean diagonal; with less, the lowest level shapes its noise so hard that the
 # levels above start from large errors in weak directions (docs/log.md)
 
 
