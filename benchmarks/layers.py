@@ -5,7 +5,8 @@
 
 Every matrix is encoded once for levels 2, 3, 4; AQLM trains a code of its own for each level, as
 published (baselines/additive.py). Both get the same H, from 32 windows of 1,024 tokens from the
-start of the text (no BOS), and one thread. Two groups of matrices of SmolLM2:
+start of the text (no BOS), and one thread; our factors of inputs are fitted to the matrix alone,
+as AQLM's codebooks are. Two groups of matrices of SmolLM2:
 
     ordinary   those for which figures of AQLM's published code exist; H weights every token alike,
                as it was there

@@ -122,7 +122,7 @@ def write_checkpoint(
         ck.add_codebook_set("universal", random_codebooks(planes, seed))
         for index, (name, modules) in enumerate(input_sites(model)):
             d_in = model.get_submodule(modules[0]).in_features
-            turn = Rotation.make(d_in, rotation, 32 if rotation == "block" else None, seed=index)
+            turn = site_turn(index, d_in, rotation)
             site = SiteSpec(name, tuple(modules), d_in, "universal", turn.spec())
             sites.append(site)
             ck.add_site(site, turn)
@@ -161,6 +161,13 @@ def write_checkpoint(
             files |= _tokenizer_files()
         total = sum(parameter.numel() for parameter in model.parameters())
         return ck.finish(config, quantization, files, {"total": total})
+
+
+def site_turn(index: int, d_in: int, kind: str = "full") -> Rotation:
+    """The rotation of site `index`: every second one has factors of inputs."""
+    turn = Rotation.make(d_in, kind, 32 if kind == "block" else None, seed=index)
+    plain = kind == "none" or index % 2 == 0
+    return turn if plain else turn.scale(torch.linspace(0.7, 1.4, d_in))
 
 
 def decoded_reference(model: LlamaForCausalLM, loaded: nn.Module) -> LlamaForCausalLM:

@@ -23,7 +23,7 @@ from dropbydrop.checkpoint import folder as folder_module
 from dropbydrop.checkpoint.files import METADATA
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.rotation import Rotation
-from helpers import input_sites, tiny_llama, write_checkpoint
+from helpers import input_sites, site_turn, tiny_llama, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_reads_back_what_was_written(pristine: Path) -> None:
     model = tiny_llama()
     for index, (_, modules) in enumerate(input_sites(model)):
         d_in = model.get_submodule(modules[0]).in_features
-        turn = Rotation.make(d_in, seed=index)
+        turn = site_turn(index, d_in)
         stored = checkpoint.read_rotation(index)
         x = torch.randn(3, d_in)
         assert torch.equal(stored.apply(x), turn.apply(x))
@@ -336,7 +336,7 @@ def test_counts_bytes_and_bits(pristine: Path) -> None:
     checkpoint = Checkpoint.open(pristine)
     weights = 2 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96)
     rows = 2 * (128 + 64 + 192 + 64)
-    signs = 2 * (3 * 64 + 96) // 8
+    signs = 2 * (64 // 8 + 64 + 64 // 8 + 96)  # o and down have factors: a byte an input
     for bits in (2, 3, 4):
         total = bits * weights // 8 + 2 * rows + bits * 128 * 8 * 2 + signs + 3 * 3 * 4
         assert checkpoint.true_bits(bits) == pytest.approx(8 * total / weights, rel=1e-12)
@@ -466,7 +466,27 @@ def test_missing_or_truncated_file(out: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("config.json", lambda d: d["quantization_config"].update(format_version=2), "version 2"),
+        ("config.json", lambda d: d["quantization_config"].update(format_version=3), "version 3"),
+        (
+            "config.json",
+            lambda d: d["quantization_config"].update(format_version=1),
+            "format_version 1 with scaled rotations",
+        ),
+        (
+            "config.json",
+            lambda d: d["quantization_config"]["sites"][1]["rotation"].pop("scaled"),
+            "sites.1.inputs is not described",
+        ),
+        (
+            "config.json",
+            lambda d: d["quantization_config"]["sites"][0]["rotation"].update(scaled=True),
+            "sites.0.signs is not described",
+        ),
+        (
+            "config.json",
+            lambda d: d["quantization_config"]["sites"][1].update(d_in=128),
+            r"sites.1.inputs is U8 \[64\], expected U8 \[128\]",
+        ),
         ("manifest.json", lambda d: d.update(format_version=2), "format_version 2"),
         ("config.json", lambda d: d.pop("quantization_config"), "not a dropbydrop checkpoint"),
         ("config.json", lambda d: d["quantization_config"]["planes"].pop(), "contradict 3 planes"),

@@ -158,6 +158,11 @@ def test_scaled_rotation_equals_its_matrix(d_in, kind):
 def test_bad_rotations_are_refused():
     with pytest.raises(ValueError, match="no place"):
         Rotation.make(16, "none").scale(torch.ones(16))
+    with pytest.raises(ValueError, match="factors already"):
+        Rotation.make(16).scale(torch.ones(16)).scale(torch.ones(16))
+    for bad in (0.0, -1.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="finite and above 0"):
+            Rotation.make(16).scale(torch.full((16,), bad))
     spec = {"kind": "full", "scaled": True}
     with pytest.raises(FormatError, match="factors of inputs"):
         Rotation.from_stored(spec, 16, torch.zeros(2, dtype=torch.uint8), None)

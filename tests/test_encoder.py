@@ -283,6 +283,8 @@ def test_factors_where_statistics_say_nothing():
     assert bool(torch.isfinite(factors).all())
     assert factors.min() > 0
     assert torch.equal(input_factors([weight * 0], h * 0), torch.ones(16))
+    weight[:, 3] = 1e6  # one column is nearly everything
+    assert float(input_factors([weight], h).log2().abs().max()) == pytest.approx(4)
     assert torch.equal(input_factors([weight * 0], h * torch.nan), torch.ones(16))
 
 

@@ -50,7 +50,8 @@ def site_of(case: Case, prefix: int, bias=None, kernel: str = "triton", more=())
     at = device(kernel)
     matrices = [matrix_of(case, bias, kernel), *(matrix_of(c, None, kernel) for c in more)]
     tables = gpu.device_tables(case.tables, at)
-    rotation = Rotation.make(case.groups * 8, seed=1).to(at)
+    rotation = Rotation.make(case.groups * 8, seed=1)
+    rotation = rotation.scale(torch.rand(case.groups * 8) + 0.5).to(at)
     return gpu.DeviceSite(matrices, tables, rotation, prefix, kernel)
 
 
@@ -78,7 +79,10 @@ class TestOperators:
         """Every factor: small, padded and full tiles, an odd factor, blocks."""
         cases = [(8, "full", None), (24, "full", None), (576, "full", None), (2048, "full", None)]
         for d, kind, block in [*cases, (96, "block", 16), (8192, "block", 8192)]:
-            rotation = Rotation.make(d, kind, block, seed=d).to(device("triton"))
+            rotation = Rotation.make(d, kind, block, seed=d)
+            if d % 3 == 0:
+                rotation = rotation.scale(torch.rand(d) * 3 + 0.2)
+            rotation = rotation.to(device("triton"))
             assert ops.rotates(rotation)
             x = torch.randn(2, d).to(device("triton"), dtype)
             got = torch.ops.dropbydrop.gpu_rotate(

@@ -265,10 +265,13 @@ class TestDecode:
 
 
 class TestRotation:
+    @pytest.mark.parametrize("scaled", [False, True])
     @pytest.mark.parametrize("kind", ["full", "block", "none"])
-    def test_equals_reference(self, kernel, kind):
+    def test_equals_reference(self, kernel, kind, scaled):
         for d in (8, 16, 24, 64, 96, 576, 2048, 344):
             rotation = Rotation.make(d, kind, 8 if kind == "block" else None, seed=d)
+            if scaled and kind != "none":
+                rotation = rotation.scale(torch.rand(d) + 0.5)
             x = torch.randn(3, 2, d)
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 at = device(kernel)

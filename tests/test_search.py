@@ -278,7 +278,8 @@ def test_bad_arguments_are_refused():
 def test_libraries_of_an_editable_install(tmp_path, monkeypatch):
     """Sources in one folder, what was built in another: both are on the package's path."""
     import dropbydrop
-    from dropbydrop.built import library_path
+    from dropbydrop.built import built_libraries, library_path
+    from dropbydrop.resume import code_digest
 
     suffix = library_path("drop_search").suffix
     built = tmp_path / "site" / "_native" / f"libdrop_search{suffix}"
@@ -287,3 +288,7 @@ def test_libraries_of_an_editable_install(tmp_path, monkeypatch):
     built.parent.mkdir(parents=True)
     built.touch()
     assert library_path("drop_search") == built
+    assert built_libraries() == [built]  # what digests of the code cover
+    before = code_digest()
+    built.write_bytes(b"another")
+    assert code_digest() != before

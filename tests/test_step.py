@@ -89,7 +89,9 @@ def build(kind: str, **changes):
                 if not isinstance(linear, nn.Linear):
                     continue
                 rows, d = linear.weight.shape
-                rotation = rotations.setdefault(d, Rotation.make(d, seed=d))
+                rotation = rotations.setdefault(
+                    d, Rotation.make(d, seed=d).scale(torch.linspace(0.5, 2, d))
+                )
                 codes = [torch.randint(0, 256, (rows, d // 8)).byte() for _ in range(3)]
                 scales = (torch.rand(rows) * 0.1 + 0.05).half()
                 bias = None if linear.bias is None else linear.bias.detach()

@@ -86,8 +86,11 @@ def test_dense_weight_against_a_naive_decoder(out: Path, model: Any) -> None:
     checkpoint = Checkpoint.open(out)
     name = "model.layers.1.mlp.down_proj"  # d_in 96 = 32 * 3: the odd factor takes part
     site = checkpoint.quantization.site_index[name]
-    q = checkpoint.read_rotation(site).matrix().double()
-    torch.testing.assert_close(q @ q.T, torch.eye(96).double(), atol=1e-6, rtol=0)
+    rotation = checkpoint.read_rotation(site)
+    assert rotation.scaled
+    assert rotation.signs is not None
+    q = rotation.matrix().double()  # orthogonal up to the factors of its inputs
+    torch.testing.assert_close(q.T @ q, rotation.signs.double().square().diag(), atol=1e-6, rtol=0)
     books, scales = checkpoint.read_codebooks("universal"), checkpoint.read(f"{name}.scales")
     for bits in (2, 4):
         rotated = torch.zeros(64, 96, dtype=torch.float64)

@@ -95,7 +95,7 @@ struct DecodeJob {
 };
 
 struct RotateJob {
-  const float* signs;  // [d], or null: no rotation, only a conversion
+  const float* signs;  // [d], +-1 or +-factor, or null: no rotation, only a conversion
   int64_t d, block;    // Hadamard over consecutive blocks
   const float* odd;    // [d / block, d / block], or null
 };

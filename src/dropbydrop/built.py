@@ -17,3 +17,9 @@ def library_path(stem: str) -> Path:
     folders = [Path(folder) for folder in sys.modules[__package__].__path__]
     paths = [folder / "_native" / f"lib{stem}.{_SUFFIX}" for folder in folders]
     return next((path for path in paths if path.is_file()), paths[0])
+
+
+def built_libraries() -> list[Path]:
+    """The libraries that are there: what results may depend on beside the sources."""
+    paths = [library_path(stem) for stem in ("drop_kernels", "drop_search")]
+    return [path for path in paths if path.is_file()]

@@ -44,11 +44,11 @@ from .capture import Captured
 from .checkpoint import CheckpointWriter
 from .checkpoint.narrow import quantize_rows
 from .code import GROUP
-from .encoder import encode_site
+from .encoder import encode_site, site_rotation
 from .learned import learn_site
 from .process import peak_memory
 from .quantize import Job
-from .rotation import Rotation, split_odd
+from .rotation import split_odd
 from .universal import HALF, UNIVERSAL, default_lambdas, universal_set
 
 _ROWS = 32  # rows a thread of the small search; three times as many of the large one
@@ -209,7 +209,8 @@ class _Block:
         rows = sum(len(w) for w in weights)
         few = min(_ROWS * torch.get_num_threads(), len(largest))
         many = min(3 * few, len(largest))
-        rotation = Rotation.make(site.d_in, seed=0).to(device)
+        gram = self.captured.grams[site.name]
+        rotation = site_rotation({"w": largest}, gram, seed=0)
         codebooks = universal_set(job.levels).to(device)
         encoder: Any = encode_site if job.codebooks == UNIVERSAL else learn_site
 
@@ -217,7 +218,7 @@ class _Block:
             return _clock(
                 lambda: encoder(
                     {"w": largest[:count]},
-                    self.captured.grams[site.name],
+                    gram,
                     rotation,
                     codebooks,
                     job.levels,

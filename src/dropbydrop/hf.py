@@ -11,7 +11,7 @@ Steps of `AutoModelForCausalLM.from_pretrained(out)` that are ours:
    offered to the model (kernels/attach.py), and on a GPU one product for all linears of an input
    (together.py).
 
-Codebooks, signs and odd factors belong to no single module; the store reads them.
+Codebooks and rotations belong to no single module; the store reads them.
 Written against transformers 5.23; tests/test_hf.py exercises every hook that is overridden.
 """
 

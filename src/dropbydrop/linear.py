@@ -159,7 +159,7 @@ class NestedLinear(_FixedScales):
         return cast(Tensor, self.level_scales)[index]
 
     def rotated_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W' = W Q^T decoded from P planes: [d_out, d_in], for rotated inputs."""
+        """W' = W Q^-1 decoded from P planes: [d_out, d_in], for rotated inputs."""
         if self.codes[1].is_cpu and not kernels.gpu_kernel("cpu"):
             return _bound(self).weight(dtype)
         return decode(self.codes.tensors(), self.site.tables, self.row_scales, self._prefix, dtype)

@@ -276,7 +276,7 @@ def _carry_out(
     if steps == 0:
         with tally.timed("calibrate"):
             text = team.together(lambda: _calibrate(job) if team.root else None)
-            ids = team.ids(None if text is None else text.ids)
+            ids = team.integers(None if text is None else text.ids)
         share = team.share(walk.lanes(*ids.shape))
         hidden = walk.embed(ids[share.windows(team.rank)].to(walk.device))
         if text is not None:

@@ -39,6 +39,7 @@ import transformers
 from torch import Tensor
 
 from . import __version__
+from .built import built_libraries
 from .calibration import SELF, Calibration
 from .checkpoint.files import DTYPE_NAMES, DTYPES
 from .checkpoint.folder import full_disk, sync_folder
@@ -314,6 +315,7 @@ def model_digest(folder: Path) -> str:
 
 def code_digest() -> str:
     """SHA-256 over this package: sources, native libraries, shipped codebooks."""
-    here = Path(__file__).parent
-    kinds = (".py", ".cu", ".so", ".dylib", ".safetensors")
-    return digest(*sorted(p for p in here.rglob("*") if p.suffix in kinds and p.is_file()))
+    kinds = (".py", ".cu", ".safetensors")
+    sources = Path(__file__).parent.rglob("*")
+    files = sorted(p for p in sources if p.suffix in kinds and p.is_file())
+    return digest(*files, *built_libraries())

@@ -116,7 +116,13 @@ _ONE = 64  # exponent of the factor 1; exponents take 7 bits
 
 
 def round_factors(factors: Tensor) -> Tensor:
-    """Factors > 0 [d_in] to the nearest that can be stored: 2^(e / 8), e = -64 ... 63."""
+    """Factors [d_in] to the nearest that can be stored: 2^(e / 8), e = -64 ... 63.
+
+    Raises:
+        ValueError: factors that are not finite or not above 0.
+    """
+    if not bool((torch.isfinite(factors) & (factors > 0)).all()):
+        raise ValueError("factors of inputs must be finite and above 0")
     exponent = (factors.double().log2() * STEPS).round().clamp(-_ONE, _ONE - 1)
     return torch.exp2(exponent / STEPS).float()
 
@@ -209,10 +215,13 @@ class Rotation:
         be stored.
 
         Raises:
-            ValueError: kind "none", which multiplies by nothing.
+            ValueError: kind "none", which multiplies by nothing; a rotation that has factors;
+                factors that are not finite or not above 0.
         """
         if self.signs is None:
             raise ValueError("a rotation of kind 'none' has no place for factors")
+        if self.scaled:
+            raise ValueError("this rotation has factors already")
         signs = self.signs.sign() * round_factors(factors).to(self.signs)
         return replace(self, signs=signs, scaled=True)
 
@@ -240,7 +249,8 @@ class Rotation:
         )
 
     def apply(self, x: Tensor) -> Tensor:
-        """x [..., d_in] -> Q x, same shape and dtype."""
+        """x [..., d_in] -> Q x, same shape and dtype; 16-bit types round the factors too, so that
+        whatever must agree with the codes rotates in float32 or better."""
         return x if self.signs is None else self._mix(x * self.signs.to(x))
 
     def _mix(self, x: Tensor) -> Tensor:

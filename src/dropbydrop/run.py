@@ -12,18 +12,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .capture import Captured
+from .capture import Captured, Site
 from .checkpoint import CheckpointWriter, Embeddings, SiteSpec
 from .code import GROUP
 from .encoder import Effort, Encoded, encode_site, site_rotation
 from .learned import learn_site
-from .rotation import Rotation
+from .rotation import Rotation, odd_factor, split_odd
 from .team import Team, deal
 from .universal import UNIVERSAL, default_lambdas
 from .walk import Walk
@@ -174,12 +175,7 @@ class Run:
             for site in captured.sites
             for name in site.modules
         }
-        rotations = {}
-        for site in captured.sites:
-            weights = {name: modules[name].weight.detach().float() for name in site.modules}
-            gram, seed = captured.grams[site.name], self.seed * 1_000_003 + self._sites
-            rotations[site.name] = site_rotation(weights, gram, seed)
-            self._sites += 1
+        rotations = self._rotations(captured, modules)
         # work of a matrix: a search that is linear in its size, products with H
         costs = [m.weight.numel() * (2000.0 + m.weight.shape[1]) for m in modules.values()]
         owners = dict(zip(modules, deal(costs, self.team.size), strict=True))
@@ -211,6 +207,31 @@ class Run:
         for local, _ in block.named_buffers():
             if local in block.state_dict():
                 self._keep(prefix + local, "a buffer")
+
+    def _rotations(self, captured: Captured, modules: Mapping[str, Any]) -> dict[str, Rotation]:
+        """Site -> its rotation. The root makes it and all ranks take its bytes: a factor that
+        differed on one of them would decode its matrices wrong."""
+
+        def balanced(site: Site, seed: int) -> Tensor | None:
+            if not self.team.root:
+                return None
+            weights = {name: modules[name].weight.detach() for name in site.modules}
+            packed = site_rotation(weights, captured.grams[site.name], seed).packed()
+            assert packed is not None
+            return packed.to(torch.int64)[None]
+
+        found = {}
+        for site in captured.sites:
+            seed = self.seed * 1_000_003 + self._sites
+            self._sites += 1
+            packed = self.team.together(partial(balanced, site, seed))
+            stored = self.team.integers(packed)[0].to(torch.uint8)
+            odd = split_odd(site.d_in)[1]
+            rotation = Rotation.from_stored(
+                {"kind": "full", "scaled": True}, site.d_in, stored, odd_factor(odd)
+            )
+            found[site.name] = rotation.to(self.walk.device)
+        return found
 
     def _encode_sites(
         self,

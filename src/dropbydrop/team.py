@@ -155,14 +155,14 @@ class Team:
         dist.broadcast(shared, 0)
         return int(shared)
 
-    def ids(self, ids: Tensor | None) -> Tensor:
-        """The root's tokens int64 [n, T], on all ranks."""
+    def integers(self, values: Tensor | None) -> Tensor:
+        """The root's int64 [n, T], on the CPU of all ranks."""
         if self.size == 1:
-            assert ids is not None
-            return ids
-        shape = torch.tensor([0, 0] if ids is None else list(ids.shape))
+            assert values is not None
+            return values
+        shape = torch.tensor([0, 0] if values is None else list(values.shape))
         dist.broadcast(shape, 0)
-        shared = torch.empty(*shape.tolist(), dtype=torch.int64) if ids is None else ids.cpu()
+        shared = torch.empty(*shape.tolist(), dtype=torch.int64) if values is None else values.cpu()
         shared = shared.contiguous()
         dist.broadcast(shared, 0)
         return shared

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..built import built_libraries
 from ..errors import DropError
 from . import (
     any_precision,
@@ -104,6 +105,8 @@ class Method:
         for name in ("baselines/suite.py", *self.code):
             path = package / name
             found += [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+        if "search" in self.code:
+            found += built_libraries()
         return sorted(p for p in found if p.suffix != ".pyc")
 
 
@@ -128,7 +131,7 @@ def _own(
 
 _ENCODER = (
     "baselines/drop.py", "balance.py", "encoder.py", "objective.py", "refit.py", "rotation.py",
-    "universal.py", "universal_sets", "search", "_native",
+    "universal.py", "universal_sets", "search", "study/encode.py",
 )  # fmt: skip
 _AQLM = ("baselines/additive.py", "baselines/aqlm.py")
 _SCALAR = ("baselines/grid.py", "baselines/columns.py")

@@ -275,7 +275,7 @@ class QuantizationConfig:
         bits: precision that is loaded when none is asked for.
         levels: supervised prefixes P, ascending; the only precisions that can be asked for.
         planes: one spec a plane; the last level is their number.
-        sites: input sites; their order is the index i of `sites.<i>.signs`.
+        sites: input sites; their order is the index i of `sites.<i>.signs` and `.inputs`.
         provenance: free-form (base model, calibration, seed, weights of the levels, version).
     """
 

@@ -173,8 +173,8 @@ class Checkpoint:
     def true_bits(self, bits: int) -> float:
         """Bits a weight of the quantized linears at precision `bits`, everything counted.
 
-        8 * bytes(codes 1..P, one scale row a matrix, codebooks 1..P, signs, odd factors) /
-        sum(d_out * d_in).
+        8 * bytes(codes 1..P, one scale row a matrix, codebooks 1..P, signs or factors of inputs,
+        odd factors) / sum(d_out * d_in).
 
         Raises:
             PrecisionError: not a level.

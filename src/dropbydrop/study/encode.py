@@ -52,8 +52,9 @@ def codebooks_for(levels: Sequence[int], lambdas: Sequence[float] | None = None)
 def package_encoder(preset: str = "balanced", seed: int = 0) -> Encode:
     """encode(W, H, levels) with rotation, universal codebooks and row scales.
 
-    Beyond the codes it spends 16 bits a row: pass `overhead=overhead(d_in)` to the study. A set of
-    levels that does not ship with the package is trained first, see `codebooks_for`.
+    Factors of inputs are those of the matrix alone; in a checkpoint the matrices of a site share
+    them. Beyond the codes it spends 16 bits a row: pass `overhead=overhead(d_in)` to the study. A
+    set of levels that does not ship with the package is trained first, see `codebooks_for`.
     """
 
     def encode(weight: Tensor, h: Tensor, levels: Sequence[int], /) -> list[Tensor]:
@@ -71,7 +72,7 @@ def package_encoder(preset: str = "balanced", seed: int = 0) -> Encode:
 
 
 def overhead(d_in: int) -> float:
-    """Bits a weight of the float16 row scales. Signs and factors of inputs and universal codebooks
-    are not counted: the former are a byte an input, shared by all rows, the latter part of the
-    package."""
+    """Bits a weight of the float16 row scales. Not counted: a byte an input for sign and factor,
+    which is 8 / d_out bits here but shared by all matrices of a site in a checkpoint, and the
+    universal codebooks, which are part of the package."""
     return 16 / d_in

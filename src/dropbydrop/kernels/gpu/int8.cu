@@ -54,7 +54,7 @@ __device__ inline int padded(int i) { return i + (i >> 3); }  // strides of 8 me
 
 // Q x of `span` consecutive outputs, `first` onwards, into y[padded(0 .. span)]; zeros past d.
 // Q = (factor (x) H) signs, H the Hadamard matrix of `size`; `factor` [odd, odd] or null, `signs`
-// null for no rotation. The factor comes first, while loading (both commute); then H in passes of
+// +-1 or +-factor, null for no rotation. The factor comes first, while loading (both commute); then H in passes of
 // up to three stages, from the largest stride down.
 __device__ inline void rotate(const void *x, int type, long long row, const float *signs,
                               const float *factor, float *y, int first, int span, int d, int odd,

@@ -213,7 +213,7 @@ def rotates(rotation: Rotation) -> bool:
 
 @operator("gpu_rotate(Tensor x, Tensor signs, Tensor? odd, int block, ScalarType dtype) -> Tensor")
 def rotate(x: Tensor, signs: Tensor, odd: Tensor | None, block: int, dtype: torch.dtype) -> Tensor:
-    """x [n, d] -> Q x, computed in float32 and rounded once to `dtype`."""
+    """x [n, d] -> Q x, computed in float32 and rounded once to `dtype`. signs [d]: ±1, ±factor."""
     n, d = x.shape
     count = d // block
     b = min(block, 64 if block <= 4096 else 128)
