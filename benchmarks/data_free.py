@@ -39,7 +39,8 @@ from dropbydrop.calibration import SELF, Calibration, Writing, load_windows
 from dropbydrop.compare.price import paired_ratio
 from dropbydrop.errors import DropError
 from dropbydrop.evaluate import bootstrap_interval, evaluate
-from dropbydrop.quantize import WINDOWS, quantize
+from dropbydrop.order import WINDOWS
+from dropbydrop.quantize import quantize
 from dropbydrop.quiet import quiet_transformers
 from dropbydrop.sources import Source, resolve
 from dropbydrop.texts import text_windows

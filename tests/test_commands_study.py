@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import dropbydrop
-from dropbydrop import cli, quantize
+from dropbydrop import cli, order, quantize
 from dropbydrop.capture import CLIP
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.encoder import Effort
@@ -36,7 +36,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "llama", "llama-tied")
     (root / "text.txt").write_text(" ".join(str(i * 7919 % 1000) for i in range(3000)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "EFFORTS", dict.fromkeys(quantize.EFFORTS, Effort(4, 1, 1)))
+        patch.setattr(order, "EFFORTS", dict.fromkeys(order.EFFORTS, Effort(4, 1, 1)))
         quantize.quantize(
             root / "llama", root / "out", [2, 3, 4], calibration=root / "text.txt",
             windows=8, seq_len=64, progress=False,

@@ -19,12 +19,12 @@ BLOCK = 4 * (2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 1408)  # bytes of weights
 SCRIPT = """
     import json, resource, sys, torch
     from pathlib import Path
-    from dropbydrop import process, quantize
+    from dropbydrop import process, order, quantize
     from dropbydrop.encoder import Effort
 
     torch.set_num_threads(1)
     model, out, text, limit = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
-    quantize.EFFORTS = {"balanced": Effort(1, 0, 0)}
+    order.EFFORTS = {"balanced": Effort(1, 0, 0)}
     if limit:  # on top of what the libraries take
         small = model.with_name("1")
         quantize.quantize(

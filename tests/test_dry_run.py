@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from dropbydrop import cli, dry_run, quantize
+from dropbydrop import cli, dry_run, order, quantize
 from dropbydrop import run as life
 from dropbydrop.calibration import load_windows
 from dropbydrop.encoder import Effort, encode_site
@@ -25,7 +25,7 @@ from tiny import save_tiny
 def small_effort():
     """The presets' search effort is for real models."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(quantize, "EFFORTS", dict.fromkeys(quantize.EFFORTS, Effort(2, 1, 0)))
+    patch.setattr(order, "EFFORTS", dict.fromkeys(order.EFFORTS, Effort(2, 1, 0)))
     yield
     patch.undo()
 
@@ -39,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def job(place: Path, name: str = "model", **changes: Any) -> quantize.Job:
+def job(place: Path, name: str = "model", **changes: Any) -> order.Job:
     settings: dict[str, Any] = {
         "calibration": place / "text.txt",
         "preset": "fast",
@@ -51,7 +51,7 @@ def job(place: Path, name: str = "model", **changes: Any) -> quantize.Job:
         "device": "cpu",
         "backend": None,
     }
-    return quantize.prepare(place / name, (2, 3, 4), **{**settings, **changes})
+    return order.prepare(place / name, (2, 3, 4), **{**settings, **changes})
 
 
 class Clock:
@@ -87,10 +87,10 @@ def test_extrapolation(place: Path, monkeypatch: pytest.MonkeyPatch, windows: in
 
     monkeypatch.setattr(Walk, "capture", timed_capture)
     monkeypatch.setattr(dry_run, "encode_site", timed_site)
-    order = job(place, windows=windows)
-    order.walk.batch_tokens = 4 * 64  # four windows a batch
+    asked = job(place, windows=windows)
+    asked.walk.batch_tokens = 4 * 64  # four windows a batch
     try:
-        estimate = dry_run.dry_run(order, place / "out")
+        estimate = dry_run.dry_run(asked, place / "out")
     finally:
         torch.set_num_threads(threads)
     heights = {"qkv": 64 + 32 + 32, "o": 48, "gate_up": 800, "down": 48}
@@ -126,10 +126,10 @@ def test_bytes(place: Path, tmp_path: Path, name: str, head_bits: int) -> None:
 
 
 def test_memory_counts_what_the_timed_part_has_not(place: Path) -> None:
-    order = job(place, windows=2, seq_len=16)
-    block = dry_run._Block(order)
+    asked = job(place, windows=2, seq_len=16)
+    block = dry_run._Block(asked)
     small = block.peak()
-    block.job = replace(order, windows=1_000_000)
+    block.job = replace(asked, windows=1_000_000)
     assert block.peak() - small == 4 * (1_000_000 - 2) * 16 * 48
 
 
@@ -140,8 +140,8 @@ def test_text_of_the_model_itself(place: Path, tmp_path: Path) -> None:
 
 
 def test_ready_windows_take_no_time(place: Path, tmp_path: Path) -> None:
-    order = job(place)
-    text = load_windows(order.calibration, order.source.tokenizer(), 5, 48)
+    asked = job(place)
+    text = load_windows(asked.calibration, asked.source.tokenizer(), 5, 48)
     ready = job(place, calibration=text, windows=None)
     assert (ready.windows, ready.seq_len) == (5, 48)
     assert dry_run.dry_run(ready, tmp_path / "out").seconds["calibrate"] == 0

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dropbydrop
-from dropbydrop import cli, quantize
+from dropbydrop import cli, order, quantize
 from dropbydrop.checkpoint import folder as folder_module
 from dropbydrop.encoder import Effort
 from dropbydrop.errors import DropError, MissingPlaneError, PrecisionError
@@ -163,7 +163,7 @@ def test_slabs_do_not_show(out: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "qwen2"])
 def test_families(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scaled embeddings, fused projections, biases: from a quantized model, in its own type."""
-    monkeypatch.setattr(quantize, "EFFORTS", {"balanced": Effort(2, 1, 0)})
+    monkeypatch.setattr(order, "EFFORTS", {"balanced": Effort(2, 1, 0)})
     source = save_tiny(tmp_path / "source", family, dtype=torch.bfloat16, chat=True)
     (tmp_path / "text.txt").write_text(" ".join(str(i * 7919 % 1000) for i in range(1500)))
     made = quantize.quantize(

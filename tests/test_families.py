@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import dropbydrop
-from dropbydrop import lora, quantize
+from dropbydrop import lora, order, quantize
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.encoder import Effort
 from dropbydrop.errors import DropError, UnsupportedModelError
@@ -31,7 +31,7 @@ IDS = torch.randint(5, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3
 def small_effort():
     """The presets' search effort is for real models."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(quantize, "EFFORTS", dict.fromkeys(quantize.EFFORTS, Effort(2, 1, 0)))
+    patch.setattr(order, "EFFORTS", dict.fromkeys(order.EFFORTS, Effort(2, 1, 0)))
     yield
     patch.undo()
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tiny
-from dropbydrop import hub_text, quantize
+from dropbydrop import hub_text, order, quantize
 from dropbydrop.calibration import load_windows
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.encoder import Effort
@@ -133,7 +133,7 @@ def test_quantize_from_the_caches_alone(
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(quantize, "EFFORTS", {"balanced": Effort(2, 1, 0)})
+    monkeypatch.setattr(order, "EFFORTS", {"balanced": Effort(2, 1, 0)})
     folder = tiny.save_tiny(tmp_path / "model", "qwen2", max_shard_size="100KB")
     repo, revision = tmp_path / "hub" / "models--someone--tiny", "0" * 40
     for name in ("refs", "blobs", f"snapshots/{revision}"):

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dropbydrop
-from dropbydrop import cli, quantize
+from dropbydrop import cli, order, quantize
 from dropbydrop.calibration import Calibration, load_windows
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.encoder import Effort
@@ -30,7 +30,7 @@ QUICK = {"windows": 4, "seq_len": 64, "progress": False}
 def small_effort():
     """The presets' search effort is for real models."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(quantize, "EFFORTS", dict.fromkeys(quantize.EFFORTS, Effort(4, 1, 1)))
+    patch.setattr(order, "EFFORTS", dict.fromkeys(order.EFFORTS, Effort(4, 1, 1)))
     yield
     patch.undo()
 

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from dropbydrop import quantize, resume
+from dropbydrop import order, quantize, resume
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint import folder as folder_module
 from dropbydrop.checkpoint.spill import Spill
@@ -64,13 +64,13 @@ def run_here(place: Path, out: Path, **changes: Any) -> quantize.Report:
         "resume": True,
         "progress": False,
     }
-    before, threads = quantize.EFFORTS, torch.get_num_threads()
-    quantize.EFFORTS = dict.fromkeys(before, Effort(2, 1, 1))
+    before, threads = order.EFFORTS, torch.get_num_threads()
+    order.EFFORTS = dict.fromkeys(before, Effort(2, 1, 1))
     torch.set_num_threads(1)
     try:
         return quantize.quantize(place / "model", out, **{**settings, **changes})
     finally:
-        quantize.EFFORTS = before
+        order.EFFORTS = before
         torch.set_num_threads(threads)
 
 
@@ -386,7 +386,7 @@ def test_the_command_says_how_to_go_on(
 ) -> None:
     from dropbydrop import cli
 
-    monkeypatch.setattr(quantize, "EFFORTS", {"fast": Effort(2, 1, 1)})
+    monkeypatch.setattr(order, "EFFORTS", {"fast": Effort(2, 1, 1)})
     argv = ["dropbydrop", "quantize", place / "model", place / "cli", "--preset", "fast",
             "--calibration", place / "text.txt", "--windows", 3, "--seq-len", 32, "--resume",
             "--json"]  # fmt: skip

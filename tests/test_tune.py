@@ -16,7 +16,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import dropbydrop
-from dropbydrop import cli, quantize
+from dropbydrop import cli, order, quantize
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.code import codebook_table, decode
 from dropbydrop.encoder import Effort
@@ -45,8 +45,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, a text, and a checkpoint of each model."""
     root = tmp_path_factory.mktemp("tune")
     (root / "text.txt").write_text(" ".join(str(i * 7919 % 1000) for i in range(3000)))
-    before = quantize.EFFORTS
-    quantize.EFFORTS = dict.fromkeys(before, Effort(4, 1, 1))
+    before = order.EFFORTS
+    order.EFFORTS = dict.fromkeys(before, Effort(4, 1, 1))
     for family in ("llama-tied", "qwen2", "gemma2"):
         save_tiny(root / family, family)
         quantize.quantize(
@@ -59,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             progress=False,
             head_bits=16 if family == "qwen2" else 8,
         )
-    quantize.EFFORTS = before
+    order.EFFORTS = before
     return root
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dropbydrop import quantize, resume
+from dropbydrop import order, quantize, resume
 from dropbydrop.encoder import Effort
 from dropbydrop.errors import DropError
 from dropbydrop.tune import TuneReport, tune
@@ -31,8 +31,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tune-resume")
     (root / "text.txt").write_text(" ".join(str(i * 7919 % 1000) for i in range(1500)))
     save_tiny(root / "model", "qwen2")
-    before = quantize.EFFORTS
-    quantize.EFFORTS = dict.fromkeys(before, Effort(2, 1, 1))
+    before = order.EFFORTS
+    order.EFFORTS = dict.fromkeys(before, Effort(2, 1, 1))
     quantize.quantize(
         root / "model",
         root / "quantized",
@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         seq_len=32,
         progress=False,
     )
-    quantize.EFFORTS = before
+    order.EFFORTS = before
     return root
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dropbydrop
-from dropbydrop import cli, quantize
+from dropbydrop import cli, order, quantize
 from dropbydrop.commands.tasks import evaluate_tasks, is_checkpoint
 from dropbydrop.encoder import Effort
 from dropbydrop.errors import DropError
@@ -295,7 +295,7 @@ def test_levels_of_a_checkpoint_beside_the_original(
     text = tmp_path / "text.txt"
     text.write_text(" ".join(str(i * 7919 % 1000) for i in range(3000)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize, "EFFORTS", dict.fromkeys(quantize.EFFORTS, Effort(4, 1, 1)))
+        patch.setattr(order, "EFFORTS", dict.fromkeys(order.EFFORTS, Effort(4, 1, 1)))
         sizes = {"windows": 4, "seq_len": 64, "progress": False}
         quantize.quantize(model, tmp_path / "out", [2, 4], calibration=text, **sizes)
     out, argv = tmp_path / "out", ["--tasks", "piqa,winogrande", "--tasks-data", str(data)]

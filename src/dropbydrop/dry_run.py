@@ -46,8 +46,8 @@ from .checkpoint.narrow import quantize_rows
 from .code import GROUP
 from .encoder import encode_site, site_rotation
 from .learned import learn_site
+from .order import Job
 from .process import peak_memory
-from .quantize import Job
 from .rotation import split_odd
 from .universal import HALF, UNIVERSAL, default_lambdas, universal_set
 

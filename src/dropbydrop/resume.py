@@ -48,7 +48,7 @@ from .errors import DropError, FormatError
 from .search import backends
 
 if TYPE_CHECKING:
-    from .quantize import Job
+    from .order import Job
 
 JOURNAL = "journal.jsonl"
 _CHUNK = 64 << 20

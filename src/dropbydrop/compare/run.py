@@ -41,9 +41,9 @@ from ..encoder import EFFORTS
 from ..errors import CalibrationError, DropError
 from ..evaluate import evaluate
 from ..objective import weighted_errors
+from ..order import SEQ_LEN, check_levels, check_model
 from ..process import map_large_allocations, peak_memory
 from ..progress import progress_bar
-from ..quantize import SEQ_LEN, check_levels, check_model
 from ..quiet import quiet_transformers
 from ..resume import digest, model_digest
 from ..sources import Source, resolve
