@@ -9,6 +9,8 @@
     apart      a group of 8 columns, those with the largest share of tr(W H W^T), kept in 16 bits;
                full mixing of the others. What the columns cost is counted in its true bits.
 
+Inputs have no factors here (balance.py): it is the mixing alone that is compared.
+
 Every matrix of the chosen blocks is encoded with each of them, for levels 2, 3 and 4. Printed are
 geometric means of tr(E H E^T) / tr(W H W^T) under an H of other windows, of outlier matrices (one
 of d_in columns holds more than SHARE of tr(W H W^T)) and of ordinary ones apart. With --whole all
