@@ -9,13 +9,14 @@ a spectrum that falls as 1/k. H comes from the first half of the windows; errors
 tr(W H W^T) are also under an H of the second half, which shows what a learned set has fitted to the
 sample.
 
-Inputs have no factors here (balance.py). Learning takes further rounds of sweeps, which help the universal set too; "swept" is the universal
+Learning takes further rounds of sweeps, which help the universal set too; "swept" is the universal
 set with as many. A set costs bits, so equal errors are not equal quality. The column before the
 last says what learning is worth over that: with the slope between two levels, d log2(error) / d
 bits, the bits that the lower error saves, beside the bits that the set costs. Seconds are processor
 time. The last line printed is one JSON object.
 
-A matrix with 8,192 inputs takes about 3 GiB, most of it H and its factors in float64.
+Inputs have no factors here (balance.py). A matrix with 8,192 inputs takes about 3 GiB, most of it H
+and its Cholesky factors in float64.
 """
 
 import argparse
