@@ -201,7 +201,7 @@ def test_unknown_embeddings_are_refused_before_anything_starts(
     source = save_tiny(tmp_path / "source")
     walk = Walk.open(source)
     walk.model.get_input_embeddings().__class__ = Strange
-    monkeypatch.setattr(quantize.Walk, "open", lambda *args, **kwargs: walk)
+    monkeypatch.setattr(order.Walk, "open", lambda *args, **kwargs: walk)
     monkeypatch.setattr(quantize, "load_windows", _not_reached)
     with pytest.raises(UnsupportedModelError, match=r"embed_tokens .*Strange.*--head-bits 16"):
         quantize.quantize(source, tmp_path / "out", calibration=text, **QUICK)
