@@ -39,7 +39,8 @@ DROP_API void drop_prepare_codebook(const float* values, int64_t entries, void* 
 DROP_API int64_t drop_table_bytes(int kernel, int64_t groups, int64_t prefix, int64_t entries);
 
 // x [n, x_stride] of x_type -> out float32 [n, d]. Hadamard over blocks of `block` after signs
-// (float32 [d], +-1 or +-factor); `odd` float32 [d / block, d / block] or null. Null signs: conversion only.
+// (float32 [d], +-1 or +-factor); `odd` float32 [d / block, d / block] or null. Null signs:
+// conversion only.
 DROP_API int drop_rotate(int kernel, const void* x, int x_type, int64_t n, int64_t x_stride,
                          int64_t d, int64_t block, const float* signs, const float* odd,
                          float* out, int threads);
