@@ -381,7 +381,8 @@ class QuantizationConfig:
         if version != config.format_version:
             raise FormatError(
                 f"{where}: format_version {version} with{'' if version == 1 else 'out'} scaled "
-                f"rotations, which is version {config.format_version}. Damaged."
+                f"rotations, which is version {config.format_version}. Damaged or edited; fetch it "
+                "again."
             )
         return config
 
