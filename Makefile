@@ -9,7 +9,7 @@ JOBS ?= 2
 TEXT ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
-SOURCES := pyproject.toml constraints.txt $(shell find src native -type f \
+SOURCES := pyproject.toml constraints.txt $(shell find src research native -type f \
 	\( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.txt' -o -name '*.safetensors' \) \
 	-not -path '*/_native/*')
 
@@ -21,11 +21,11 @@ $(VENV)/torch:
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(PIP) .
+	$(PIP) . ./research
 	@touch $@
 
 $(VENV)/tools: $(VENV)/torch $(SOURCES)
-	$(PIP) ".[dev]"
+	$(PIP) ".[dev]" ./research
 	@touch $@
 
 $(VENV)/smollm2: $(VENV)/installed
@@ -49,7 +49,7 @@ quick: $(VENV)/tools
 dev:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch scikit-build-core
-	$(PIP) --no-build-isolation -e ".[dev]"
+	$(PIP) --no-build-isolation -e ".[dev]" -e ./research
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .ruff_cache .mypy_cache

@@ -31,15 +31,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dropbydrop.calibration import load_windows
-from dropbydrop.encoder import EFFORTS, Encoded, encode_site
-from dropbydrop.learned import ROUNDS, learn_site
-from dropbydrop.objective import weighted_errors
-from dropbydrop.refit import prefixes
-from dropbydrop.rotation import Rotation
-from dropbydrop.sources import resolve
-from dropbydrop.universal import default_lambdas, universal_set
-from dropbydrop.walk import Walk
+from dropbydrop.coding.codebooks import default_lambdas, universal_set
+from dropbydrop.coding.encoder import EFFORTS, Encoded, encode_site
+from dropbydrop.coding.learned_codebooks import ROUNDS, learn_site
+from dropbydrop.coding.objective import weighted_errors
+from dropbydrop.coding.refit import prefixes
+from dropbydrop.coding.rotation import Rotation
+from dropbydrop.data.calibration import load_windows
+from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.sources import resolve
 
 LEVELS = (2, 3, 4)
 Site = tuple[str, dict[str, Tensor], Tensor, Tensor]  # name, weights, H, H of other windows

@@ -5,9 +5,9 @@
 
 Every variant is one quantization at levels 2, 3 and 4 that differs from the others in its
 calibration windows alone: "in-domain", drawn from FILE, and the model's own text, written as each
-VARIANT says (fields of `dropbydrop.calibration.Writing`, and seed; "default" changes nothing). All
-are evaluated on the same windows of EVAL_FILE, which no calibration has seen. Embedding and head
-stay in 16 bits.
+VARIANT says (fields of `Writing` in data/self_generated.py, and seed; "default" changes nothing).
+All are evaluated on the same windows of EVAL_FILE, which no calibration has seen. Embedding and
+head stay in 16 bits.
 
 Printed for each: the excess loss over the original in nats a token at --level, its ratio to that of
 the in-domain calibration, and the same ratio for the KL, with 95 % intervals of a paired bootstrap
@@ -30,20 +30,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dropbydrop_research.compare.price import paired_ratio
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import dropbydrop
-from dropbydrop.calibration import SELF, Calibration, Writing, load_windows
-from dropbydrop.compare.price import paired_ratio
+from dropbydrop.data.calibration import SELF, Calibration, Writing, load_windows
+from dropbydrop.data.text_files import text_windows
 from dropbydrop.errors import DropError
-from dropbydrop.evaluate import bootstrap_interval, evaluate
-from dropbydrop.order import WINDOWS
-from dropbydrop.quantize import quantize
-from dropbydrop.quiet import quiet_transformers
-from dropbydrop.sources import Source, resolve
-from dropbydrop.texts import text_windows
+from dropbydrop.evaluation.perplexity import bootstrap_interval, evaluate
+from dropbydrop.models.sources import Source, resolve
+from dropbydrop.quantization.config import WINDOWS
+from dropbydrop.quantization.pipeline import quantize
+from dropbydrop.system.quiet import quiet_transformers
 
 IN_DOMAIN = "in-domain"
 VARIANTS = [

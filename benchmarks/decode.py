@@ -34,12 +34,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import models
 import torch
 
 import dropbydrop
-from dropbydrop import bench, kernels
-from dropbydrop.kernels.attach import decoder_of
+import models
+from dropbydrop import kernels
+from dropbydrop.evaluation import bench
+from dropbydrop.runtime import fused_decode
+from dropbydrop.runtime.fused_decode import decoder_of
 
 
 @dataclass
@@ -89,7 +91,7 @@ def our_rows(args: argparse.Namespace, path: Path) -> list[Row]:
     rows = []
     for bits in levels:
         view = dropbydrop.at(top, bits)
-        print(f"{bits} bits: {kernels.how(view)}")
+        print(f"{bits} bits: {fused_decode.how(view)}")
         decode = lambda v=view: bench.decode_seconds(v, args.prompt, args.tokens)  # noqa: E731
         prefill = lambda v=view: bench.prefill_seconds(v, args.prefill)  # noqa: E731
         rows.append(Row(f"{bits} bits", decode, prefill, bench.read_bytes(view)))

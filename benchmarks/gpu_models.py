@@ -21,8 +21,8 @@ from dropbydrop.checkpoint import (
     QuantizationConfig,
     SiteSpec,
 )
-from dropbydrop.rotation import Rotation
-from dropbydrop.universal import UNIVERSAL, universal_set
+from dropbydrop.coding.codebooks import UNIVERSAL, universal_set
+from dropbydrop.coding.rotation import Rotation
 
 if TYPE_CHECKING:
     from gpu import Models
@@ -143,10 +143,10 @@ def generate(b: Bench) -> dict[str, Any]:
 @torch.no_grad()
 def quantize(b: Bench) -> dict[str, Any]:
     """Seconds of one block through chain, H and search; extrapolated to the model."""
-    from dropbydrop.encoder import EFFORTS, encode_site
-    from dropbydrop.run import Run
-    from dropbydrop.universal import default_lambdas
-    from dropbydrop.walk import Walk
+    from dropbydrop.coding.codebooks import default_lambdas
+    from dropbydrop.coding.encoder import EFFORTS, encode_site
+    from dropbydrop.models.block_runner import Walk
+    from dropbydrop.quantization.encode_blocks import Run
 
     s = b.sizes
     codebooks = universal_set(LEVELS)
@@ -196,9 +196,9 @@ def levels_of(b: Models, folder: Path, text: Path | None) -> dict[str, Any]:
     """Perplexity and KL of every level of a checkpoint, as `dropbydrop eval` has them."""
     from transformers import AutoModelForCausalLM
 
-    from dropbydrop.evaluate import evaluate
-    from dropbydrop.sources import load_tokenizer, resolve
-    from dropbydrop.texts import text_windows
+    from dropbydrop.data.text_files import text_windows
+    from dropbydrop.evaluation.perplexity import evaluate
+    from dropbydrop.models.sources import load_tokenizer, resolve
 
     if text is None:  # prose that every interpreter has
         topics = pydoc_data.topics.topics
@@ -217,7 +217,7 @@ def levels_of(b: Models, folder: Path, text: Path | None) -> dict[str, Any]:
 
 def smollm2(b: Models) -> dict[str, Any]:
     """`--model` quantized with --preset best on the device: seconds, memory, table of levels."""
-    from dropbydrop.quantize import quantize as run
+    from dropbydrop.quantization.pipeline import quantize as run
 
     folder = b.folder("best")
     report = run(
@@ -230,7 +230,7 @@ def smollm2(b: Models) -> dict[str, Any]:
 def tuned(b: Models) -> dict[str, Any]:
     """The checkpoint of `smollm2` fine-tuned on the device, and its table of levels."""
     try:
-        from dropbydrop.tune import tune
+        from dropbydrop.tuning import tune
     except ImportError as error:
         raise Unavailable(f"this version has no fine-tuning ({error})") from error
     source, folder = b.folder("best"), b.folder("tuned")

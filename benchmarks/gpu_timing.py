@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from dropbydrop import kernels
-from dropbydrop.code import codebook_table
-from dropbydrop.kernels import Matrix, Packed, gpu
-from dropbydrop.rotation import Rotation
-from dropbydrop.universal import universal_set
+from dropbydrop.coding.code import codebook_table
+from dropbydrop.coding.codebooks import universal_set
+from dropbydrop.coding.rotation import Rotation
+from dropbydrop.kernels import Matrix, Packed
+from dropbydrop.kernels import cuda as gpu
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 import dropbydrop
-from dropbydrop import kernels
+from dropbydrop.runtime import fused_decode
 
 PROMPTS = (
     "The capital of France is",
@@ -48,8 +48,8 @@ def main() -> int:
     failed = False
     for bits in levels:
         view = dropbydrop.at(top, bits)
-        if not kernels.native(view):
-            print(f"{bits} bits: {kernels.how(view)}", file=sys.stderr)
+        if not fused_decode.native(view):
+            print(f"{bits} bits: {fused_decode.how(view)}", file=sys.stderr)
             return 2
         view.generation_config.eos_token_id = None  # every prompt gives --tokens tokens
         reference = copy.deepcopy(view)

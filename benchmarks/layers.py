@@ -33,18 +33,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from dropbydrop_research.baselines.additive import Training, train
+from dropbydrop_research.theory import GaussianSource
 from torch import Tensor
 
-from dropbydrop.baselines.additive import Training, train
-from dropbydrop.code import GROUP
-from dropbydrop.encoder import EFFORTS, encode_site, site_rotation
-from dropbydrop.objective import weighted_errors
-from dropbydrop.refit import prefixes
-from dropbydrop.sources import resolve
-from dropbydrop.texts import text_windows
-from dropbydrop.theory import GaussianSource
-from dropbydrop.universal import default_lambdas, universal_set
-from dropbydrop.walk import Walk
+from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.codebooks import default_lambdas, universal_set
+from dropbydrop.coding.encoder import EFFORTS, encode_site, site_rotation
+from dropbydrop.coding.objective import weighted_errors
+from dropbydrop.coding.refit import prefixes
+from dropbydrop.data.text_files import text_windows
+from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.sources import resolve
 
 LEVELS = (2, 3, 4)
 WINDOWS, SEQ_LEN = 64, 1024

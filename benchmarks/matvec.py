@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from dropbydrop import kernels
-from dropbydrop.bench import topology
-from dropbydrop.code import codebook_table
+from dropbydrop.coding.code import codebook_table
+from dropbydrop.coding.rotation import Rotation
+from dropbydrop.evaluation.bench import topology
 from dropbydrop.kernels import Bound, Matrix, Packed
 from dropbydrop.kernels._native import library
-from dropbydrop.rotation import Rotation
 
 PREFIXES = (1, 2, 3, 4)
 _keep: list[object] = []  # results, so that nothing is optimised away

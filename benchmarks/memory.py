@@ -34,8 +34,8 @@ def measure(out: str, bits: str, context: int) -> dict[str, float]:
 
     import dropbydrop
     from dropbydrop.checkpoint import Checkpoint
-    from dropbydrop.commands.common import parse_precision
-    from dropbydrop.memory import held_bytes
+    from dropbydrop.cli.options import parse_precision
+    from dropbydrop.planning.memory import held_bytes
 
     torch.ones(64, 64) @ torch.ones(64, 64)
     checkpoint = Checkpoint.open(out)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dropbydrop.checkpoint import CheckpointWriter
-from dropbydrop.checkpoint.format import Embeddings, PlaneSpec, QuantizationConfig, SiteSpec
-from dropbydrop.rotation import Rotation
+from dropbydrop.checkpoint.config import Embeddings, PlaneSpec, QuantizationConfig, SiteSpec
+from dropbydrop.coding.rotation import Rotation
 
 SIZES = {
     "1gb": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 10,

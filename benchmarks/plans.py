@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from dropbydrop_research.study.style import new_figure, save, series, styled
 from transformers import AutoModelForCausalLM
 
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.evaluate import evaluate
-from dropbydrop.load import load_views
-from dropbydrop.quiet import quiet_transformers
-from dropbydrop.sensitivity import known_sensitivity
-from dropbydrop.sources import load_tokenizer, resolve
-from dropbydrop.study.style import new_figure, save, series, styled
-from dropbydrop.texts import text_windows
+from dropbydrop.data.text_files import text_windows
+from dropbydrop.evaluation.perplexity import evaluate
+from dropbydrop.models.sources import load_tokenizer, resolve
+from dropbydrop.planning.sensitivity import known_sensitivity
+from dropbydrop.runtime.load import load_views
+from dropbydrop.system.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

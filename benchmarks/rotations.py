@@ -30,17 +30,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dropbydrop.calibration import load_windows
-from dropbydrop.code import GROUP
-from dropbydrop.encoder import EFFORTS, encode_site
-from dropbydrop.evaluate import evaluate
-from dropbydrop.objective import weighted_errors
-from dropbydrop.refit import prefixes
-from dropbydrop.rotation import Rotation
-from dropbydrop.sources import resolve
-from dropbydrop.texts import text_windows
-from dropbydrop.universal import default_lambdas, universal_set
-from dropbydrop.walk import Walk
+from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.codebooks import default_lambdas, universal_set
+from dropbydrop.coding.encoder import EFFORTS, encode_site
+from dropbydrop.coding.objective import weighted_errors
+from dropbydrop.coding.refit import prefixes
+from dropbydrop.coding.rotation import Rotation
+from dropbydrop.data.calibration import load_windows
+from dropbydrop.data.text_files import text_windows
+from dropbydrop.evaluation.perplexity import evaluate
+from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.sources import resolve
 
 LEVELS = (2, 3, 4)
 VARIANTS = ("none", "block 64", "block max", "full", "apart")

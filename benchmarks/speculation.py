@@ -20,14 +20,14 @@ from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from dropbydrop_research.study.style import new_figure, save, series, styled
 
 import dropbydrop
+from dropbydrop.data.text_files import text_windows
 from dropbydrop.kernels import select
-from dropbydrop.quiet import quiet_transformers
-from dropbydrop.sources import load_tokenizer
-from dropbydrop.speculate import Speculator, acceptance_needed
-from dropbydrop.study.style import new_figure, save, series, styled
-from dropbydrop.texts import text_windows
+from dropbydrop.models.sources import load_tokenizer
+from dropbydrop.runtime.speculate import Speculator, acceptance_needed
+from dropbydrop.system.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

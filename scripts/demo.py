@@ -12,7 +12,7 @@ import pydoc_data.topics
 import sys
 from pathlib import Path
 
-from dropbydrop import cli
+from dropbydrop.cli import main as cli
 
 
 def run(*argv: object) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from dropbydrop.universal import default_lambdas, distortions, name_of, train
+from dropbydrop.coding.codebooks import default_lambdas, distortions, name_of, train
 
 SETS = ([2, 3, 4], [3, 4, 5], [1, 2, 3, 4], [2], [3], [4], [1, 2, 3, 4, 5, 6, 7, 8])
 EFFORT = {"samples": 1 << 18, "rounds": 40, "beam": 16}
-FOLDER = Path(__file__).resolve().parents[1] / "src" / "dropbydrop" / "universal_sets"
+FOLDER = Path(__file__).resolve().parents[1] / "src" / "dropbydrop" / "coding" / "universal_sets"
 
 
 def main() -> None:

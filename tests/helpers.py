@@ -18,7 +18,7 @@ from dropbydrop.checkpoint import (
     QuantizationConfig,
     SiteSpec,
 )
-from dropbydrop.rotation import Rotation
+from dropbydrop.coding.rotation import Rotation
 
 VOCAB = 300
 
@@ -172,7 +172,7 @@ def site_turn(index: int, d_in: int, kind: str = "full") -> Rotation:
 
 def decoded_reference(model: LlamaForCausalLM, loaded: nn.Module) -> LlamaForCausalLM:
     """A plain Llama with the dense weights that `loaded` decodes to: the reference for logits."""
-    from dropbydrop.linear import NestedEmbedding, NestedHead, NestedLinear
+    from dropbydrop.runtime.modules import NestedEmbedding, NestedHead, NestedLinear
 
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, module in loaded.named_modules():

@@ -9,9 +9,9 @@ Importing the package also teaches transformers to read these folders (`from_pre
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .hf import register
-from .load import at, extend, load, plan_of, precision, upgrade
-from .plan import Plan, make_plan
+from .planning.plan import Plan, make_plan
+from .runtime.hf import register
+from .runtime.load import at, extend, load, plan_of, precision, upgrade
 
 try:
     __version__ = version("dropbydrop")

@@ -3,13 +3,8 @@
 The specification is docs/format.md; `format.py` is its executable form.
 """
 
+from .config import Embeddings, PlaneSpec, QuantizationConfig, SiteSpec
 from .files import Manifest
-from .format import (
-    Embeddings,
-    PlaneSpec,
-    QuantizationConfig,
-    SiteSpec,
-)
 from .reader import Checkpoint, Finding
 from .writer import CheckpointWriter
 

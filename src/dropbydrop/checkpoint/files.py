@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from ..errors import FormatError
-from .format import (
+from dropbydrop.errors import FormatError
+
+from .config import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST_FILE,

@@ -24,11 +24,11 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from ..code import GROUP
-from ..errors import FormatError, MissingPlaneError
-from ..rotation import Rotation, split_odd
-from .files import Manifest, TensorInfo, read_header, read_json
-from .format import (
+from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.rotation import Rotation, split_odd
+from dropbydrop.errors import FormatError, MissingPlaneError
+
+from .config import (
     CONFIG_FILE,
     LEVELS_SUFFIX,
     MANIFEST_FILE,
@@ -41,6 +41,7 @@ from .format import (
     odd_name,
     signs_name,
 )
+from .files import Manifest, TensorInfo, read_header, read_json
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..code import GROUP
-from ..errors import DropError, FormatError
-from ..rotation import Rotation
-from .files import DTYPES, Manifest, dump_json, encode_header, plane_file
-from .folder import PartialFolder
-from .format import (
+from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.rotation import Rotation
+from dropbydrop.errors import DropError, FormatError
+
+from .atomic_folder import PartialFolder
+from .config import (
     CONFIG_FILE,
     LEVELS_SUFFIX,
     MANIFEST_FILE,
@@ -53,8 +53,9 @@ from .format import (
     plain_name,
     signs_name,
 )
-from .narrow import half, quantize_rows
-from .spill import Spill
+from .files import DTYPES, Manifest, dump_json, encode_header, plane_file
+from .int8_rows import half, quantize_rows
+from .staging import Spill
 
 SHARD_BYTES = 5_000_000_000  # as the Hub's tools
 _CHUNK = 8 << 20

@@ -1,4 +1,4 @@
-"""Kernels for a prefix of additive codes: of the CPU here, of CUDA devices in `gpu`.
+"""Kernels for a prefix of additive codes: of the CPU here, of CUDA devices in `cuda`.
 
     kernel = select()                          # or select("avx2-u8"), or DROPBYDROP_KERNEL=torch
     packed = pack(codes)                       # once per matrix; planes can be appended later
@@ -9,14 +9,15 @@
     weight = decode_dense(packed, books, scales, prefix=2, dtype=torch.bfloat16)
 
     logits = rows_linear(x, head_rows, head_scales)               # eight-bit head
-    attach(model, bound_of)                    # single tokens through all blocks in one call
 
 A product of a few rows goes through tables of dot products (registry, ops, native/kernels), on CUDA
 through kernels of its own; more rows decode to a dense matrix and use torch's product.
 """
 
-from . import gpu
-from .attach import attach, detach, how, how_config, native
+from . import cuda
+from .cpu.products import Bound, Matrix, decode_dense, linear, linears, rotate
+from .cpu.step import DecodeStep
+from .int8_head import rows_linear
 from .layout import (
     Codebooks,
     Packed,
@@ -28,10 +29,7 @@ from .layout import (
     unpack,
     unpack_plane,
 )
-from .linear import Bound, Matrix, decode_dense, linear, linears, rotate
 from .registry import Kernel, available, by_name, describe, gpu_kernel, select, table
-from .rows import rows_linear
-from .step import DecodeStep
 
 __all__ = [
     "Bound",
@@ -40,21 +38,16 @@ __all__ = [
     "Kernel",
     "Matrix",
     "Packed",
-    "attach",
     "available",
     "by_name",
     "canonical",
+    "cuda",
     "decode_dense",
     "describe",
-    "detach",
-    "gpu",
     "gpu_kernel",
-    "how",
-    "how_config",
     "keep",
     "linear",
     "linears",
-    "native",
     "pack",
     "pack_plane",
     "prepare_codebooks",

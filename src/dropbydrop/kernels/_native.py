@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from ..built import library_path
+from dropbydrop.system.native_library import library_path
 
 log = logging.getLogger("dropbydrop.kernels")
 

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..code import ENTRIES, GROUP
-from ..errors import KernelError
+from dropbydrop.coding.code import ENTRIES, GROUP
+from dropbydrop.errors import KernelError
+
 from . import registry
 from ._native import library
 

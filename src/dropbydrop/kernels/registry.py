@@ -26,7 +26,8 @@ from importlib.util import find_spec
 
 import torch
 
-from ..errors import KernelError
+from dropbydrop.errors import KernelError
+
 from ._native import PATH, library, log
 
 VARIABLE = "DROPBYDROP_KERNEL"
@@ -50,7 +51,7 @@ class Kernel:
 
     @property
     def gpu(self) -> bool:
-        """Whether it is one of `kernels.gpu`."""
+        """Whether it is one of `kernels.cuda`."""
         return self.device == "cuda"
 
     def takes(self, device: str) -> bool:
@@ -86,14 +87,14 @@ def table() -> tuple[Kernel, ...]:
 
 def triton_interpreted() -> bool:
     """Whether Triton kernels run on CPU tensors in this process (TRITON_INTERPRET=1; for tests)."""
-    from .gpu.ops import interpreted
+    from .cuda.ops import interpreted
 
     return interpreted()
 
 
 def _gpu_rows() -> list[Kernel]:
-    """The kernels of `kernels.gpu`, and why one cannot run here."""
-    from .gpu import nvrtc
+    """The kernels of `kernels.cuda`, and why one cannot run here."""
+    from .cuda import nvrtc
 
     no_gpu = "" if torch.cuda.is_available() else "no CUDA device was found"
     if not no_gpu and torch.cuda.get_device_capability() < (8, 0):
@@ -212,7 +213,7 @@ def way(name: str | None, device: str) -> tuple[str, str]:
 
 @torch.compiler.assume_constant_result
 def gpu_kernel(device: str) -> str:
-    """The name of the kernel of `kernels.gpu` in use for a kind of device, else an empty string."""
+    """Name of the kernel of `kernels.cuda` in use for a kind of device, else an empty string."""
     kind, name = way(None, device)
     return name if kind == "gpu" else ""
 

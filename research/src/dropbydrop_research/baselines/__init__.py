@@ -1,0 +1,176 @@
+"""Quantizers to compare with, one file a method, and the registry that `compare` runs.
+
+Each method is a pure function of matrices: weight W [d_out, d_in], Gram matrix H [d_in, d_in] and
+levels in, decoded weights with their true bytes out (suite.py). None of them knows about models.
+
+    drop           one nested code, this package        drop.py
+    dedicated      the same, one code a level           dedicated.py
+    paper-weights  drop under the paper's weights       paper_weights.py
+    paper          AQLM's loop under the nested loss    paper.py      \\
+    aqlm           AQLM, one code a level               aqlm.py        } additive.py
+    aqlm-drop      AQLM, codebooks dropped              aqlm_drop.py  /
+    gptq           GPTQ, one code a level               gptq.py       \\  columns.py, grid.py
+    rtn            round to nearest, one code a level   rtn.py         }
+    matryoshka     nested integers                      matryoshka.py /
+    any-precision  nested tables, from 3 bits           any_precision.py
+
+None is fine-tuned. Each file says where it departs from its publication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dropbydrop.errors import DropError
+from dropbydrop.system.native_library import built_libraries
+from dropbydrop_research.sources import files_of
+
+from . import (
+    any_precision,
+    aqlm,
+    aqlm_drop,
+    dedicated,
+    drop,
+    gptq,
+    matryoshka,
+    paper,
+    paper_weights,
+    rtn,
+)
+from .suite import Level, Suite
+
+__all__ = ["METHODS", "Level", "Method", "Site", "Suite", "choose"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a method is given: the matrices that share an input.
+
+    Attributes:
+        weights: module -> float32 [d_out, d_in].
+        gram: H = E[x x^T] of the input, float32 [d_in, d_in].
+        seed: of whatever the method draws.
+        preset: search effort of this package's own methods.
+    """
+
+    weights: Mapping[str, Tensor]
+    gram: Tensor
+    seed: int = 0
+    preset: str = "balanced"
+
+
+def _no_bytes(level: int, widths: Collection[int]) -> int:
+    return 0
+
+
+def _no_preparation(levels: Sequence[int]) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison.
+
+    Attributes:
+        title: for tables and plots.
+        nested: one checkpoint for all levels.
+        encode: (site, levels) -> module -> its suite.
+        code: files of this package, relative to it, that the result depends on.
+        lowest: the lowest level that the method has.
+        shared: (level, widths of inputs) -> bytes stored once a checkpoint.
+        prepare: called with the levels before the first site; not part of quantizing a model.
+        uses_preset: the result depends on the search effort.
+    """
+
+    name: str
+    title: str
+    nested: bool
+    encode: Callable[[Site, Sequence[int]], dict[str, Suite]]
+    code: tuple[str, ...]
+    lowest: int = 1
+    shared: Callable[[int, Collection[int]], int] = _no_bytes
+    prepare: Callable[[Sequence[int]], None] = _no_preparation
+    uses_preset: bool = False
+
+    def serves(self, levels: Sequence[int]) -> list[int]:
+        """Those of `levels` that the method has."""
+        return [p for p in levels if p >= self.lowest]
+
+    def sources(self) -> list[Path]:
+        """The files of `code`, folders walked."""
+        found = files_of("baselines/suite.py", *self.code)
+        return found + built_libraries() if "coding" in self.code else found
+
+
+def _each(one: Callable[..., Suite]) -> Callable[[Site, Sequence[int]], dict[str, Suite]]:
+    """A site of a method that takes one matrix and draws nothing."""
+    return lambda site, levels: {n: one(w, site.gram, levels) for n, w in site.weights.items()}
+
+
+def _seeded(one: Callable[..., Suite]) -> Callable[[Site, Sequence[int]], dict[str, Suite]]:
+    """A site of a method that takes one matrix and a seed."""
+    return lambda site, levels: {
+        n: one(w, site.gram, levels, seed=site.seed) for n, w in site.weights.items()
+    }
+
+
+def _own(
+    site_method: Callable[..., dict[str, Suite]],
+) -> Callable[[Site, Sequence[int]], dict[str, Suite]]:
+    """A site of this package's own methods."""
+    return lambda site, levels: site_method(site.weights, site.gram, levels, site.preset, site.seed)
+
+
+_ENCODER = ("baselines/drop.py", "coding", "study/encode.py")
+_AQLM = ("baselines/additive.py", "baselines/aqlm.py")
+_SCALAR = ("baselines/grid.py", "baselines/columns.py")
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("drop", "Drop-by-Drop (nested)", True, _own(drop.drop), _ENCODER,
+               shared=drop.shared_bytes, prepare=drop.prepare, uses_preset=True),
+        Method("dedicated", "ours, dedicated", False, _own(dedicated.dedicated),
+               (*_ENCODER, "baselines/dedicated.py"), shared=drop.shared_bytes,
+               prepare=dedicated.prepare, uses_preset=True),
+        Method("paper-weights", "ours, the paper's weights", True,
+               _own(paper_weights.paper_weights),
+               (*_ENCODER, "baselines/paper_weights.py"), shared=drop.shared_bytes,
+               prepare=paper_weights.prepare, uses_preset=True),
+        Method("paper", "AQLM, nested loss", True, _seeded(paper.paper),
+               (*_AQLM, "baselines/paper.py")),
+        Method("aqlm", "AQLM, dedicated", False, _seeded(aqlm.aqlm), _AQLM),
+        Method("aqlm-drop", "AQLM (Drop)", True, _seeded(aqlm_drop.aqlm_drop),
+               (*_AQLM, "baselines/aqlm_drop.py")),
+        Method("gptq", "GPTQ, groups of 64", False, _each(gptq.gptq),
+               (*_SCALAR, "baselines/gptq.py")),
+        Method("rtn", "round to nearest", False, _each(rtn.rtn),
+               ("baselines/grid.py", "baselines/rtn.py")),
+        Method("any-precision", "Any-Precision", True, _each(any_precision.any_precision),
+               ("baselines/any_precision.py",), lowest=any_precision.LOWEST),
+        Method("matryoshka", "nested integers (MatGPTQ)", True, _each(matryoshka.matryoshka),
+               (*_SCALAR, "baselines/matryoshka.py")),
+    )
+}  # fmt: skip
+
+
+def choose(names: Sequence[str], levels: Sequence[int]) -> list[Method]:
+    """Methods by name, without repeats.
+
+    Raises:
+        DropError: an unknown name, or a method that has none of the levels.
+    """
+    if unknown := [name for name in names if name not in METHODS]:
+        raise DropError(f"--methods {','.join(unknown)}: choose from {', '.join(METHODS)}.")
+    chosen = [METHODS[name] for name in dict.fromkeys(names)]
+    for method in chosen:
+        if not method.serves(levels):
+            raise DropError(
+                f"{method.name} starts at {method.lowest} bits and has none of the levels "
+                f"{','.join(map(str, levels))}; ask for a higher one, or leave the method out."
+            )
+    return chosen

@@ -1,0 +1,273 @@
+"""The folder of a comparison: everything that is finished, so that nothing is done twice.
+
+    compare.json                    what all methods have in common; another one is refused
+    grams/block-000.safetensors     Gram matrices of the block's sites; text, sites in the metadata
+    <method>/method.json            digest of the code that made what lies beside it
+    <method>/block-000.safetensors  decoded weights, float16, "<level>/<module>"; a `Record` in the
+                                    metadata
+    <method>/result.json            the method's evaluation, with what it was evaluated on
+    result.json, *.png, *.svg       the comparison, written by the command
+
+Every file appears by a rename, whole or not at all. A method whose code has changed since is made
+again, the others stay; more blocks may be asked for later, and other texts evaluated. Weights are
+kept in float16, which is what the runtimes of these methods decode to.
+
+A lock on the folder keeps two runs apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dropbydrop.checkpoint.atomic_folder import full_disk
+from dropbydrop.checkpoint.journal import digest
+from dropbydrop.errors import DropError, FormatError
+from dropbydrop_research.baselines import Method
+
+COMMON = "compare.json"
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one method did on one block.
+
+    Attributes:
+        seconds, peak: of encoding all levels; peak resident bytes of the process meanwhile.
+        bytes: level -> bytes read at that level; `files`: bytes of each checkpoint.
+        values: weights coded; `widths`: inputs of the sites.
+        errors: level -> sum over matrices of the relative weighted error; `matrices`: how many.
+    """
+
+    seconds: float
+    peak: int
+    bytes: dict[int, int]
+    files: list[int]
+    values: int
+    widths: list[int]
+    errors: dict[int, float]
+    matrices: int
+
+    @staticmethod
+    def from_json(text: str) -> Record:
+        """Inverse of `to_json`; JSON turns the levels into strings."""
+        raw = json.loads(text)
+        for name in ("bytes", "errors"):
+            raw[name] = {int(p): value for p, value in raw[name].items()}
+        return Record(**raw)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+Sites = list[tuple[tuple[str, ...], Tensor]]
+"""For each input site of a block, in order: its modules and H [d_in, d_in]."""
+
+
+class Folder:
+    """An opened and locked folder; use as a context manager.
+
+    Raises:
+        DropError: the folder holds something else, or a comparison of something else, or another
+            process works in it.
+    """
+
+    def __init__(self, path: Path, common: Mapping[str, Any]) -> None:
+        self.path = path
+        self.common = json.loads(json.dumps(common))
+
+    def __enter__(self) -> Folder:
+        import fcntl  # not every platform has file locks
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._check()
+        except BlockingIOError:
+            os.close(self._lock)
+            raise DropError(
+                f"another process is comparing in {self.path}; wait for it, or name another --out."
+            ) from None
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._lock)
+
+    def _check(self) -> None:
+        before = read_json(self.path / COMMON)
+        if before is None:
+            if found := [p.name for p in self.path.iterdir() if not p.name.startswith(".")]:
+                raise DropError(
+                    f"{self.path} holds other files than a comparison ({found[0]}); name a new "
+                    "folder with --out."
+                )
+            self.write_json(self.path / COMMON, self.common)
+            return
+        names = sorted(before.keys() | self.common.keys())
+        changes = [k for k in names if before.get(k) != self.common.get(k)]
+        if changes:
+            told = ", ".join(f"{k} ({before.get(k)} then, {self.common.get(k)} now)"
+                             for k in changes)  # fmt: skip
+            raise DropError(
+                f"{self.path} holds another comparison; what differs: {told}. Give the same "
+                "options again, or name a new folder with --out."
+            )
+
+    # ---- writing ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _replacing(self, path: Path) -> Iterator[Path]:
+        """A name to write to; it becomes `path` when all went well."""
+        partial = path.with_name(f".{path.name}.partial")
+        advice = "{free} in {parent}. Free some space and give the same command again."
+        with full_disk(path, advice, lambda: partial.unlink(missing_ok=True)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                yield partial
+                with open(partial, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+            except SafetensorError as error:  # how its writer reports a full disk
+                raise DropError(f"{path} could not be written: {error}.") from error
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def write_json(self, path: Path, value: Any) -> None:
+        with self._replacing(path) as partial:
+            partial.write_text(json.dumps(value) + "\n")
+
+    def _write_tensors(
+        self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> None:
+        with self._replacing(path) as partial:
+            save_file(
+                {k: v.contiguous().cpu() for k, v in tensors.items()}, partial, dict(metadata)
+            )
+
+    # ---- Gram matrices ---------------------------------------------------------------------
+
+    def _grams(self, i: int) -> Path:
+        return self.path / "grams" / f"block-{i:03d}.safetensors"
+
+    def has_grams(self, i: int) -> bool:
+        return self._grams(i).is_file()
+
+    def write_grams(self, i: int, sites: Sites, note: Mapping[str, Any]) -> None:
+        """Keep the Gram matrices of a block with a JSON-able note."""
+        tensors = {str(k): h for k, (_, h) in enumerate(sites)}
+        names = [modules for modules, _ in sites]
+        metadata = {"sites": json.dumps(names), "note": json.dumps(note)}
+        self._write_tensors(self._grams(i), tensors, metadata)
+
+    def grams(self, i: int) -> Sites:
+        with _opened(self._grams(i)) as handle:
+            names = json.loads(handle.metadata()["sites"])
+            return [(tuple(m), handle.get_tensor(str(k)).clone()) for k, m in enumerate(names)]
+
+    def gram_note(self, i: int) -> dict[str, Any]:
+        with _opened(self._grams(i)) as handle:
+            return json.loads(handle.metadata()["note"])
+
+    # ---- methods ---------------------------------------------------------------------------
+
+    def start(self, method: Method, settings: Mapping[str, Any]) -> bool:
+        """Make a method's folder ready; returns whether work of older code had to go.
+
+        `settings`: what the method's result depends on beside its code and what all share.
+        """
+        folder = self.path / method.name
+        made = {"code": digest(*method.sources()), **settings}
+        before = read_json(folder / "method.json")
+        if before == made:
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
+        self.write_json(folder / "method.json", made)
+        return before is not None
+
+    def _block(self, method: Method, i: int) -> Path:
+        return self.path / method.name / f"block-{i:03d}.safetensors"
+
+    def has_block(self, method: Method, i: int) -> bool:
+        return self._block(method, i).is_file()
+
+    def write_block(
+        self, method: Method, i: int, weights: Mapping[int, Mapping[str, Tensor]], record: Record
+    ) -> None:
+        """weights: level -> module -> decoded [d_out, d_in]."""
+        tensors = {
+            f"{p}/{module}": w.half() for p, part in weights.items() for module, w in part.items()
+        }
+        self._write_tensors(self._block(method, i), tensors, {"record": record.to_json()})
+
+    def record(self, method: Method, i: int) -> Record:
+        with _opened(self._block(method, i)) as handle:
+            return Record.from_json(handle.metadata()["record"])
+
+    def weights(self, method: Method, level: int, blocks: int) -> dict[str, Tensor]:
+        """module -> decoded weight at a level, float16, of the first `blocks` blocks."""
+        found: dict[str, Tensor] = {}
+        start = f"{level}/"
+        for i in range(blocks):
+            with _opened(self._block(method, i)) as handle:
+                for key in handle.keys():  # noqa: SIM118 (no mapping)
+                    if key.startswith(start):
+                        found[key.removeprefix(start)] = handle.get_tensor(key)
+        return found
+
+    def evaluation(self, method: Method, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The method's evaluation if it was made on the same blocks and text."""
+        stored = read_json(self.path / method.name / RESULT)
+        wanted = json.loads(json.dumps(key))
+        return stored["result"] if stored is not None and stored["key"] == wanted else None
+
+    def write_evaluation(
+        self, method: Method, key: Mapping[str, Any], result: Mapping[str, Any]
+    ) -> None:
+        self.write_json(self.path / method.name / RESULT, {"key": key, "result": result})
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None if there is none.
+
+    Raises:
+        FormatError: not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise FormatError(f"{path} is damaged ({error}); remove it and start again.") from error
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file whose tensors the caller may keep."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError, KeyError) as error:
+        raise FormatError(
+            f"{path} cannot be read ({error}); remove it and give the same command again."
+        ) from error

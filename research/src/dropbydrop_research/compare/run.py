@@ -1,0 +1,386 @@
+"""Compare methods: encode, evaluate and weigh each on the same model, calibration and text.
+
+Steps:
+    1. the unquantized model reads the calibration once, block by block; the Gram matrices of every
+       site are kept (folder.py). All methods get these: token weights as in capture.py, the
+       activations of the unquantized model, no damping yet;
+    2. method by method, block by block: encode at all levels, keep decoded weights and costs;
+    3. the method's levels are run by the original model with these weights in place, on the same
+       windows; KL and loss are paired with the original's (evaluate.py).
+With `blocks`, only the first blocks are quantized, for all methods alike; the rest is as it was.
+
+What is counted:
+    true bits  decoder: bytes read at a level over the weights that were coded. Whole: the same,
+               with 16 bits for each parameter that was not coded, over all parameters
+    disk       all checkpoints needed to serve every level, each with its uncoded parameters
+    seconds    encoding all levels, without the calibration pass, which all share and which is
+               reported once
+    peak       resident memory of the process while it encodes (host memory; where the system
+               cannot reset its mark, the largest so far)
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from dropbydrop.checkpoint.journal import digest, model_digest
+from dropbydrop.coding.encoder import EFFORTS
+from dropbydrop.coding.objective import weighted_errors
+from dropbydrop.data.calibration import SELF, load_windows
+from dropbydrop.data.text_files import text_windows
+from dropbydrop.errors import CalibrationError, DropError
+from dropbydrop.evaluation.perplexity import evaluate
+from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.sources import Source, resolve
+from dropbydrop.quantization.config import SEQ_LEN, check_levels, check_model
+from dropbydrop.system.console import progress_bar
+from dropbydrop.system.memory import map_large_allocations, peak_memory
+from dropbydrop.system.quiet import quiet_transformers
+from dropbydrop_research.baselines import Method, Site, Suite, choose
+from dropbydrop_research.sources import files_of
+
+from .folder import RESULT, Folder, Record, Sites
+from .price import price_of_nesting
+
+_PEAK_RESET = Path("/proc/self/clear_refs")
+_CAPTURE = ("models", "data")  # folders of dropbydrop that statistics depend on
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to compare, checked.
+
+    Attributes:
+        blocks: how many of the first decoder blocks are quantized.
+        ids, described: evaluation windows [n, T] and where they come from.
+    """
+
+    source: Source
+    walk: Walk
+    methods: list[Method]
+    levels: tuple[int, ...]
+    calibration: str
+    calibration_windows: int
+    blocks: int
+    ids: Tensor
+    described: dict[str, Any]
+    preset: str
+    seed: int
+
+
+def prepare(
+    model: str,
+    methods: Sequence[str],
+    bits: Sequence[int],
+    text: Path,
+    *,
+    calibration: str = SELF,
+    calibration_windows: int = 64,
+    blocks: int | None = None,
+    windows: int | None = None,
+    seq_len: int = 2048,
+    preset: str = "balanced",
+    seed: int = 0,
+    device: str = "cpu",
+) -> Order:
+    """Check an order before any work; see `Order`.
+
+    Raises:
+        DropError: unknown methods, levels, blocks, a text that is too short, an unsupported model.
+    """
+    map_large_allocations()
+    levels = check_levels(bits)
+    chosen = choose(methods, levels)
+    if preset not in EFFORTS:
+        raise DropError(f"preset {preset!r}: choose one of {', '.join(EFFORTS)}.")
+    source = resolve(model)
+    walk = Walk.open(source.folder, device=device)
+    check_model(walk, 16)
+    count = walk.num_blocks if blocks is None else blocks
+    if not 1 <= count <= walk.num_blocks:
+        raise DropError(f"--blocks {blocks}: this model has 1 to {walk.num_blocks} blocks.")
+    ids, described = text_windows(text, source.tokenizer(), seq_len, windows)
+    context = getattr(walk.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and seq_len > context:
+        raise CalibrationError(
+            f"--seq-len {seq_len} is longer than the model's context of {context} tokens."
+        )
+    return Order(source, walk, chosen, levels, calibration, calibration_windows, count, ids,
+                 described, preset, seed)  # fmt: skip
+
+
+def compare(order: Order, out: Path | None = None, progress: bool = True) -> dict[str, Any]:
+    """Carry out an order.
+
+    Args:
+        out: folder for what is finished; the same order with the same folder goes on where it was.
+            Without one nothing is kept.
+
+    Returns:
+        JSON-able: {"model", "bits", "blocks", "of_blocks", "text", "windows", "seq_len", "tokens",
+        "sha256", "calibration", "calibration_seconds", "preset", "seed", "device", "torch",
+        "threads", "reference": {"ppl", "nll"}, "methods": {name: {"title", "nested", "lacks",
+        "checkpoints", "disk_bytes", "seconds", "peak_gib", "bits": {level: {"true_bits",
+        "true_bits_whole", "bytes", "rel_error", and what `evaluate` gives}}}},
+        "price_of_nesting" (price.py)}.
+
+    Raises:
+        DropError: anything about the input, or `out` holds something else.
+    """
+    with ExitStack() as stack:
+        if out is None:
+            out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dropbydrop-")))
+        folder = stack.enter_context(Folder(out, _common(order)))
+        described, seconds = _capture(order, folder, progress)
+        methods: dict[str, Any] = {}
+        reference: dict[str, Any] = {}
+        for method in order.methods:
+            _encode(order, folder, method, progress)
+            found = _evaluate(order, folder, method, progress)
+            reference = found["reference"]
+            methods[method.name] = _weigh(order, folder, method, found["bits"])
+        result = {
+            "model": order.source.name,
+            "bits": list(order.levels),
+            "blocks": order.blocks,
+            "of_blocks": order.walk.num_blocks,
+            **order.described,
+            "calibration": described,
+            "calibration_seconds": seconds,
+            "preset": order.preset,
+            "seed": order.seed,
+            "device": str(order.walk.device),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "reference": {name: reference[name] for name in ("ppl", "nll")},
+            "methods": methods,
+            "price_of_nesting": price_of_nesting(methods, reference["per_window"]),
+        }
+        folder.write_json(out / RESULT, result)
+    return result
+
+
+def _common(order: Order) -> dict[str, Any]:
+    """What all methods depend on, by the names of the options."""
+    text = Path(order.calibration).expanduser()
+    is_file = order.calibration != SELF and text.is_file()
+    spec = [text.name, digest(text)] if is_file else [order.calibration]
+    return {
+        "model": model_digest(order.source.folder),
+        "bits": list(order.levels),
+        "calibration": spec,
+        "calibration-windows": order.calibration_windows,
+        "seed": order.seed,
+        "device": str(order.walk.device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "capture": digest(*files_of(*_CAPTURE)),
+    }
+
+
+# ---- 1. statistics -------------------------------------------------------------------------
+
+
+def _capture(order: Order, folder: Folder, progress: bool) -> tuple[dict[str, Any], float]:
+    """Gram matrices of the first blocks, unless they are there; their text, and seconds."""
+    walk, blocks = order.walk, range(order.blocks)
+    if not all(folder.has_grams(i) for i in blocks):
+        config = walk.model.config.get_text_config()
+        context = int(getattr(config, "max_position_embeddings", None) or SEQ_LEN)
+        text = load_windows(
+            order.calibration,
+            order.source.tokenizer(),
+            order.calibration_windows,
+            min(SEQ_LEN, context),
+            order.seed,
+            source=order.source,
+        )
+        hidden = walk.embed(text.ids)
+        with progress_bar(progress) as bar:
+            for i in bar.track(blocks, description="statistics"):
+                start = time.perf_counter()
+                captured = walk.capture(i, walk.block(i), hidden, out=hidden)
+                walk.release(i)
+                if not folder.has_grams(i):
+                    sites = [(site.modules, captured.grams[site.name]) for site in captured.sites]
+                    seconds = time.perf_counter() - start
+                    note = {"seconds": seconds, "calibration": text.description}
+                    folder.write_grams(i, sites, note)
+    notes = [folder.gram_note(i) for i in blocks]
+    return notes[0]["calibration"], sum(note["seconds"] for note in notes)
+
+
+# ---- 2. encoding ---------------------------------------------------------------------------
+
+
+def _encode(order: Order, folder: Folder, method: Method, progress: bool) -> None:
+    """Encode the blocks of one method that are not there yet."""
+    settings = {"preset": order.preset} if method.uses_preset else {}
+    outdated = folder.start(method, settings)
+    todo = [i for i in range(order.blocks) if not folder.has_block(method, i)]
+    if not todo:
+        return
+    levels = method.serves(order.levels)
+    method.prepare(levels)
+    with progress_bar(progress) as bar:
+        name = f"{method.name} (changed, made again)" if outdated else method.name
+        task = bar.add_task(name, total=order.blocks, completed=order.blocks - len(todo))
+        number = 0  # of a site in the model
+        for i in range(order.blocks):
+            sites = folder.grams(i)
+            if i in todo:
+                weights, record = _encode_block(order, method, levels, sites, number)
+                folder.write_block(method, i, weights, record)
+                bar.advance(task)
+            number += len(sites)
+
+
+@torch.no_grad()
+def _encode_block(
+    order: Order, method: Method, levels: Sequence[int], sites: Sites, number: int
+) -> tuple[dict[int, dict[str, Tensor]], Record]:
+    """All sites of a block; `number` of them came before it."""
+    walk, device = order.walk, order.walk.device
+    weights: dict[int, dict[str, Tensor]] = {p: {} for p in levels}
+    errors = dict.fromkeys(levels, 0.0)
+    suites: list[Suite] = []
+    seconds, peak = 0.0, 0
+    for k, (modules, h) in enumerate(sites):
+        site = Site(
+            {name: walk.read(f"{name}.weight", torch.float32).to(device) for name in modules},
+            h.to(device),
+            order.seed * 1_000_003 + number + k,  # as `quantize` draws it
+            order.preset,
+        )
+        spent, resident, coded = measured(partial(method.encode, site, levels), device)
+        seconds, peak = seconds + spent, max(peak, resident)
+        for name, suite in coded.items():
+            decoded = [suite.levels[p].weight for p in levels]
+            relative = weighted_errors(site.weights[name], decoded, site.gram)
+            for p, w, error in zip(levels, decoded, relative, strict=True):
+                weights[p][name] = w
+                errors[p] += error
+            suites.append(suite)
+    record = Record(
+        seconds,
+        peak,
+        {p: sum(suite.levels[p].bytes for suite in suites) for p in levels},
+        [sum(sizes) for sizes in zip(*(suite.files for suite in suites), strict=True)],
+        sum(w.numel() for w in weights[levels[0]].values()),
+        sorted({h.shape[0] for _, h in sites}),
+        errors,
+        len(suites),
+    )
+    return weights, record
+
+
+def measured(
+    work: Callable[[], dict[str, Suite]], device: torch.device
+) -> tuple[float, int, dict[str, Suite]]:
+    """Seconds, peak resident bytes and the result of some work."""
+    with suppress(OSError):
+        _PEAK_RESET.write_text("5")  # Linux: forget the peak so far
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, peak_memory(), result
+
+
+# ---- 3. evaluation -------------------------------------------------------------------------
+
+
+class Substituted:
+    """The original model, run with some of its weights replaced.
+
+    One copy of the model serves all levels; the replaced weights are put back after every call.
+    """
+
+    def __init__(self, model: Any, weights: Mapping[str, Tensor]) -> None:
+        self.model, self.weights = model, weights
+
+    def __call__(self, ids: Tensor) -> Any:
+        before: dict[str, Tensor] = {}
+        try:
+            for name, weight in self.weights.items():
+                parameter = self.model.get_parameter(f"{name}.weight")
+                before[name] = parameter.data
+                parameter.data = weight.to(parameter)
+            return self.model(ids.to(self.model.device), use_cache=False)
+        finally:
+            for name, weight in before.items():
+                self.model.get_parameter(f"{name}.weight").data = weight
+
+
+def _evaluate(order: Order, folder: Folder, method: Method, progress: bool) -> dict[str, Any]:
+    """What `evaluate` gives for the method's levels, from the folder where it is there."""
+    key = {"blocks": order.blocks, **order.described}
+    if (known := folder.evaluation(method, key)) is not None:
+        return known
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(order.source.folder, dtype=torch.float32)
+    model.eval().to(order.walk.device)
+    views = {
+        str(p): Substituted(model, folder.weights(method, p, order.blocks))
+        for p in method.serves(order.levels)
+    }
+    result = evaluate(views, model, order.ids, progress=progress)
+    folder.write_evaluation(method, key, result)
+    return result
+
+
+# ---- 4. the table --------------------------------------------------------------------------
+
+
+def _weigh(
+    order: Order, folder: Folder, method: Method, evaluated: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A method's row: its evaluation with bits, disk, time and memory."""
+    records = [folder.record(method, i) for i in range(order.blocks)]
+    levels = method.serves(order.levels)
+    widths = {width for record in records for width in record.widths}
+    values = sum(record.values for record in records)
+    parameters = _parameters(order.walk)
+    rest = 2 * (parameters - values)
+    shared = {p: method.shared(p, widths) for p in levels}
+    rows = {}
+    for p in levels:
+        size = sum(record.bytes[p] for record in records) + shared[p]
+        rows[str(p)] = {
+            "true_bits": 8 * size / values,
+            "true_bits_whole": 8 * (size + rest) / parameters,
+            "bytes": size + rest,
+            "rel_error": sum(r.errors[p] for r in records) / sum(r.matrices for r in records),
+            **evaluated[str(p)],
+        }
+    files = [sum(sizes) for sizes in zip(*(record.files for record in records), strict=True)]
+    extra = [shared[levels[-1]]] if method.nested else [shared[p] for p in levels]
+    return {
+        "title": method.title,
+        "nested": method.nested,
+        "lacks": [p for p in order.levels if p not in levels],
+        "checkpoints": len(files),
+        "disk_bytes": sum(files) + sum(extra) + len(files) * rest,
+        "seconds": sum(record.seconds for record in records),
+        "peak_gib": max(record.peak for record in records) / 2**30,
+        "bits": rows,
+    }
+
+
+def _parameters(walk: Walk) -> int:
+    """Parameters of the original model, tied ones once."""
+    state = walk.model.state_dict(keep_vars=True)
+    inside = [name for name in state if name.startswith(f"{walk.blocks_name}.")]
+    return sum(state[name].numel() for name in [*walk.outer_names(), *inside])

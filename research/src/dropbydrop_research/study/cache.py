@@ -1,0 +1,136 @@
+"""Gram matrices of a model and a calibration, measured once and kept in the user's cache.
+
+    grams_for(source, options)   cached statistics, collected when they are not there
+    find_grams(folder)           what is cached for a model, whatever its calibration; or None
+
+A cache folder is named by the model's fingerprint and a hash of everything that decides the
+statistics: text (its content's hash, or "self"), windows, their length, seed, held-out text. Naming
+it takes no tokenizing, so a second run starts at once.
+
+Held-out tokens come from a text of their own, or else from the same source: windows of the same
+file that calibration does not use, or text that the model writes with the next seed. Calibration
+windows are those that `dropbydrop quantize` draws with the same options.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropbydrop.data.calibration import SELF, load_windows
+from dropbydrop.errors import CalibrationError
+from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.sources import Source, cache_dir
+from dropbydrop.models.statistics import CLIP
+
+from .data import GramFolder, Progress, collect, fingerprint
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Which tokens the Gram matrices are measured on.
+
+    Attributes:
+        calibration, held_out: "self" or the path of a text; held_out None: see the module's note.
+        windows, seq_len, seed: as for `dropbydrop quantize`; a quarter as many windows are held
+            out, at least one.
+    """
+
+    calibration: str = SELF
+    held_out: str | None = None
+    windows: int = 64
+    seq_len: int = 1024
+    seed: int = 0
+
+    @property
+    def held_windows(self) -> int:
+        return max(1, self.windows // 4)
+
+
+def grams_for(
+    source: Source,
+    options: Statistics,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> GramFolder:
+    """Statistics of the unquantized model in `source`, from the cache or measured now.
+
+    Args:
+        cache: folder of caches; default `grams` in the user's cache folder.
+
+    Raises:
+        CalibrationError: a text that is missing or too short.
+        FormatError, UnsupportedModelError: as `data.collect`.
+    """
+    name = f"{fingerprint(source.folder)[:16]}-{_key(options)[:16]}"
+    folder = (cache or _default()) / name
+    if not len(GramFolder(folder)):
+        ids, held = _tokens(source, options)
+        collect(Walk.open(source.folder), ids, folder, held, progress=progress)
+    return GramFolder(folder)
+
+
+def find_grams(folder: Path, cache: Path | None = None) -> GramFolder | None:
+    """The newest cached statistics of the model in `folder`, or None."""
+    candidates = (cache or _default()).glob(f"{fingerprint(folder)[:16]}-*")
+    filled = [path for path in candidates if len(GramFolder(path))]
+    newest = max(filled, key=lambda path: path.stat().st_mtime, default=None)
+    return None if newest is None else GramFolder(newest)
+
+
+def _default() -> Path:
+    return cache_dir() / "grams"
+
+
+def _key(options: Statistics) -> str:
+    described: dict[str, Any] = asdict(options) | {"clip": CLIP, "version": 1}
+    for name in ("calibration", "held_out"):
+        if described[name] not in (None, SELF):
+            described[name] = _file_hash(Path(described[name]).expanduser())
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        with path.open("rb") as handle:
+            return f"{path.suffix} {hashlib.file_digest(handle, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise CalibrationError(f"cannot read the text {path}: {error.strerror}.") from error
+
+
+def _tokens(source: Source, options: Statistics) -> tuple[Tensor, Tensor]:
+    """Calibration ids [n, T] and held-out ids [m, T]."""
+    tokenizer = source.tokenizer()
+    seq_len = min(options.seq_len, _context(source.folder))
+
+    def draw(spec: str, windows: int, seed: int) -> Tensor:
+        return load_windows(spec, tokenizer, windows, seq_len, seed, source=source).ids
+
+    n, m = options.windows, options.held_windows
+    if options.held_out is not None:
+        held = draw(options.held_out, m, options.seed)
+        return draw(options.calibration, n, options.seed), held
+    if options.calibration == SELF:
+        return draw(SELF, n, options.seed), draw(SELF, m, options.seed + 1)
+    ids, more = (draw(options.calibration, k, options.seed) for k in (n, n + m))
+    # One seed draws one order of the text's windows, so the n are among the n + m.
+    used = (more[:, None] == ids[None]).all(-1).any(1)
+    held = more[~used][:m]
+    if not len(held):  # a text that repeats itself
+        raise CalibrationError(
+            f"{options.calibration} has no windows that differ from those of the calibration; "
+            "name another text with --held-out."
+        )
+    return ids, held
+
+
+def _context(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text())
+    found = config.get("text_config", config).get("max_position_embeddings")
+    return int(found) if found else torch.iinfo(torch.int64).max

@@ -1,0 +1,258 @@
+"""What the studies read: a model's linear weights, and Gram matrices cached on disk.
+
+A cache folder holds one file a site, `site-00000.safetensors` and so on, so that collecting and
+reading take the memory of one block, whatever the model. Tensors of a file:
+
+    H         float32 [d_in, d_in]   mean over the calibration tokens, as `Walk.capture` gives it
+    held      float32 [d_in, d_in]   the same over held-out tokens; may be absent
+    energies  float32 [n, T]         ||x||^2 of the calibration tokens, unclipped; may be absent
+
+Metadata: `site` (name), `modules` (JSON list), `tokens`, `clip`, `model` (`fingerprint` of the
+folder they were collected from). Nothing is damped. `collect` fills a folder aside and renames it,
+so a cache is either whole or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dropbydrop.errors import FormatError
+from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.statistics import CLIP
+
+Progress = Callable[[int, int, str], None]
+"""Called as progress(done, total, what is next)."""
+
+
+def linear_modules(walk: Walk) -> list[str]:
+    """Full names of the linear layers in the decoder blocks, in the model's order."""
+    prefix = f"{walk.blocks_name}."
+    return [
+        name
+        for name, module in walk.model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(prefix)
+    ]
+
+
+def read_weight(walk: Walk, module: str) -> Tensor:
+    """W of a linear layer, float32 [d_out, d_in], read from disk.
+
+    Raises:
+        FormatError: the model has no such layer.
+    """
+    try:
+        found = walk.model.get_submodule(module)
+    except AttributeError:
+        found = None
+    if not isinstance(found, nn.Linear):
+        raise FormatError(
+            f"{walk.files.folder} has no linear layer {module}; the statistics or errors given "
+            "belong to another model."
+        )
+    return walk.read(f"{module}.weight", torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class SiteGram:
+    """Statistics of one site's inputs; see the module's note."""
+
+    name: str
+    modules: tuple[str, ...]
+    tokens: int
+    clip: float
+    gram: Tensor
+    held: Tensor | None
+    energies: Tensor | None
+    model: str = ""  # fingerprint; empty: not known
+
+
+class GramFolder:
+    """A cache folder of Gram matrices; iterating reads one site at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob("site-*.safetensors"))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def write(self, index: int, site: SiteGram) -> None:
+        """Store the statistics of the site number `index`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"H": site.gram, "held": site.held, "energies": site.energies}
+        path = self.folder / f"site-{index:05d}.safetensors"
+        metadata = {
+            "site": site.name,
+            "modules": json.dumps(site.modules),
+            "tokens": str(site.tokens),
+            "clip": str(site.clip),
+            "model": site.model,
+        }
+        present = {k: v.to(torch.float32).contiguous() for k, v in tensors.items() if v is not None}
+        save_file(present, path, metadata)
+
+    def __iter__(self) -> Iterator[SiteGram]:
+        for path in self.files:
+            yield _read_site(path)
+
+
+def _read_site(path: Path) -> SiteGram:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            meta, names = handle.metadata() or {}, set(handle.keys())
+            tensors = {name: handle.get_tensor(name).clone() for name in names}
+        return SiteGram(
+            name=meta["site"],
+            modules=tuple(json.loads(meta["modules"])),
+            tokens=int(meta["tokens"]),
+            clip=float(meta["clip"]),
+            gram=tensors["H"],
+            held=tensors.get("held"),
+            energies=tensors.get("energies"),
+            model=meta.get("model", ""),
+        )
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise FormatError(
+            f"{path} is not a cached Gram matrix ({error}); delete the folder and collect again."
+        ) from error
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 that tells models apart by their config and samples of their weights.
+
+    Reads the config and 16 pieces of 64 KiB of each safetensors file, not whole files.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as handle:
+            for i in range(16):
+                handle.seek(size * i // 16)
+                digest.update(handle.read(1 << 16))
+    return digest.hexdigest()
+
+
+def collect(
+    walk: Walk,
+    ids: Tensor,
+    folder: Path,
+    held_ids: Tensor | None = None,
+    clip: float = CLIP,
+    progress: Progress | None = None,
+) -> GramFolder:
+    """Run the unquantized model over calibration (and held-out) tokens and cache every site.
+
+    Args:
+        ids: [n, T]; `held_ids` [m, T'] from other text.
+        folder: where to; a cache that is there is replaced at the end.
+        clip: token clipping of H, the same for both; infinity for the raw matrices.
+
+    Raises:
+        FormatError: `folder` holds something else than a cache.
+        UnsupportedModelError, CalibrationError: as `Walk.capture`.
+    """
+    if folder.exists() and any(p not in GramFolder(folder).files for p in folder.iterdir()):
+        raise FormatError(f"{folder} holds other files than cached statistics; name a new folder.")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        _collect(walk, ids, held_ids, clip, GramFolder(partial), progress)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return GramFolder(folder)
+
+
+@torch.no_grad()
+def _collect(
+    walk: Walk,
+    ids: Tensor,
+    held_ids: Tensor | None,
+    clip: float,
+    store: GramFolder,
+    progress: Progress | None,
+) -> None:
+    index, model = 0, fingerprint(walk.files.folder)
+    hidden = walk.embed(ids)
+    held_hidden = None if held_ids is None else walk.embed(held_ids)
+    for i in range(walk.num_blocks):
+        if progress:
+            progress(i, walk.num_blocks, walk.block_prefix(i))
+        block = walk.block(i)
+        firsts = [site.modules[0] for site in walk.sites(i, block, hidden)]
+        with _Energies(block, walk.block_prefix(i), firsts) as energies:
+            captured = walk.capture(i, block, hidden, clip=clip, out=hidden)
+        held: dict[str, Tensor] = {}
+        if held_hidden is not None:
+            held = walk.capture(i, block, held_hidden, clip=clip, out=held_hidden).grams
+        for site in captured.sites:
+            statistics = SiteGram(
+                site.name,
+                site.modules,
+                captured.tokens,
+                clip,
+                captured.grams[site.name],
+                held.get(site.name),
+                energies.of(site.modules[0]),
+                model,
+            )
+            store.write(index, statistics)
+            index += 1
+        walk.release(i)
+    if progress:
+        progress(walk.num_blocks, walk.num_blocks, "")
+
+
+class _Energies:
+    """Records ||x||^2 of every token at the inputs of some linear layers of a block."""
+
+    def __init__(self, block: nn.Module, prefix: str, modules: Sequence[str]) -> None:
+        self._seen: dict[str, list[Tensor]] = {module: [] for module in modules}
+        self._hooks = [
+            block.get_submodule(module.removeprefix(f"{prefix}.")).register_forward_pre_hook(
+                self._hook(parts), with_kwargs=True
+            )
+            for module, parts in self._seen.items()
+        ]
+
+    @staticmethod
+    def _hook(parts: list[Tensor]) -> Callable[[nn.Module, tuple, dict], None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            parts.append(torch.linalg.vector_norm(x.float(), dim=-1).square().cpu())
+
+        return hook
+
+    def __enter__(self) -> _Energies:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def of(self, module: str) -> Tensor | None:
+        """[n, T] of a module; None where tokens do not come as [b, T, d]."""
+        parts = self._seen[module]
+        return torch.cat(parts) if parts and all(p.ndim == 2 for p in parts) else None
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON has it: None for infinities and not-a-number."""
+    return value if math.isfinite(value) else None

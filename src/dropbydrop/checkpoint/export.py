@@ -1,0 +1,255 @@
+"""Export one level of a checkpoint as a plain Hugging Face folder, for any runtime.
+
+Steps:
+1. Plan: every tensor of the original model under its own name, with shape and target type; known
+   from the headers alone, so safetensors headers can be written before anything is decoded.
+2. Stream: each file is its header followed by its tensors, decoded a slab of rows at a time (codes
+   -> rotated weights -> back to the original space). The weights of one slab are in memory,
+   whatever the size of the model.
+3. config.json without `quantization_config`, tokenizer and other side files as they are, a model
+   card; the folder appears by a rename, whole or not at all.
+
+The result knows nothing of planes: it has the quality of its level and the size of a 16-bit model.
+A tied head is stored once, as in the original. Decoding runs in float32 and rounds once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropbydrop.coding.code import codebook_table, decode
+from dropbydrop.errors import DropError
+from dropbydrop.models.weight_files import INDEX, SINGLE
+from dropbydrop.quantization.report import CARD_FILE, LOG_FILE
+from dropbydrop.system.console import progress_bar
+
+from . import Checkpoint
+from .atomic_folder import PartialFolder
+from .config import CONFIG_FILE, LEVELS_SUFFIX, RESERVED_PREFIXES
+from .files import DTYPE_NAMES, DTYPES, TensorInfo, dump_json, encode_header
+from .writer import SHARD_BYTES
+
+EXPORT_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+_SLAB = 4096  # rows that are decoded together
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """One tensor of the dense model: `rows(low, high)` makes a slab of it, in any type."""
+
+    name: str
+    info: TensorInfo
+    rows: Callable[[int, int], Tensor]
+
+    def chunks(self) -> Iterator[bytes]:
+        """Its bytes, slab by slab, in the target type."""
+        dtype = DTYPES[self.info.dtype]
+        count = self.info.shape[0] if self.info.shape else 1
+        for low in range(0, count, _SLAB):
+            wide = self.rows(low, min(low + _SLAB, count))
+            slab = wide.to(dtype)
+            if dtype.is_floating_point and not bool(torch.isfinite(slab).all()):
+                raise DropError(
+                    f"{self.name} has values that {str(dtype).removeprefix('torch.')} cannot hold "
+                    f"(largest magnitude {float(wide.abs().max()):.3g}); export with --dtype "
+                    "bfloat16 or float32."
+                )
+            yield slab.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def export(
+    source: Path | str,
+    out: Path | str,
+    bits: int | None = None,
+    *,
+    dtype: str = "bfloat16",
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write level `bits` of the checkpoint `source` as the dense Hugging Face folder `out`.
+
+    Args:
+        bits: a level of the checkpoint; by default the highest.
+        dtype: "bfloat16", "float16" or "float32", of every floating-point tensor.
+        shard_bytes: larger models are split into several files, as usual on the Hub.
+
+    Returns:
+        {"out", "bits", "dtype", "tensors", "files", "bytes"}.
+
+    Raises:
+        DropError: `out` exists, the disk is full, values that do not fit the type; nothing is
+            left behind.
+        PrecisionError, MissingPlaneError, FormatError: as `Checkpoint.require`.
+    """
+    if dtype not in EXPORT_DTYPES:
+        raise DropError(f"--dtype {dtype}: choose one of {', '.join(EXPORT_DTYPES)}.")
+    checkpoint = Checkpoint.open(source)
+    prefix = checkpoint.require(checkpoint.levels[-1] if bits is None else bits)
+    tensors = list(_plan(checkpoint, prefix, EXPORT_DTYPES[dtype]))
+    folder = PartialFolder(Path(os.path.abspath(out)))
+    try:
+        with folder.disk_errors(), progress_bar(progress) as bar:
+            task = bar.add_task(f"export {prefix} bits", total=len(tensors))
+            _write_weights(folder, tensors, shard_bytes, lambda: bar.advance(task))
+            _write_side_files(folder, checkpoint, prefix, dtype)
+            folder.publish()
+    finally:
+        folder.discard()
+    return {
+        "out": str(folder.out),
+        "bits": prefix,
+        "dtype": dtype,
+        "tensors": len(tensors),
+        "files": sorted(folder.files),
+        "bytes": sum(entry.size for entry in folder.files.values()),
+    }
+
+
+def _plan(checkpoint: Checkpoint, prefix: int, dtype: torch.dtype) -> Iterator[_Dense]:
+    """Every tensor of the dense model; wide types first, which keeps all of them aligned."""
+    parts: dict[str, tuple[tuple[int, ...], torch.dtype, Callable[[int, int], Tensor]]] = {}
+    quantization = checkpoint.quantization
+    ours = {f"{m}.{kind}" for m in checkpoint.shapes for kind in ("scales", "level_scales")}
+    ours |= set(quantization.guards)
+    for module, matrix in checkpoint.shapes.items():
+        parts[f"{module}.weight"] = (matrix, dtype, _linear_rows(checkpoint, module, prefix))
+    if quantization.embeddings.bits == 8:
+        for module in quantization.embeddings.modules:
+            ours |= {f"{module}.rows", f"{module}.row_scales"}
+            shape = checkpoint.rest[f"{module}.rows"].shape
+            parts[f"{module}.weight"] = (shape, dtype, _embedding_rows(checkpoint, module))
+    row = checkpoint.level_index(prefix)
+    for stored, info in checkpoint.rest.items():
+        if stored in ours or stored.startswith(RESERVED_PREFIXES):
+            continue
+        kept = DTYPES[info.dtype]
+        target = dtype if kept.is_floating_point else kept
+        per_level = stored.endswith(LEVELS_SUFFIX)
+        name = stored.removesuffix(LEVELS_SUFFIX) if per_level else stored
+        shape = info.shape[1:] if per_level else info.shape
+        parts[name] = (shape, target, _kept_rows(checkpoint, stored, row if per_level else None))
+    order = sorted(parts.items(), key=lambda part: (-part[1][1].itemsize, part[0]))
+    for name, (shape, target, rows) in order:
+        yield _Dense(name, TensorInfo(DTYPE_NAMES[target], tuple(shape)), rows)
+
+
+def _linear_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Callable[[int, int], Tensor]:
+    """Rows of W in the original space: scales * sum_m C_m[codes_m], rotated back."""
+    quantization = checkpoint.quantization
+    site = quantization.site_index[module]
+
+    def rows(low: int, high: int) -> Tensor:
+        stored = checkpoint.read_codebooks(quantization.sites[site].codebooks)
+        tables = [
+            codebook_table(book, plane.sign_symmetric)
+            for book, plane in zip(stored, quantization.planes, strict=True)
+        ]
+        if f"{module}.scales" in checkpoint.rest:
+            scales = checkpoint.read(f"{module}.scales")
+        else:
+            scales = checkpoint.read(f"{module}.level_scales")[checkpoint.level_index(prefix)]
+        codes = [checkpoint.read_codes(module, m)[low:high] for m in range(1, prefix + 1)]
+        rotated = decode(codes, tables, scales[low:high], prefix)
+        return checkpoint.read_rotation(site).transpose(rotated)
+
+    return rows
+
+
+def _embedding_rows(checkpoint: Checkpoint, module: str) -> Callable[[int, int], Tensor]:
+    def rows(low: int, high: int) -> Tensor:
+        scales = checkpoint.read(f"{module}.row_scales")[low:high]
+        return checkpoint.read(f"{module}.rows")[low:high].float() * scales.float()[:, None]
+
+    return rows
+
+
+def _kept_rows(
+    checkpoint: Checkpoint, stored: str, level: int | None
+) -> Callable[[int, int], Tensor]:
+    """A tensor that is stored as it is, or the variant of it for row `level`."""
+
+    def rows(low: int, high: int) -> Tensor:
+        whole = checkpoint.read(stored)
+        tensor = whole if level is None else whole[level]
+        return tensor[low:high] if tensor.dim() else tensor
+
+    return rows
+
+
+def _write_weights(
+    folder: PartialFolder, tensors: list[_Dense], shard_bytes: int, advance: Callable[[], None]
+) -> None:
+    """model.safetensors, or shards of at most `shard_bytes` and their index."""
+    shards: list[list[_Dense]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.info.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.info.nbytes
+
+    def body(shard: list[_Dense]) -> Iterator[bytes]:
+        for tensor in shard:
+            yield from tensor.chunks()
+            advance()
+
+    where: dict[str, str] = {}
+    for i, shard in enumerate(shards, 1):
+        whole = len(shards) == 1
+        name = SINGLE if whole else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        header = encode_header([(t.name, t.info) for t in shard], {"format": "pt"})
+        folder.write(name, chain([header], body(shard)))
+        where |= {t.name: name for t in shard}
+    if len(shards) > 1:
+        total = sum(t.info.nbytes for t in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        folder.write(INDEX, [dump_json(index)])
+
+
+def _write_side_files(
+    folder: PartialFolder, checkpoint: Checkpoint, prefix: int, dtype: str
+) -> None:
+    """Config, tokenizer and model card."""
+    weights = {*checkpoint.manifest.rest, *(n for p in checkpoint.manifest.planes for n in p)}
+    for name in sorted(set(checkpoint.manifest.files) - weights):
+        path = checkpoint.path / name
+        if name not in (CONFIG_FILE, CARD_FILE, LOG_FILE) and path.is_file():
+            folder.write(name, [path.read_bytes()])
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype
+    folder.write(CONFIG_FILE, [dump_json(config)])
+    folder.write(CARD_FILE, [_card(checkpoint, prefix, dtype, config).encode()])
+
+
+def _card(checkpoint: Checkpoint, prefix: int, dtype: str, config: Mapping[str, Any]) -> str:
+    """README.md of the dense folder. Deterministic."""
+    made = checkpoint.quantization.provenance
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {made.get("base_model", config.get("model_type", "model"))}, {prefix} bits, as {dtype}
+
+Plain {dtype} weights, exported with [dropbydrop](https://pypi.org/project/dropbydrop/) from level \
+{prefix} of a nested checkpoint. They carry {checkpoint.true_bits(prefix):.3f} bits of information \
+a weight in the decoder matrices; the files are as large as those of any {dtype} model. Whatever \
+runs this architecture reads them.
+
+Made from: `{json.dumps(dict(made.get("calibration", {})), sort_keys=True)}`, preset \
+`{made.get("preset")}`, seed {made.get("seed")}.
+"""

@@ -1,0 +1,322 @@
+"""The work folder of a run that can be resumed, after `kill -9` at any moment or a full disk.
+
+Layout of `.<name>.resume` beside OUT:
+
+    journal.jsonl     line 1: the fingerprint; then one line for each finished step
+    hidden-<k>.raw    the hidden states after step k: the activation chain
+    *.raw             tensors of the finished blocks (checkpoint/spill.py)
+    checkpoint/, old/ the final files while they are assembled, and an OUT that is being replaced
+
+Step 0 is the calibration (its windows, embedded), step k the encoding of block k - 1. A step is
+finished when its line in the journal is complete, and the line is written last: what it refers to
+(raw files, hidden states) has been synced before. So the last complete line always describes a
+consistent state; anything behind it (a torn line, longer raw files, a newer `hidden` file) is cut
+off or removed. Nothing of a finished step is ever overwritten, therefore a full disk loses none.
+
+The fingerprint holds everything the result depends on: content of model and calibration file,
+options, this package's own files, versions of torch and transformers. Work that was started with
+another one is refused, not mixed. A lock on the folder keeps two runs from sharing it.
+
+Limits: one machine and build. With another number of threads sums may be rounded differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from dropbydrop import __version__
+from dropbydrop.coding.search import backends
+from dropbydrop.data.calibration import SELF, Calibration
+from dropbydrop.errors import DropError, FormatError
+from dropbydrop.system.native_library import built_libraries
+
+from .atomic_folder import full_disk, sync_folder
+from .config import MANIFEST_FILE
+from .files import DTYPE_NAMES, DTYPES
+
+if TYPE_CHECKING:
+    from dropbydrop.quantization.config import Job
+
+JOURNAL = "journal.jsonl"
+_CHUNK = 64 << 20
+
+
+def work_folder(out: Path) -> Path:
+    """Where a run that can be resumed keeps its work."""
+    return out.parent / f".{out.name}.resume"
+
+
+class Work:
+    """An opened and locked work folder; use as a context manager.
+
+    Leaving it normally removes the folder (OUT is in place). Leaving it with an error keeps it,
+    unless no step was finished, and adds to the error how to go on.
+
+    Attributes:
+        path: the folder.
+        steps: the records of the finished steps, in order.
+    """
+
+    def __init__(self, out: Path, fingerprint: Mapping[str, Any]) -> None:
+        """Open the work folder of `out`, or create it.
+
+        Raises:
+            DropError: another process works on it; it was started with other options or from
+                other files; `out`'s parent does not exist, or the disk is full.
+        """
+        self.out, self.path = out, work_folder(out)
+        if not out.parent.is_dir():
+            raise DropError(f"{out.parent} is not a folder; create it first.")
+        self._journal = self.path / JOURNAL
+        self._lock = self._open_locked()
+        try:
+            records = self._read(json.loads(json.dumps(fingerprint)))
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self.steps = [record for record in records if "manifest" not in record]
+        self._announced = [record for record in records if "manifest" in record][-1:]
+
+    # ---- the journal -----------------------------------------------------------------------
+
+    def _open_locked(self) -> int:
+        while True:
+            self.path.mkdir(exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise DropError(
+                    f"another process is working on {self.out} (it holds {self.path}); wait for "
+                    "it, or choose another name."
+                ) from None
+            # A run that finished meanwhile has removed the folder that was just locked.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self.path), os.fstat(descriptor)):
+                    return descriptor
+            os.close(descriptor)
+
+    def _read(self, fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
+        """Finished steps of a journal that fits; a fresh journal if there are none."""
+        lines, end = [], 0
+        if self._journal.is_file():
+            for raw in self._journal.read_bytes().splitlines(keepends=True):
+                try:
+                    lines.append(json.loads(raw))
+                except ValueError:
+                    break
+                if not raw.endswith(b"\n"):
+                    lines.pop()
+                    break
+                end += len(raw)
+        if len(lines) > 1:
+            self._compare(lines[0], fingerprint)
+            with open(self._journal, "r+b") as file:
+                file.truncate(end)
+            return lines[1:]
+        for path in self.path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._append(fingerprint)
+        return []
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        names = sorted(k for k in before | now if before.get(k) != now.get(k))
+        if names:
+            changes = [
+                f"{k} ({_short(before.get(k))} then, {_short(now.get(k))} now)" for k in names
+            ]
+            raise DropError(
+                f"{self.path} holds the work of an interrupted run that cannot be continued like "
+                f"this; what differs: {', '.join(changes)}. Give the same command again, or "
+                "remove the folder to start from the beginning."
+            )
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        with full_disk(self.out, "{free} in {parent}. Free some space.", lambda: None):
+            with open(self._journal, "ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(self.path)
+
+    def commit(self, record: dict[str, Any], hidden: Tensor | None) -> None:
+        """Finish a step: `record`, and the hidden states that the next one starts from.
+
+        What the record refers to must be durable by now.
+
+        Raises:
+            DropError: the disk is full; earlier steps are not affected.
+        """
+        file = self.path / f"hidden-{len(self.steps)}.raw"
+        if hidden is not None:
+            advice = "{free} in {parent}. Free some space."
+            with full_disk(self.out, advice, lambda: file.unlink(missing_ok=True)):
+                _write(file, hidden)
+            shape, dtype = list(hidden.shape), DTYPE_NAMES[hidden.dtype]
+            record = {**record, "hidden": [file.name, shape, dtype]}
+        sync_folder(self.path)
+        self._append(record)
+        self.steps.append(record)
+        for old in self.path.glob("hidden-*.raw"):
+            if old != file:
+                old.unlink()
+
+    def hidden(self) -> Tensor:
+        """The hidden states after the last finished step.
+
+        Raises:
+            FormatError: the file is gone or cut off.
+        """
+        name, shape, dtype = self.steps[-1]["hidden"]
+        hidden = torch.empty(shape, dtype=DTYPES[dtype])
+        view = hidden.view(-1).view(torch.uint8).numpy().data
+        path, done = self.path / name, 0
+        with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
+            while done < len(view) and (count := file.readinto(view[done : done + _CHUNK])):
+                done += count
+        if done < len(view):
+            raise FormatError(
+                f"{path} has {done} bytes, {len(view)} are needed to go on: the folder "
+                f"{self.path} is damaged. Remove it, and start again."
+            )
+        return hidden
+
+    # ---- the end ---------------------------------------------------------------------------
+
+    def publishing(self, record: Mapping[str, Any]) -> None:
+        """Note, right before the rename, what OUT is going to be: {"manifest": SHA-256, ...}."""
+        self._append(record)
+
+    def published(self) -> dict[str, Any] | None:
+        """The last record given to `publishing`, if OUT is what it announced: all is done."""
+        for record in self._announced:
+            with contextlib.suppress(OSError), open(self.out / MANIFEST_FILE, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == record["manifest"]:
+                    return record
+        return None
+
+    def __enter__(self) -> Work:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None or not self.steps:
+            self._remove()
+        else:
+            _explain(error, f"The finished part is kept in {self.path}: {self._progress()}")
+        os.close(self._lock)
+
+    def _remove(self) -> None:
+        """The journal goes last: killed in between, the next run still knows that all is done."""
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path != self._journal:
+                path.unlink()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _progress(self) -> str:
+        blocks = sum("block" in step for step in self.steps)
+        steps = max((step.get("step", 0) for step in self.steps), default=0)
+        what = f"{blocks} finished blocks" if blocks else "the calibration"
+        what = f"{steps} finished steps" if steps else what
+        return f"{what}. Give the same command again (with --resume) to go on, or remove it."
+
+
+def _explain(error: BaseException, note: str) -> None:
+    """Add to an error how to go on: to the message where the user sees only that."""
+    if isinstance(error, DropError | KeyboardInterrupt):
+        error.args = (f"{error} {note}".strip(),)
+    else:
+        error.add_note(note)
+
+
+def _write(path: Path, tensor: Tensor) -> None:
+    view = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    with open(path, "wb", buffering=0) as file:
+        done = 0
+        while done < len(view):
+            done += file.write(view[done : done + _CHUNK])
+        os.fsync(file.fileno())
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:36] + " …"
+
+
+# ---- fingerprint ---------------------------------------------------------------------------
+
+
+def fingerprint(job: Job) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on; by the names of the options."""
+    return {
+        "model": model_digest(job.source.folder),
+        "bits": job.levels,
+        "calibration": _calibration_digest(job.calibration),
+        "preset": job.preset,
+        "effort": asdict(job.effort),
+        "codebooks": job.codebooks,
+        "seed": job.seed,
+        "head-bits": job.head_bits,
+        "windows": job.windows,
+        "seq-len": job.seq_len,
+        "device": str(job.walk.device),
+        "backend": job.backend or backends(job.walk.device)[0],
+        "dropbydrop": [__version__, code_digest()],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _calibration_digest(calibration: str | Path | Calibration) -> list[Any]:
+    """How the text is named, and the SHA-256 of what is read; None where the rest decides it."""
+    if isinstance(calibration, Calibration):
+        content = calibration.ids.contiguous().numpy().tobytes()
+        return [calibration.description, hashlib.sha256(content).hexdigest()]
+    text = Path(calibration).expanduser()
+    is_file = str(calibration) != SELF and text.is_file()
+    return [str(calibration), digest(text) if is_file else None]
+
+
+def digest(*paths: Path) -> str:
+    """SHA-256 over names and contents of files."""
+    total = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.name} {content}\n".encode())
+    return total.hexdigest()
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 over config, weights and tokenizer of a Hugging Face folder."""
+    names = (".json", ".safetensors", ".model", ".txt", ".jinja")
+    return digest(*sorted(p for p in folder.iterdir() if p.suffix in names and p.is_file()))
+
+
+def code_digest() -> str:
+    """SHA-256 over this package: sources, native libraries, shipped codebooks."""
+    kinds = (".py", ".cu", ".safetensors")
+    sources = Path(__file__).parents[1].rglob("*")
+    files = sorted(p for p in sources if p.suffix in kinds and p.is_file())
+    return digest(*files, *built_libraries())

@@ -1,0 +1,141 @@
+"""`dropbydrop plan`: a map of prefixes for any budget, and what it takes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dropbydrop.errors import DropError
+
+from .options import Json, console, finish
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dropbydrop.checkpoint import Checkpoint
+    from dropbydrop.planning.memory import Memory
+    from dropbydrop.planning.plan import Plan
+    from dropbydrop.planning.sensitivity import Sensitivity
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("plan")(plan)
+
+
+def plan(
+    out: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    avg_bits: Annotated[float | None, typer.Option(help="Average planes a weight.")] = None,
+    memory: Annotated[str | None, typer.Option(help="All memory, such as 1.5GiB.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of the cache [2048].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of activations and cache [config].")] = None,
+    measure: Annotated[
+        bool | None,
+        typer.Option(help="Measure sensitivities again, or never [when there are none]."),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="To measure on [own writing].")] = None,
+    windows: Annotated[int, typer.Option(help="How many windows to measure on.")] = 8,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the measurement.")] = 0,
+    save: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """A level for every input site, of the least loss that fits the budget."""
+    from dropbydrop.checkpoint import Checkpoint
+    from dropbydrop.planning.memory import default_context
+    from dropbydrop.planning.plan import make_plan
+    from dropbydrop.planning.sensitivity import Sensitivity, known_sensitivity
+
+    if (avg_bits is None) == (memory is None):
+        raise DropError("give one budget: --avg-bits 2.6, or --memory 1.5GiB.")
+    checkpoint = Checkpoint.open(out)
+    known: Sensitivity | None = None
+    if not measure:
+        known = Sensitivity.load(checkpoint)
+    if measure or (measure is None and known is None):
+        known = run_measurement(checkpoint, text, windows, seq_len, seed)
+    known = known or known_sensitivity(checkpoint)
+    made = make_plan(checkpoint, avg_bits, memory, context=context, dtype=dtype, sensitivity=known)
+    need = made.memory(checkpoint, dtype, default_context(checkpoint, context))
+    if save is not None:
+        made.save(save)
+    out_console = console(as_json)
+    print_plan(checkpoint, made, need, known, out_console)
+    loss = sum(known.losses[name][p] for name, p in made.prefixes.items())
+    result: dict[str, Any] = {
+        **made.to_dict(),
+        "average_bits": made.average_bits(checkpoint),
+        "memory": need.to_dict(),
+        "predicted_loss": loss,
+        "sensitivity": known.kind,
+    }
+    finish(as_json, result)
+
+
+def run_measurement(
+    checkpoint: Checkpoint, text: Path | None, windows: int, seq_len: int, seed: int
+) -> Sensitivity:
+    """Measure sensitivities on a text (or on what the model writes) and write the sidecar.
+
+    Raises:
+        DropError: no room for windows in the text, planes absent, or a folder that is read-only.
+    """
+    import torch
+
+    from dropbydrop import load
+    from dropbydrop.data.text_files import text_windows
+    from dropbydrop.models.sources import load_tokenizer
+    from dropbydrop.planning.sensitivity import measure, self_windows
+    from dropbydrop.system.quiet import quiet_transformers
+
+    longest = checkpoint.config.get("max_position_embeddings") or seq_len
+    if windows < 1 or not 2 <= seq_len <= longest:
+        raise DropError(
+            f"{windows} windows of {seq_len} tokens: give 1 or more, of 2 to {longest} tokens."
+        )
+    with quiet_transformers():
+        model = load(checkpoint.path, bits=checkpoint.levels[-1], dtype=torch.float32)
+        if text is None:
+            ids = self_windows(model, windows, seq_len, seed)
+            about: dict[str, Any] = {"text": "self"}
+        else:
+            ids, about = text_windows(text, load_tokenizer(checkpoint.path), seq_len, windows)
+        known = measure(model, ids, seed=seed, description=about)
+    known.save(checkpoint.path)
+    return known
+
+
+def print_plan(
+    checkpoint: Checkpoint, plan: Plan, need: Memory, known: Sensitivity, console: Console
+) -> None:
+    """The map of levels, a row a block, and the memory of every kind."""
+    from rich.table import Table
+
+    rows: dict[str, dict[str, int]] = {}
+    for site in checkpoint.quantization.sites:
+        match = re.fullmatch(r"(.*?\.\d+)\.(.+)", site.modules[0])
+        block = match[1] if match else site.modules[0]
+        column = "/".join(m.rpartition(".")[2].removesuffix("_proj") for m in site.modules)
+        rows.setdefault(block, {})[column] = plan.prefixes[site.name]
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = Table(title=f"planes of each input site, {plan.average_bits(checkpoint):.3f} bits")
+    table.add_column("block")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for block, row in rows.items():
+        table.add_row(block, *(str(row.get(column, "")) for column in columns))
+    console.print(table)
+    sizes = Table(title="memory")
+    for column in ("kind", "MB"):
+        sizes.add_column(column, justify="right")
+    for kind, size in need.to_dict().items():
+        sizes.add_row(kind.replace("_", " "), f"{size / 1e6:.2f}")
+    console.print(sizes)
+    losses = {p: sum(row[p] for row in known.losses.values()) for p in checkpoint.levels}
+    uniform = ", ".join(f"{p} bits {loss:.4f}" for p, loss in losses.items())
+    loss = sum(known.losses[name][p] for name, p in plan.prefixes.items())
+    unit = "nats a token" if known.kind == "measured" else "relative errors from the log"
+    console.print(f"predicted loss {loss:.4f} ({unit}); uniform levels: {uniform}")

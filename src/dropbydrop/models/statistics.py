@@ -1,0 +1,307 @@
+"""Statistics of the inputs of a block's linear layers: sites and their Gram matrices H.
+
+A site is a set of linear layers that are called with the same input tensor in one forward (q, k
+and v of a block; gate and up). Sites are found at run time, by watching the calls, not by names:
+
+1. A forward pre-hook on every `nn.Linear` of the block sees its input tensor.
+2. Two calls belong to one site when address, size and in-place version of their inputs agree.
+   The recorder keeps each input alive until the forward is over; otherwise the allocator would
+   give the same address to a later activation and join unrelated layers.
+3. The first call of a site adds the batch to its Gram matrix,
+
+       H = sum_t w_t x_t x_t^T / number of tokens,    w_t = min(1, clip * median / ||x_t||^2),
+
+   the median being that of ||x||^2 over the tokens of the same window. A few tokens (the first one
+   above all) carry up to 4e5 times the energy of the median token; unclipped, they make H nearly
+   rank one and every other direction is drowned by its damping. `torch.median` is the lower one
+   for even lengths. Where the median is 0 nothing is clipped.
+
+Layout: H is float32 [d_in, d_in], symmetric. Only the lower block triangle is computed (a third
+less work) and mirrored at the end. Sums run in float32: 1e5 tokens leave a relative error near
+1e-6, far below what the damping hides; factorise it in float64. Batches are added up in lanes
+(`fold`), and lanes in their order, so that several processes get the same bits as one (team.py);
+that takes room for H twice.
+
+Limits: a linear that is called twice in one forward, or that sees a subset of the tokens (routed
+experts), is refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dropbydrop.errors import CalibrationError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from dropbydrop.system.distributed import Share
+
+CLIP = 20.0
+MAX_UNCOVERED = 0.05  # share of a block's matrices that may stay outside of called linears
+_COLUMNS = 256  # width of the column blocks of a Gram product
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linear layers that share one input."""
+
+    name: str  # unique: common parent and leaf names, "model.layers.0.self_attn.q_proj+k_proj"
+    modules: tuple[str, ...]  # full names, in the order of their calls
+    d_in: int
+
+
+@dataclass
+class Captured:
+    """What one pass over a block yields.
+
+    Attributes:
+        sites: in the order of their calls.
+        grams: site name -> H, float32 [d_in, d_in], tokens clipped and weighted.
+        raw: site name -> H without clipping or weights; empty unless asked for.
+        energy_ratio: site name -> largest ||x||^2 over the median one, maximum over windows.
+        tokens: the number of tokens each H averages over.
+        hidden: the block's output, [n, T, d].
+    """
+
+    sites: list[Site]
+    grams: dict[str, Tensor]
+    raw: dict[str, Tensor]
+    energy_ratio: dict[str, float]
+    tokens: int
+    hidden: Tensor
+
+
+def site_name(modules: list[str]) -> str:
+    """Common parent of the modules, then their distinct tails joined by "+"."""
+    parts = [module.split(".") for module in modules]
+    common = 0
+    while all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
+        common += 1
+    return ".".join([*parts[0][:common], "+".join(".".join(p[common:]) for p in parts)])
+
+
+def token_weights(energy: Tensor, clip: float) -> Tensor:
+    """w = min(1, clip * median / energy), median over the last dimension. energy [b, T] -> [b, T].
+
+    An infinite `clip` gives ones.
+    """
+    median = energy.median(dim=-1, keepdim=True).values
+    limit = torch.where(median > 0, clip * median, torch.inf)
+    return (limit / energy.clamp_min(torch.finfo(energy.dtype).tiny)).clamp(max=1.0)
+
+
+def add_gram(total: Tensor, y: Tensor) -> None:
+    """Add the lower block triangle of y^T y to `total` [d, d]; y [tokens, d] float32."""
+    d = y.shape[1]
+    count = max(1, round(d / _COLUMNS))
+    edges = [d * j // count for j in range(count + 1)]
+    for low, high in pairwise(edges):
+        total[low:, low:high].addmm_(y[:, low:].T, y[:, low:high])
+
+
+def mirror(total: Tensor, scale: float) -> Tensor:
+    """The symmetric matrix whose lower triangle is that of `total`, times `scale`; in place."""
+    total.mul_(scale)
+    upper = torch.ones_like(total, dtype=torch.bool).triu_(1)
+    return torch.where(upper, total.T, total)
+
+
+@dataclass
+class _Entry:
+    """One site while it is being recorded."""
+
+    modules: list[str]
+    d_in: int
+    gram: Tensor | None = None  # of the lane that is running
+    raw: Tensor | None = None
+    ratio: float = 0.0
+    grams: list[Tensor] = field(default_factory=list)  # of the lanes that are over
+    raws: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Recorder:
+    """Watches the linear layers of one block; use as a context manager around its forwards.
+
+    Call `batch(shape, weights)` before and `end()` after each forward of the block, and `fold()`
+    after each lane of batches.
+
+    Args:
+        block: the block; `prefix` is its full name in the model.
+        clip, raw: see the module's note. `grams=False` only finds the sites.
+
+    Raises:
+        UnsupportedModelError: a linear called twice, or with a subset of the tokens.
+    """
+
+    block: nn.Module
+    prefix: str
+    clip: float = CLIP
+    raw: bool = False
+    grams: bool = True
+    _sites: dict[str, _Entry] = field(default_factory=dict)  # by first module
+    _calls: list[tuple[Tensor, int, _Entry]] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set)
+    _shape: tuple[int, int] = (0, 0)
+    _weights: Tensor | None = None
+    _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+
+    def __enter__(self) -> Recorder:
+        for name, module in self.block.named_modules():
+            if isinstance(module, nn.Linear):
+                full = f"{self.prefix}.{name}"
+
+                def hook(module: nn.Module, args: tuple, kwargs: dict, full: str = full) -> None:
+                    self._called(full, args[0] if args else next(iter(kwargs.values())))
+
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._calls.clear()
+
+    def batch(self, shape: tuple[int, int], weights: Tensor | None = None) -> None:
+        """Announce a forward over [b, T] tokens, `weights` [b, T] multiplying the clip weights."""
+        self._shape, self._weights = shape, weights
+
+    def end(self) -> None:
+        """The forward is over: let go of its inputs."""
+        self._calls.clear()
+        self._seen.clear()
+
+    def fold(self, keep: bool = False) -> None:
+        """A lane is over: add its sums to those of the lanes before it, or `keep` them apart."""
+        for entry in self._sites.values():
+            for lane, over in ((entry.gram, entry.grams), (entry.raw, entry.raws)):
+                if lane is None:
+                    continue
+                if keep or not over:
+                    over.append(lane)
+                else:
+                    over[0].add_(lane)
+            entry.gram = entry.raw = None
+
+    def _called(self, full: str, x: Tensor) -> None:
+        if full in self._seen:
+            raise UnsupportedModelError(
+                f"{full} is called more than once in one forward of its block; shared linear "
+                "layers have no single input statistic and are not supported."
+            )
+        self._seen.add(full)
+        b, t = self._shape
+        if x.numel() != b * t * x.shape[-1]:
+            raise UnsupportedModelError(
+                f"{full} sees {x.numel() // x.shape[-1]} rows for {b * t} tokens: a routed "
+                "(mixture-of-experts) layer, which is not supported. Use a dense model."
+            )
+        for held, version, entry in self._calls:
+            same = held.data_ptr() == x.data_ptr() and held.numel() == x.numel()
+            if same and held.shape[-1] == x.shape[-1] and version == x._version:
+                if full not in entry.modules:
+                    entry.modules.append(full)
+                return
+        entry = self._sites.setdefault(full, _Entry([full], x.shape[-1]))
+        self._calls.append((x, x._version, entry))
+        if self.grams:
+            self._add(entry, x.detach().reshape(b, t, -1).to(torch.float32))
+
+    def _add(self, entry: _Entry, x: Tensor) -> None:
+        d = entry.d_in
+        if entry.gram is None:
+            entry.gram = torch.zeros(d, d, device=x.device)
+            entry.raw = torch.zeros(d, d, device=x.device) if self.raw else None
+        energy = torch.linalg.vector_norm(x, dim=-1).square()  # [b, T]
+        median = energy.median(dim=-1).values.clamp_min(torch.finfo(energy.dtype).tiny)
+        entry.ratio = max(entry.ratio, float((energy.amax(-1) / median).max()))
+        weights = token_weights(energy, self.clip)
+        if self._weights is not None:
+            weights = weights * self._weights.to(weights)
+        add_gram(entry.gram, (x * weights.sqrt()[..., None]).view(-1, d))
+        if entry.raw is not None:
+            add_gram(entry.raw, x.reshape(-1, d))
+
+    def _check_coverage(self) -> None:
+        """More than MAX_UNCOVERED of the block's matrices in no called linear: refuse."""
+        called = {module for entry in self._sites.values() for module in entry.modules}
+        sizes = {
+            f"{self.prefix}.{name}": p.numel()
+            for name, p in self.block.named_parameters()
+            if p.ndim >= 2
+        }
+        left = {
+            name: size
+            for name, size in sizes.items()
+            if not (name.endswith(".weight") and name.removesuffix(".weight") in called)
+        }
+        check_uncovered(left, sum(sizes.values()))
+
+    def sites(self) -> list[Site]:
+        """The sites seen so far, in the order of their calls."""
+        self._check_coverage()
+        names = [module for entry in self._sites.values() for module in entry.modules]
+        if len(names) != len(set(names)):
+            raise UnsupportedModelError(
+                f"the linear layers of {self.prefix} share their inputs differently from one "
+                "batch to the next; such models are not supported."
+            )
+        return [
+            Site(site_name(entry.modules), tuple(entry.modules), entry.d_in)
+            for entry in self._sites.values()
+        ]
+
+    def result(self, hidden: Tensor, share: Share, tokens: int) -> Captured:
+        """Sum over the lanes of all processes, normalise, hand over; empties the recorder.
+
+        Args:
+            hidden: the block's output for this process's windows.
+            tokens: of all processes.
+
+        Raises:
+            CalibrationError: activations that are not finite.
+        """
+        sites = share.team.together(self.sites)
+        entries = list(self._sites.values())
+        largest = share.team.largest([entry.ratio for entry in entries])
+        grams: dict[str, Tensor] = {}
+        raw: dict[str, Tensor] = {}
+        ratio: dict[str, float] = {}
+        for site, entry, most in zip(sites, entries, largest, strict=True):
+            grams[site.name] = mirror(share.total(entry.grams), 1 / tokens)
+            entry.grams = []
+            if not bool(torch.isfinite(grams[site.name]).all()):
+                raise CalibrationError(
+                    f"the inputs of {site.name} are not finite: the model overflows on the "
+                    "calibration text. Use dtype float32, or check the model's weights."
+                )
+            if entry.raws:
+                raw[site.name] = mirror(share.total(entry.raws), 1 / tokens)
+                entry.raws = []
+            ratio[site.name] = most
+        return Captured(sites, grams, raw, ratio, tokens, hidden)
+
+
+def check_uncovered(left: dict[str, int], total: int) -> None:
+    """Refuse a block where `left` (parameter name -> size) exceeds MAX_UNCOVERED of `total`.
+
+    Raises:
+        UnsupportedModelError: names the parameters and their share.
+    """
+    share = sum(left.values()) / max(total, 1)
+    if total and share <= MAX_UNCOVERED:
+        return
+    names = sorted(left, key=lambda name: -left[name])
+    shown = ", ".join(f"{name} ({left[name]:,} weights)" for name in names[:4])
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    raise UnsupportedModelError(
+        f"{share:.0%} of a block's weights are in no linear layer that its forward calls: "
+        f"{shown or 'it has no matrices at all'}{more}. Quantizing the rest would not be the "
+        "model that was asked for. Fused or routed experts (mixture-of-experts) and unusual "
+        "layers are not supported; use a dense decoder."
+    )

@@ -1,0 +1,348 @@
+"""One run of the quantizer: encode and write a block, write the rest, keep books, report.
+
+The books (`Tally`) can be handed over to another process, so that a run continues exactly where it
+was (resume.py): `mark` returns what is new since the last call as JSON, `restore` takes a list of
+such records. What has been written is handed over by the writer itself.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dropbydrop.checkpoint import CheckpointWriter, Embeddings, SiteSpec
+from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.codebooks import UNIVERSAL, default_lambdas
+from dropbydrop.coding.encoder import Effort, Encoded, encode_site, site_rotation
+from dropbydrop.coding.learned_codebooks import learn_site
+from dropbydrop.coding.rotation import Rotation, odd_factor, split_odd
+from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.statistics import Captured, Site
+from dropbydrop.system.distributed import Team, deal
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did. Seconds are wall-clock, memory is the peak of the whole process.
+
+    Attributes:
+        device_gib: peak memory on a GPU; 0 without one.
+        errors: mean over matrices of the relative weighted error at each level.
+        kept: parameters left in 8 or 16 bits (or as they were): name, bits, reason.
+        resumed: blocks taken over from an interrupted run; seconds count their work too, except
+            for the total.
+    """
+
+    out: Path
+    levels: tuple[int, ...]
+    seconds: dict[str, float]
+    peak_gib: float
+    device_gib: float
+    model_gib: float
+    errors: dict[int, float]
+    matrices: int
+    kept: list[dict[str, Any]]
+    backend: str
+    resumed: int
+    log: list[dict[str, Any]] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, without the line-by-line log."""
+        return {
+            "out": str(self.out),
+            "levels": list(self.levels),
+            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
+            "peak_gib": round(self.peak_gib, 3),
+            "peak_device_gib": round(self.device_gib, 3),
+            "model_float32_gib": round(self.model_gib, 3),
+            "mean_relative_error": {str(p): e for p, e in self.errors.items()},
+            "matrices": self.matrices,
+            "kept": self.kept,
+            "backend": self.backend,
+            "resumed_blocks": self.resumed,
+        }
+
+
+@dataclass
+class Tally:
+    """The books of a run.
+
+    Attributes:
+        log: one entry a matrix: module, shape, relative errors, outliers, seconds.
+        kept: parameters that are not coded: name, bits, values, reason.
+        parameters: of the original model, met so far (tied ones once).
+        seconds: wall-clock time by phase.
+    """
+
+    levels: tuple[int, ...]
+    log: list[dict[str, Any]] = field(default_factory=list)
+    kept: list[dict[str, Any]] = field(default_factory=list)
+    parameters: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("calibrate", "activations", "encode", "write"), 0.0)
+    )
+    _marked: tuple[int, int] = (0, 0)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    def mark(self) -> dict[str, Any]:
+        """What is new since the last call, JSON-able."""
+        log, kept = self._marked
+        self._marked = len(self.log), len(self.kept)
+        return {
+            "log": self.log[log:],
+            "kept": self.kept[kept:],
+            "parameters": self.parameters,
+            "seconds": self.seconds.copy(),
+        }
+
+    def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what `mark` returned in another process."""
+        for record in records:
+            self.log += record["log"]
+            self.kept += record["kept"]
+            self.parameters = record["parameters"]
+            self.seconds |= record["seconds"]
+        self._marked = len(self.log), len(self.kept)
+
+    def mean_errors(self) -> dict[int, float]:
+        """Mean relative error over matrices at each level."""
+        return {
+            p: sum(line["rel_error"][str(p)] for line in self.log) / max(len(self.log), 1)
+            for p in self.levels
+        }
+
+    def log_lines(self) -> bytes:
+        """The log as it is stored: without times, so that the same input gives the same bytes."""
+        lines = ({k: v for k, v in line.items() if k != "seconds"} for line in self.log)
+        return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+class Run:
+    """Encodes and writes; `tally` has the books. With several processes each encodes its share of a
+    block's matrices, and the root, which alone has a writer, collects and writes all.
+
+    Args:
+        codebooks: the universal set, float32 [M, K/2, g].
+        learned: start from it, and learn a set for every site (one process only).
+    """
+
+    def __init__(
+        self,
+        walk: Walk,
+        writer: CheckpointWriter | None,
+        levels: tuple[int, ...],
+        codebooks: Tensor,
+        effort: Effort,
+        seed: int,
+        backend: str | None,
+        learned: bool = False,
+        team: Team | None = None,
+    ) -> None:
+        self.walk, self._writer, self.levels = walk, writer, levels
+        self.codebooks = codebooks.to(walk.device)
+        self.effort, self.seed, self.backend, self.learned = effort, seed, backend, learned
+        self.lambdas = default_lambdas(levels)
+        self.tally = Tally(levels)
+        self.team = team or Team()
+        self._sites = self.team.number(0 if writer is None else len(writer.sites))
+
+    @property
+    def writer(self) -> CheckpointWriter:
+        """The root's writer."""
+        assert self._writer is not None, "only the root writes"
+        return self._writer
+
+    def encode_block(self, i: int, block: nn.Module, captured: Captured) -> None:
+        """Encode and write every matrix of block i, and the parameters that stay as they are."""
+        prefix = f"{self.walk.block_prefix(i)}."
+        modules: dict[str, Any] = {
+            name: block.get_submodule(name.removeprefix(prefix))
+            for site in captured.sites
+            for name in site.modules
+        }
+        rotations = self._rotations(captured, modules)
+        # work of a matrix: a search that is linear in its size, products with H
+        costs = [m.weight.numel() * (2000.0 + m.weight.shape[1]) for m in modules.values()]
+        owners = dict(zip(modules, deal(costs, self.team.size), strict=True))
+        own = {name for name, owner in owners.items() if owner == self.team.rank}
+        encoded, own_books = self.team.together(
+            lambda: self._encode_sites(captured, modules, rotations, own)
+        )
+        done: set[str] = set()
+        for site in captured.sites:
+            rotation = rotations[site.name]
+            if self.team.root:
+                books = own_books.get(site.name)
+                kind = UNIVERSAL if books is None else f"site-{len(self.writer.sites)}"
+                if books is not None:
+                    self.writer.add_codebook_set(kind, list(books.cpu()))
+                spec = SiteSpec(site.name, site.modules, site.d_in, kind, rotation.spec())
+                self.writer.add_site(spec, rotation)
+            for name in site.modules:
+                done |= {f"{name}.weight", f"{name}.bias"}
+                weight = modules[name].weight
+                result = self._collect(encoded.pop(name, None), owners[name], weight)
+                if result is not None:
+                    self._add(name, modules[name], *result, captured.energy_ratio[site.name])
+        if not self.team.root:
+            return
+        for local, _ in block.named_parameters():
+            if prefix + local not in done:
+                self._keep(prefix + local, "not a matrix of a linear layer")
+        for local, _ in block.named_buffers():
+            if local in block.state_dict():
+                self._keep(prefix + local, "a buffer")
+
+    def _rotations(self, captured: Captured, modules: Mapping[str, Any]) -> dict[str, Rotation]:
+        """Site -> its rotation. The root makes it and all ranks take its bytes: a factor that
+        differed on one of them would decode its matrices wrong."""
+
+        def balanced(site: Site, seed: int) -> Tensor | None:
+            if not self.team.root:
+                return None
+            weights = {name: modules[name].weight.detach() for name in site.modules}
+            packed = site_rotation(weights, captured.grams[site.name], seed).packed()
+            assert packed is not None
+            return packed.to(torch.int64)[None]
+
+        found = {}
+        for site in captured.sites:
+            seed = self.seed * 1_000_003 + self._sites
+            self._sites += 1
+            packed = self.team.together(partial(balanced, site, seed))
+            stored = self.team.integers(packed)[0].to(torch.uint8)
+            odd = split_odd(site.d_in)[1]
+            rotation = Rotation.from_stored(
+                {"kind": "full", "scaled": True}, site.d_in, stored, odd_factor(odd)
+            )
+            found[site.name] = rotation.to(self.walk.device)
+        return found
+
+    def _encode_sites(
+        self,
+        captured: Captured,
+        modules: Mapping[str, Any],
+        rotations: Mapping[str, Rotation],
+        own: set[str],
+    ) -> tuple[dict[str, tuple[Encoded, float]], dict[str, Tensor]]:
+        """This process's matrices, name -> code and the seconds it took; learned sets by site."""
+        out: dict[str, tuple[Encoded, float]] = {}
+        books: dict[str, Tensor] = {}
+        for site in captured.sites:
+            names = [name for name in site.modules if name in own]
+            if not names:
+                continue
+            mark = time.perf_counter()
+            order = (
+                {name: modules[name].weight.detach().float() for name in names},
+                captured.grams[site.name],
+                rotations[site.name],
+                self.codebooks,
+                self.levels,
+                self.lambdas,
+                self.effort,
+                self.backend,
+            )
+            if self.learned:
+                encoded, books[site.name] = learn_site(*order)
+            else:
+                encoded = encode_site(*order)
+            spent = (time.perf_counter() - mark) / len(names)
+            out |= {name: (code, spent) for name, code in encoded.items()}
+        return out, books
+
+    def _collect(
+        self, result: tuple[Encoded, float] | None, owner: int, weight: Tensor
+    ) -> tuple[Encoded, float] | None:
+        """A matrix's code on the root, None elsewhere; `result` is its owner's."""
+        if owner == 0:
+            return result
+        code, spent = result if result is not None else (None, 0.0)
+        d_out, d_in = weight.shape
+        planes, levels = self.codebooks.shape[0], len(self.levels)
+        shapes = {
+            "codes": torch.empty(planes, d_out, d_in // GROUP, dtype=torch.uint8, device="meta"),
+            "scales": torch.empty(d_out, dtype=torch.float16, device="meta"),
+            "numbers": torch.empty(levels + 1, dtype=torch.float64, device="meta"),
+        }
+        sent: dict[str, Tensor | None] = dict.fromkeys(shapes)
+        if code is not None:
+            numbers = torch.tensor([*code.errors, spent], dtype=torch.float64)
+            sent = {"codes": code.codes, "scales": code.scales, "numbers": numbers}
+        got = {kind: self.team.to_root(sent[kind], owner, like) for kind, like in shapes.items()}
+        codes, scales, numbers_got = got["codes"], got["scales"], got["numbers"]
+        if codes is None or scales is None or numbers_got is None:
+            return None
+        *errors, seconds = numbers_got.tolist()
+        return Encoded(codes, scales, errors), seconds
+
+    def _add(
+        self, name: str, module: Any, code: Encoded, seconds: float, energy_ratio: float
+    ) -> None:
+        """Write a coded matrix and note it in the books."""
+        bias, weight = module.bias, module.weight.detach().float()
+        self._write(name, code, None if bias is None else bias.detach().cpu())
+        self.tally.parameters += weight.numel() + (0 if bias is None else bias.numel())
+        self._log(name, weight, code, energy_ratio, seconds)
+
+    def _write(self, name: str, code: Encoded, bias: Tensor | None) -> None:
+        codes = [plane.cpu() for plane in code.codes]
+        self.writer.add_linear(name, codes, scales=code.scales.cpu(), bias=bias)
+
+    def _log(
+        self, name: str, weight: Tensor, code: Encoded, energy_ratio: float, seconds: float
+    ) -> None:
+        rms = float(weight.square().mean().sqrt())
+        self.tally.log.append(
+            {
+                "module": name,
+                "shape": list(weight.shape),
+                "rel_error": dict(zip(map(str, self.levels), code.errors, strict=True)),
+                "max_over_rms": round(float(weight.abs().max()) / max(rms, 1e-30), 2),
+                "token_energy_over_median": round(energy_ratio, 1),
+                "seconds": round(seconds, 3),
+            }
+        )
+
+    def _keep(self, name: str, reason: str) -> None:
+        """A parameter that is stored as it is."""
+        tensor = self.walk.read(name)
+        self.writer.add_tensor(name, tensor)
+        self.tally.parameters += tensor.numel()
+        bits = 8 * tensor.element_size()
+        self.tally.kept.append(
+            {"name": name, "bits": bits, "values": tensor.numel(), "reason": reason}
+        )
+
+    def write_rest(self, head_bits: int) -> Embeddings:
+        """Write embedding, head and what else lies outside of the blocks."""
+        walk = self.walk
+        modules = [*walk.embedding_modules, *([] if walk.tied else walk.head_modules)]
+        for module in modules:
+            weight = walk.read(f"{module}.weight")
+            self.writer.add_embedding(module, weight, head_bits)
+            self.tally.parameters += weight.numel()
+            what = "head" if module in walk.head_modules else "embedding"
+            reason = f"{what}{' and tied head' if walk.tied else ''}; --head-bits chooses"
+            self.tally.kept.append(
+                {"name": module, "bits": head_bits, "values": weight.numel(), "reason": reason}
+            )
+        for name in walk.outer_names():
+            if name.removesuffix(".weight") not in modules:
+                self._keep(name, "outside of the decoder blocks")
+        return Embeddings(head_bits, tuple(modules), walk.tied)

@@ -1,0 +1,288 @@
+"""Lets a transformers model decode through the native step, wherever that computes the same.
+
+    attach(model, bound_of)     # once, after loading; every copy of the model has its own
+    how(model)                  # "native step, avx512vbmi, 30 blocks", or why not
+
+`attach` puts a `NativeForward` in the place of the decoder's `forward`. It looks at each call: up
+to 16 tokens of one sequence that continue a plain cache go to the native step, everything else
+(prompts, batches, padding, training, traced or compiled code, attention weights, masks of a shape
+of its own) to the class's forward. So nothing has to be switched, and nothing is switched for
+another thread.
+
+What the step knows about the model is worked out at the first call that could use it and holds as
+long as the modules stay what they were: a replaced module (an adapter), a hook, a patched forward,
+norms that changed are noticed at the next call, which builds a new step or runs through torch. The
+reason is logged once.
+
+Caches. A static cache is written in place. A dynamic one is grown by a copy, as transformers does
+at every token; for long texts a static cache is the faster one.
+
+Copies. `copy.deepcopy` of a model (which is how views are made) gives the copy a `NativeForward` of
+its own. The decoder is referred to weakly, so a model is freed when its last reference goes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dropbydrop.errors import UnsupportedModelError
+from dropbydrop.kernels import registry
+from dropbydrop.kernels._native import log
+from dropbydrop.kernels.cpu import ops
+from dropbydrop.kernels.cpu.products import Bound
+from dropbydrop.kernels.cpu.step import MOST, TYPES, DecodeStep
+
+from .guards import Watch
+
+# Arguments of a decoder's forward that the step can honour.
+_KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values",
+          "use_cache", "cache_position"}  # fmt: skip
+_PLAIN = (None, False)  # values that any other argument may have
+
+
+def decoder_of(model: Any) -> Any:
+    """The decoder inside a model with a head, or the model itself."""
+    return getattr(model, model.base_model_prefix, model)
+
+
+def attach(model: Any, bound_of: Callable[[nn.Module], Bound], kernel: str | None = None) -> None:
+    """Let `model` decode natively where it can. Models of other kinds are left alone.
+
+    Args:
+        bound_of: gives each quantized linear's `Bound`, or raises UnsupportedModelError.
+        kernel: a name to force; see `registry.select`.
+    """
+    inner = decoder_of(model)
+    if getattr(inner.config, "model_type", None) in TYPES and hasattr(inner, "layers"):
+        detach(model)
+        inner.forward = NativeForward(inner, bound_of, kernel)
+
+
+def detach(model: Any) -> None:
+    """Undo `attach` for this copy of the model."""
+    inner = decoder_of(model)
+    if isinstance(inner.__dict__.get("forward"), NativeForward):
+        del inner.forward
+
+
+def how(model: Any) -> str:
+    """How a single token of this model is decoded, for people."""
+    forward = decoder_of(model).__dict__.get("forward")
+    if not isinstance(forward, NativeForward):
+        return f"through torch: blocks of type {model.config.model_type!r}"
+    state = forward.state()
+    if state.step is None:
+        return f"through torch: {state.reason}"
+    return f"native step, {state.step.kernel.name}, {len(state.step.blocks)} blocks"
+
+
+def how_config(config: Mapping[str, Any] | None) -> str:
+    """What `how` can tell from a model's config.json alone, or without one."""
+    kinds = ", ".join(TYPES)
+    kernel = registry.select()
+    if not kernel.native:
+        return f"through torch: the kernel {kernel.name!r} has no native step"
+    if config is None:
+        return f"native step, {kernel.name}, for models of type {kinds}; others through torch"
+    kind = config.get("model_type")
+    if kind in TYPES:
+        return f"native step, {kernel.name}, where the blocks are plain ones of type {kind}"
+    return f"through torch: blocks of type {kind!r}; the native step covers {kinds}"
+
+
+def native(model: Any) -> bool:
+    """Whether the native step serves this model at present."""
+    forward = decoder_of(model).__dict__.get("forward")
+    return isinstance(forward, NativeForward) and forward.state().step is not None
+
+
+@dataclass(frozen=True)
+class _State:
+    """A step, or the reason why there is none, and what that was concluded from."""
+
+    watch: Watch
+    step: DecodeStep | None
+    reason: str
+
+
+class NativeForward:
+    """`forward` of one decoder: see the module's note. Safe to call from several threads."""
+
+    def __init__(
+        self, inner: Any, bound_of: Callable[[nn.Module], Bound], kernel: str | None
+    ) -> None:
+        self._inner = weakref.ref(inner)
+        self._bound_of, self._kernel = bound_of, kernel
+        self._lock = threading.Lock()
+        self._state: _State | None = None
+        self._logged: set[str] = set()
+        self.__signature__ = inspect.signature(type(inner).forward.__get__(inner))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NativeForward:
+        return NativeForward(copy.deepcopy(self._inner(), memo), self._bound_of, self._kernel)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inner: Any = self._inner()
+        if not torch.compiler.is_compiling() and not args:
+            result = self._decode(inner, kwargs)
+            if result is not None:
+                return result
+        return type(inner).forward(inner, *args, **kwargs)
+
+    def state(self) -> _State:
+        """The step as the model is now."""
+        state = self._state
+        if state is None or not state.watch.same():
+            with self._lock:
+                state = self._state
+                if state is None or not state.watch.same():
+                    state = self._state = self._build()
+        return state
+
+    def _build(self) -> _State:
+        inner: Any = self._inner()
+        step, watch = None, Watch(inner)
+        try:
+            step = DecodeStep(inner, self._bound_of, self._kernel)
+            message = f"native step, {step.kernel.name}, {len(step.blocks)} blocks"
+        except UnsupportedModelError as error:
+            message = str(error)
+        self._log(f"decoding: {message}")
+        return _State(watch, step, message)
+
+    def _log(self, message: str) -> None:
+        if message not in self._logged:
+            self._logged.add(message)
+            log.info(message)
+
+    def _decode(self, inner: Any, kwargs: dict[str, Any]) -> Any:
+        """The result of the native step, or None where it does not apply."""
+        given = kwargs.get("input_ids")
+        if given is None:
+            given = kwargs.get("inputs_embeds")
+        cache = kwargs.get("past_key_values")
+        if given is None or cache is None or given.shape[0] != 1 or given.shape[1] > MOST:
+            return None
+        if torch.is_grad_enabled() or inner.training or not given.is_cpu:
+            return None
+        others = (v for name, v in kwargs.items() if name not in _KNOWN)
+        if any(not any(v is plain for plain in _PLAIN) for v in others) or _asks_more(inner.config):
+            return None
+        n, start = given.shape[1], _length(cache)
+        if start == 0 or not _continues(kwargs, start, n):
+            return None
+        state = self.state()
+        step = state.step
+        if step is None or len(step.blocks) != inner.config.num_hidden_layers:
+            return None
+        if not state.watch.plain() or torch.is_autocast_enabled("cpu"):
+            self._log("decoding: through torch, as modules have hooks or types are cast")
+            return None
+        pairs = _grown(cache, start, n, step)
+        if pairs is None:
+            self._log(f"decoding: through torch, as the cache is a {type(cache).__name__}")
+            return None
+        embedded = kwargs.get("inputs_embeds")
+        if embedded is None:
+            embedded = inner.embed_tokens(given)
+        if embedded.dtype not in ops.TYPES:
+            return None
+        out = step(embedded[0], start, pairs)
+        _advance(cache, pairs, n)
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        return BaseModelOutputWithPast(
+            last_hidden_state=out[None].to(embedded.dtype), past_key_values=cache
+        )
+
+
+def _asks_more(config: Any) -> bool:
+    """Whether the config asks for outputs that the step does not have."""
+    return bool(
+        getattr(config, "output_attentions", False)
+        or getattr(config, "output_hidden_states", False)
+        or not getattr(config, "return_dict", True)
+    )
+
+
+def _length(cache: Any) -> int:
+    """Tokens in a cache of layers that the step can write; 0 for others."""
+    from transformers.cache_utils import DynamicLayer, StaticLayer
+
+    layers = getattr(cache, "layers", None)
+    if not layers or getattr(cache, "offloading", False):
+        return 0
+    if any(type(layer) not in (DynamicLayer, StaticLayer) for layer in layers):
+        return 0
+    return int(layers[0].get_seq_length()) if layers[0].is_initialized else 0
+
+
+def _continues(kwargs: dict[str, Any], start: int, n: int) -> bool:
+    """Whether n tokens take the next positions and see all before them, and none after."""
+    ids = kwargs.get("position_ids")
+    if ids is not None and not torch.equal(ids.view(-1), torch.arange(start, start + n)):
+        return False
+    return _causal(kwargs.get("attention_mask"), start, n)
+
+
+def _causal(mask: Any, start: int, n: int) -> bool:
+    if isinstance(mask, dict):
+        return len(mask) == 1 and _causal(next(iter(mask.values())), start, n)
+    if mask is None:
+        return True
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] < start + n:
+        return False
+    if mask.dim() == 2:
+        return bool(mask[:, : start + n].all())
+    if mask.shape[:3] != (1, 1, n):
+        return False
+    seen = mask[0, 0, :, : start + n]
+    seen = seen if seen.dtype == torch.bool else seen == 0
+    if n == 1:
+        return bool(seen.all())
+    return torch.equal(seen, torch.ones(n, start + n, dtype=torch.bool).tril(start))
+
+
+def _grown(cache: Any, start: int, n: int, step: DecodeStep) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values of every block with room for n more tokens; None if they do not fit."""
+    from transformers.cache_utils import StaticLayer
+
+    if len(cache.layers) != len(step.blocks):
+        return None
+    first, pairs = cache.layers[0].keys, []
+    for layer in cache.layers:
+        keys, values = layer.keys, layer.values
+        if not layer.is_initialized or values.shape != keys.shape or keys.dtype != first.dtype:
+            return None
+        if type(layer) is not StaticLayer:
+            if keys.shape[2] != start:
+                return None
+            room = keys.new_empty(*keys.shape[:2], n, keys.shape[3])
+            keys, values = torch.cat([keys, room], dim=2), torch.cat([values, room], dim=2)
+        pairs.append((keys, values))
+    shape = (1, step.kv_heads, pairs[0][0].shape[2], step.head_dim)
+    fits = first.dtype in ops.TYPES and first.is_cpu and start + n <= shape[2]
+    if not fits or any(t.shape != shape or not t.is_contiguous() for pair in pairs for t in pair):
+        return None
+    return pairs
+
+
+def _advance(cache: Any, pairs: list[tuple[Tensor, Tensor]], n: int) -> None:
+    """Tell the cache about n tokens that were written."""
+    from transformers.cache_utils import StaticLayer
+
+    counts = [x.cumulative_length for x in cache.layers if type(x) is StaticLayer]
+    if counts:  # one operator for all of them
+        torch._foreach_add_(counts, n)
+    for layer, (keys, values) in zip(cache.layers, pairs, strict=True):
+        if type(layer) is not StaticLayer:
+            layer.keys, layer.values = keys, values

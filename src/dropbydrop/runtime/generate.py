@@ -1,0 +1,98 @@
+"""Text from a loaded model: a prompt in, the continuation out.
+
+A thin layer over transformers' `generate`: tokenizer, optional chat template, sampling settings
+that mean what they say (temperature 0 is greedy), and the time it took.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dropbydrop.errors import DropError
+from dropbydrop.system.quiet import quiet_transformers
+
+from . import fused_decode
+
+if TYPE_CHECKING:
+    from dropbydrop.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continuation; `text` is without the prompt, `seconds` counts prompt and new tokens."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    speculation: dict[str, Any] | None = None  # what drafting did, when it was asked for
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    chat: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stream: bool = False,
+    draft_bits: int | float | Plan | None = None,
+) -> Generated:
+    """Continue `prompt`, or with `chat` answer it as a user's message.
+
+    Args:
+        temperature: 0 takes the likeliest token; above, samples with `seed`.
+        stream: print tokens to stdout as they come.
+        draft_bits: draft with this lower precision of the same model and verify (speculate.py):
+            the same tokens, or samples of the same distribution, possibly sooner.
+
+    Raises:
+        DropError: an empty prompt, a negative temperature, no room asked for, or `chat` without a
+            chat template.
+    """
+    if not prompt or max_new_tokens < 1 or temperature < 0:
+        raise DropError(
+            f"prompt of {len(prompt)} characters, {max_new_tokens} new tokens, temperature "
+            f"{temperature}: give some text, at least one token, and a temperature of 0 or more."
+        )
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise DropError("this model has no chat template; leave --chat away.")
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    # a chat template writes its own special tokens
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    settings: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        torch.manual_seed(seed)
+        settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    if tokenizer.pad_token_id is None:
+        settings["pad_token_id"] = tokenizer.eos_token_id
+    if draft_bits is None and fused_decode.native(model):
+        # A cache of fixed size is written in place by the native decode step.
+        settings["cache_implementation"] = "static"
+    if stream:
+        from transformers import TextStreamer
+
+        settings["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    speculator = None
+    if draft_bits is not None:
+        from .speculate import Speculator
+
+        speculator = Speculator(model, draft_bits)
+    start = time.perf_counter()
+    with quiet_transformers():
+        run = (speculator or model).generate
+        ids = run(**inputs, max_new_tokens=max_new_tokens, **settings)[0]
+    seconds = time.perf_counter() - start
+    given = inputs["input_ids"].shape[1]
+    text = tokenizer.decode(ids[given:], skip_special_tokens=True)
+    drafted = None if speculator is None else speculator.report.to_dict()
+    return Generated(text, given, ids.numel() - given, seconds, drafted)

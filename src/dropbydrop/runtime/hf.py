@@ -1,0 +1,307 @@
+"""The bridge to transformers: `from_pretrained` reads our folders once dropbydrop is imported.
+
+Steps of `AutoModelForCausalLM.from_pretrained(out)` that are ours:
+1. `DropByDropConfig` parses and validates `quantization_config`; its `bits` is the precision.
+2. Before the weights are read, the quantizer opens the checkpoint, checks planes 1..P, puts our
+   modules (on the meta device) in place of the linears, and appends the files of planes 1..P to
+   the list of files that transformers is about to read. Tensor names on disk equal parameter
+   names, so transformers loads them itself, to whatever device it was told.
+3. After the weights are read, codes are entered into the `PlaneStore`, and it is checked that
+   every tensor of ours has really been read: never a random weight. The native decode step is
+   offered to the model (kernels/attach.py), and on a GPU one product for all linears of an input
+   (together.py).
+
+Codebooks and rotations belong to no single module; the store reads them.
+Written against transformers 5.23; tests/test_hf.py exercises every hook that is overridden.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from dropbydrop.checkpoint import Checkpoint, QuantizationConfig
+from dropbydrop.checkpoint.config import FORMAT, LEVELS_SUFFIX
+from dropbydrop.errors import DropError, FormatError, PrecisionError, UnsupportedModelError
+
+from .fused_decode import attach
+from .fused_groups import multiply_together
+from .modules import NestedEmbedding, NestedHead, NestedLinear, bound_of, output_scale
+from .plane_store import PlaneStore
+
+logger = logging.get_logger(__name__)
+
+
+class DropByDropConfig(QuantizationConfigMixin):
+    """`quantization_config` as transformers sees it: a validated, read-only value."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.quant_method = cast(Any, FORMAT)
+        fields.setdefault("quant_method", FORMAT)
+        self._quantization = QuantizationConfig.from_dict(fields)
+
+    @property
+    def quantization(self) -> QuantizationConfig:
+        """The validated description of the checkpoint."""
+        return self._quantization
+
+    @property
+    def bits(self) -> int:
+        """The precision that is (or will be) loaded. Read-only."""
+        return self._quantization.bits
+
+    @bits.setter
+    def bits(self, value: object) -> None:
+        raise PrecisionError(
+            f"the precision of a loaded model is fixed at {self.bits}; make a view of another "
+            f"precision with dropbydrop.at(model, {value})."
+        )
+
+    def at(self, bits: int) -> DropByDropConfig:
+        """The same description with another precision."""
+        return DropByDropConfig(**{**self.to_dict(), "bits": bits})
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return copy.deepcopy(self._quantization.to_dict())
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Nothing can be changed this way; everything is returned as unused."""
+        return kwargs
+
+
+class DropByDropQuantizer(HfQuantizer):
+    """Puts our modules into a transformers model and has the planes loaded into them."""
+
+    requires_calibration = True  # only folders that are already quantized can be loaded
+    quantization_config: DropByDropConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise DropError(
+                "device_map offloads modules to disk, which dropbydrop does not support; load at "
+                "a lower precision instead."
+            )
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        files = kwargs.get("checkpoint_files")
+        if not files:
+            raise FormatError(
+                "a dropbydrop model can only be loaded from its folder, not from a state_dict: "
+                "use dropbydrop.load(folder, bits=…)."
+            )
+        checkpoint = Checkpoint.open(Path(files[0]).parent)
+        self._folder = checkpoint.path
+        asked = self.quantization_config.quantization
+        if asked.to_dict() != {**checkpoint.quantization.to_dict(), "bits": asked.bits}:
+            raise FormatError(
+                f"the quantization_config given differs from the one in {checkpoint.path}; only "
+                "'bits' may be changed."
+            )
+        prefix = checkpoint.require(asked.bits)
+        with torch.device("meta"):
+            _place_modules(model, checkpoint, prefix, kwargs.get("dtype"))
+        # The same list object is read afterwards; a copy would leave the codes unread, which
+        # _process_model_after_weight_loading refuses.
+        files.extend(str(p) for m in range(1, prefix + 1) for p in checkpoint.plane_paths(m))
+        quiet = model._keys_to_ignore_on_load_unexpected
+        quiet |= {r"^(codebooks|sites|rotations)\."}
+        quiet |= {f"^{re.escape(name)}$" for name in checkpoint.quantization.guards}
+        if checkpoint.per_level:
+            quiet.add(re.escape(LEVELS_SUFFIX) + "$")
+            names = {_located(model, name) for name in checkpoint.per_level} - {None}
+            model._keys_to_ignore_on_load_missing |= {f"^{re.escape(n)}$" for n in names if n}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        linears = [m for m in model.modules() if isinstance(m, NestedLinear)]
+        for name, tensor in _our_tensors(model):
+            if not getattr(tensor, "_is_hf_initialized", False) or tensor.is_meta:
+                raise DropError(
+                    f"{name} was not loaded (offloaded, or this version of transformers reads "
+                    "files in another way). Load without offloading, with a supported version."
+                )
+        for module in model.modules():
+            if isinstance(module, (NestedLinear, NestedEmbedding, NestedHead)):
+                module.requires_grad_(False)  # transformers makes every float a leaf to train
+        for linear in linears:
+            linear.codes.settle()
+            linear.store.add(linear.name, linear.codes.tensors())
+        head, embedding = _output_head(model), model.get_input_embeddings()
+        if isinstance(head, NestedHead) and head.tied:
+            head.row_scales = embedding.row_scales.to(head.rows.device)
+        set_level_parameters(model, linears[0].store, linears[0].prefix)
+        attach(model, bound_of)
+        multiply_together(model)
+        return model
+
+    def is_serializable(self) -> bool:
+        logger.warning(
+            "A loaded dropbydrop model is not written back: it may hold only some planes of its "
+            f"checkpoint. Copy the folder {getattr(self, '_folder', '')} instead. To save one "
+            "precision as an ordinary dense model, call model.dequantize() first."
+        )
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Put dense layers of this precision back in place (`model.dequantize()`)."""
+        dtype = dtype or model.dtype
+        for name, module in list(model.named_modules()):
+            if isinstance(module, (NestedLinear, NestedHead)):
+                model.set_submodule(name, _dense(module, dtype))
+            elif isinstance(module, NestedEmbedding):
+                model.set_submodule(name, module.dense(dtype))
+        model.__dict__.pop("_tied_weights_keys", None)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        model.tie_weights()
+        return model
+
+
+def set_level_parameters(model: Any, store: PlaneStore, prefix: int) -> None:
+    """Point parameters that are stored per level (`<name>.levels`) at their row for `prefix`."""
+    row = store.checkpoint.level_index(prefix)
+    for stored in store.checkpoint.per_level:
+        if name := _located(model, stored):
+            old = model.get_parameter(name)
+            rows = store.variants(stored + LEVELS_SUFFIX, old.device, old.dtype)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(rows[row], requires_grad=False))
+
+
+def _place_modules(model: Any, checkpoint: Checkpoint, prefix: int, dtype: Any) -> None:
+    """Replace linears, embeddings and head of a model on the meta device by our modules."""
+    store, spec = PlaneStore(checkpoint), checkpoint.quantization.embeddings
+    for stored, (d_out, d_in) in checkpoint.shapes.items():
+        name, old = _find(model, stored)
+        if old is None:
+            continue
+        if not isinstance(old, nn.Linear) or (old.out_features, old.in_features) != (d_out, d_in):
+            raise FormatError(
+                f"{stored} is a matrix of [{d_out}, {d_in}] in the checkpoint, but {old} in "
+                f"{type(model).__name__}: config.json is of another model. Fetch it again."
+            )
+        model.set_submodule(name, NestedLinear(store, stored, prefix, old.bias))
+    if spec.bits != 8:
+        return
+    for stored in spec.modules:
+        name, old = _find(model, stored)
+        if old is None:
+            continue
+        rows = checkpoint.rest[f"{stored}.rows"].shape
+        scale = output_scale(old)
+        if scale is not None and tuple(cast(nn.Embedding, old).weight.shape) == rows:
+            dtype = dtype or torch.get_default_dtype()
+            kind = cast("type[nn.Embedding]", type(old))
+            model.set_submodule(name, NestedEmbedding(rows[0], rows[1], dtype, scale, kind))
+        elif type(old) is nn.Linear and tuple(old.weight.shape) == rows:
+            model.set_submodule(name, NestedHead(rows[0], rows[1], old.bias, tied=False))
+        else:
+            raise UnsupportedModelError(
+                f"{stored} has 8-bit rows {list(rows)}, but is {old} in {type(model).__name__}; "
+                "quantize this model with --head-bits 16."
+            )
+    if spec.tied:
+        _tie_head(model)
+
+
+def _tie_head(model: Any) -> None:
+    """Replace a tied output head by one that shares the embedding's rows."""
+    embedding, head = model.get_input_embeddings(), _output_head(model)
+    if head is None or isinstance(head, NestedLinear):  # a bare decoder, or a quantized head
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    source, target = names[id(embedding)], names[id(head)]
+    tied = {k: v for k, v in model.all_tied_weights_keys.items() if k != f"{target}.weight"}
+    if len(tied) == len(model.all_tied_weights_keys) or type(head) is not nn.Linear:
+        raise FormatError(
+            f"the checkpoint ties {target} to {source}, but {type(model).__name__} does not "
+            "(tie_word_embeddings in config.json). Fetch config.json again."
+        )
+    rows = embedding.rows.shape
+    model.set_submodule(target, NestedHead(rows[0], rows[1], head.bias, tied=True))
+    tied[f"{target}.rows"] = f"{source}.rows"
+    # all_tied_weights_keys serves the loader, _tied_weights_keys later calls of tie_weights().
+    model.all_tied_weights_keys, model._tied_weights_keys = tied, dict(tied)
+
+
+def _find(model: Any, stored: str) -> tuple[str, nn.Module | None]:
+    """A module by its name in the checkpoint, which may carry the prefix of a full model.
+
+    Returns (name, None) for a module that this class rightly lacks: the head of another task.
+    """
+    name = _located(model, stored)
+    if name is not None:
+        return name, cast(nn.Module, model.get_submodule(name))
+    same_class = type(model).__name__ in (model.config.architectures or ())
+    if same_class or stored.startswith(f"{model.base_model_prefix}."):
+        raise FormatError(
+            f"{stored} is quantized in the checkpoint, but {type(model).__name__} has no such "
+            "module: config.json is of another model, or this transformers names it differently."
+        )
+    return stored, None
+
+
+def _located(model: Any, stored: str) -> str | None:
+    """`stored` as this model names it (a bare decoder lacks the prefix), or None."""
+    for name in (stored, stored.removeprefix(f"{model.base_model_prefix}.")):
+        parent, _, leaf = name.rpartition(".")
+        try:
+            if hasattr(model.get_submodule(parent), leaf):
+                return name
+        except AttributeError:
+            continue
+    return None
+
+
+def _our_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers of our modules, except what is tied to others of them."""
+    for name, module in model.named_modules():
+        if isinstance(module, (NestedLinear, NestedEmbedding, NestedHead)):
+            for leaf, tensor in (*module.named_parameters(), *module.named_buffers()):
+                if not (isinstance(module, NestedHead) and module.tied and leaf == "rows"):
+                    yield f"{name}.{leaf}", tensor
+
+
+def _output_head(model: Any) -> nn.Module | None:
+    return cast("nn.Module | None", model.get_output_embeddings())
+
+
+def _dense(module: NestedLinear | NestedHead, dtype: torch.dtype) -> nn.Linear:
+    weight = module.dense_weight(dtype)
+    dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        dense.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
+    return dense
+
+
+def register() -> None:
+    """Make transformers know `quant_method: dropbydrop`. Safe to call again."""
+    if FORMAT not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(FORMAT)(DropByDropConfig)
+    if FORMAT not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(FORMAT)(DropByDropQuantizer)

@@ -1,0 +1,203 @@
+"""One store of planes for all views of a checkpoint.
+
+A model loaded at P bits and every view made from it share one `PlaneStore`: codes per module and
+plane, the expanded codebooks, the rotations, and what kernels derive from them. Views hold
+references; the store is never copied (`copy.deepcopy` returns it), so a view costs no memory of
+its own. A plane is held once, in the form that its device reads (`kernels.keep`): packed for the
+native CPU kernels, else row major as on disk.
+
+Rules that make sharing safe:
+- What is in the store is never changed, only added to. Values handed out are immutable.
+- Planes can be added while views run (`extend`, `fill`): a view keeps its own prefix. They are read
+  without the lock that views may need, and show up all together.
+- Modules may hold different numbers of planes: a plan (plan.py) reads no more than it uses.
+- Everything is computed at most once, under a lock; readers take no lock once it is there.
+
+Limit: planes stay on the device they were loaded to. `model.to(device)` moves the model, and the
+store keeps its own copy; `load(..., device=...)` avoids that.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.checkpoint.config import codes_name
+from dropbydrop.coding.code import codebook_table
+from dropbydrop.coding.rotation import Rotation
+from dropbydrop.errors import DropError
+from dropbydrop.kernels import keep
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """What the matrices of one input site share, on one device. Immutable.
+
+    q/k/v of a block get the identical object, so that code which rotates or builds tables from
+    their common input can do it once (compare with `is`) without keeping state between calls.
+
+    Attributes:
+        name: name of the site.
+        codebooks: name of its codebook set; equal sets share the identical `tables`.
+        rotation: x -> x' of this site.
+        tables: M expanded codebooks, float32 [K, g]; all planes, whatever the view's prefix.
+        sign_symmetric: per plane; when true, tables[m][c + K/2] == -tables[m][c].
+    """
+
+    name: str
+    codebooks: str
+    rotation: Rotation
+    tables: tuple[Tensor, ...]
+    sign_symmetric: tuple[bool, ...]
+
+
+class PlaneStore:
+    """Codes, codebooks, rotations and derived layouts of one opened checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._lock = threading.RLock()
+        self._filling = threading.Lock()  # held for as long as planes are read from disk
+        self._codes: dict[tuple[str, int], Tensor] = {}
+        self._modules: dict[str, torch.device] = {}
+        self._held: dict[str, int] = {}  # module -> planes in memory
+        self._derived: dict[Hashable, Any] = {}
+        self.upgrade: Any = None  # an upgrades.Upgrade, when one was started
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlaneStore:
+        return self
+
+    def __copy__(self) -> PlaneStore:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise DropError(
+            "a loaded dropbydrop model cannot be pickled (torch.save, multiprocessing); load its "
+            f"folder {self.checkpoint.path} again where it is needed."
+        )
+
+    @property
+    def loaded(self) -> int:
+        """Number of planes in memory of every module: 1..loaded can be served."""
+        return min(self._held.values(), default=0)
+
+    def held(self, module: str, absent: int = 0) -> int:
+        """Number of planes of one module in memory; `absent` for one that the model lacks."""
+        return self._held.get(module, absent)
+
+    def codes(self, module: str, m: int) -> Tensor:
+        """Plane m of a module as it is held (KeyError if not in memory); see `kernels.keep`."""
+        return self._codes[module, m]
+
+    def add(self, module: str, planes: list[Tensor]) -> None:
+        """Register planes 1..P of a module, as held; called once per module while loading."""
+        with self._lock:
+            if module in self._modules:
+                raise ValueError(f"{module} is already in this store")
+            for m, codes in enumerate(planes, 1):
+                self._codes[module, m] = codes
+            self._modules[module], self._held[module] = planes[0].device, len(planes)
+
+    def extend(self, bits: int, stop: Callable[[], bool] = lambda: False) -> None:
+        """Read further planes, so that `at(model, bits)` can serve them. Thread-safe.
+
+        Memory grows by the new planes only. They become available together at the end: views
+        that run meanwhile never see a plane that some modules lack.
+
+        Args:
+            bits: a level of the checkpoint.
+            stop: asked between two tensors; when it says yes, the plane at hand is dropped.
+
+        Raises:
+            PrecisionError: `bits` is not a level.
+            MissingPlaneError, FormatError: a plane is absent or damaged.
+        """
+        prefix = self.checkpoint.require(bits)
+        self.fill(dict.fromkeys(self._modules, prefix), stop)
+
+    def fill(self, prefixes: Mapping[str, int], stop: Callable[[], bool] = lambda: False) -> None:
+        """`extend` with a level per module: planes 1..prefixes[module] will be in memory."""
+        self.checkpoint.require(max(prefixes.values()))
+        with self._filling:
+            lacking = {n: p for n, p in prefixes.items() if self.held(n, p) < p}
+            for m in range(1, max(lacking.values(), default=0) + 1):
+                modules = [n for n, p in lacking.items() if self._held[n] < m <= p]
+                new = self._read_plane(m, modules, stop) if modules else {}
+                if stop():
+                    return
+                with self._lock:
+                    self._codes.update(new)
+                    self._held.update(dict.fromkeys(modules, m))
+
+    def _read_plane(
+        self, m: int, modules: list[str], stop: Callable[[], bool]
+    ) -> dict[tuple[str, int], Tensor]:
+        """A plane's tensors, in memory whatever happens to the file afterwards, as views hold them.
+
+        They are packed on this thread, before anyone can see them.
+        """
+        wanted = {codes_name(module, m): module for module in modules}
+        new = {}
+        for path in self.checkpoint.plane_paths(m):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no dict
+                    if stop():
+                        return {}
+                    if module := wanted.get(name):
+                        codes = file.get_tensor(name)
+                        new[module, m] = keep(codes.to(self._modules[module], copy=True))
+        return new
+
+    def site(self, module: str, device: torch.device) -> Site:
+        """The site of a module with its tensors on `device`: one object per site and device."""
+        index = self.checkpoint.quantization.site_index[module]
+        return self.derived(("site", index, device), lambda: self._make_site(index, device))
+
+    def variants(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """A tensor of model.safetensors that has one row per level, on `device`."""
+        key = ("variants", name, device, dtype)
+        return self.derived(key, lambda: self.checkpoint.read(name).to(device, dtype))
+
+    def derived(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """The value of `key`, built at most once for all views.
+
+        For expanded codebooks, the descriptions that kernels are called with, and the like; not
+        for copies of planes. Keys must name everything the value depends on (module, plane,
+        device, layout); values must not be changed afterwards. `build` may call `derived` for
+        other keys.
+        """
+        value = self._derived.get(key)
+        if value is None:
+            with self._lock:
+                value = self._derived.get(key)
+                if value is None:
+                    value = self._derived[key] = build()
+        return value
+
+    def _make_site(self, index: int, device: torch.device) -> Site:
+        config = self.checkpoint.quantization
+        spec = config.sites[index]
+        return Site(
+            spec.name,
+            spec.codebooks,
+            self.checkpoint.read_rotation(index).to(device),
+            self._tables(spec.codebooks, device),
+            tuple(plane.sign_symmetric for plane in config.planes),
+        )
+
+    def _tables(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
+        return self.derived(("tables", name, device), lambda: self._make_tables(name, device))
+
+    def _make_tables(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
+        planes = self.checkpoint.quantization.planes
+        return tuple(
+            codebook_table(stored, plane.sign_symmetric).to(device)
+            for stored, plane in zip(self.checkpoint.read_codebooks(name), planes, strict=True)
+        )

@@ -1,0 +1,140 @@
+"""Planes that arrive while a model already answers.
+
+`dropbydrop.load(path, bits=2, upgrade=True)` returns a model at 2 bits and starts one background
+thread, which reads the planes of the next level into the store, then those of the level after,
+until the checkpoint's highest. Every level that is complete can be had with `at(model, bits)` at
+once; nothing that runs is stopped or changed. Memory grows by the new planes only.
+
+The folder may still be filling: while a `pull` works on it, the thread waits for files to appear
+(transfer.py gives a file its name only when it is whole and verified). When no pull is running and
+a plane is absent, the upgrade ends at the level it has reached, and `wait` for more says why.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.checkpoint.config import CONFIG_FILE, MANIFEST_FILE, REST_FILE
+from dropbydrop.checkpoint.pull import is_pulling
+from dropbydrop.errors import DropError
+
+from .plane_store import PlaneStore
+
+_POLL = 0.05  # seconds between two looks at the folder
+_starting = threading.Lock()
+
+
+class Upgrade:
+    """The background reading of one store. Daemon thread: it never keeps a program alive."""
+
+    def __init__(self, store: PlaneStore) -> None:
+        self._store = store
+        self._changed = threading.Condition()
+        self._stop = threading.Event()
+        self._level = store.loaded
+        self._error: DropError | None = None
+        self._done = False
+        self._thread = threading.Thread(target=self._run, name="dropbydrop-upgrade", daemon=True)
+        self._thread.start()
+
+    @property
+    def level(self) -> int:
+        """The highest precision that `at` can serve now."""
+        return self._level
+
+    @property
+    def done(self) -> bool:
+        """Whether the thread has ended: everything read, stopped, or a plane that does not come."""
+        return self._done
+
+    def wait(self, bits: int, timeout: float | None = None) -> bool:
+        """Wait until precision `bits` is in memory. False when `timeout` seconds were not enough.
+
+        Raises:
+            PrecisionError: not a level of the checkpoint.
+            MissingPlaneError, FormatError: its planes are absent and no pull is bringing them, or
+                damaged.
+            DropError: the upgrade was stopped before.
+        """
+        self._store.checkpoint.quantization.check_level(bits)
+        with self._changed:
+            self._changed.wait_for(lambda: self._level >= bits or self._done, timeout)
+            if self._level >= bits:
+                return True
+            if self._error is not None:
+                raise self._error
+            if self._done:
+                raise DropError(f"the upgrade was stopped at {self._level} bits, before {bits}.")
+            return False
+
+    def stop(self) -> None:
+        """End the thread; planes that are complete stay in memory."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        error: DropError | None = None
+        try:
+            checkpoint = self._store.checkpoint
+            for bits in (p for p in checkpoint.levels if p > self._store.loaded):
+                wait_for_planes(checkpoint, bits, self._stop)
+                self._store.extend(bits, self._stop.is_set)
+                if self._stop.is_set():
+                    break
+                with self._changed:
+                    self._level = bits
+                    self._changed.notify_all()
+        except DropError as failure:
+            error = failure
+        except OSError as failure:
+            error = DropError(f"a plane could not be read ({failure}); load the model again.")
+        finally:
+            with self._changed:
+                self._error, self._done = error, True
+                self._changed.notify_all()
+
+
+def start(store: PlaneStore) -> Upgrade:
+    """The upgrade of a store; a finished one is started again, a running one is shared."""
+    with _starting:
+        if store.upgrade is None or store.upgrade.done:
+            store.upgrade = Upgrade(store)
+        upgrade: Upgrade = store.upgrade
+        return upgrade
+
+
+def wait_for_planes(checkpoint: Checkpoint, bits: int, stop: threading.Event | None = None) -> None:
+    """Return when planes 1..bits are present, or `stop` is set.
+
+    Raises:
+        MissingPlaneError: a plane is absent and no pull is running.
+    """
+    while not (stop and stop.is_set()):
+        pulling = is_pulling(checkpoint.path)  # asked first: a pull may end between the two looks
+        if set(range(1, bits + 1)) <= set(checkpoint.planes_present()):
+            return
+        if not pulling:
+            checkpoint.require(bits)  # names the file
+            return
+        time.sleep(_POLL)
+
+
+def open_when_ready(path: Path | str, bits: int | None) -> Checkpoint:
+    """Open a folder that a pull may still be filling, as soon as `bits` can be loaded from it.
+
+    Raises:
+        FormatError, MissingPlaneError, PrecisionError: as `Checkpoint.open` and `require`, once no
+            pull is running (any more).
+    """
+    folder = Path(path)
+    while is_pulling(folder) and not all(
+        (folder / name).is_file() for name in (MANIFEST_FILE, CONFIG_FILE, REST_FILE)
+    ):
+        time.sleep(_POLL)
+    checkpoint = Checkpoint.open(folder)
+    level = checkpoint.quantization.bits if bits is None else bits
+    wait_for_planes(checkpoint, checkpoint.quantization.check_level(level))
+    return checkpoint

@@ -1,0 +1,112 @@
+"""Block by block: codebooks, scales and norms of a block, so that its output is the original's.
+
+For block i, with x its input in the unquantized model and y the original block's output, all levels
+P train on one loss with the same codebooks, scales and norms:
+
+    e_P = sum_t w_t |y_P(x_t) - y_t|^2 / sum_t w_t |y_t - x_t|^2
+    L   = mean over P of e_P / e_P(before)
+
+The denominator is what the block adds to the residual stream; w_t clips the few tokens that carry
+thousands of times the energy of the others, as in capture.py. Dividing by e_P before tuning gives
+levels equal say. Adam runs over the training windows for some epochs; the result is rounded to
+what is stored and kept if L fell on the windows set apart, else the block stays as it was.
+
+In memory: the hidden states of all windows before and after the block, one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropbydrop.models.statistics import CLIP, token_weights
+
+from .distill import schedule
+from .optimizer import rate_at
+from .student import Student
+
+
+def output_errors(
+    student: Student,
+    i: int,
+    leaves: Mapping[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    weights: Mapping[int, float] | None = None,
+) -> dict[int, float]:
+    """e_P of block i at every level. x, y [b, T, d]: input and output of the original block.
+
+    With `weights`, the gradient of the sum of weights[P] * e_P is added to the `.grad` of `leaves`.
+    """
+    x, y = x.to(student.device), y.to(student.device)
+    clip = token_weights(y.square().sum(-1), CLIP)[..., None]
+    scale = (clip * (y - x).square()).sum()
+    out = {}
+    with torch.set_grad_enabled(weights is not None):
+        outputs = student.block(i, [x] * len(student.levels), leaves, student.levels)
+        total: Tensor | None = None
+        for level, got in zip(student.levels, outputs, strict=True):
+            error = (clip * (got - y).square()).sum() / scale
+            out[level] = float(error.detach())
+            if weights is not None:
+                share = weights[level] * error
+                total = share if total is None else total + share
+        if total is not None:
+            total.backward()
+    return out
+
+
+def _mean_errors(
+    student: Student, i: int, leaves: Mapping[str, Tensor], x: Tensor, y: Tensor, held: int
+) -> dict[int, float]:
+    """Mean of e_P over the windows set apart, the last `held`."""
+    sums = dict.fromkeys(student.levels, 0.0)
+    for w in range(x.shape[0] - held, x.shape[0]):
+        for level, error in output_errors(student, i, leaves, x[w : w + 1], y[w : w + 1]).items():
+            sums[level] += error / held
+    return sums
+
+
+def tune_block(
+    student: Student,
+    i: int,
+    x: Tensor,
+    y: Tensor,
+    held: int,
+    epochs: int,
+    rate: float,
+    seed: int,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tune one block.
+
+    Args:
+        x, y: input and output of the original block, [n, T, d].
+        held: windows at the end that are not trained on.
+        epochs, rate: passes over the others; highest learning rate, relative (values.py).
+
+    Returns:
+        Its tuned tensors as they are stored, empty if they were no better; and the log entry:
+        errors of every level before and after, and whether it was kept.
+    """
+    values = student.values(i)
+    before = _mean_errors(student, i, values.leaves, x, y, held)
+    plan = schedule(x.shape[0] - held, epochs, student.levels, True, seed)
+    weights = {p: 1 / (max(before[p], 1e-12) * len(before)) for p in before}
+    for number, step in enumerate(plan, 1):
+        for chosen, _ in step:
+            output_errors(student, i, values.leaves, x[chosen], y[chosen], weights)
+        values.step(number, rate_at(number, len(plan), rate))
+    stored = values.rounded()
+    leaves = {name: tensor.to(student.device, torch.float32) for name, tensor in stored.items()}
+    after = _mean_errors(student, i, leaves, x, y, held)
+    kept = sum(after[p] / max(before[p], 1e-12) for p in before) < len(before)
+    log = {
+        "block": i,
+        "before": {str(p): e for p, e in before.items()},
+        "after": {str(p): e for p, e in (after if kept else before).items()},
+        "kept": kept,
+    }
+    return stored if kept else {}, log

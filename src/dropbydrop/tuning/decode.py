@@ -1,0 +1,105 @@
+"""Decoding with gradients: rotated weights of one input site at several levels at once.
+
+    W'_P[r] = s_P[r] * sum_{m <= P} C_m[codes_m[r]]
+
+The sum runs once over the planes, in their order and in float32, and is read at every level on the
+way: the same values, bit for bit, as `code.decode`. The codes are constants; gradients flow to the
+entries of the codebooks and to the scales. With E_P the gradient of a loss by W'_P,
+
+    dL/dC_m[k]  = sum over P >= m and all (r, j) with code k of  s_P[r] * E_P[r, j]
+    dL/ds_P[r]  = <E_P[r], sum_{m <= P} C_m[codes_m[r]]>
+
+so C_1 learns from all levels, C_M from the highest alone. Written out rather than left to autograd,
+which would keep a partial sum for each plane and scatter gradients four times as slowly on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropbydrop.coding.code import GROUP
+
+
+def expand(stored: Tensor, sign_symmetric: bool) -> Tensor:
+    """A stored codebook [K/2 or K, g] -> all entries [K, g], with gradients.
+
+    A stored entry of a sign-symmetric plane stands for two, with opposite signs.
+    """
+    return torch.cat([stored, -stored]) if sign_symmetric else stored
+
+
+def decode_levels(
+    codes: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    prefixes: Sequence[int],
+) -> list[Tensor]:
+    """Weights of one site at each of `prefixes`, in its rotated coordinates.
+
+    Args:
+        codes: planes 1, 2, ... as far as the highest prefix: uint8 [d_out, G], all rows of a site.
+        tables: their entries, float32 [K, g].
+        scales: row scales, float32 [d_out], one tensor for each prefix.
+        prefixes: ascending.
+
+    Returns:
+        float32 [d_out, d_in] for each prefix.
+    """
+    planes = prefixes[-1]
+    return list(_Decode.apply(codes[:planes], tuple(prefixes), *tables[:planes], *scales))
+
+
+class _Decode(torch.autograd.Function):
+    """`decode_levels` with the gradients of the module's note."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, codes: Sequence[Tensor], prefixes: tuple[int, ...], *small: Tensor
+    ) -> tuple[Tensor, ...]:
+        tables, scales = small[: len(codes)], small[len(codes) :]
+        d_out, groups = codes[0].shape
+        total = tables[0].new_zeros(d_out * groups, GROUP)
+        sums: list[Tensor] = []
+        for m, (plane, table) in enumerate(zip(codes, tables, strict=True), 1):
+            total += torch.nn.functional.embedding(plane.reshape(-1).to(torch.int32), table)
+            if m in prefixes:
+                sums.append(total.clone() if m < prefixes[-1] else total)
+        sums = [t.view(d_out, groups * GROUP) for t in sums]
+        ctx.codes, ctx.prefixes, ctx.entries = codes, prefixes, len(tables[0])
+        ctx.save_for_backward(*sums, *scales)
+        return tuple(t * s[:, None] for t, s in zip(sums, scales, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        levels = len(ctx.prefixes)
+        sums, scales = ctx.saved_tensors[:levels], ctx.saved_tensors[levels:]
+        by_scale = tuple((e * t).sum(1) for e, t in zip(grads, sums, strict=True))
+        by_table: list[Tensor] = []
+        total: Tensor | None = None  # sum over P >= m of s_P * E_P
+        left = levels
+        for m in range(len(ctx.codes), 0, -1):
+            if left and ctx.prefixes[left - 1] == m:
+                left -= 1
+                part = grads[left] * scales[left][:, None]
+                total = part if total is None else total.add_(part)
+            assert total is not None
+            by_table.append(_sum_by_code(total.view(-1, GROUP), ctx.codes[m - 1], ctx.entries))
+        return None, None, *reversed(by_table), *by_scale
+
+
+def _sum_by_code(values: Tensor, codes: Tensor, entries: int) -> Tensor:
+    """Sums of the rows of values [N, g] that have the same code, float32 [K, g].
+
+    Rows are added in their order, so that the same input gives the same bits: on a GPU `index_add_`
+    does not, and the backward pass of an embedding sorts first.
+    """
+    index = codes.reshape(-1)
+    if values.is_cuda:
+        sort = torch.ops.aten.embedding_dense_backward
+        return sort(values, index.to(torch.int64), entries, -1, False)
+    out = values.new_zeros(entries, GROUP)
+    return out.index_add_(0, index.to(torch.int64), values)

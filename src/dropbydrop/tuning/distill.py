@@ -1,0 +1,210 @@
+"""End-to-end distillation: KL(original || level), with codebooks, scales and norms of all blocks.
+
+Steps:
+    1. the original runs over all windows once, block by block; the output of its last block is
+       kept. Its logits are made from that, where they are needed.
+    2. the KL of every level is measured on the windows set apart. Its inverse weighs the level:
+
+           L = mean over P of  KL_P / KL_P(before),
+
+       so that 2 bits, ten times as far away as 4, do not take all of the gradient.
+    3. a step runs `BATCH` windows at every level, a level after the other: forward through the
+       blocks, keeping the inputs of each; KL and its gradient by slabs of tokens; backward block
+       by block, each run again with gradients (gradient checkpointing). Then Adam (values.py).
+    4. values are rounded to what is stored, and the KL of every level is measured again.
+
+The windows of a step are others at every level; `together`, they are the same ones, run through a
+block side by side, which decodes its weights once and sees fewer windows in the same time.
+
+The order of windows and levels follows from the seed alone: with `state` of values.py and the
+number of the step, a run goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropbydrop.models.block_runner import Walk
+
+from .optimizer import Values, rate_at
+from .student import Student
+
+Part = tuple[list[int], tuple[int, ...]]  # windows that run together, and at which levels
+BATCH = 2  # windows that run together
+LOGIT_VALUES = 1 << 23  # float32 logits in memory at a time
+_SMALL = 1e-12  # a KL that is not divided by
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Tokens and what the original makes of them.
+
+    Attributes:
+        ids: int64 [n, T].
+        hidden: output of the original's last block, float32 [n, T, d], on the CPU.
+        held: how many of the last windows are set apart for measuring.
+    """
+
+    ids: Tensor
+    hidden: Tensor
+    held: int
+
+    @property
+    def training(self) -> int:
+        """How many windows are trained on."""
+        return self.ids.shape[0] - self.held
+
+
+def last_hidden(teacher: Walk, ids: Tensor, advance: Callable[[], None]) -> Tensor:
+    """Output of the original's last block for ids [n, T]: float32 [n, T, d] on the CPU."""
+    hidden = teacher.embed(ids)
+    for i in range(teacher.num_blocks):
+        teacher.forward_block(i, teacher.block(i), hidden, out=hidden)
+        teacher.release(i)
+        advance()
+    return hidden
+
+
+def schedule(
+    windows: int, epochs: int, levels: Sequence[int], together: bool, seed: int
+) -> list[list[Part]]:
+    """The parts of every step.
+
+    Each epoch has every window once, in an order of its own. A step takes `BATCH` windows a level
+    and deals them to the levels; `together`, it takes `BATCH` windows, for all levels. The last
+    step has what is left.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for _ in range(epochs):
+        order += torch.randperm(windows, generator=generator).tolist()
+    parts = [order[low : low + BATCH] for low in range(0, len(order), BATCH)]
+    if together:
+        return [[(part, tuple(levels))] for part in parts]
+    count = len(levels)
+    return [
+        [(part, (level,)) for part, level in zip(parts[low : low + count], levels, strict=False)]
+        for low in range(0, len(parts), count)
+    ]
+
+
+def divergence(
+    student: Student,
+    teacher: Walk,
+    leaves: Mapping[str, Tensor],
+    windows: Windows,
+    chosen: Sequence[int],
+    levels: Sequence[int],
+    weights: Mapping[int, float] | None = None,
+) -> list[float]:
+    """Mean KL(original || level) in nats a token over some windows, at each of `levels`.
+
+    With `weights`, the gradient of the sum over levels of weights[P] * KL_P is added to the
+    `.grad` of `leaves`.
+    """
+    target = windows.hidden[list(chosen)]
+    x = student.walk.embed(windows.ids[list(chosen)].to(student.device))
+    inputs: list[list[Tensor]] = []
+    hidden = [x] * len(levels)
+    with torch.no_grad():
+        for i in range(student.walk.num_blocks):
+            if weights is not None:
+                inputs.append(hidden)
+            hidden = student.block(i, hidden, leaves, levels)
+    found, grads = [], []
+    for last, level in zip(hidden, levels, strict=True):
+        weight = None if weights is None else weights[level]
+        value, grad = _head(student, teacher, leaves, last, target, level, weight)
+        found.append(value)
+        grads.append(grad)
+    for i in reversed(range(len(inputs))):
+        block_inputs = [x.detach().requires_grad_() for x in inputs.pop()]
+        with torch.enable_grad():
+            outputs = student.block(i, block_inputs, leaves, levels)
+        torch.autograd.backward(outputs, grads)
+        grads = [x.grad for x in block_inputs]
+    return found
+
+
+def _head(
+    student: Student,
+    teacher: Walk,
+    leaves: Mapping[str, Tensor],
+    last: Tensor,
+    target: Tensor,
+    level: int,
+    weight: float | None,
+) -> tuple[float, Tensor | None]:
+    """Mean KL and, with `weight`, its gradient by `last`, the last block's output [b, T, d]."""
+    windows, length = last.shape[:2]
+    vocab = int(student.walk.model.config.get_text_config().vocab_size)
+    slab = max(1, LOGIT_VALUES // (vocab * windows))
+    grad = None if weight is None else torch.empty_like(last)
+    total = 0.0
+    for low in range(0, length, slab):
+        part = slice(low, low + slab)
+        with torch.no_grad():
+            log_p = torch.log_softmax(
+                teacher.logits(target[:, part].to(student.device)).float(), -1
+            )
+        h = last[:, part].detach().requires_grad_(weight is not None)
+        with torch.set_grad_enabled(weight is not None):
+            log_q = torch.log_softmax(student.logits(h, leaves, level), -1)
+            kl = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            kl = kl / (windows * length)
+            if weight is not None and grad is not None:
+                (kl * weight).backward()
+                assert h.grad is not None
+                grad[:, part] = h.grad
+        total += float(kl.detach())
+    return total, grad
+
+
+def measure(
+    student: Student, teacher: Walk, leaves: Mapping[str, Tensor], windows: Windows
+) -> dict[int, float]:
+    """Mean KL of every level over the windows set apart, in nats a token."""
+    sums = dict.fromkeys(student.levels, 0.0)
+    for window in range(windows.training, windows.ids.shape[0]):
+        values = divergence(student, teacher, leaves, windows, [window], student.levels)
+        for level, value in zip(student.levels, values, strict=True):
+            sums[level] += value / windows.held
+    return sums
+
+
+def train(
+    student: Student,
+    teacher: Walk,
+    values: Values,
+    windows: Windows,
+    before: Mapping[int, float],
+    plan: Sequence[Sequence[Part]],
+    rate: float,
+    start: int,
+    after_step: Callable[[int, dict[str, Any]], None],
+) -> None:
+    """Steps start + 1 .. len(plan) of the module's note.
+
+    Args:
+        before: KL of every level before tuning.
+        plan: of `schedule`.
+        rate: highest learning rate, relative (values.py).
+        after_step: called with the number of the step and {level: relative KL} of its windows.
+    """
+    for number in range(start + 1, len(plan) + 1):
+        step = plan[number - 1]
+        runs = sum(len(chosen) * len(levels) for chosen, levels in step)
+        seen: dict[str, float] = {}
+        for chosen, levels in step:
+            weights = {p: len(chosen) / (max(before[p], _SMALL) * runs) for p in levels}
+            found = divergence(student, teacher, values.leaves, windows, chosen, levels, weights)
+            seen |= {
+                str(p): kl / max(before[p], _SMALL) for p, kl in zip(levels, found, strict=True)
+            }
+        values.step(number, rate_at(number, len(plan), rate))
+        after_step(number, seen)

@@ -1,0 +1,345 @@
+"""The quantized model as something to train: codes held as bytes, weights decoded as they are used.
+
+`Student` gives, with gradients to the checkpoint's small tensors (codebooks, scales, norms):
+
+1. `block`: one decoder block at several levels at once. A site's planes are decoded once for all
+   levels (decode.py) and given to the family's own block, whose linear layers rotate their inputs.
+2. `logits`: final norm, head and soft cap, from the embedding and head that the checkpoint stores.
+
+What surrounds the blocks (masks, position embeddings, scaling of embeddings) is the walk's: no list
+of architectures. Its weights outside of the blocks are read from the checkpoint (`StoredWeights`).
+
+Memory on the device: the codes of all blocks, 1 bit a weight and plane; embedding and head, dense;
+one block's weights at the levels in use, in float32, while it runs.
+
+Limits: linear layers in decoder blocks, one codebook set a site. Blocks with routed experts are
+refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.checkpoint.config import LEVELS_SUFFIX, RESERVED_PREFIXES, codebook_name
+from dropbydrop.coding.rotation import Rotation
+from dropbydrop.errors import FormatError, UnsupportedModelError
+from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.weight_files import WeightFiles
+
+from .decode import decode_levels, expand
+from .optimizer import Values
+
+TRAINED = ("all", "scales")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+class StoredWeights(WeightFiles):
+    """A checkpoint in the place of a model's files: embeddings dense, all else as it is stored.
+
+    Quantized matrices are listed, so that a walk finds nothing missing, but cannot be read here.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.folder, self.checkpoint = checkpoint.path, checkpoint
+        eight = checkpoint.quantization.embeddings
+        self._rows = set(eight.modules) if eight.bits == 8 else set()
+        names = [n.removesuffix(LEVELS_SUFFIX) for n in checkpoint.rest]
+        weights = [*checkpoint.quantization.modules, *self._rows]
+        self._names = dict.fromkeys([*names, *(f"{module}.weight" for module in weights)])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def find(self, parameter: str, base_prefix: str) -> str | None:
+        return parameter if parameter in self._names else None
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        module = name.removesuffix(".weight")
+        if module in self._rows:
+            scales = self.checkpoint.read(f"{module}.row_scales").float()
+            tensor = self.checkpoint.read(f"{module}.rows").float() * scales[:, None]
+        elif name in self.checkpoint.rest:
+            tensor = self.checkpoint.read(name)
+        else:
+            tensor = self.checkpoint.read(name + LEVELS_SUFFIX)[-1]
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.to(wanted, copy=True)
+
+
+class RotatedLinear(nn.Module):
+    """y = W' (Q x) + b with W' [d_out, d_in] in the rotated coordinates of the site.
+
+    Stands in the walk's blocks in place of a linear layer; its weight is given at every call. The
+    rotation runs in float32, as in inference.
+    """
+
+    def __init__(self, linear: nn.Linear, rotation: Rotation) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias, self.rotation = linear.weight, linear.bias, rotation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_in] -> [..., d_out]."""
+        with torch.autocast(x.device.type, enabled=False):
+            rotated = self.rotation.apply(x.float())
+        return nn.functional.linear(rotated, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """The matrices of one input site: planes of all their rows together, on the device."""
+
+    modules: tuple[str, ...]  # full names
+    rows: tuple[int, ...]  # d_out of each
+    codes: tuple[Tensor, ...]  # uint8 [sum of rows, G] for each plane up to the highest level
+    symmetric: tuple[bool, ...]
+    rotation: Rotation
+    codebooks: str  # name of its set
+
+
+class Student:
+    """See the module's note.
+
+    Args:
+        checkpoint: with all planes up to the highest of `levels`.
+        folder: of the original model; its config alone is read.
+        train: "all", or "scales": row scales and norms, with the codebooks as they are.
+        levels: that are run, ascending.
+        half: run matrix products in bfloat16 (autocast); everything else stays in float32.
+
+    Attributes:
+        levels: as given.
+        sets: codebook set of every site; with `train` "all" each has its own.
+        start: what can be trained, by its name in the checkpoint that will be written.
+        elementwise: names among them that are row scales.
+
+    Raises:
+        FormatError, MissingPlaneError: the checkpoint is damaged or lacks a plane.
+        UnsupportedModelError: routed experts, or a structure that cannot be walked.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        train: str,
+        levels: Sequence[int],
+        device: torch.device | str,
+        half: bool = False,
+    ) -> None:
+        self.checkpoint, self.levels, self.half = checkpoint, tuple(levels), half
+        checkpoint.require(levels[-1])
+        self.walk = Walk.open(folder, device=device, files=StoredWeights(checkpoint))
+        self.device = self.walk.device
+        q, walk = checkpoint.quantization, self.walk
+        refuse_experts(walk)
+        names = [site.codebooks for site in q.sites]
+        self.sets = tuple(f"site-{i}" for i in range(len(names))) if train == "all" else (*names,)
+        self._sites: dict[int, list[_Site]] = {i: [] for i in range(walk.num_blocks)}
+        for number, site in enumerate(q.sites):
+            self._sites[self._block_of(site.modules)].append(self._open_site(number))
+        self._index = {level: checkpoint.level_index(level) for level in levels}
+        self.start: dict[str, Tensor] = {}
+        self.elementwise: set[str] = set()
+        self._fixed: dict[str, Tensor] = {}
+        self._collect(train)
+
+    # ---- structure -------------------------------------------------------------------------
+
+    def _block_of(self, modules: Sequence[str]) -> int:
+        blocks = set()
+        for name in modules:
+            tail = name.removeprefix(f"{self.walk.blocks_name}.")
+            number = tail.partition(".")[0]
+            try:
+                linear: object = self.walk.model.get_submodule(name)
+            except AttributeError:
+                linear = None
+            shape = self.checkpoint.shapes[name]
+            if (
+                tail == name
+                or not isinstance(linear, nn.Linear)
+                or (linear.out_features, linear.in_features) != shape
+            ):
+                raise FormatError(
+                    f"{name} is a matrix of {list(shape)} in {self.checkpoint.path}, but "
+                    f"{type(self.walk.model).__name__} of the model given has "
+                    f"{'no such module' if linear is None else linear} there: the checkpoint was "
+                    "made from another model. Give the model that it was quantized from."
+                )
+            blocks.add(int(number))
+        if len(blocks) != 1:
+            raise UnsupportedModelError(
+                f"the site of {modules[0]} spans {len(blocks)} blocks; tuning needs sites within "
+                "one block."
+            )
+        return blocks.pop()
+
+    def _open_site(self, number: int) -> _Site:
+        q, read = self.checkpoint.quantization, self.checkpoint.read_codes
+        spec = q.sites[number]
+        codes = tuple(
+            torch.cat([read(module, m) for module in spec.modules]).to(self.device)
+            for m in range(1, self.levels[-1] + 1)
+        )
+        rows = tuple(self.checkpoint.shapes[module][0] for module in spec.modules)
+        rotation = self.checkpoint.read_rotation(number).to(self.device)
+        symmetric = tuple(plane.sign_symmetric for plane in q.planes)
+        for module in spec.modules:
+            linear = cast(nn.Linear, self.walk.model.get_submodule(module))
+            self.walk.model.set_submodule(module, RotatedLinear(linear, rotation))
+        return _Site(spec.modules, rows, codes, symmetric, rotation, self.sets[number])
+
+    def _collect(self, train: str) -> None:
+        """Sort the checkpoint's small tensors into those that can be trained and the others."""
+        checkpoint, q = self.checkpoint, self.checkpoint.quantization
+        for number, site in enumerate(q.sites):
+            for m, stored in enumerate(checkpoint.read_codebooks(site.codebooks), 1):
+                name = codebook_name(self.sets[number], m)
+                if train == "all" and m <= self.levels[-1]:
+                    self.start[name] = stored
+                else:
+                    self._fixed[name] = stored
+        modules, blocks = set(q.modules), f"{self.walk.blocks_name}."
+        skipped = {*q.guards, *(f"{m}.{leaf}" for m in q.embeddings.modules for leaf in _ROWS)}
+        for name, info in checkpoint.rest.items():
+            if name.startswith(RESERVED_PREFIXES) or name in skipped:
+                continue
+            owner, _, leaf = name.rpartition(".")
+            variants = name.endswith(LEVELS_SUFFIX)
+            tensor = checkpoint.read(name)
+            if owner in modules and leaf in ("scales", "level_scales"):
+                self.elementwise.add(name)
+                self.start[name] = tensor
+            elif tensor.is_floating_point() and len(info.shape) - variants == 1:
+                self.start[name] = tensor
+            elif name.startswith(blocks):
+                self._fixed[name] = tensor
+        self._fixed = {
+            n: t.to(self.device, torch.float32 if t.is_floating_point() else t.dtype)
+            for n, t in self._fixed.items()
+        }
+
+    def trained_in(self, block: int) -> dict[str, Tensor]:
+        """The part of `start` that belongs to one block."""
+        prefix = f"{self.walk.block_prefix(block)}."
+        sets = {f"codebooks.{site.codebooks}." for site in self._sites[block]}
+        return {
+            name: tensor
+            for name, tensor in self.start.items()
+            if name.startswith(prefix) or name[: name.rfind(".") + 1] in sets
+        }
+
+    def values(self, block: int | None = None) -> Values:
+        """What is trained, all of it or that of one block."""
+        start = self.start if block is None else self.trained_in(block)
+        return Values(start, self.elementwise, self.device)
+
+    # ---- running ---------------------------------------------------------------------------
+
+    def _tensor(self, leaves: Mapping[str, Tensor], name: str, level: int) -> Tensor:
+        """A small tensor as level P reads it, trained or not."""
+        for tensors in (leaves, self._fixed):
+            if name in tensors:
+                return tensors[name]
+            if name + LEVELS_SUFFIX in tensors:
+                return tensors[name + LEVELS_SUFFIX][self._index[level]]
+        raise KeyError(name)
+
+    def _scales(self, leaves: Mapping[str, Tensor], site: _Site, level: int) -> Tensor:
+        parts = []
+        for module in site.modules:
+            shared = leaves.get(f"{module}.scales")
+            row = self._index[level]
+            parts.append(leaves[f"{module}.level_scales"][row] if shared is None else shared)
+        return torch.cat(parts)
+
+    def _weights(
+        self, block: int, leaves: Mapping[str, Tensor], levels: Sequence[int]
+    ) -> list[dict[str, Tensor]]:
+        """Weights of a block's quantized linears, rotated, by local names, for each level."""
+        prefix = f"{self.walk.block_prefix(block)}."
+        out: list[dict[str, Tensor]] = [{} for _ in levels]
+        for site in self._sites[block]:
+            tables = [
+                expand(self._tensor(leaves, codebook_name(site.codebooks, m), levels[0]), symmetric)
+                for m, symmetric in enumerate(site.symmetric[: levels[-1]], 1)
+            ]
+            scales = [self._scales(leaves, site, level) for level in levels]
+            decoded = decode_levels(site.codes, tables, scales, levels)
+            for weights, rotated in zip(out, decoded, strict=True):
+                for module, weight in zip(site.modules, rotated.split(site.rows), strict=True):
+                    weights[f"{module.removeprefix(prefix)}.weight"] = weight
+        return out
+
+    @torch.no_grad()
+    def dense_weight(self, module: str) -> Tensor:
+        """A matrix as the checkpoint stores it, at the highest level: float32 [d_out, d_in]."""
+        stored = {n: t.to(self.device, torch.float32) for n, t in self.start.items()}
+        linear = cast(RotatedLinear, self.walk.model.get_submodule(module))
+        block = int(module.removeprefix(f"{self.walk.blocks_name}.").partition(".")[0])
+        local = module.removeprefix(f"{self.walk.block_prefix(block)}.")
+        rotated = self._weights(block, stored, self.levels[-1:])[0][f"{local}.weight"]
+        return linear.rotation.transpose(rotated)
+
+    def block(
+        self,
+        i: int,
+        hidden: Sequence[Tensor],
+        leaves: Mapping[str, Tensor],
+        levels: Sequence[int],
+    ) -> list[Tensor]:
+        """Block i at each of `levels` (ascending), on inputs [b, T, d] of their own.
+
+        Gradients flow to the inputs and to `leaves`, the trained tensors by name.
+        """
+        prefix = f"{self.walk.block_prefix(i)}."
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            with torch.autocast(self.device.type, enabled=False):
+                weights = self._weights(i, leaves, levels)
+            out = []
+            for x, level, coded in zip(hidden, levels, weights, strict=True):
+                rest = {
+                    local: self._tensor(leaves, prefix + local, level)
+                    for local in self.walk.state_names(i)
+                    if local not in coded
+                }
+                out.append(self.walk.apply_block(i, x, {**coded, **rest}).float())
+        return out
+
+    def logits(self, hidden: Tensor, leaves: Mapping[str, Tensor], level: int) -> Tensor:
+        """Output of the last block [b, T, d] -> logits [b, T, vocab] float32, with gradients."""
+        blocks = f"{self.walk.blocks_name}."
+        outer = {
+            name.removesuffix(LEVELS_SUFFIX)
+            for name in leaves
+            if not name.startswith((blocks, *RESERVED_PREFIXES))
+        }
+        values = {name: self._tensor(leaves, name, level) for name in outer}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
+            return self.walk.apply_head(hidden, values).float()
+
+
+_ROWS = ("weight", "rows", "row_scales")
+
+
+def refuse_experts(walk: Walk) -> None:
+    """Raises UnsupportedModelError for a mixture of experts."""
+    config = walk.model.config.get_text_config()
+    for key in _EXPERTS:
+        if (getattr(config, key, None) or 0) > 1:
+            raise UnsupportedModelError(
+                f"{type(walk.model).__name__} routes tokens to experts ({key} = "
+                f"{getattr(config, key)}); tuning supports dense decoders alone. Use the "
+                "checkpoint as it is."
+            )

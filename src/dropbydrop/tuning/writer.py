@@ -1,0 +1,142 @@
+"""Write the tuned checkpoint: all of it, or nothing.
+
+The planes are copied from the checkpoint that was tuned, byte by byte, and compared with its
+manifest on the way. `model.safetensors` is written anew with the tuned tensors in their places, in
+the order that every writer of this format uses. Other files are copied; the log of tuning is added
+and the model card says what was done. The folder appears by a rename (checkpoint/folder.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropbydrop.checkpoint import Checkpoint, Manifest, QuantizationConfig
+from dropbydrop.checkpoint.atomic_folder import PartialFolder
+from dropbydrop.checkpoint.config import CONFIG_FILE, MANIFEST_FILE, REST_FILE, codebook_name
+from dropbydrop.checkpoint.files import DTYPE_NAMES, DTYPES, TensorInfo, dump_json, encode_header
+from dropbydrop.errors import FormatError
+from dropbydrop.quantization.report import CARD_FILE
+
+TUNE_LOG = "tune-log.jsonl"  # one line a step or block
+_CHUNK = 8 << 20
+
+
+def check_intact(checkpoint: Checkpoint) -> None:
+    """Raises MissingPlaneError or FormatError unless every plane is there and nothing is damaged.
+
+    Text files may have been edited since.
+    """
+    checkpoint.require(checkpoint.levels[-1])
+    needed = {
+        *checkpoint.manifest.rest,
+        *(n for names in checkpoint.manifest.planes for n in names),
+    }
+    for finding in checkpoint.verify():
+        if finding.file in needed:
+            raise FormatError(finding.message)
+
+
+def with_sets(quantization: QuantizationConfig, sets: Sequence[str]) -> QuantizationConfig:
+    """The same description with another codebook set for each site."""
+    pairs = zip(quantization.sites, sets, strict=True)
+    return replace(quantization, sites=tuple(replace(s, codebooks=name) for s, name in pairs))
+
+
+def write_tuned(
+    folder: PartialFolder,
+    checkpoint: Checkpoint,
+    quantization: QuantizationConfig,
+    tensors: Mapping[str, Tensor],
+    log: Sequence[Mapping[str, Any]],
+    card: str,
+    before_publish: Callable[[str], None] | None = None,
+) -> None:
+    """Fill `folder` and publish it.
+
+    Args:
+        quantization: of the new checkpoint; its sets and provenance may differ from the old one's.
+        tensors: tuned tensors by name, in the types they are stored in. A set without tuned
+            codebooks is taken from the old checkpoint's set of the same site.
+        log: lines that are appended to the log of tuning.
+        card: what is appended to the model card.
+        before_publish: called with the manifest's SHA-256 when all but the rename is done.
+
+    Raises:
+        FormatError: a plane differs from what the manifest says.
+        DropError: the disk is full.
+    """
+    with folder.disk_errors():
+        for name in (n for names in checkpoint.manifest.planes for n in names):
+            folder.write(name, _chunks(checkpoint.path / name))
+            if folder.files[name] != checkpoint.manifest.files[name]:
+                raise FormatError(
+                    f"{checkpoint.path / name} is not what the manifest says: damaged, or changed "
+                    "meanwhile. Fetch it again."
+                )
+        folder.write(REST_FILE, _rest(checkpoint, quantization, tensors))
+        for name, content in _side_files(checkpoint, log, card):
+            folder.write(name, content)
+        config = {**checkpoint.config, "quantization_config": quantization.to_dict()}
+        folder.write(CONFIG_FILE, [dump_json(config)])
+        old = checkpoint.manifest
+        counts = old.quantized_parameters, old.total_parameters
+        manifest = Manifest(dict(folder.files), old.planes, old.rest, *counts).to_dict()
+        Manifest.from_dict(manifest)  # never write what the reader would refuse
+        folder.write(MANIFEST_FILE, [dump_json(manifest)])
+        if before_publish is not None:
+            before_publish(folder.files[MANIFEST_FILE].sha256)
+        folder.publish()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as source:
+        yield from iter(lambda: source.read(_CHUNK), b"")
+
+
+def _rest(
+    checkpoint: Checkpoint, quantization: QuantizationConfig, tensors: Mapping[str, Tensor]
+) -> Iterator[bytes]:
+    """model.safetensors: header, then one tensor at a time, wide types first, then by name."""
+    sources = {n: n for n in checkpoint.rest if not n.startswith("codebooks.")}
+    for site, old in zip(quantization.sites, checkpoint.quantization.sites, strict=True):
+        for m in range(1, len(quantization.planes) + 1):
+            sources[codebook_name(site.codebooks, m)] = codebook_name(old.codebooks, m)
+    unknown = set(tensors) - set(sources)
+    assert not unknown, f"tuned tensors {sorted(unknown)} have no place in the checkpoint"
+    infos = {name: checkpoint.rest[source] for name, source in sources.items()}
+    for name, tensor in tensors.items():
+        found = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        assert found == infos[name], f"{name} is {found}, stored as {infos[name]}"
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: values that are not finite in {tensor.dtype}")
+    order = sorted(infos, key=lambda name: (-DTYPES[infos[name].dtype].itemsize, name))
+
+    def body() -> Iterator[bytes]:
+        for name in order:
+            tensor = tensors[name] if name in tensors else checkpoint.read(sources[name])
+            yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+    return chain([encode_header([(name, infos[name]) for name in order])], body())
+
+
+def _side_files(
+    checkpoint: Checkpoint, log: Sequence[Mapping[str, Any]], card: str
+) -> Iterator[tuple[str, list[bytes]]]:
+    """Tokenizer and the like as they are; the card and the log of tuning with what is new."""
+    manifest = checkpoint.manifest
+    done = {*manifest.rest, *(n for p in manifest.planes for n in p), CONFIG_FILE}
+    names = {*manifest.files, TUNE_LOG, CARD_FILE} - done
+    lines = "".join(json.dumps(line) + "\n" for line in log)
+    added = {TUNE_LOG: lines.encode(), CARD_FILE: card.encode()}
+    for name in sorted(names):
+        path = checkpoint.path / name
+        old = path.read_bytes() if name in manifest.files and path.is_file() else b""
+        yield name, [old + added.get(name, b"")]

@@ -1,0 +1,148 @@
+"""benchmarks/gpu.py runs with tiny shapes, keeps its state, and knows its targets."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers import tiny_model_folder
+
+PATH = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", PATH)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PATH.parent)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def test_the_plan_covers_the_targets(bench, capsys):
+    found = bench.main(["--plan", "--device", "cpu"])
+    assert json.loads(capsys.readouterr().out) == found
+    assert found["steps"] == list(bench.STEPS)
+    assert {"8192x28672", "4096x4096"} <= set(found["shapes"])
+    assert {2, 4} <= set(found["bits"])
+    for count, (d_out, d_in) in zip(
+        found["matrices_of_a_shape_in_bf16"], bench.REAL.matvec, strict=True
+    ):
+        assert count * 2 * d_out * d_in > 200e6
+
+
+@pytest.mark.slow
+def test_every_step_runs_and_is_not_repeated(bench, tmp_path, capsys, monkeypatch):
+    state, text = tmp_path / "state.json", tmp_path / "text.txt"
+    text.write_text("plain words " * 100)
+    model = tiny_model_folder(tmp_path / "model")
+    argv = ["--smoke", "--device", "cpu", "--state", str(state), "--model", str(model)]
+    argv += ["--text", str(text), "--work", str(tmp_path / "work")]
+    results = bench.main(argv)
+    failed = {name: results[name]["error"] for name in bench.STEPS if "error" in results[name]}
+    assert not failed
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(json.dumps(results))
+    rows = results["matvec"]["40x64"]["planes"]
+    assert {row["kernel"] for row in rows} == set(results["machine"]["kernels"])
+    assert all(row["us"] > 0 for row in rows)
+    assert any(key.startswith("extrapolated") for key in results["quantize"])
+    assert set(results["smollm2"]["bits"]) == {"2", "3", "4"}
+    if "skipped" in results["tuned"]:
+        assert "no fine-tuning" in results["tuned"]["skipped"]
+        del results["tuned"]  # would be tried again
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"tuned": {}}))
+    capsys.readouterr()
+
+    def refuse(b):
+        raise AssertionError("a finished step is repeated")
+
+    monkeypatch.setattr(bench, "STEPS", dict.fromkeys(bench.STEPS, refuse))
+    again = bench.main(argv)
+    assert again["matvec"] == json.loads(json.dumps(results["matvec"]))
+
+
+def test_a_failing_step_stops_no_other(bench, tmp_path, monkeypatch):
+    def fails(b):
+        raise RuntimeError("out of memory")
+
+    steps = {"copy": fails, "prefill": lambda b: {"8x8": {"share": 0.1}}}
+    monkeypatch.setattr(bench, "STEPS", steps)
+    state = tmp_path / "state.json"
+    argv = ["--smoke", "--device", "cpu", "--only", "copy,prefill", "--state", str(state)]
+    results = bench.main(argv)
+    assert results["copy"] == {"error": "RuntimeError: out of memory"}
+    assert results["prefill"] == {"8x8": {"share": 0.1}}
+    steps["copy"] = lambda b: {"gb_per_s": 1.0}
+    assert bench.main(argv)["copy"] == {"gb_per_s": 1.0}
+
+
+def test_a_failed_step_is_repeated_only_by_name(bench, tmp_path, monkeypatch):
+    calls = []
+
+    def fails(b):
+        calls.append(b)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(bench, "STEPS", {"copy": fails})
+    argv = ["--smoke", "--device", "cpu", "--state", str(tmp_path / "state.json")]
+    bench.main(argv)
+    assert "error" in bench.main(argv)["copy"]
+    assert len(calls) == 1
+    bench.main([*argv, "--only", "copy"])
+    assert len(calls) == 2
+
+
+def test_what_does_not_fit_is_left_for_the_next_run(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "STEPS", {"copy": lambda b: {"gb_per_s": 1.0}})
+    argv = ["--smoke", "--device", "cpu", "--state", str(tmp_path / "state.json")]
+    assert "run again" in bench.main([*argv, "--minutes", "0"])["copy"]["skipped"]
+    assert bench.main(argv)["copy"] == {"gb_per_s": 1.0}
+
+
+def test_a_step_that_loses_the_device_starts_the_script_again(bench, tmp_path, monkeypatch):
+    """The rest runs in a new process; the failed step is on record there."""
+
+    class Lost:
+        cuda = True
+
+    def fails(b):
+        b.partial["found"] = 1
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def gone():
+        raise RuntimeError("the device is lost")
+
+    begun = []
+    monkeypatch.setattr(bench, "STEPS", {"copy": fails})
+    monkeypatch.setattr(bench.torch.cuda, "synchronize", gone)
+    monkeypatch.setattr(bench, "again", begun.append)
+    monkeypatch.setattr(bench.torch.cuda, "empty_cache", lambda: None)
+    state = bench.State(tmp_path / "state.json", {})
+    bench.run_step(Lost(), "copy", state, 12.0)
+    assert begun == [12.0]
+    entry = json.loads((tmp_path / "state.json").read_text())["copy"]
+    assert "illegal" in entry["error"]
+    assert entry["found"] == 1
+
+
+def test_the_best_kernel_counts(bench):
+    rows = [
+        {"kernel": "a", "bits": 2, "times_bf16": 1.5, "codes_gb_per_s": 100.0},
+        {"kernel": "b", "bits": 2, "times_bf16": 3.6, "codes_gb_per_s": 240.0},
+    ]
+    found = bench.targets({"copy": {"gb_per_s": 480.0}, "matvec": {"8x8": {"planes": rows}}})
+    assert found["matvec 8x8 2 bits, times bf16"] == {"value": 3.6, "kernel": "b"}
+    share = found["matvec 8x8 2 bits, share of the copy bandwidth"]
+    assert share == {"value": 0.5, "kernel": "b"}
+    found = bench.targets({"prefill": {"8x8": {"share": 0.1}}, "decode": {"planes": rows}})
+    assert found["prefill 8x8, share of the product"] == {"value": 0.1}
+    assert found["decode 2 bits, times bf16"] == {"value": 3.6, "kernel": "b"}
+    assert bench.targets({"matvec": {"error": "none"}}) == {}
+
+
+def test_wrong_steps_are_refused(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--only", "everything"])
+    assert "no step everything" in capsys.readouterr().err

@@ -1,0 +1,390 @@
+"""The JSON of a checkpoint, its names, and its bytes: golden files, strict parsing."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dropbydrop.checkpoint import (
+    CheckpointWriter,
+    Embeddings,
+    Manifest,
+    PlaneSpec,
+    QuantizationConfig,
+    SiteSpec,
+)
+from dropbydrop.checkpoint.config import plain_name
+from dropbydrop.checkpoint.files import TensorInfo, encode_header, read_header
+from dropbydrop.checkpoint.writer import quantize_rows
+from dropbydrop.coding.rotation import Rotation
+from dropbydrop.errors import FormatError, PrecisionError
+
+# ------------------------------------------------------------------------------ golden bytes
+# Written once from fixed inputs. If one of these changes, readers in the field break: raise
+# FORMAT_VERSION and docs/format.md, do not edit the numbers.
+
+GOLDEN = {
+    "config.json": "2ac0ec521f1ea0a1c85a7a48593c7f41461c47f65d30169f10c74d6db17a8017",
+    "manifest.json": "afe10e456feba9701937b9529bce193366f46c14cda8c34ad8da76601ce4a571",
+    "model.safetensors": "8d225086a0a8d923a79b8b2178fefab8ce215313aa0ce3d87d171669f907b321",
+    "notes.txt": "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03",
+    "plane-1.safetensors": "47c6087386d39a52fdb0dff29b6623411ca4ae2b9bf2e85439bf928f1be08452",
+    "plane-2.safetensors": "d9441cb32b8dc498adcba6f5f362118604ee94e51da3d05dd33cf53be57df7f8",
+}
+
+
+GOLDEN_SCALED = {  # version 2: only what a scaled rotation changes
+    "config.json": "9260d4b0f9970e44f5a8011b0907a42569fc86dc4d355df74587f25e6b326914",
+    "model.safetensors": "4b6e3c44dfd3b943ef37c71bf0c97a219877e967c963f23c5cbae3dee4bec5a2",
+}
+
+
+def write_golden(out: Path, scaled: bool = False) -> None:
+    """Two linears of one site, d_in 24 = 8 * 3, no random numbers anywhere."""
+    rotation = {"kind": "full", "scaled": True} if scaled else {"kind": "full"}
+    spec = SiteSpec("s", ("a", "b"), 24, "universal", rotation)
+    signs = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0] * 4)
+    if scaled:
+        signs = signs * torch.exp2((torch.arange(24) - 12) / 8)
+    odd = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    quantization = QuantizationConfig(
+        2, (1, 2), (PlaneSpec(), PlaneSpec()), (spec,), Embeddings(8, ("e",), True), {"seed": 7}
+    )
+    with CheckpointWriter(out) as writer:
+        writer.add_site(spec, Rotation("full", 24, 8, signs, odd, scaled))
+        book = torch.arange(128 * 8).reshape(128, 8) / 64
+        writer.add_codebook_set("universal", [book, book / 2])
+        for offset, (module, d_out) in enumerate((("b", 2), ("a", 4))):
+            codes = [
+                (torch.arange(d_out * 3).reshape(d_out, 3) * 5 + m + offset).to(torch.uint8)
+                for m in range(2)
+            ]
+            writer.add_linear(module, codes, torch.arange(1, d_out + 1) / 8)
+        writer.add_embedding("e", torch.arange(-12, 12).reshape(3, 8) / 4, bits=8)
+        writer.add_tensor("norm.weight", torch.ones(24, dtype=torch.bfloat16))
+        config = {"model_type": "toy", "dtype": "float32"}
+        writer.finish(config, quantization, {"notes.txt": b"hello\n"}, {"total": 200})
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_golden_bytes(tmp_path: Path, scaled: bool) -> None:
+    write_golden(tmp_path / "out", scaled)
+    found = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((tmp_path / "out").iterdir())
+    }
+    if not scaled:
+        assert found == GOLDEN
+        return
+    assert {name: found[name] for name in GOLDEN_SCALED} == GOLDEN_SCALED
+    for plane in ("plane-1.safetensors", "plane-2.safetensors"):
+        assert found[plane] == GOLDEN[plane]
+
+
+def test_bytes_of_scaled_inputs(tmp_path: Path) -> None:
+    write_golden(tmp_path / "out", scaled=True)
+    rest = load_file(tmp_path / "out" / "model.safetensors")
+    assert "sites.0.signs" not in rest
+    signs = [0, 1, 0, 0, 1, 1] * 4
+    assert rest["sites.0.inputs"].tolist() == [64 - 12 + i + 128 * s for i, s in enumerate(signs)]
+
+
+def test_golden_plane_header(tmp_path: Path) -> None:
+    write_golden(tmp_path / "out")
+    raw = (tmp_path / "out" / "plane-2.safetensors").read_bytes()
+    header = (
+        b'{"__metadata__":{"format":"pt","dropbydrop_version":"1"},'
+        b'"a.codes.2":{"dtype":"U8","shape":[4,3],"data_offsets":[0,12]},'
+        b'"b.codes.2":{"dtype":"U8","shape":[2,3],"data_offsets":[12,18]}}'
+    )
+    header += b" " * (-len(header) % 8)
+    data = bytes(range(2, 62, 5)) + bytes(range(1, 31, 5))
+    assert raw == struct.pack("<Q", len(header)) + header + data
+
+
+def test_same_input_same_bytes_whatever_the_order(tmp_path: Path) -> None:
+    def write(out: Path, names: list[str]) -> None:
+        specs = [SiteSpec(n, (n,), 8, "u", {"kind": "none"}) for n in ("x", "y")]
+        with CheckpointWriter(out) as writer:
+            for spec in specs:
+                writer.add_site(spec, Rotation.make(8, "none"))
+            for name in names:
+                codes = [torch.full((2, 1), ord(name), dtype=torch.uint8)]
+                writer.add_linear(name, codes, torch.full((2,), 0.5))
+                writer.add_tensor(f"{name}_norm.weight", torch.ones(8))
+            writer.add_codebook_set("u", [torch.ones(128, 8)])
+            writer.add_embedding("e", torch.ones(4, 8), bits=8)
+            q = QuantizationConfig(
+                1, (1,), (PlaneSpec(),), tuple(specs), Embeddings(8, ("e",), True)
+            )
+            writer.finish({"model_type": "toy"}, q)
+
+    write(tmp_path / "one", ["x", "y"])
+    write(tmp_path / "two", ["y", "x"])
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_files_are_plain_safetensors(tmp_path: Path) -> None:
+    """The library that everybody uses reads our files, aligned and with our metadata."""
+    write_golden(tmp_path / "out")
+    rest = load_file(tmp_path / "out" / "model.safetensors")
+    assert rest["codebooks.universal.2"].dtype == torch.float16
+    assert rest["rotations.odd3"].shape == (3, 3)
+    assert rest["sites.0.signs"].tolist() == [0b10110010, 0b00101100, 0b11001011]
+    assert rest["a.weight"].shape == (0,)
+    assert torch.equal(rest["e.rows"][0].float() * rest["e.row_scales"][0].float(), GOLDEN_ROW)
+    raw = (tmp_path / "out" / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "pt", "dropbydrop_version": "1"}
+    assert (8 + length) % 8 == 0
+    for name, entry in header.items():
+        itemsize = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}[entry["dtype"]]
+        assert entry["data_offsets"][0] % itemsize == 0, name
+
+
+# row 0 of the embedding, -12/4 .. -5/4, through its float16 scale 3/127 = 0.023620605
+_SCALE = torch.tensor(3 / 127).half().float()
+GOLDEN_ROW = (torch.arange(-12, -4) / 4 / _SCALE).round() * _SCALE
+
+
+def test_header_round_trip(tmp_path: Path) -> None:
+    tensors = [("x", TensorInfo("F32", (2, 3))), ("empty", TensorInfo("F16", (0,)))]
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(encode_header(tensors) + bytes(24))
+    assert read_header(path) == dict(tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda raw: raw[:4], "cut off within its header"),
+        (lambda raw: raw[:40], "cut off within its header"),
+        (lambda raw: raw[:-1], "cut off or damaged"),
+        (lambda raw: raw + b"x", "cut off or damaged"),
+        (lambda raw: b"\xff" * 8 + raw[8:], "cut off within its header"),
+        (lambda raw: raw[:8] + b"[" + raw[9:], "header is damaged"),
+        (lambda raw: raw.replace(b"[0,24]", b"[0,20]"), "cut off or damaged"),
+        (lambda raw: raw.replace(b"[2,3]", b"[2,4]"), "cut off or damaged"),
+        (lambda raw: raw.replace(b'"F32"', b'"F99"'), "header is damaged"),
+        (lambda raw: raw.replace(b'version":"1"', b'version":"2"'), "format_version '2'"),
+        (lambda raw: raw.replace(b"dropbydrop_version", b"dropbydrop_wersion"), "version None"),
+    ],
+)
+def test_damaged_header(tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(change(encode_header([("x", TensorInfo("F32", (2, 3)))]) + bytes(24)))
+    with pytest.raises(FormatError, match=message):
+        read_header(path)
+
+
+# --------------------------------------------------------------------------- strict parsing
+
+
+def valid_config() -> dict[str, Any]:
+    plane = {"entries": 256, "group": 8, "dtype": "uint8", "sign_symmetric": True}
+    site = {
+        "name": "s",
+        "modules": ["m.q", "m.k"],
+        "d_in": 96,
+        "codebooks": "universal",
+        "rotation": {"kind": "full"},
+    }
+    other = {**site, "name": "t", "modules": ["m.o"], "rotation": {"kind": "block", "block": 32}}
+    return {
+        "quant_method": "dropbydrop",
+        "format_version": 1,
+        "bits": 3,
+        "levels": [2, 3],
+        "planes": [dict(plane), dict(plane), dict(plane)],
+        "sites": [site, other],
+        "embeddings": {"bits": 8, "modules": ["embed"], "tied": True},
+        "provenance": {"anything": ["goes", 1]},
+    }
+
+
+def test_version_2_has_scaled_rotations() -> None:
+    data = valid_config()
+    data["format_version"] = 2
+    data["sites"][1]["rotation"]["scaled"] = True
+    config = QuantizationConfig.from_dict(data)
+    assert config.to_dict() == data
+    assert config.format_version == 2
+
+
+def test_config_round_trip() -> None:
+    config = QuantizationConfig.from_dict(valid_config())
+    assert config.to_dict() == valid_config()
+    assert QuantizationConfig.from_dict(config.to_dict()) == config
+    assert config.modules == ("m.q", "m.k", "m.o")
+    assert config.site_index == {"m.q": 0, "m.k": 0, "m.o": 1}
+
+
+def _set(*path: Any) -> Any:
+    *keys, last, value = path
+
+    def change(data: dict[str, Any]) -> None:
+        for key in keys:
+            data = data[key]
+        data[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("quant_method", "aqlm"), "quant_method is not"),
+        (_set("format_version", 3), "format_version 3; this dropbydrop reads version 1 and 2"),
+        (_set("format_version", 2), "format_version 2 without scaled rotations"),
+        (_set("sites", 0, "rotation", {"kind": "full", "scaled": True}), "1 with scaled rotations"),
+        (_set("sites", 0, "rotation", {"kind": "full", "scaled": False}), "true or not there"),
+        (_set("sites", 0, "rotation", {"kind": "none", "scaled": True}), "cannot be scaled"),
+        (_set("format_version", True), "format_version True"),
+        (_set("format_version", "1"), "format_version '1'"),
+        (_set("surprise", 1), r"unknown keys \['surprise'\]"),
+        (_set("bits", "3"), "'bits' is '3'; expected int"),
+        (_set("bits", True), "'bits' is True; expected int"),
+        (_set("levels", []), "contradict 3 planes"),
+        (_set("levels", [3, 2]), "contradict 3 planes"),
+        (_set("levels", [2, 2, 3]), "contradict 3 planes"),
+        (_set("levels", [0, 3]), "contradict 3 planes"),
+        (_set("levels", [2, 4]), "contradict 3 planes"),
+        (_set("levels", [2.0, 3]), "contradict 3 planes"),
+        (_set("planes", 1, "entries", 16), "plane of 16 entries"),
+        (_set("planes", 1, "group", 4), "group 4"),
+        (_set("planes", 1, "dtype", "uint16"), "uint16"),
+        (_set("planes", 1, "rotate", 1), r"plane 2 has unknown keys \['rotate'\]"),
+        (_set("planes", 1, 3), "plane 2 is int, not a JSON object"),
+        (_set("sites", []), "lists no sites"),
+        (_set("sites", 0, "modules", []), "none, or one twice"),
+        (_set("sites", 0, "modules", ["m.q", "m.q"]), "none, or one twice"),
+        (_set("sites", 0, "modules", ["m.o"]), r"module \['m.o'\] appears more than once"),
+        (_set("sites", 0, "modules", ["../m"]), "is not a module name"),
+        (_set("sites", 0, "name", "t"), r"site \['t'\] appears more than once"),
+        (_set("sites", 0, "d_in", 100), "100 is not a multiple of the group 8"),
+        (_set("sites", 0, "codebooks", "a/b"), "is not a module name"),
+        (_set("sites", 0, "rotation", {"kind": "butterfly"}), "unknown to this version"),
+        (_set("sites", 0, "rotation", {"kind": "full", "x": 1}), "unknown to this version"),
+        (_set("sites", 0, "rotation", {"kind": "full", "block": 8}), "belongs to kind 'block'"),
+        (_set("sites", 0, "rotation", {"kind": "block"}), "belongs to kind 'block'"),
+        (_set("sites", 0, "rotation", {"kind": "block", "block": 64}), "does not divide 96"),
+        (_set("sites", 0, "rotation", {"kind": "block", "block": 24}), "does not divide 96"),
+        (_set("embeddings", "bits", 4), "embeddings of 4 bits"),
+        (_set("embeddings", "modules", ["m.q"]), "quantized linears and as embeddings"),
+    ],
+)
+def test_config_refused(change: Any, message: str) -> None:
+    data = copy.deepcopy(valid_config())
+    change(data)
+    with pytest.raises(FormatError, match=message):
+        QuantizationConfig.from_dict(data)
+
+
+@pytest.mark.parametrize("key", ["bits", "levels", "planes", "sites", "embeddings"])
+def test_config_lacks_a_key(key: str) -> None:
+    data = valid_config()
+    del data[key]
+    with pytest.raises(FormatError, match=f"lacks '{key}'"):
+        QuantizationConfig.from_dict(data)
+
+
+@pytest.mark.parametrize("bits", [1, 4, 0, -1, True, 3.0, "3", None])
+def test_precision_that_was_never_written(bits: object) -> None:
+    config = QuantizationConfig.from_dict(valid_config())
+    with pytest.raises(PrecisionError, match="it has 2, 3"):
+        config.check_level(bits)
+
+
+def test_default_precision_must_be_a_level() -> None:
+    with pytest.raises(PrecisionError, match="precision 1 is not a level"):
+        QuantizationConfig.from_dict({**valid_config(), "bits": 1})
+
+
+def valid_manifest() -> dict[str, Any]:
+    entry = {"size": 1, "sha256": "0" * 64}
+    planes = [["plane-1.safetensors"], [f"plane-2-0000{i}-of-00002.safetensors" for i in (1, 2)]]
+    names = ["config.json", "model.safetensors", *planes[0], *planes[1]]
+    return {
+        "format": "dropbydrop",
+        "format_version": 1,
+        "files": {name: dict(entry) for name in names},
+        "planes": planes,
+        "rest": ["model.safetensors"],
+        "parameters": {"quantized": 10, "total": 12},
+    }
+
+
+def test_manifest_round_trip() -> None:
+    assert Manifest.from_dict(valid_manifest()).to_dict() == valid_manifest()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("format", "zip"), "format is not 'dropbydrop'"),
+        (_set("format_version", 3), "reads version 1"),
+        (_set("extra", 3), "unknown keys"),
+        (_set("files", "../evil", {"size": 1, "sha256": "0" * 64}), "only plain file names"),
+        (_set("files", "a.json", {"size": 1, "sha256": "0" * 63}), "malformed"),
+        (_set("files", "a.json", {"size": -1, "sha256": "0" * 64}), "malformed"),
+        (_set("files", "a.json", {"size": "1", "sha256": "0" * 64}), "expected int"),
+        (_set("planes", 0, ["/etc/passwd"]), "only plain file names"),
+        (_set("planes", 0, ["plane-2.safetensors"]), r"expected \['plane-1.safetensors'\]"),
+        (_set("planes", 0, []), "plane 1 names no files"),
+        (_set("planes", 1, ["plane-2.safetensors"]), "have no size and hash"),
+        (_set("rest", ["other.safetensors"]), r"version 1 has \['model.safetensors'\]"),
+        (_set("parameters", {"quantized": 13, "total": 12}), "13 quantized of 12"),
+        (_set("parameters", {"quantized": 1, "total": 2, "x": 3}), "unknown keys"),
+    ],
+)
+def test_manifest_refused(change: Any, message: str) -> None:
+    data = copy.deepcopy(valid_manifest())
+    change(data)
+    with pytest.raises(FormatError, match=message):
+        Manifest.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "a/b", "a\\b", "/a", "..a", "a..b", ".hidden", "a\0", "C:a", 3, None, "é"],
+)
+def test_names_that_are_not_plain(name: object) -> None:
+    with pytest.raises(FormatError, match="only plain file names"):
+        plain_name(name, "here")
+
+
+# ------------------------------------------------------------------------------- 8-bit rows
+
+
+def test_quantize_rows_against_naive() -> None:
+    weight = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    weight[4] *= 1e-6  # scale subnormal in float16
+    weight[5] = weight[5].bfloat16().float()
+    rows, row_scales = quantize_rows(weight)
+    for i in range(len(weight)):
+        scale = float((weight[i].abs().max() / 127).half())
+        assert float(row_scales[i]) == scale
+        for j in range(8):
+            expected = 0 if scale == 0 else round(float(weight[i, j] / torch.tensor(scale)))
+            assert int(rows[i, j]) == max(-127, min(127, expected))
+
+
+def test_quantize_rows_works_in_slabs() -> None:
+    weight = torch.randn(8200, 8, generator=torch.Generator().manual_seed(1))
+    rows, row_scales = quantize_rows(weight)
+    tail, tail_scales = quantize_rows(weight[8190:])
+    assert torch.equal(rows[8190:], tail)
+    assert torch.equal(row_scales[8190:], tail_scales)
+    error = (rows.float() * row_scales.float()[:, None] - weight).abs().amax(1)
+    assert (error <= 0.51 * weight.abs().amax(1) / 127 + 1e-7).all()

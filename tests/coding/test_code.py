@@ -1,0 +1,177 @@
+"""The meaning of the codes: decoding, prefixes, sign symmetry, rotation."""
+
+import pytest
+import torch
+
+from dropbydrop.coding.code import ENTRIES, GROUP, codebook_table, decode
+from dropbydrop.coding.rotation import (
+    Rotation,
+    hadamard,
+    pack_factors,
+    pack_signs,
+    round_factors,
+    split_odd,
+    unpack_factors,
+    unpack_signs,
+)
+from dropbydrop.errors import FormatError
+
+
+def naive_decode(codes, stored, scales, prefix, symmetric):
+    """One number at a time, from the definition."""
+    d_out, groups = codes[0].shape
+    out = torch.zeros(d_out, groups * GROUP)
+    for r in range(d_out):
+        for j in range(groups):
+            for i in range(GROUP):
+                value = 0.0
+                for m in range(prefix):
+                    c = int(codes[m][r, j])
+                    if symmetric:
+                        value += (-1 if c & 128 else 1) * float(stored[m][c & 127, i])
+                    else:
+                        value += float(stored[m][c, i])
+                out[r, j * GROUP + i] = value * float(scales[r])
+    return out
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_decode_equals_the_definition(symmetric):
+    torch.manual_seed(0)
+    codes = [torch.randint(0, 256, (5, 3), dtype=torch.uint8) for _ in range(4)]
+    stored = [torch.randn(ENTRIES // 2 if symmetric else ENTRIES, GROUP) for _ in range(4)]
+    scales = torch.rand(5) + 0.5
+    tables = [codebook_table(s, symmetric) for s in stored]
+    for prefix in (1, 2, 3, 4):
+        expected = naive_decode(codes, stored, scales, prefix, symmetric)
+        torch.testing.assert_close(decode(codes, tables, scales, prefix), expected)
+
+
+def test_a_prefix_reads_no_later_plane_and_is_a_partial_sum_bit_for_bit():
+    torch.manual_seed(1)
+    codes = [torch.randint(0, 256, (7, 4), dtype=torch.uint8) for _ in range(3)]
+    tables = [codebook_table(torch.randn(128, GROUP)) for _ in range(3)]
+    one = torch.ones(7)
+    two = decode(codes, tables, one, 2)
+    assert torch.equal(two, decode(codes[:2], tables[:2], one, 2))
+    codes[2].random_(0, 256)
+    assert torch.equal(two, decode(codes, tables, one, 2))
+    third = tables[2][codes[2].long()].reshape(7, -1)
+    assert torch.equal(two + third, decode(codes, tables, one, 3))
+
+
+def test_codebook_shapes_are_checked():
+    with pytest.raises(FormatError, match="128"):
+        codebook_table(torch.randn(256, GROUP), sign_symmetric=True)
+    with pytest.raises(ValueError, match="prefix 3"):
+        decode(
+            [torch.zeros(1, 1, dtype=torch.uint8)] * 2, [torch.zeros(256, 8)] * 2, torch.ones(1), 3
+        )
+
+
+def naive_matrix(rotation):
+    """Q from its definition: (O kron H) diag(signs)."""
+    if rotation.signs is None:
+        return torch.eye(rotation.d_in)
+    if rotation.kind == "full":
+        odd = torch.eye(1) if rotation.odd is None else rotation.odd
+        mix = torch.kron(odd, hadamard(rotation.block))
+    else:
+        mix = torch.block_diag(*[hadamard(rotation.block)] * (rotation.d_in // rotation.block))
+    return mix * rotation.signs
+
+
+@pytest.mark.parametrize(
+    ("d_in", "kind", "block"),
+    [(576, "full", None), (96, "full", None), (64, "full", None), (7, "full", None),
+     (1536, "block", 64), (96, "block", None), (40, "none", None)],
+)  # fmt: skip
+def test_rotation_equals_its_matrix(d_in, kind, block):
+    rotation = Rotation.make(d_in, kind, block, seed=3)
+    q = naive_matrix(rotation)
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, d_in)
+    torch.testing.assert_close(q @ q.T, torch.eye(d_in), atol=2e-5, rtol=0)
+    torch.testing.assert_close(rotation.apply(x), x @ q.T, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(rotation.transpose(rotation.apply(x)), x, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(rotation.matrix(), q, atol=1e-5, rtol=1e-4)
+    gram = x.view(-1, d_in).T @ x.view(-1, d_in)
+    torch.testing.assert_close(rotation.apply_gram(gram), q @ gram @ q.T, atol=2e-4, rtol=1e-3)
+
+
+def test_full_mixing_spreads_one_input_over_all():
+    x = torch.zeros(576)
+    x[17] = 1.0
+    y = Rotation.make(576, seed=0).apply(x)
+    assert (y.abs() > 0).all()
+    assert y.abs().max() < 0.15  # 30 sigma in one input become below 5 in all of them
+
+
+def test_stored_rotation_round_trip():
+    for d_in in (576, 12, 7):
+        r = Rotation.make(d_in, seed=5)
+        packed = pack_signs(r.signs)
+        assert packed.numel() == -(-d_in // 8)
+        assert torch.equal(unpack_signs(packed, d_in), r.signs)
+        back = Rotation.from_stored(r.spec(), d_in, packed, r.odd)
+        x = torch.randn(4, d_in)
+        assert torch.equal(back.apply(x), r.apply(x))
+
+
+def test_every_byte_is_a_signed_factor():
+    packed = torch.arange(256).to(torch.uint8)
+    signs = unpack_factors(packed, 256)
+    naive = [(-1 if b >= 128 else 1) * 2 ** (((b & 127) - 64) / 8) for b in range(256)]
+    assert signs.tolist() == pytest.approx(naive, rel=1e-6)
+    assert torch.equal(pack_factors(signs), packed)
+    close = signs.abs() * torch.linspace(0.96, 1.04, 256)  # half a step is 4.4 %
+    assert torch.equal(round_factors(close), signs.abs())
+    assert round_factors(torch.tensor([1e-9, 1e9])).tolist() == [2**-8, pytest.approx(2**7.875)]
+    with pytest.raises(ValueError, match="round_factors"):
+        pack_factors(torch.tensor([1.0, 2.0**-9]))
+
+
+@pytest.mark.parametrize(("d_in", "kind"), [(96, "full"), (7, "full"), (64, "block")])
+def test_scaled_rotation_equals_its_matrix(d_in, kind):
+    torch.manual_seed(0)
+    plain = Rotation.make(d_in, kind, seed=3)
+    r = plain.scale(torch.rand(d_in) * 4 + 0.1)
+    assert torch.equal(r.signs.sign(), plain.signs)
+    assert r.spec() == {**plain.spec(), "scaled": True}
+    q = naive_matrix(r)
+    x, weight = torch.randn(3, d_in), torch.randn(5, d_in)
+    torch.testing.assert_close(r.apply(x), x @ q.T, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(r.transpose(x), x @ q, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(r.apply_weight(weight), weight @ q.inverse(), atol=1e-4, rtol=1e-3)
+    # what is coded multiplies what is rotated, and decoding gives W back
+    product = r.apply_weight(weight) @ r.apply(x).T
+    torch.testing.assert_close(product, weight @ x.T, atol=1e-4, rtol=1e-3)
+    back = r.transpose(r.apply_weight(weight))
+    torch.testing.assert_close(back, weight, atol=2e-5, rtol=1e-4)
+    gram = x.T @ x
+    torch.testing.assert_close(r.apply_gram(gram), q @ gram @ q.T, atol=1e-3, rtol=1e-3)
+    stored = Rotation.from_stored(r.spec(), d_in, r.packed(), r.odd)
+    assert torch.equal(stored.apply(x), r.apply(x))
+    assert stored.scaled
+
+
+def test_bad_rotations_are_refused():
+    with pytest.raises(ValueError, match="no place"):
+        Rotation.make(16, "none").scale(torch.ones(16))
+    with pytest.raises(ValueError, match="factors already"):
+        Rotation.make(16).scale(torch.ones(16)).scale(torch.ones(16))
+    for bad in (0.0, -1.0, torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="finite and above 0"):
+            Rotation.make(16).scale(torch.full((16,), bad))
+    spec = {"kind": "full", "scaled": True}
+    with pytest.raises(FormatError, match="factors of inputs"):
+        Rotation.from_stored(spec, 16, torch.zeros(2, dtype=torch.uint8), None)
+    with pytest.raises(FormatError, match="expected 2 bytes"):
+        unpack_signs(torch.zeros(3, dtype=torch.uint8), 16)
+    with pytest.raises(FormatError, match="odd3"):
+        Rotation.from_stored({"kind": "full"}, 96, pack_signs(torch.ones(96)), None)
+    with pytest.raises(FormatError, match="unknown"):
+        Rotation.from_stored({"kind": "spiral"}, 96, pack_signs(torch.ones(96)), None)
+    with pytest.raises(ValueError, match="power of two"):
+        Rotation.make(96, "block", 48)
+    assert split_odd(1536) == (512, 3)

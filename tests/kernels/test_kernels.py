@@ -1,0 +1,567 @@
+"""Every kernel against naive arithmetic: the same tests for each one this machine supports.
+
+The reference is float64 on weights decoded by plain indexing in this file. Native programs
+(sanitizers, NEON under an emulator) are built and run by the tests marked slow.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dropbydrop import kernels
+from dropbydrop.coding.code import codebook_table, decode
+from dropbydrop.coding.rotation import Rotation
+from dropbydrop.errors import KernelError
+from dropbydrop.kernels import Bound, Matrix, layout, registry
+from dropbydrop.kernels._native import library
+from dropbydrop.kernels.cpu import ops
+
+NATIVE = Path(__file__).parents[2] / "native"
+NAMES = [kernel.name for kernel in registry.table()]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """The same numbers every time, and one thread: these products are too small for more."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=NAMES)
+def kernel(request) -> str:
+    found = next(k for k in registry.table() if k.name == request.param)
+    if not found.supported:
+        pytest.skip(f"{found.name}: {found.reason}")
+    return found.name
+
+
+def device(kernel: str) -> str:
+    """Where the tensors of a kernel must be; Triton's interpreter takes those of the CPU."""
+    return "cpu" if registry.by_name(kernel).takes("cpu") else "cuda"
+
+
+def native_only(name: str) -> str:
+    if name == "torch":
+        pytest.skip("torch has no tables")
+    if registry.by_name(name).gpu:
+        pytest.skip(f"{name} is no native kernel")
+    return name
+
+
+class Case:
+    """Random codes, codebooks, scales and inputs of one matrix, with its exact product."""
+
+    def __init__(self, rows, groups, planes, symmetric=True, n=1, outlier=False, seed=0):
+        gen = torch.Generator().manual_seed(seed + rows + 1000 * groups + planes)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=gen)
+
+        self.rows, self.groups, self.planes = rows, groups, planes
+        self.codes = [
+            torch.randint(0, 256, (rows, groups), generator=gen, dtype=torch.uint8)
+            for _ in range(planes)
+        ]
+        stored = [normal(128 if symmetric else 256, 8) * 0.5**m for m in range(planes)]
+        self.tables = [codebook_table(s, symmetric) for s in stored]
+        self.scales = torch.rand(rows, generator=gen) + 0.5
+        self.bias = normal(rows)
+        self.x = normal(n, groups * 8)
+        if outlier:  # about 20 times the rms of the row
+            for row in self.x:
+                row[torch.randint(0, groups * 8, (1,), generator=gen)] = 20.6
+        self.books = kernels.prepare_codebooks(self.tables, symmetric)
+        self.packed = kernels.pack(self.codes)
+        self.matrix = Matrix(self.packed, self.scales)
+
+    def weight(self, prefix: int) -> Tensor:
+        """Decoding by indexing, in float64."""
+        out = torch.zeros(self.rows, self.groups, 8, dtype=torch.float64)
+        for m in range(prefix):
+            out += self.tables[m].double()[self.codes[m].long()]
+        return out.view(self.rows, -1) * self.scales.double()[:, None]
+
+    def exact(self, prefix: int, x: Tensor | None = None) -> Tensor:
+        return (self.x if x is None else x).double() @ self.weight(prefix).T
+
+    def run(self, kernel: str, prefix: int, x: Tensor | None = None) -> Tensor:
+        identity = Rotation.make(self.groups * 8, "none")
+        place, x = device(kernel), self.x if x is None else x
+        matrix = Matrix(self.packed_for(kernel), self.scales.to(place))
+        return kernels.linear(x.to(place), matrix, self.books, identity, prefix, kernel).to(x)
+
+    def packed_for(self, kernel: str) -> layout.Packed:
+        """For GPU kernels the planes as they are stored, row major and not copied on the CPU."""
+        if not registry.by_name(kernel).gpu:
+            return self.packed
+        planes = tuple(plane.to(device(kernel)) for plane in self.codes)
+        return layout.Packed(planes, self.rows, self.groups, False)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def bound(kernel: str, outlier: bool = False) -> float:
+    if kernel == "torch":
+        return 1e-5
+    if kernel.endswith("-u8"):
+        return 0.08 if outlier else 0.02
+    if kernel == "cuda-i8":
+        return 0.08 if outlier else 0.03
+    return 1e-3
+
+
+class TestProduct:
+    def test_every_prefix(self, kernel):
+        case = Case(100, 20, 8, n=2)
+        for prefix in range(1, 9):
+            assert relative(case.run(kernel, prefix), case.exact(prefix)) < bound(kernel)
+
+    @pytest.mark.parametrize("symmetric", [True, False])
+    @pytest.mark.parametrize("groups", [1, 2, 8, 127, 129, 300])
+    def test_shapes(self, kernel, groups, symmetric):
+        for rows in (1, 63, 64, 65, 192, 300):
+            case = Case(rows, groups, 2, symmetric, n=3)
+            error = (case.run(kernel, 2) - case.exact(2)).norm()
+            # The size an output has on average: a few of them can cancel.
+            usual = case.weight(2).norm() * case.x.norm() / (8 * groups) ** 0.5
+            assert error / usual < bound(kernel)
+
+    def test_outliers(self, kernel):
+        for groups in (51, 72, 128, 200):
+            case = Case(96, groups, 3, n=4, outlier=True)
+            rms = case.x.square().mean(1).sqrt()
+            assert (case.x.abs().amax(1) / rms > 14).all()
+            got, want = case.run(kernel, 3), case.exact(3)
+            for i in range(4):
+                assert relative(got[i], want[i]) < bound(kernel, True)
+
+    def test_reads_only_its_planes(self, kernel):
+        case = Case(70, 9, 3)
+        before = case.run(kernel, 2)
+        case.packed.planes[2].random_(0, 256)
+        case.codes[2].random_(0, 256)
+        assert torch.equal(case.run(kernel, 2), before)
+
+    def test_rows_do_not_depend_on_company(self, kernel):
+        case = Case(130, 140, 3, n=16, outlier=True)
+        native_only(kernel)  # torch's own product is not batch-invariant
+        together = case.run(kernel, 3)
+        for n in range(1, 17):
+            assert torch.equal(case.run(kernel, 3, case.x[:n]), together[:n])
+            assert torch.equal(case.run(kernel, 3, case.x[16 - n :]), together[16 - n :])
+
+    def test_threads_do_not_change_bits(self, kernel):
+        case = Case(500, 130, 2, n=3)
+        native_only(kernel)
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(case.run(kernel, 2))
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+    def test_same_bits_on_every_instruction_set(self, kernel):
+        native_only(kernel)
+        reference = "portable-u8" if kernel.endswith("-u8") else "portable"
+        for symmetric in (True, False):
+            case = Case(150, 133, 3, symmetric, n=2, outlier=True)
+            assert torch.equal(case.run(kernel, 3), case.run(reference, 3))
+
+    def test_many_rows_take_the_dense_path(self, kernel):
+        rows = linear_module().few(registry.by_name(kernel), 2) + 1
+        case = Case(100, 9, 2, n=rows)
+        assert relative(case.run(kernel, 2), case.exact(2)) < 1e-5
+        if kernel != "torch" and rows > 17:  # more than are held at once, in two goes
+            fewer = case.run(kernel, 2, case.x[:-1])
+            assert torch.equal(fewer[16:20], case.run(kernel, 2, case.x[16:20]))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("n", [1, 5, 200])
+    def test_types_bias_and_sites(self, kernel, dtype, n):
+        q, k = Case(72, 18, 2, seed=1, n=n), Case(40, 18, 2, seed=2)
+        rotation = Rotation.make(144, seed=3)
+        x = q.x.to(dtype).view(n, 1, 144)
+        k.tables, k.books = q.tables, q.books
+        at = device(kernel)
+        matrices = [
+            Matrix(q.packed_for(kernel), q.scales.half().to(at)),
+            Matrix(k.packed_for(kernel), k.scales.to(at), k.bias.to(at, dtype)),
+        ]
+        q.scales = q.scales.half().float()
+        ys = kernels.linears(x.to(at), matrices, q.books, rotation.to(at), 2, kernel)
+        ys = [y.cpu() for y in ys]
+        rotated = rotation.apply(x.double()).view(n, 144)
+        wanted = [q.exact(2, rotated), k.exact(2, rotated) + k.bias.to(dtype).double()]
+        rounding = {torch.float32: 0, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+        if kernel == "triton" and got_truncated():
+            rounding *= 2  # inputs, weights and result are cut, not rounded
+        for y, want, rows in zip(ys, wanted, (72, 40), strict=True):
+            assert y.dtype == dtype
+            assert y.shape == (n, 1, rows)
+            assert relative(y.view(n, rows), want) < bound(kernel) + rounding
+
+    def test_nothing_and_nan(self, kernel):
+        case = Case(64, 140, 1)
+        assert not case.run(kernel, 1, torch.zeros(1, 1120)).any()
+        x = case.x.clone()
+        x[0, 1000] = float("nan")
+        assert case.run(kernel, 1, x).isnan().all()
+
+    def test_gradient_reaches_the_input(self, kernel):
+        case = Case(64, 8, 2)
+        x = case.x.clone().requires_grad_()
+        case.run(kernel, 2, x).sum().backward()
+        assert x.grad is not None
+        assert relative(x.grad[0], case.weight(2).sum(0)) < 1e-5
+
+
+def linear_module():
+    return sys.modules["dropbydrop.kernels.cpu.products"]
+
+
+def decode_dense(packed, books, scales, prefix, dtype, kernel):
+    """`kernels.decode_dense` where the kernel runs."""
+    at = device(kernel)
+    planes = tuple(plane.to(at) for plane in packed.planes)
+    packed = layout.Packed(planes, packed.rows, packed.groups, packed.tiled)
+    return kernels.decode_dense(packed, books, scales.to(at), prefix, dtype, kernel).cpu()
+
+
+def got_truncated() -> bool:
+    """Triton's interpreter cuts float32 to bfloat16 where every GPU rounds to nearest."""
+    return registry.triton_interpreted()
+
+
+class TestDecode:
+    @pytest.mark.parametrize("tiled", [True, False])
+    @pytest.mark.parametrize("prefix", [1, 4, 6])
+    def test_equals_reference_bit_for_bit(self, kernel, prefix, tiled):
+        if tiled and (library() is None or registry.by_name(kernel).gpu):
+            pytest.skip("no native library to pack with, or a kernel that reads rows")
+        for rows, groups, symmetric in [(70, 9, True), (1, 1, False), (64, 130, True)]:
+            case = Case(rows, groups, 6, symmetric)
+            packed = case.packed
+            if not tiled:
+                packed = layout.Packed(tuple(case.codes), rows, groups, False)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                for scales in (case.scales, case.scales.half()):
+                    got = decode_dense(packed, case.books, scales, prefix, dtype, kernel)
+                    want = decode(case.codes, case.tables, scales, prefix, dtype)
+                    if dtype == torch.bfloat16 and kernel == "triton" and got_truncated():
+                        whole = decode(case.codes, case.tables, scales, prefix)
+                        want = (whole.view(torch.int32) >> 16).to(torch.int16).view(dtype)
+                    assert got.dtype == dtype
+                    assert torch.equal(got, want)
+
+
+class TestRotation:
+    @pytest.mark.parametrize("scaled", [False, True])
+    @pytest.mark.parametrize("kind", ["full", "block", "none"])
+    def test_equals_reference(self, kernel, kind, scaled):
+        for d in (8, 16, 24, 64, 96, 576, 2048, 344):
+            rotation = Rotation.make(d, kind, 8 if kind == "block" else None, seed=d)
+            if scaled and kind != "none":
+                rotation = rotation.scale(torch.rand(d) + 0.5)
+            x = torch.randn(3, 2, d)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                at = device(kernel)
+                got = kernels.rotate(x.to(at, dtype), rotation.to(at), kernel).cpu()
+                want = rotation.apply(x.to(dtype).double())
+                assert got.dtype == torch.float32
+                assert (got - want).abs().max() < 1e-5
+
+
+class TestRows:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_product(self, kernel, dtype):
+        for count, d, n in ((9, 8, 1), (301, 72, 3), (1000, 576, 2), (7, 5001, 2), (50, 33, 40)):
+            weight = torch.randint(-127, 128, (count, d), dtype=torch.int8)
+            scales, bias = torch.rand(count).half() + 0.5, torch.randn(count)
+            x = torch.randn(n, 1, d).to(dtype)
+            want = x.double() @ weight.double().T * scales.double() + bias.to(dtype).double()
+            at = device(kernel)
+            parts = [part.to(at) for part in (x, weight, scales, bias)]
+            got = kernels.rows_linear(*parts, kernel).cpu()
+            assert got.dtype == dtype
+            assert got.shape == (n, 1, count)
+            limit = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+            assert relative(got, want) < limit
+
+    def test_extremes_fit(self, kernel):
+        for d in (512, 20000):
+            at = device(kernel)
+            weight = torch.full((5, d), -127, dtype=torch.int8, device=at)
+            ones = torch.ones(1, d, device=at), torch.ones(5, device=at)
+            got = kernels.rows_linear(ones[0], weight, ones[1], None, kernel)
+            assert ((got + 127 * d).abs() < 1e-4 * 127 * d).all()
+
+    def test_nan(self, kernel):
+        x = torch.ones(1, 64)
+        x[0, 3] = float("inf")
+        at = device(kernel)
+        weight, scales = torch.ones(5, 64, dtype=torch.int8, device=at), torch.ones(5, device=at)
+        assert not kernels.rows_linear(x.to(at), weight, scales, None, kernel).isfinite().any()
+
+    def test_refuses_other_rows(self, kernel):
+        with pytest.raises(ValueError, match="int8"):
+            kernels.rows_linear(torch.ones(1, 8), torch.ones(4, 8), torch.ones(4), None, kernel)
+
+
+@pytest.mark.skipif(library() is None, reason="the native library is not built")
+class TestLayout:
+    @pytest.mark.parametrize(
+        ("rows", "groups"), [(1, 1), (63, 5), (64, 128), (200, 300), (576, 72)]
+    )
+    def test_round_trip(self, rows, groups):
+        case = Case(rows, groups, 2)
+        assert case.packed.planes[0].numel() == -(-rows // 64) * 64 * groups
+        for got, want in zip(kernels.unpack(case.packed), case.codes, strict=True):
+            assert torch.equal(got, want)
+
+    def test_order(self):
+        """The documented order (native/kernels/geometry.h), spelled out."""
+        rows, groups = 150, 131
+        codes = torch.randint(0, 256, (rows, groups), dtype=torch.uint8)
+        packed, at = kernels.pack_plane(codes), 0
+        for block in range(0, groups, 64):
+            for strip in range(0, 192, 64):
+                for j in range(block, min(block + 64, groups)):
+                    for byte in range(64):
+                        row = strip + byte // 2 + 32 * (byte % 2)
+                        assert packed[at] == (codes[row, j] if row < rows else 0)
+                        at += 1
+        assert at == packed.numel()
+
+    def test_planes_can_be_added(self):
+        case = Case(70, 20, 3)
+        packed = kernels.pack(case.codes[:1]).extended(case.codes[1:])
+        assert all(map(torch.equal, packed.planes, case.packed.planes))
+        first = kernels.pack(case.codes[:1])
+        assert first.extended(case.codes[1:]).planes[0] is first.planes[0]
+
+    def test_refuses_other_codes(self):
+        with pytest.raises(ValueError, match="uint8"):
+            kernels.pack([torch.zeros(4, 4)])
+        with pytest.raises(ValueError, match="planes of"):
+            kernels.pack([torch.zeros(4, 4).byte(), torch.zeros(4, 5).byte()])
+
+
+class TestChoice:
+    def test_torch_is_always_there(self):
+        assert kernels.available()[-1].name == "torch"
+        assert kernels.select("torch").name == "torch"
+
+    def test_unknown_name(self):
+        with pytest.raises(KernelError, match=r"'sse9' is not in this build.*torch"):
+            kernels.select("sse9")
+        case = Case(8, 1, 1)
+        with pytest.raises(KernelError, match="sse9"):
+            case.run("sse9", 1)
+
+    def test_unsupported_name(self, monkeypatch):
+        missing = registry.Kernel("neon9", "", 99, False, "this processor lacks the instructions")
+        monkeypatch.setattr(registry, "table", lambda: (missing,))
+        with pytest.raises(KernelError, match="cannot run here: this processor lacks"):
+            registry.by_name("neon9")
+
+    def test_environment(self, monkeypatch):
+        for kernel in kernels.available():
+            monkeypatch.setenv(registry.VARIABLE, kernel.name)
+            assert kernels.select(device=device(kernel.name)) is kernel
+        monkeypatch.setenv(registry.VARIABLE, "sse9")
+        with pytest.raises(KernelError, match="sse9"):
+            kernels.select()
+        monkeypatch.delenv(registry.VARIABLE)
+        assert kernels.select() is kernels.available()[0]
+
+    def test_logs_what_runs(self, caplog):
+        registry._preferred.cache_clear()
+        with caplog.at_level("INFO", "dropbydrop.kernels"):
+            kernels.select()
+            kernels.select()
+        assert [kernels.select().name in record.message for record in caplog.records] == [True]
+
+    def test_describe(self):
+        lines = kernels.describe()
+        assert len(lines) == len(NAMES)
+        assert sum(line.startswith("*") for line in lines) == 1
+
+    def test_works_without_the_library(self, monkeypatch):
+        monkeypatch.setattr(layout, "library", lambda: None)
+        monkeypatch.setattr(registry, "table", lambda: registry_torch())
+        case = Case(70, 9, 2, n=2)
+        assert not case.packed.tiled
+        assert relative(case.run("torch", 2), case.exact(2)) < 1e-5
+        with pytest.raises(KernelError, match="native"):
+            kernels.pack_plane(case.codes[0], tiled=True)
+
+
+def registry_torch():
+    return (registry.Kernel("torch", "", -1, True, ""),)
+
+
+@pytest.mark.skipif(library() is None, reason="the native library is not built")
+class TestOperators:
+    def arguments(self, case: Case):
+        name = kernels.available()[0].name
+        groups, prefix = case.groups, 2
+        tables = ops.build_tables(case.x, case.books.prepared[:prefix], case.books.entries, name)
+        signs = torch.ones(groups * 8)
+        case.bound = Bound([case.matrix], case.books, Rotation.make(groups * 8), prefix)
+        job = case.bound.job  # holds the tensors whose addresses the operator is given
+        planes = list(case.packed.planes[:prefix])
+        books = list(case.books.prepared[:prefix])
+        drop = torch.ops.dropbydrop
+        return {
+            drop.rotate: (case.x, signs, None, groups * 8, name),
+            drop.build_tables: (case.x, books, 128, name),
+            drop.matvec: (
+                tables, planes, case.scales, None, case.rows, groups, 128, name, torch.float32,
+            ),
+            drop.site: (
+                case.x, signs, None, groups * 8, books, 128, planes, [case.scales], [case.bias],
+                [case.rows], name,
+            ),
+            drop.bound_site: (case.x, job.job, job.width, job.kernel),
+            drop.rows: (case.x, torch.ones(9, groups * 8, dtype=torch.int8), torch.ones(9), name),
+            drop.decode: (
+                planes, True, books, case.scales, case.rows, groups, 3, 40, torch.bfloat16, name,
+            ),
+        }  # fmt: skip
+
+    def test_fake_implementations_agree(self):
+        tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        case = Case(70, 16, 2, n=2)
+        for operator, arguments in self.arguments(case).items():
+            torch.library.opcheck(operator.default, arguments, test_utils=tests)
+
+    def test_refuses_a_job_that_is_none(self):
+        with pytest.raises(RuntimeError, match="site job"):
+            ops.bound_site(torch.zeros(1, 8), torch.zeros(200, dtype=torch.uint8), 64, 0)
+
+    def test_parts_equal_the_whole(self, kernel):
+        native_only(kernel)
+        case = Case(70, 16, 2, n=3)
+        rotation = Rotation.make(128)
+        index = registry.index(kernel)
+        assert ops.table_bytes(16, 2, 128, kernel) > 0
+        rotated = torch.ops.dropbydrop.rotate(case.x, rotation.signs, None, 128, kernel)
+        tables = torch.ops.dropbydrop.build_tables(rotated, case.books.prepared, 128, kernel)
+        y = torch.ops.dropbydrop.matvec(
+            tables, case.packed.planes, case.scales, None, 70, 16, 128, kernel, torch.float32
+        )
+        whole = Bound([case.matrix], case.books, rotation, 2, kernel)
+        assert torch.equal(whole(case.x)[0], y)
+        assert whole.job is not None
+        assert whole.job.kernel == index
+
+    def test_tables_do_not_depend_on_the_precision(self, kernel):
+        """The tables of P planes begin with those of fewer: q/k/v and all levels share them."""
+        native_only(kernel)
+        case = Case(8, 140, 3)
+        long = ops.build_tables(case.x, case.books.prepared, 128, kernel)
+        short = ops.build_tables(case.x, case.books.prepared[:2], 128, kernel)
+        size = len(registry_group_bytes(short, 140, 2))
+        assert torch.equal(long[:, :size], short[:, :size])
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_compile_sees_one_graph(self):
+        case = Case(70, 16, 2, n=1)
+        bound_matrix = Bound([case.matrix, case.matrix], case.books, Rotation.make(128), 2)
+        compiled = torch.compile(
+            lambda x: [y * 2 for y in bound_matrix(x)], fullgraph=True, backend="aot_eager"
+        )
+        for got, want in zip(compiled(case.x), bound_matrix(case.x), strict=True):
+            assert torch.equal(got, want * 2)
+
+    def test_export(self):
+        case = Case(70, 16, 2, n=1)
+        name = kernels.available()[0].name
+
+        class Module(torch.nn.Module):
+            def forward(self, x, p1, p2, b1, b2, scales):
+                return torch.ops.dropbydrop.site(
+                    x, None, None, 1, [b1, b2], 128, [p1, p2], [scales], [None], [70], name
+                )
+
+        arguments = (case.x, *case.packed.planes, *case.books.prepared, case.scales)
+        program = torch.export.export(Module(), arguments)
+        assert torch.equal(program.module()(*arguments).view(1, 70), case.run(name, 2))
+
+
+def registry_group_bytes(tables: Tensor, groups: int, prefix: int) -> range:
+    """Bytes of the entries, without the steps at the end (one float32 a plane and block)."""
+    steps = prefix * -(-groups // 64) * 4
+    row = tables.shape[1]
+    per_group = (row - steps) // (groups * prefix) // 128 * 128
+    return range(per_group * groups * prefix)
+
+
+def build_and_run(folder: Path, options: list[str], launcher: list[str]) -> str:
+    """Configure, build and run the native test program; its output."""
+    configure = ["cmake", "-S", str(NATIVE), "-B", str(folder), "-DDROPBYDROP_TESTS=ON", *options]
+    for command in (
+        configure,
+        ["cmake", "--build", str(folder), "--target", "test_kernels", "--parallel", "2"],
+        [*launcher, str(folder / "test_kernels")],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cmake"), reason="cmake is not installed")
+class TestNativeProgram:
+    @pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
+    @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+    def test_sanitizers(self, tmp_path, sanitizers):
+        out = build_and_run(tmp_path, [f"-DDROPBYDROP_SANITIZE={sanitizers}"], [])
+        assert "all kernels ok" in out
+
+    def test_neon_under_emulation(self, tmp_path):
+        compiler = shutil.which("aarch64-linux-gnu-g++")
+        emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+        if not compiler or not emulator:
+            pytest.skip("needs g++-aarch64-linux-gnu and qemu-user (Debian packages)")
+        out = build_and_run(
+            tmp_path,
+            [
+                f"-DCMAKE_CXX_COMPILER={compiler}",
+                "-DCMAKE_SYSTEM_NAME=Linux",
+                "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+            ],
+            [emulator, "-L", "/usr/aarch64-linux-gnu"],
+        )
+        assert "neon             ok" in out
+        assert "neon-u8          ok" in out
+
+    def test_installs_without_a_compiler(self, tmp_path):
+        tools = tmp_path / "bin"
+        tools.mkdir()
+        for tool in ("cmake", "make", "ninja", "uname"):
+            if path := shutil.which(tool):
+                (tools / tool).symlink_to(path)
+        environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC")}
+        build = str(tmp_path / "build")
+        for command in (["-S", str(NATIVE), "-B", build], ["--build", build], ["--install", build]):
+            done = subprocess.run(
+                ["cmake", *command],
+                env={**environment, "PATH": str(tools)},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr
+            if command[0] == "-S":
+                assert "No C++ compiler found" in done.stderr

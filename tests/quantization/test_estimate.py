@@ -1,0 +1,245 @@
+"""Estimates before a run: the extrapolation under a clock that we set, sizes, and no traces."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dropbydrop.cli import main as cli
+from dropbydrop.coding.encoder import Effort, encode_site
+from dropbydrop.data.calibration import load_windows
+from dropbydrop.errors import DropError
+from dropbydrop.models.block_runner import Walk
+from dropbydrop.quantization import config as order
+from dropbydrop.quantization import encode_blocks as life
+from dropbydrop.quantization import estimate as dry_run
+from dropbydrop.quantization import pipeline as quantize
+from tiny import save_tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_effort():
+    """The presets' search effort is for real models."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(order, "EFFORTS", dict.fromkeys(order.EFFORTS, Effort(2, 1, 0)))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("dry")
+    save_tiny(root / "model", "llama-tied", num_hidden_layers=5, intermediate_size=400)
+    save_tiny(root / "untied", "phi3")
+    (root / "text.txt").write_text(" ".join(str(i * 7919 % 1000) for i in range(3000)))
+    return root
+
+
+def job(place: Path, name: str = "model", **changes: Any) -> order.Job:
+    settings: dict[str, Any] = {
+        "calibration": place / "text.txt",
+        "preset": "fast",
+        "codebooks": "universal",
+        "seed": 0,
+        "head_bits": 8,
+        "windows": 16,
+        "seq_len": 64,
+        "device": "cpu",
+        "backend": None,
+    }
+    return order.prepare(place / name, (2, 3, 4), **{**settings, **changes})
+
+
+class Clock:
+    """Time passes only where the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("windows", [3, 4, 16, 18])
+def test_extrapolation(place: Path, monkeypatch: pytest.MonkeyPatch, windows: int) -> None:
+    """With known costs the estimate is what the whole run would add up to."""
+    clock = Clock()
+    monkeypatch.setattr(dry_run, "time", clock)
+    monkeypatch.setattr(dry_run, "_ROWS", 8)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    per_site, per_row, per_block, per_window = 7.0, 0.25, 3.0, 0.5
+    capture = Walk.capture
+    rows = []
+
+    def timed_capture(self: Walk, i: int, block: Any, hidden: Any, **kw: Any) -> Any:
+        clock.now += per_block + per_window * hidden.shape[0]
+        return capture(self, i, block, hidden, **kw)
+
+    def timed_site(weights: dict[str, Any], *args: Any) -> Any:
+        rows.append(len(weights["w"]))
+        clock.now += per_site + per_row * len(weights["w"])
+        return encode_site(weights, *args)
+
+    monkeypatch.setattr(Walk, "capture", timed_capture)
+    monkeypatch.setattr(dry_run, "encode_site", timed_site)
+    asked = job(place, windows=windows)
+    asked.walk.batch_tokens = 4 * 64  # four windows a batch
+    try:
+        estimate = dry_run.dry_run(asked, place / "out")
+    finally:
+        torch.set_num_threads(threads)
+    heights = {"qkv": 64 + 32 + 32, "o": 48, "gate_up": 800, "down": 48}
+    encode = 5 * sum(per_site + per_row * h for h in heights.values())
+    assert estimate.seconds["encode"] == pytest.approx(encode)
+    # the constant part of a capture cannot be told from one batch alone
+    activations = 5 * (per_block + per_window * windows)
+    exact = windows >= 8
+    assert estimate.seconds["activations"] == pytest.approx(activations, rel=1e-6 if exact else 0.3)
+    assert max(rows) <= 24  # it must not encode whole matrices of large models
+    assert estimate.seconds["total"] == pytest.approx(sum(list(estimate.seconds.values())[:-1]))
+
+
+@pytest.mark.parametrize("name", ["model", "untied"])
+@pytest.mark.parametrize("head_bits", [8, 16])
+def test_bytes(place: Path, tmp_path: Path, name: str, head_bits: int) -> None:
+    estimate = dry_run.dry_run(job(place, name, head_bits=head_bits, windows=3), tmp_path / "out")
+    made = quantize.quantize(
+        place / name,
+        tmp_path / "out",
+        calibration=place / "text.txt",
+        windows=3,
+        seq_len=64,
+        head_bits=head_bits,
+        progress=False,
+    )
+    size = sum(p.stat().st_size for p in made.out.iterdir())
+    assert estimate.bytes_out == pytest.approx(size, rel=0.15)  # tiny: headers are a third of it
+    assert estimate.bytes_most > estimate.bytes_out
+    kept = dry_run.dry_run(job(place, name, windows=3), tmp_path / "other", resume=True)
+    assert kept.bytes_most >= 2 * kept.bytes_out
+    assert 0.1 < estimate.peak_gib < 4
+
+
+def test_memory_counts_what_the_timed_part_has_not(place: Path) -> None:
+    asked = job(place, windows=2, seq_len=16)
+    block = dry_run._Block(asked)
+    small = block.peak()
+    block.job = replace(asked, windows=1_000_000)
+    assert block.peak() - small == 4 * (1_000_000 - 2) * 16 * 48
+
+
+def test_text_of_the_model_itself(place: Path, tmp_path: Path) -> None:
+    estimate = dry_run.dry_run(job(place, calibration="self", windows=4), tmp_path / "out")
+    assert estimate.seconds["calibrate"] > 0.01
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ready_windows_take_no_time(place: Path, tmp_path: Path) -> None:
+    asked = job(place)
+    text = load_windows(asked.calibration, asked.source.tokenizer(), 5, 48)
+    ready = job(place, calibration=text, windows=None)
+    assert (ready.windows, ready.seq_len) == (5, 48)
+    assert dry_run.dry_run(ready, tmp_path / "out").seconds["calibrate"] == 0
+
+
+def test_training_of_a_set_that_does_not_ship(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is part of the search, in the estimate as in the run."""
+    real, clock = dry_run.universal_set, Clock()
+
+    def slow(levels: tuple[int, ...]) -> torch.Tensor:
+        clock.now += 50
+        return real(levels)
+
+    for module in (dry_run, quantize):
+        monkeypatch.setattr(module, "universal_set", slow)
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(life, "time", clock)
+    expected = dry_run.dry_run(job(place, windows=3), tmp_path / "out")
+    found = quantize.quantize(
+        place / "model", tmp_path / "out", calibration=place / "text.txt", windows=3, seq_len=64,
+        progress=False,
+    )  # fmt: skip
+    assert found.seconds["encode"] == found.seconds["total"] == 50
+    assert expected.seconds["encode"] >= 50
+
+
+def test_refusals_come_first_and_nothing_is_left(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(DropError, match="exists"):
+        dry_run.dry_run(job(place), tmp_path / "out")
+    with pytest.raises(DropError, match="tokens"):
+        dry_run.dry_run(job(place, windows=9999), tmp_path / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_small_disk_is_said(place: Path, tmp_path: Path) -> None:
+    estimate = dry_run.dry_run(job(place, windows=3), tmp_path / "out")
+    assert "too small" not in str(estimate)
+    assert "busy" not in str(replace(estimate, load=0.1))
+    assert "busy (load 3.0 for each" in str(replace(estimate, load=3.0))
+    assert "too small" in str(replace(estimate, bytes_free=10))
+
+
+def test_the_command(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["dropbydrop", "quantize", place / "model", tmp_path / "out", "--calibration",
+            place / "text.txt", "--windows", 3, "--seq-len", 64, "--dry-run", "--json"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
+    cli.main()
+    captured = capsys.readouterr()
+    result = json.loads(captured.out.splitlines()[-1])
+    assert result["dry_run"] is True
+    assert set(result["seconds"]) == {"calibrate", "activations", "encode", "write", "total"}
+    assert result["bytes_out"] > 0
+    assert "free" in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_what_then_happens(tmp_path: Path) -> None:
+    """In fresh processes, as from the command line: memory and disk.
+
+    Not time: the machine may do something else in one of the two runs (see test_extrapolation).
+    """
+    model = save_tiny(
+        tmp_path / "model",
+        num_hidden_layers=4,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_attention_heads=8,
+        head_dim=64,
+    )
+    (tmp_path / "text.txt").write_text(" ".join(str(i * 7919 % 1000) for i in range(3000)))
+    command = [sys.executable, "-m", "dropbydrop", "quantize", model, tmp_path / "out", "--json",
+               "--calibration", tmp_path / "text.txt", "--windows", "8", "--seq-len", "128",
+               "--preset", "fast"]  # fmt: skip
+
+    def run(*more: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [*map(str, command), *more], capture_output=True, text=True, timeout=1800
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    expected, found = run("--dry-run"), run()
+    assert expected["peak_gib"] == pytest.approx(found["peak_gib"], rel=0.3)
+    size = sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
+    assert expected["bytes_out"] == pytest.approx(size, rel=0.05)
+    assert expected["seconds"].keys() == found["seconds"].keys()

@@ -1,0 +1,507 @@
+"""Loading at a precision, views on the same storage, and the modules behind them."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer
+
+import dropbydrop
+from dropbydrop import kernels
+from dropbydrop.checkpoint import Checkpoint, CheckpointWriter
+from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
+from dropbydrop.runtime import fused_decode
+from dropbydrop.runtime.load import store_of
+from dropbydrop.runtime.modules import NestedEmbedding, NestedHead, NestedLinear
+from helpers import VOCAB, decoded_reference, tiny_llama, tiny_model_folder, write_checkpoint
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+IDS = torch.randint(3, VOCAB, (2, 17), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("views") / "out")
+
+
+@pytest.fixture(scope="module")
+def model(out: Path) -> Any:
+    """The whole checkpoint in memory; tests must not change it, which one of them checks."""
+    return dropbydrop.load(out)
+
+
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+# ---------------------------------------------------------------------------------- loading
+
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "head in 16 bits": ({}, {"embedding_bits": 16}),
+    "untied head": ({"tie_word_embeddings": False}, {}),
+    "untied head in 16 bits": ({"tie_word_embeddings": False}, {"embedding_bits": 16}),
+    "biases": ({"attention_bias": True, "mlp_bias": True}, {}),
+    "scales per level": ({}, {"level_scales": True}),
+    "256 entries": ({}, {"sign_symmetric": False}),
+    "block rotation": ({}, {"rotation": "block"}),
+    "no rotation": ({}, {"rotation": "none"}),
+    "sharded planes": ({}, {"shard_bytes": 2000}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_those_of_the_decoded_weights(tmp_path: Path, variant: str) -> None:
+    base_settings, settings = VARIANTS[variant]
+    base = tiny_llama(**base_settings)
+    if base.config.attention_bias:
+        with torch.no_grad():
+            for name, parameter in base.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_()
+    out = write_checkpoint(tmp_path / "out", base, **settings)
+    whole = dropbydrop.load(out)
+    seen = []
+    for bits in (2, 3, 4):
+        model = dropbydrop.load(out, bits=bits)
+        assert dropbydrop.precision(model) == bits
+        assert not model.training
+        found, expected = logits(model), logits(decoded_reference(base, model))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found, logits(dropbydrop.at(whole, bits)))
+        seen.append(found)
+    assert (seen[0] - seen[1]).abs().max() > 0.01 < (seen[1] - seen[2]).abs().max()
+
+
+def test_dense_weight_against_a_naive_decoder(out: Path, model: Any) -> None:
+    """Entry by entry, with the dense matrix Q: W = scales * sum_m C_m[codes_m] Q."""
+    checkpoint = Checkpoint.open(out)
+    name = "model.layers.1.mlp.down_proj"  # d_in 96 = 32 * 3: the odd factor takes part
+    site = checkpoint.quantization.site_index[name]
+    rotation = checkpoint.read_rotation(site)
+    assert rotation.scaled
+    assert rotation.signs is not None
+    q = rotation.matrix().double()  # orthogonal up to the factors of its inputs
+    torch.testing.assert_close(q.T @ q, rotation.signs.double().square().diag(), atol=1e-6, rtol=0)
+    books, scales = checkpoint.read_codebooks("universal"), checkpoint.read(f"{name}.scales")
+    for bits in (2, 4):
+        rotated = torch.zeros(64, 96, dtype=torch.float64)
+        for m in range(1, bits + 1):
+            codes = checkpoint.read_codes(name, m)
+            for r in range(64):
+                for j in range(12):
+                    code = int(codes[r, j])
+                    entry = books[m - 1][code & 127].double() * (-1 if code & 128 else 1)
+                    rotated[r, 8 * j : 8 * j + 8] += entry
+        rotated *= scales.double()[:, None]
+        view = dropbydrop.at(model, bits)
+        weight = view.get_submodule(name).dense_weight()
+        torch.testing.assert_close(weight.double(), rotated @ q, atol=1e-5, rtol=0)
+
+
+def test_reads_only_the_planes_it_needs(out: Path, tmp_path: Path) -> None:
+    partial = Path(shutil.copytree(out, tmp_path / "partial"))
+    (partial / "plane-3.safetensors").unlink()
+    (partial / "plane-4.safetensors").write_bytes(b"never looked at")
+    two = dropbydrop.load(partial, bits=2)
+    assert torch.equal(logits(two), logits(dropbydrop.load(out, bits=2)))
+    codes = [name for name in two.state_dict() if ".codes." in name]
+    assert {name.rpartition(".")[2] for name in codes} == {"1", "2"}
+    with pytest.raises(MissingPlaneError, match=r"plane 3 is needed, .* ask for a lower precision"):
+        dropbydrop.load(partial)
+    with pytest.raises(PrecisionError, match=r"precision 5 is not a level .* has 2, 3, 4"):
+        dropbydrop.load(partial, bits=5)
+
+
+def test_load_gives_an_ordinary_model(out: Path, tmp_path: Path) -> None:
+    model = dropbydrop.load(out, bits=3)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.dtype == torch.float32
+    assert model.device.type == "cpu"
+    assert model.config.vocab_size == VOCAB
+    assert model.config.quantization_config.bits == 3
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    batch = tokenizer(["hello"], return_tensors="pt")
+    texts = model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert texts.shape == (1, 9)
+    # with a cache and token by token, as by one forward pass over everything
+    step = logits(model, texts[:, :-1]).argmax(-1)
+    assert torch.equal(step[:, -4:], texts[:, -4:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "bfloat16"])
+def test_dtypes(out: Path, dtype: Any) -> None:
+    model = dropbydrop.load(out, bits=3, dtype=dtype)
+    expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    assert model.dtype == logits(model).dtype == expected
+    kinds = {name.rpartition(".")[2]: t.dtype for name, t in model.state_dict().items()}
+    assert {kinds[m] for m in "123"} == {torch.uint8}
+    assert kinds["rows"] == torch.int8
+    assert kinds["scales"] == kinds["row_scales"] == torch.float16
+    assert kinds["weight"] == expected  # the norms
+    exact = logits(dropbydrop.load(out, bits=3))
+    error = (logits(model).float() - exact).norm() / exact.norm()
+    assert error < {torch.float32: 1e-6, torch.bfloat16: 0.04, torch.float16: 0.005}[expected]
+
+
+def test_rotation_of_16_bit_activations_rounds_once(out: Path) -> None:
+    """The product in bfloat16 is as exact as rounding x' and W' once allows."""
+    model = dropbydrop.load(out, bits=4)
+    module = model.model.layers[0].mlp.down_proj
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = module.rotated_weight()
+    exact = module.site.rotation.apply(x.double()) @ weight.double().T
+    once = F.linear(module.site.rotation.apply(x.float()).bfloat16(), weight.bfloat16())
+    twice = F.linear(module.site.rotation.apply(x), weight.bfloat16())
+
+    def error(y: Tensor) -> float:
+        return float((y.double() - exact).square().mean())
+
+    assert error(module(x)) <= 1.05 * error(once) < 0.9 * error(twice)
+
+
+def test_16_bit_head_does_not_overflow() -> None:
+    """127 * 8 * sqrt(d) exceeds float16; the logits themselves do not."""
+    head = NestedHead(5, 2048, None, tied=False)
+    head.rows = nn.Parameter(torch.full((5, 2048), 127, dtype=torch.int8), requires_grad=False)
+    head.row_scales = torch.full((5,), 1e-3).half()
+    y = head(torch.full((1, 2048), 1.0, dtype=torch.float16))
+    torch.testing.assert_close(y.float(), torch.full((1, 5), 2048 * 0.127), rtol=2e-3, atol=0)
+
+
+def test_a_large_head_goes_in_slabs(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    whole = logits(model)
+    monkeypatch.setattr("dropbydrop.kernels.int8_head._SLAB", 70)
+    torch.testing.assert_close(logits(model), whole)
+
+
+def test_nested_embedding(model: Any) -> None:
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, NestedEmbedding)
+    assert torch.equal(embedding(IDS), embedding.dense_weight()[IDS])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_load_to_a_gpu(out: Path) -> None:
+    model = dropbydrop.load(out, bits=4, device="cuda")
+    assert {t.device.type for t in model.state_dict().values()} == {"cuda"}
+    for bits in (4, 2):
+        expected = logits(dropbydrop.load(out, bits=bits))
+        found = logits(dropbydrop.at(model, bits), IDS.cuda()).cpu()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------ views
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
+
+
+def test_view_shares_every_byte_and_leaves_the_base_alone(out: Path) -> None:
+    base = dropbydrop.load(out)
+    before = logits(base)
+    pointers = {name: t.data_ptr() for name, t in tensors(base).items()}
+    config = base.config.to_json_string()
+    view = dropbydrop.at(base, 2)
+    assert dropbydrop.precision(view) == 2
+    assert view.config.quantization_config.bits == 2
+    found = tensors(view)
+    assert set(found) == {n for n in pointers if not n.endswith(("codes.3", "codes.4"))}
+    for name, tensor in found.items():
+        assert tensor.data_ptr() == pointers[name], name
+    assert torch.equal(logits(view), logits(dropbydrop.load(out, bits=2)))
+    # the base: same tensors, same outputs, same precision, same config
+    assert dropbydrop.precision(base) == 4
+    assert {name: t.data_ptr() for name, t in tensors(base).items()} == pointers
+    assert torch.equal(logits(base), before)
+    assert base.config.to_json_string() == config
+    # a view of a view, upwards again
+    again = dropbydrop.at(view, 4)
+    assert {name: t.data_ptr() for name, t in tensors(again).items()} == pointers
+    assert torch.equal(logits(again), before)
+    assert store_of(again) is store_of(base)
+
+
+def test_moving_a_view_does_not_move_the_base(out: Path) -> None:
+    base = dropbydrop.load(out)
+    view = dropbydrop.at(base, 2)
+    view.to(torch.bfloat16)
+    view.model.norm.weight.data.zero_()
+    assert base.dtype == torch.float32
+    assert base.model.norm.weight.abs().min() > 0
+    kinds = {name.rpartition(".")[2]: t.dtype for name, t in view.state_dict().items()}
+    assert kinds["scales"] == kinds["row_scales"] == torch.float16  # not rounded to bfloat16
+    assert kinds["1"] == torch.uint8
+    assert logits(dropbydrop.at(base, 2)).dtype == torch.float32
+    # moved to another device (meta stands for it), the base stays and still works
+    before = logits(base)
+    other = dropbydrop.at(base, 3).to("meta")
+    assert {t.device.type for t in other.state_dict().values()} == {"meta"}
+    assert torch.equal(logits(base), before)
+
+
+def test_casting_a_model(out: Path) -> None:
+    exact = dropbydrop.load(out, bits=3, dtype=torch.bfloat16)
+    cast = dropbydrop.load(out, bits=3).to(torch.bfloat16)
+    expected = exact.state_dict()
+    for name, tensor in cast.state_dict().items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+    assert logits(cast).dtype == torch.bfloat16
+    assert cast.get_input_embeddings()(IDS).dtype == torch.bfloat16
+
+
+def test_precision_cannot_be_set(model: Any) -> None:
+    module = model.model.layers[0].self_attn.q_proj
+    assert module.prefix == 4
+    with pytest.raises(PrecisionError, match=r"fixed at 4; .* dropbydrop.at\(model, 2\)"):
+        module.prefix = 2
+    with pytest.raises(PrecisionError, match=r"dropbydrop.at\(model, 2\)"):
+        model.config.quantization_config.bits = 2
+    assert dropbydrop.precision(model) == 4
+
+
+def test_planes_that_are_not_in_memory(out: Path) -> None:
+    base = dropbydrop.load(out, bits=2)
+    before = {name: t.data_ptr() for name, t in tensors(base).items()}
+    with pytest.raises(MissingPlaneError, match=r"dropbydrop.extend\(model, 4\), or load .*bits=4"):
+        dropbydrop.at(base, 4)
+    with pytest.raises(PrecisionError, match="it has 2, 3, 4"):
+        dropbydrop.at(base, 5)
+    with pytest.raises(PrecisionError, match="it has 2, 3, 4"):
+        dropbydrop.extend(base, 1)
+    dropbydrop.extend(base, 3)
+    three = dropbydrop.at(base, 3)
+    assert torch.equal(logits(three), logits(dropbydrop.load(out, bits=3)))
+    with pytest.raises(MissingPlaneError):
+        dropbydrop.at(base, 4)
+    dropbydrop.extend(three, 4)
+    dropbydrop.extend(three, 2)  # already there: nothing to do
+    assert torch.equal(logits(dropbydrop.at(base, 4)), logits(dropbydrop.load(out)))
+    assert dropbydrop.precision(base) == 2  # views keep their prefix
+    assert {name: t.data_ptr() for name, t in tensors(base).items()} == before
+    assert dropbydrop.at(base, 4).model.layers[0].mlp.up_proj.codes[3].data_ptr() == (
+        three.model.layers[0].mlp.up_proj.codes[3].data_ptr()
+    )
+
+
+def test_extend_to_a_plane_that_is_absent(out: Path, tmp_path: Path) -> None:
+    partial = Path(shutil.copytree(out, tmp_path / "partial"))
+    (partial / "plane-3.safetensors").unlink()
+    base = dropbydrop.load(partial, bits=2)
+    with pytest.raises(MissingPlaneError, match="plane 3 is needed"):
+        dropbydrop.extend(base, 4)
+    assert store_of(base).loaded == 2
+    shutil.copy(out / "plane-3.safetensors", partial)  # it arrives
+    dropbydrop.extend(base, 4)
+    assert torch.equal(logits(dropbydrop.at(base, 4)), logits(dropbydrop.load(out)))
+
+
+def test_two_threads_at_two_precisions(out: Path) -> None:
+    base = dropbydrop.load(out)
+    views = {bits: dropbydrop.at(base, bits) for bits in (2, 3, 4)}
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "min_new_tokens": 12}
+    alone = {bits: view.generate(IDS, **settings) for bits, view in views.items()}
+    assert not torch.equal(alone[2], alone[4])
+    store_of(base)._derived.clear()  # let the threads build shared values at the same moment
+    wrong: list[int] = []
+    start = threading.Barrier(4)
+
+    def work(bits: int) -> None:
+        start.wait()
+        for _ in range(4):
+            if not torch.equal(views[bits].generate(IDS, **settings), alone[bits]):
+                wrong.append(bits)
+
+    def make_views() -> None:
+        start.wait()
+        for _ in range(4):
+            for bits in (2, 3):
+                if not torch.equal(
+                    dropbydrop.at(base, bits).generate(IDS, **settings), alone[bits]
+                ):
+                    wrong.append(-bits)
+
+    threads = [threading.Thread(target=work, args=(bits,)) for bits in (2, 4)]
+    threads += [threading.Thread(target=make_views), threading.Thread(target=work, args=(3,))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_planes_arrive_while_a_view_generates(out: Path) -> None:
+    base = dropbydrop.load(out, bits=2)
+    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    alone = base.generate(IDS, **settings)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(base.generate(IDS, **settings)))
+    thread.start()
+    dropbydrop.extend(base, 4)
+    thread.join()
+    assert torch.equal(results[0], alone)
+    assert torch.equal(logits(dropbydrop.at(base, 4)), logits(dropbydrop.load(out)))
+
+
+def test_sites_are_shared_values(model: Any) -> None:
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    assert attention.q_proj.site is attention.k_proj.site is attention.v_proj.site
+    assert attention.q_proj.site is not attention.o_proj.site
+    assert attention.q_proj.site.tables is mlp.up_proj.site.tables  # one codebook set
+    assert dropbydrop.at(model, 2).model.layers[0].self_attn.q_proj.site is attention.q_proj.site
+
+
+def test_derived_values_are_built_once(model: Any) -> None:
+    store, built = store_of(model), []
+    start = threading.Barrier(8)
+
+    def work() -> None:
+        start.wait()
+        store.derived("test", lambda: built.append(1) or object())
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert built == [1]
+
+
+def test_a_view_does_not_inherit_compiled_code(model: Any) -> None:
+    base = dropbydrop.at(model, 3)
+    base._compiled_call = lambda *a, **k: "compiled for 3 bits"
+    assert not hasattr(dropbydrop.at(base, 2), "_compiled_call")
+    assert base._compiled_call() == "compiled for 3 bits"
+
+
+def test_copies_and_pickles(model: Any, tmp_path: Path) -> None:
+    twin = copy.deepcopy(model)  # an ordinary deep copy: own tensors, the same store
+    assert torch.equal(logits(twin), logits(model))
+    assert store_of(twin) is store_of(model)
+    with pytest.raises(DropError, match="cannot be pickled"):
+        torch.save(model, tmp_path / "model.pt")
+
+
+def test_only_our_models_have_views() -> None:
+    for function in (dropbydrop.precision, lambda model: dropbydrop.at(model, 2)):
+        with pytest.raises(DropError, match="LlamaForCausalLM was not loaded from a dropbydrop"):
+            function(tiny_llama())
+
+
+def test_parameters_per_level(out: Path, tmp_path: Path) -> None:
+    """`<parameter>.levels`: norms that differ between precisions (docs/format.md)."""
+    base = tiny_llama()
+    rows = torch.stack([base.model.norm.weight.detach() * f for f in (1, 2, 3)])
+    add = CheckpointWriter.add_tensor
+
+    def with_levels(self: Any, name: str, tensor: Tensor, **kwargs: Any) -> None:
+        if name == "model.norm.weight":
+            add(self, name, rows, per_level=True)
+        else:
+            add(self, name, tensor, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointWriter, "add_tensor", with_levels)
+        path = write_checkpoint(tmp_path / "levels", base)
+    model = dropbydrop.load(path)
+    for bits, factor in ((4, 3), (3, 2), (2, 1)):
+        view = dropbydrop.at(model, bits)
+        plain = logits(dropbydrop.load(out, bits=bits))
+        torch.testing.assert_close(logits(view), plain * factor, rtol=1e-4, atol=1e-4)
+        assert torch.equal(logits(dropbydrop.load(path, bits=bits)), logits(view))
+    assert torch.equal(model.model.norm.weight, rows[2])
+    pointer = model.model.norm.weight.data_ptr()
+    assert dropbydrop.at(model, 4).model.norm.weight.data_ptr() == pointer
+    assert dropbydrop.precision(model) == 4
+
+
+def test_loading_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="is not a folder"):
+        dropbydrop.load(tmp_path / "nothing")
+    with pytest.raises(FormatError, match="dropbydrop quantize MODEL OUT"):
+        dropbydrop.load(tiny_model_folder(tmp_path / "plain"))
+
+
+def test_modules_have_a_readable_form(model: Any) -> None:
+    text = repr(model)
+    assert "in_features=64, out_features=32, prefix=4, bias=False" in text
+    assert "NestedHead(in_features=64, out_features=300, tied=True)" in text
+    assert isinstance(model.model.layers[0].mlp.up_proj, NestedLinear)
+
+
+# ------------------------------------------------------------------------- the form of planes
+
+
+def test_planes_have_one_form_in_memory_and_another_on_disk(out: Path, model: Any) -> None:
+    """Held as the device's kernels read them; state_dict, decoding and moving do not show it."""
+    checkpoint, name = Checkpoint.open(out), "model.layers.0.mlp.down_proj"
+    codes = model.get_submodule(name).codes
+    native = kernels.select().native
+    assert {plane.dim() for plane in codes.tensors()} == ({1} if native else {2})
+    saved = model.state_dict()
+    for m in (1, 2, 3, 4):
+        stored = checkpoint.read_codes(name, m)
+        assert torch.equal(saved[f"{name}.codes.{m}"], stored)
+        assert torch.equal(codes.canonical()[m - 1], stored)
+    twin = dropbydrop.load(out)
+    twin.load_state_dict(saved)
+    assert torch.equal(logits(twin), logits(model))
+    moved = dropbydrop.at(model, 2).to("meta").get_submodule(name).codes
+    assert moved[2].shape == checkpoint.read_codes(name, 2).shape
+    assert codes[2].dim() == (1 if native else 2)  # the base stays
+
+
+def test_row_major_planes_give_the_same_weights(out: Path, model: Any) -> None:
+    name = "model.layers.1.self_attn.k_proj"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(kernels.registry.VARIABLE, "torch")
+        plain = dropbydrop.load(out)
+        assert plain.get_submodule(name).codes[1].dim() == 2
+        expected = [plain.get_submodule(name).rotated_weight(d) for d in DTYPES]
+        torch.testing.assert_close(logits(plain), logits(dropbydrop.load(out)))
+    for dtype, weight in zip(DTYPES, expected, strict=True):
+        assert torch.equal(model.get_submodule(name).rotated_weight(dtype), weight)
+
+
+# ------------------------------------------------------------------------------ native decoding
+
+
+def test_tokens_are_decoded_natively_and_equal_the_reference_path(out: Path) -> None:
+    """Every view, with the caches that `generate` makes; the reference is the model without it."""
+    base = dropbydrop.load(out)
+    settings = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    for bits in (2, 3, 4):
+        view = dropbydrop.at(base, bits)
+        assert fused_decode.native(view) == kernels.select().native
+        found = [
+            view.generate(IDS[:1], cache_implementation=kind, **settings)
+            for kind in (None, "static")
+        ]
+        fused_decode.detach(view)
+        assert fused_decode.how(view).startswith("through torch")
+        expected = view.generate(IDS[:1], **settings)
+        assert torch.equal(found[0], expected)
+        assert torch.equal(found[1], expected)
+    assert fused_decode.native(base) == kernels.select().native  # detached from the views alone
+
+
+def test_dense_and_adapted_models_decode_through_torch(out: Path) -> None:
+    model = dropbydrop.load(out, bits=2)
+    model.dequantize()
+    assert "Linear does not run from planes" in fused_decode.how(model)
+    ids = model.generate(IDS[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert ids.shape[1] == IDS.shape[1] + 3
