@@ -1,13 +1,13 @@
-"""Universal codebooks against learned ones: error, true bits and time, a site at a time.
+"""Universal codebooks against learned ones: error, true bits and time, an input group at a time.
 
     python benchmarks/codebooks.py [MODEL --text FILE --blocks 0,2] [--random 2048x2048,2048x8192]
         [--preset fast] [--threads 1]
 
-Encodes the sites of some blocks twice, with the universal set and with a set of the site's own, and
-with --random matrices of these sizes (d_out x d_in) with independent Gaussian weights and inputs of
-a spectrum that falls as 1/k. H comes from the first half of the windows; errors tr(E H E^T) /
-tr(W H W^T) are also under an H of the second half, which shows what a learned set has fitted to the
-sample.
+Encodes the input groups of some blocks twice, with the universal set and with a set of the input
+group's own, and with --random matrices of these sizes (d_out x d_in) with independent Gaussian
+weights and inputs of a spectrum that falls as 1/k. H comes from the first half of the windows;
+errors tr(E H E^T) / tr(W H W^T) are also under an H of the second half, which shows what a learned
+set has fitted to the sample.
 
 Learning takes further rounds of sweeps, which help the universal set too; "swept" is the universal
 set with as many. A set costs bits, so equal errors are not equal quality. The column before the
@@ -32,37 +32,44 @@ import torch
 from torch import Tensor
 
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
-from dropbydrop.coding.encoder import EFFORTS, Encoded, encode_site
-from dropbydrop.coding.learned_codebooks import ROUNDS, learn_site
+from dropbydrop.coding.encoder import EFFORTS, Encoded, encode_group
+from dropbydrop.coding.learned_codebooks import ROUNDS, learn_group
 from dropbydrop.coding.objective import weighted_errors
 from dropbydrop.coding.refit import prefixes
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.data.calibration import load_windows
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import resolve
 
 LEVELS = (2, 3, 4)
-Site = tuple[str, dict[str, Tensor], Tensor, Tensor]  # name, weights, H, H of other windows
+InputGroup = tuple[str, dict[str, Tensor], Tensor, Tensor]  # name, weights, H, H of other windows
 
 
-def model_sites(args: argparse.Namespace) -> Iterator[Site]:
-    """The sites of the chosen blocks."""
+def model_groups(args: argparse.Namespace) -> Iterator[InputGroup]:
+    """The input groups of the chosen blocks."""
     source, blocks = resolve(args.model), [int(i) for i in args.blocks.split(",")]
-    walk = Walk.open(source.folder)
+    runner = BlockRunner.open(source.folder)
     text = load_windows(args.text, source.tokenizer(), 2 * args.windows, 1024, seed=0)
-    hidden = walk.embed(text.ids)
+    hidden = runner.embed(text.ids)
     for i in range(max(blocks) + 1):
-        block = walk.block(i)
+        block = runner.block(i)
         if i in blocks:
-            one, two = (walk.capture(i, block, h) for h in hidden.split(args.windows))
-            for site in one.sites:
-                weights = {m: walk.read(f"{m}.weight", torch.float32) for m in site.modules}
-                yield site.name, weights, one.grams[site.name], two.grams[site.name]
-        hidden = walk.forward_block(i, block, hidden, out=hidden)
-        walk.release(i)
+            one, two = (runner.collect_statistics(i, block, h) for h in hidden.split(args.windows))
+            for input_group in one.input_groups:
+                weights = {
+                    m: runner.read(f"{m}.weight", torch.float32) for m in input_group.modules
+                }
+                yield (
+                    input_group.name,
+                    weights,
+                    one.grams[input_group.name],
+                    two.grams[input_group.name],
+                )
+        hidden = runner.forward_block(i, block, hidden, out=hidden)
+        runner.release(i)
 
 
-def random_site(d_out: int, d_in: int) -> Site:
+def random_group(d_out: int, d_in: int) -> InputGroup:
     """Independent weights [d_out, d_in]; inputs of a spectrum 1/k in a random basis."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(d_out, d_in, generator=generator)
@@ -72,13 +79,13 @@ def random_site(d_out: int, d_in: int) -> Site:
     return f"random {d_out} x {d_in}", {"w": weight}, h, h
 
 
-def all_sites(args: argparse.Namespace) -> Iterator[Site]:
+def all_groups(args: argparse.Namespace) -> Iterator[InputGroup]:
     """One after the other, so that only one H is held."""
     for size in args.random.split(",") if args.random else []:
         d_out, d_in = map(int, size.split("x"))
-        yield random_site(d_out, d_in)
+        yield random_group(d_out, d_in)
     if args.model:
-        yield from model_sites(args)
+        yield from model_groups(args)
 
 
 def errors(
@@ -88,7 +95,7 @@ def errors(
     rotation: Rotation,
     h: Tensor,
 ) -> list[float]:
-    """Relative error of a whole site at each level, its matrices stacked."""
+    """Relative error of a whole input group at each level, its matrices stacked."""
     stacked, decoded = torch.cat(list(weights.values())), []
     for level in range(len(LEVELS)):
         parts = [
@@ -118,15 +125,15 @@ def main() -> None:
     effort = EFFORTS[args.preset]
     print("site | bits | universal error; ratios to it: swept, learned; the same held out |")
     print("     | bits that the set costs, and is worth | seconds: universal, swept, learned")
-    for n, (name, weights, h, other) in enumerate(all_sites(args)):
+    for n, (name, weights, h, other) in enumerate(all_groups(args)):
         rotation = Rotation.make(h.shape[0], seed=n)
         rest = (weights, h, rotation, universal, LEVELS, lambdas)
         marks = [time.process_time()]
         coded: list[tuple[Mapping[str, Encoded], Tensor]] = []
         for rounds in (effort.rounds, effort.rounds + ROUNDS):
-            coded.append((encode_site(*rest, replace(effort, rounds=rounds)), universal))
+            coded.append((encode_group(*rest, replace(effort, rounds=rounds)), universal))
             marks.append(time.process_time())
-        coded.append(learn_site(*rest, effort))
+        coded.append(learn_group(*rest, effort))
         marks.append(time.process_time())
         count = sum(w.numel() for w in weights.values())
         seconds = [end - start for start, end in pairwise(marks)]

@@ -19,7 +19,7 @@ from dropbydrop.checkpoint import (
     Embeddings,
     PlaneSpec,
     QuantizationConfig,
-    SiteSpec,
+    StoredGroup,
 )
 from dropbydrop.coding.codebooks import UNIVERSAL, universal_set
 from dropbydrop.coding.rotation import Rotation
@@ -63,7 +63,7 @@ def random_checkpoint(b: Bench, folder: Path, blocks: int) -> Path:
     """A checkpoint of the run's shape with random codes: what loading and decoding need."""
     model = llama(b, blocks).cpu()
     planes = [PlaneSpec() for _ in range(LEVELS[-1])]
-    sites: list[SiteSpec] = []
+    input_groups: list[StoredGroup] = []
     with CheckpointWriter(folder) as writer:
         writer.add_codebook_set(UNIVERSAL, list(universal_set(LEVELS)))
         for i in range(blocks):
@@ -72,9 +72,11 @@ def random_checkpoint(b: Bench, folder: Path, blocks: int) -> Path:
                                 ("mlp", "gate up"), ("mlp", "down")):  # fmt: skip
                 names = [f"{place}.{kind}.{part}_proj" for part in parts.split()]
                 d_in = model.get_submodule(names[0]).in_features
-                turn = Rotation.make(d_in, seed=len(sites))
-                sites.append(SiteSpec(names[0], tuple(names), d_in, UNIVERSAL, turn.spec()))
-                writer.add_site(sites[-1], turn)
+                turn = Rotation.make(d_in, seed=len(input_groups))
+                input_groups.append(
+                    StoredGroup(names[0], tuple(names), d_in, UNIVERSAL, turn.spec())
+                )
+                writer.add_group(input_groups[-1], turn)
                 for name in names:
                     rows = model.get_submodule(name).out_features
                     codes = [
@@ -88,7 +90,7 @@ def random_checkpoint(b: Bench, folder: Path, blocks: int) -> Path:
             if parameter.dim() == 1:
                 writer.add_tensor(name, parameter.detach())
         quantization = QuantizationConfig(
-            LEVELS[-1], LEVELS, tuple(planes), tuple(sites), Embeddings(8, outer, False), {}
+            LEVELS[-1], LEVELS, tuple(planes), tuple(input_groups), Embeddings(8, outer, False), {}
         )
         config = json.loads(model.config.to_json_string(use_diff=False))
         config["architectures"] = [type(model).__name__]
@@ -144,8 +146,8 @@ def generate(b: Bench) -> dict[str, Any]:
 def quantize(b: Bench) -> dict[str, Any]:
     """Seconds of one block through chain, H and search; extrapolated to the model."""
     from dropbydrop.coding.codebooks import default_lambdas
-    from dropbydrop.coding.encoder import EFFORTS, encode_site
-    from dropbydrop.models.block_runner import Walk
+    from dropbydrop.coding.encoder import EFFORTS, encode_group
+    from dropbydrop.models.block_runner import BlockRunner
     from dropbydrop.quantization.encode_blocks import Run
 
     s = b.sizes
@@ -156,7 +158,7 @@ def quantize(b: Bench) -> dict[str, Any]:
     start = time.perf_counter()  # compiles kernels and starts libraries, once a run
     rotation = Rotation.make(small, seed=0).to(b.device)
     on_device, effort = codebooks.to(b.device), EFFORTS["balanced"]
-    encode_site({"": weight}, gram, rotation, on_device, LEVELS, default_lambdas(LEVELS), effort)
+    encode_group({"": weight}, gram, rotation, on_device, LEVELS, default_lambdas(LEVELS), effort)
     b.synchronize()
     warm = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
@@ -164,18 +166,18 @@ def quantize(b: Bench) -> dict[str, Any]:
         if b.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        walk = Walk.open(Path(folder) / "model", device=b.device)
+        runner = BlockRunner.open(Path(folder) / "model", device=b.device)
         ids = torch.randint(0, s.vocab, (s.windows, s.seq_len), device=b.device)
-        hidden = walk.embed(ids)
+        hidden = runner.embed(ids)
         marks = [time.perf_counter()]
         with suppress(Measured), CheckpointWriter(Path(folder) / "out") as writer:
             writer.add_codebook_set(UNIVERSAL, list(codebooks))
-            run = Run(walk, writer, LEVELS, codebooks, effort, 0, None)
-            block = walk.block(0)
-            captured = walk.capture(0, block, hidden, out=hidden)
+            run = Run(runner, writer, LEVELS, codebooks, effort, 0, None)
+            block = runner.block(0)
+            statistics = runner.collect_statistics(0, block, hidden, out=hidden)
             b.synchronize()
             marks.append(time.perf_counter())
-            run.encode_block(0, block, captured)
+            run.encode_block(0, block, statistics)
             b.synchronize()
             marks.append(time.perf_counter())
             raise Measured

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dropbydrop import kernels
-from dropbydrop.coding.code import codebook_table
+from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.codebooks import universal_set
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.kernels import Matrix, Packed
@@ -54,7 +54,7 @@ class Bench:
         self.partial: dict[str, Any] = {}  # of the step that runs, kept if it fails
         fitting = [k for k in kernels.available() if k.takes(self.device.type)]
         self.names = [k.name for k in fitting if k.gpu] or ["torch"]
-        self.tables = [codebook_table(book) for book in universal_set((2, 3, 4))]
+        self.tables = [expand_codebook(book) for book in universal_set((2, 3, 4))]
 
     def seconds(self, calls: list[Callable[[], object]]) -> float:
         """Median time of one call when all are done in turn; on a GPU replayed as one graph."""
@@ -101,7 +101,7 @@ class Bench:
         )
         return Packed(planes, d_out, d_in // 8, False)
 
-    def site(self, rows: Sequence[int], d_in: int, prefix: int, kernel: str) -> Products:
+    def input_group(self, rows: Sequence[int], d_in: int, prefix: int, kernel: str) -> Products:
         """Matrices of P random planes that share an input; the rotation is part of the product."""
         matrices = [
             Matrix(
@@ -115,7 +115,7 @@ class Bench:
 
 
 class Products(nn.Module):
-    """x -> W x for each matrix of a site, from planes, by a kernel of its name."""
+    """x -> W x for each matrix of an input group, from planes, by a kernel of its name."""
 
     def __init__(
         self,
@@ -128,10 +128,10 @@ class Products(nn.Module):
         super().__init__()
         if kernel == "torch":
             books = kernels.prepare_codebooks(tables, True)
-            self._call: Any = kernels.Bound(matrices, books, rotation, prefix, kernel)
+            self._call: Any = kernels.PreparedGroup(matrices, books, rotation, prefix, kernel)
         else:
             on_device = gpu.device_tables(tables, matrices[0].scales.device)
-            self._call = gpu.DeviceSite(matrices, on_device, rotation, prefix, kernel)
+            self._call = gpu.CudaGroup(matrices, on_device, rotation, prefix, kernel)
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         return self._call(x)

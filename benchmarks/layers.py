@@ -39,11 +39,11 @@ from torch import Tensor
 
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
-from dropbydrop.coding.encoder import EFFORTS, encode_site, site_rotation
+from dropbydrop.coding.encoder import EFFORTS, encode_group, group_rotation
 from dropbydrop.coding.objective import weighted_errors
 from dropbydrop.coding.refit import prefixes
 from dropbydrop.data.text_files import text_windows
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import resolve
 
 LEVELS = (2, 3, 4)
@@ -67,22 +67,24 @@ class Statistics(NamedTuple):
     held_out_later: Tensor  # without the first token of each window
 
 
-def statistics(walk: Walk, windows: Tensor, wanted: set[str]) -> dict[str, Statistics]:
+def statistics(runner: BlockRunner, windows: Tensor, wanted: set[str]) -> dict[str, Statistics]:
     """Module -> its statistics; the first half of windows [n, T] is that of the encoding."""
     n, t = windows.shape
-    own, held = walk.embed(windows[: n // 2]), walk.embed(windows[n // 2 :])
+    own, held = runner.embed(windows[: n // 2]), runner.embed(windows[n // 2 :])
     later = torch.ones(n - n // 2, t)
     later[:, 0] = 0
     found: dict[str, Statistics] = {}
-    for i in range(walk.num_blocks):
-        block = walk.block(i)
-        a = walk.capture(i, block, own, raw=True, out=own)
-        b = walk.capture(i, block, held, clip=math.inf, weights=later, raw=True, out=held)
-        for site in a.sites:
-            for module in wanted.intersection(site.modules):
-                name = site.name
+    for i in range(runner.num_blocks):
+        block = runner.block(i)
+        a = runner.collect_statistics(i, block, own, raw=True, out=own)
+        b = runner.collect_statistics(
+            i, block, held, clip=math.inf, weights=later, raw=True, out=held
+        )
+        for input_group in a.input_groups:
+            for module in wanted.intersection(input_group.modules):
+                name = input_group.name
                 found[module] = Statistics(a.raw[name], a.grams[name], b.raw[name], b.grams[name])
-        walk.release(i)
+        runner.release(i)
     return found
 
 
@@ -97,8 +99,10 @@ def nested(weight: Tensor, h: Tensor, seed: int, preset: str) -> tuple[list[Tens
     """Our one code decoded at every level, and its seconds."""
     codebooks, lambdas = universal_set(LEVELS), default_lambdas(LEVELS)
     start = time.perf_counter()
-    rotation = site_rotation({"w": weight}, h, seed)
-    code = encode_site({"w": weight}, h, rotation, codebooks, LEVELS, lambdas, EFFORTS[preset])["w"]
+    rotation = group_rotation({"w": weight}, h, seed)
+    code = encode_group({"w": weight}, h, rotation, codebooks, LEVELS, lambdas, EFFORTS[preset])[
+        "w"
+    ]
     seconds = time.perf_counter() - start
     scaled = code.scales.float()[:, None]
     decoded = prefixes(code.codes, codebooks, LEVELS)
@@ -203,18 +207,18 @@ def main() -> None:
         raise SystemExit(f"{args.out} has rows of other settings than {settings}; name another.")
 
     source = resolve(args.model)
-    walk = Walk.open(source.folder)
+    runner = BlockRunner.open(source.folder)
     module_of = {}
     for matrix in wanted:
         layer, kind = matrix.split()
-        module_of[matrix] = f"{walk.block_prefix(int(layer))}.{NAMES[kind]}"
+        module_of[matrix] = f"{runner.block_prefix(int(layer))}.{NAMES[kind]}"
     if todo := [matrix for matrix in wanted if matrix not in rows]:
         windows, _ = text_windows(args.text, source.tokenizer(), SEQ_LEN, WINDOWS)
-        found = statistics(walk, windows, {module_of[m] for m in todo})
+        found = statistics(runner, windows, {module_of[m] for m in todo})
         torch.set_num_threads(1)
         for matrix in todo:
             module = module_of[matrix]
-            weight = walk.read(f"{module}.weight", torch.float32)
+            weight = runner.read(f"{module}.weight", torch.float32)
             seed = wanted.index(matrix)
             row = measure(matrix, weight, found[module], seed, args.preset, not args.no_aqlm)
             rows[matrix] = row | {"settings": settings}

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from dropbydrop import kernels
-from dropbydrop.coding.code import codebook_table
+from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.evaluation.bench import topology
-from dropbydrop.kernels import Bound, Matrix, Packed
+from dropbydrop.kernels import Matrix, Packed, PreparedGroup
 from dropbydrop.kernels._native import library
 
 PREFIXES = (1, 2, 3, 4)
@@ -64,7 +64,7 @@ class Sweep:
 
 def random_books(prefix: int) -> kernels.Codebooks:
     stored = [torch.randn(128, 8) * 0.5**m for m in range(prefix)]
-    return kernels.prepare_codebooks([codebook_table(s) for s in stored], symmetric=True)
+    return kernels.prepare_codebooks([expand_codebook(s) for s in stored], symmetric=True)
 
 
 def product_sweeps(
@@ -79,14 +79,14 @@ def product_sweeps(
     for name in names:
         for prefix in PREFIXES:
             count = memory.numel() // (plane * prefix)
-            bound = [
-                Bound(
+            prepared = [
+                PreparedGroup(
                     [Matrix(Packed(tuple(planes.unbind()), rows, groups, True), scales)],
                     books, rotation, prefix, name,
                 )
                 for planes in memory[: count * plane * prefix].view(count, prefix, plane)
             ]  # fmt: skip
-            calls = [lambda site=site: site(x) for site in bound]
+            calls = [lambda input_group=input_group: input_group(x) for input_group in prepared]
             sweeps.append(Sweep(f"{name} P={prefix}", calls, plane * prefix))
     for dtype in (torch.bfloat16, torch.float32):
         size = rows * d_in * dtype.itemsize
@@ -155,13 +155,15 @@ def measure_crossover(args: argparse.Namespace, memory: Tensor) -> list[dict]:
         for n in (1, 2, 4, 8, 16, 32, 64, 128):
             line = f"{n:9}"
             for prefix in PREFIXES:
-                bound = Bound([matrix], books, rotation, prefix, args.kernels.split(",")[0])
-                bound.few = n  # tables whenever called
+                prepared = PreparedGroup(
+                    [matrix], books, rotation, prefix, args.kernels.split(",")[0]
+                )
+                prepared.few = n  # tables whenever called
                 best = []
                 for dtype in (torch.float32, torch.bfloat16):
                     x = torch.randn(n, d_in, dtype=dtype)
-                    dense = Sweep("dense", [lambda x=x, b=bound: b.dense(x)], 0)
-                    tables = Sweep("tables", [lambda x=x, b=bound: b(x)], 0)
+                    dense = Sweep("dense", [lambda x=x, b=prepared: b.dense(x)], 0)
+                    tables = Sweep("tables", [lambda x=x, b=prepared: b(x)], 0)
                     for _ in range(args.rounds):
                         dense.run()
                         tables.run()
@@ -195,12 +197,12 @@ def measure_errors(args: argparse.Namespace) -> list[dict]:
         for kernel in kernels.available():
             line = f"{kernel.name:24}"
             for prefix in PREFIXES:
-                bound = Bound([matrix], books, straight, prefix, kernel.name)
-                weight = bound.weight(torch.float64)
+                prepared = PreparedGroup([matrix], books, straight, prefix, kernel.name)
+                weight = prepared.weight(torch.float64)
                 errors = []
                 for x in (plain, peaked):
                     want = x.double() @ weight.T
-                    errors.append(float((bound(x)[0] - want).norm() / want.norm()))
+                    errors.append(float((prepared(x)[0] - want).norm() / want.norm()))
                 line += f"{errors[0]:11.1e}/{errors[1]:.1e} "
                 results.append(
                     {"name": kernel.name, "shape": [rows, d_in], "prefix": prefix,

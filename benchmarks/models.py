@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dropbydrop.checkpoint import CheckpointWriter
-from dropbydrop.checkpoint.config import Embeddings, PlaneSpec, QuantizationConfig, SiteSpec
+from dropbydrop.checkpoint.config import Embeddings, PlaneSpec, QuantizationConfig, StoredGroup
 from dropbydrop.coding.rotation import Rotation
 
 SIZES = {
@@ -35,17 +35,17 @@ def config_of(size: str) -> LlamaConfig:
     return LlamaConfig(**SIZES[size], max_position_embeddings=4096, eos_token_id=None)
 
 
-def _sites(model: LlamaForCausalLM) -> list[tuple[str, list[str]]]:
-    sites = []
+def _input_groups(model: LlamaForCausalLM) -> list[tuple[str, list[str]]]:
+    input_groups = []
     for i in range(len(model.model.layers)):
         block = f"model.layers.{i}"
-        sites += [
+        input_groups += [
             (f"{block}.qkv", [f"{block}.self_attn.{x}_proj" for x in "qkv"]),
             (f"{block}.o", [f"{block}.self_attn.o_proj"]),
             (f"{block}.gate_up", [f"{block}.mlp.{x}_proj" for x in ("gate", "up")]),
             (f"{block}.down", [f"{block}.mlp.down_proj"]),
         ]
-    return sites
+    return input_groups
 
 
 def random_checkpoint(folder: Path, size: str, seed: int = 0) -> Path:
@@ -59,14 +59,14 @@ def random_checkpoint(folder: Path, size: str, seed: int = 0) -> Path:
     planes = tuple(PlaneSpec(sign_symmetric=True) for _ in range(max(LEVELS)))
     books = [torch.randn(p.stored_entries, p.group, generator=generator) for p in planes]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    sites, done = [], set()
+    input_groups, done = [], set()
     with CheckpointWriter(folder) as writer:
         writer.add_codebook_set("random", [(b / 2**m).half() for m, b in enumerate(books)])
-        for name, modules in _sites(model):
+        for name, modules in _input_groups(model):
             d_in = model.get_submodule(modules[0]).in_features
-            rotation = Rotation.make(d_in, seed=len(sites))
-            sites.append(SiteSpec(name, tuple(modules), d_in, "random", rotation.spec()))
-            writer.add_site(sites[-1], rotation)
+            rotation = Rotation.make(d_in, seed=len(input_groups))
+            input_groups.append(StoredGroup(name, tuple(modules), d_in, "random", rotation.spec()))
+            writer.add_group(input_groups[-1], rotation)
             for module in modules:
                 rows = model.get_submodule(module).out_features
                 codes = [_bytes((rows, d_in // 8), generator) for _ in planes]
@@ -83,15 +83,17 @@ def random_checkpoint(folder: Path, size: str, seed: int = 0) -> Path:
             if name not in done:  # norms
                 writer.add_tensor(name, torch.ones(parameter.shape))
         described = QuantizationConfig(
-            max(LEVELS), LEVELS, planes, tuple(sites), Embeddings(8, tuple(tables), tied),
+            max(LEVELS), LEVELS, planes, tuple(input_groups), Embeddings(8, tuple(tables), tied),
             {"base_model": f"random {size}", "seed": seed},
         )  # fmt: skip
         plain = json.loads(config.to_json_string(use_diff=False))
         plain |= {"architectures": ["LlamaForCausalLM"], "dtype": "float32"}
         total = sum(parameter.numel() for parameter in model.parameters())
-        # an average number of bits needs some errors to go by; here all sites are alike
+        # an average number of bits needs some errors to go by; here all input groups are alike
         errors = {str(p): 4.0**-p for p in LEVELS}
-        lines = [json.dumps({"module": m, "rel_error": errors}) for s in sites for m in s.modules]
+        lines = [
+            json.dumps({"module": m, "rel_error": errors}) for s in input_groups for m in s.modules
+        ]
         log = {"quantize-log.jsonl": "\n".join(lines).encode()}
         return writer.finish(plain, described, log, {"total": total})
 

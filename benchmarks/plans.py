@@ -99,7 +99,7 @@ def main() -> None:
         average = plan.average_bits(checkpoint)
         line = between(checkpoint.levels, average, at_levels)
         saved, interval = saving(kls[name], line)
-        predicted = sum(known.losses[site][p] for site, p in plan.prefixes.items())
+        predicted = sum(known.losses[input_group][p] for input_group, p in plan.prefixes.items())
         row = {
             "bits": average,
             "true_bits": plan.true_bits(checkpoint),

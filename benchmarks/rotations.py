@@ -32,14 +32,14 @@ from transformers import AutoModelForCausalLM
 
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
-from dropbydrop.coding.encoder import EFFORTS, encode_site
+from dropbydrop.coding.encoder import EFFORTS, encode_group
 from dropbydrop.coding.objective import weighted_errors
 from dropbydrop.coding.refit import prefixes
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.data.calibration import load_windows
 from dropbydrop.data.text_files import text_windows
 from dropbydrop.evaluation.perplexity import evaluate
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import resolve
 
 LEVELS = (2, 3, 4)
@@ -65,7 +65,7 @@ def decode(weight: Tensor, h: Tensor, variant: str, seed: int, effort: str) -> l
         coded = energy.argsort(descending=True)[GROUP:].sort().values
     rotation, books = make(variant, len(coded), seed), universal_set(LEVELS)
     part = weight[:, coded].contiguous()
-    found = encode_site(
+    found = encode_group(
         {"w": part},
         h[coded][:, coded].contiguous(),
         rotation,
@@ -102,9 +102,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     source = resolve(args.model)
-    walk = Walk.open(source.folder)
-    chosen = range(walk.num_blocks) if args.whole else [int(i) for i in args.blocks.split(",")]
-    hidden = walk.embed(
+    runner = BlockRunner.open(source.folder)
+    chosen = range(runner.num_blocks) if args.whole else [int(i) for i in args.blocks.split(",")]
+    hidden = runner.embed(
         load_windows(args.text, source.tokenizer(), 2 * args.windows, 1024, seed=0).ids
     )
     logs: dict[tuple[str, str, int], list[float]] = defaultdict(list)
@@ -113,17 +113,17 @@ def main() -> None:
     weights: dict[str, dict[str, Tensor]] = defaultdict(dict)  # variant and level -> module -> W
     kinds: dict[str, str] = {}
     for i in range(max(chosen) + 1):
-        block = walk.block(i)
+        block = runner.block(i)
         if i not in chosen:
-            walk.forward_block(i, block, hidden, out=hidden)
-            walk.release(i)
+            runner.forward_block(i, block, hidden, out=hidden)
+            runner.release(i)
             continue
         halves = hidden.split(args.windows)
-        one, two = (walk.capture(i, block, half, out=half) for half in halves)
-        for n, site in enumerate(one.sites):
-            h, other = one.grams[site.name], two.grams[site.name]
-            for module in site.modules:
-                weight = walk.read(f"{module}.weight", torch.float32)
+        one, two = (runner.collect_statistics(i, block, half, out=half) for half in halves)
+        for n, input_group in enumerate(one.input_groups):
+            h, other = one.grams[input_group.name], two.grams[input_group.name]
+            for module in input_group.modules:
+                weight = runner.read(f"{module}.weight", torch.float32)
                 share = ((weight @ h) * weight).sum(0)
                 outlier = float(share.max() / share.sum()) > SHARE
                 kinds[module] = "outlier" if outlier else "ordinary"
@@ -138,7 +138,7 @@ def main() -> None:
                         bits[key].append(true_bits(variant, p, *weight.shape))
                         if args.whole:
                             weights[f"{variant}, {p} bits"][module] = w.half()
-        walk.release(i)
+        runner.release(i)
         print(f"block {i} done", flush=True)
     rows = []
     for kind in ("ordinary", "outlier"):

@@ -16,7 +16,7 @@ from dropbydrop.checkpoint import (
     Embeddings,
     PlaneSpec,
     QuantizationConfig,
-    SiteSpec,
+    StoredGroup,
 )
 from dropbydrop.coding.rotation import Rotation
 
@@ -75,8 +75,8 @@ def tiny_model_folder(folder: Path, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
-def input_sites(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
-    """(name, modules) of the input sites of a Llama: q/k/v, o, gate/up, down of each block."""
+def llama_groups(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
+    """(name, modules) of the input groups of a Llama: q/k/v, o, gate/up, down of each block."""
     for i in range(model.config.num_hidden_layers):  # type: ignore[union-attr]
         block = f"model.layers.{i}"
         yield f"{block}.qkv", [f"{block}.self_attn.{n}_proj" for n in "qkv"]
@@ -117,15 +117,15 @@ def write_checkpoint(
     generator = torch.Generator().manual_seed(seed)
     planes = [PlaneSpec(sign_symmetric=sign_symmetric) for _ in range(max(levels))]
     tied = bool(model.config.tie_word_embeddings)
-    sites, done = [], set()
+    input_groups, done = [], set()
     with CheckpointWriter(out, **writer) as ck:
         ck.add_codebook_set("universal", random_codebooks(planes, seed))
-        for index, (name, modules) in enumerate(input_sites(model)):
+        for index, (name, modules) in enumerate(llama_groups(model)):
             d_in = model.get_submodule(modules[0]).in_features
-            turn = site_turn(index, d_in, rotation)
-            site = SiteSpec(name, tuple(modules), d_in, "universal", turn.spec())
-            sites.append(site)
-            ck.add_site(site, turn)
+            turn = group_turn(index, d_in, rotation)
+            input_group = StoredGroup(name, tuple(modules), d_in, "universal", turn.spec())
+            input_groups.append(input_group)
+            ck.add_group(input_group, turn)
             for module in modules:
                 linear = model.get_submodule(module)
                 shape = (linear.out_features, d_in // 8)
@@ -149,7 +149,7 @@ def write_checkpoint(
             max(levels),
             tuple(levels),
             tuple(planes),
-            tuple(sites),
+            tuple(input_groups),
             Embeddings(embedding_bits, tuple(modules), tied),
             {"base_model": "tiny", "seed": seed},
         )
@@ -163,8 +163,8 @@ def write_checkpoint(
         return ck.finish(config, quantization, files, {"total": total})
 
 
-def site_turn(index: int, d_in: int, kind: str = "full") -> Rotation:
-    """The rotation of site `index`: every second one has factors of inputs."""
+def group_turn(index: int, d_in: int, kind: str = "full") -> Rotation:
+    """The rotation of input group `index`: every second one has factors of inputs."""
     turn = Rotation.make(d_in, kind, 32 if kind == "block" else None, seed=index)
     plain = kind == "none" or index % 2 == 0
     return turn if plain else turn.scale(torch.linspace(0.7, 1.4, d_in))

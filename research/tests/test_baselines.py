@@ -9,8 +9,8 @@ from functools import lru_cache
 import pytest
 import torch
 from dropbydrop_research import baselines
-from dropbydrop_research.baselines import METHODS, Site, choose
-from dropbydrop_research.baselines import any_precision as tables
+from dropbydrop_research.baselines import METHODS, GroupProblem, choose
+from dropbydrop_research.baselines import any_precision as entries
 from dropbydrop_research.baselines import matryoshka as integers
 from dropbydrop_research.baselines.additive import (
     Additive,
@@ -196,7 +196,7 @@ def test_matryoshka_is_the_column_loop_with_averaged_feedback() -> None:
 def test_matryoshka_levels_are_slices_of_one_file() -> None:
     weight, h = problem()
     master = integers.encode(weight, h, [2, 3, 4])
-    suite = METHODS["matryoshka"].encode(Site({"w": weight}, h), [2, 3, 4])["w"]
+    suite = METHODS["matryoshka"].encode(GroupProblem({"w": weight}, h), [2, 3, 4])["w"]
     for level, served in suite.levels.items():
         codes = torch.tensor([[slice_ref(int(q), 4, level) for q in row] for row in master.codes])
         group = torch.arange(144) // 64
@@ -222,8 +222,8 @@ def spread(values: Tensor, f: Tensor) -> float:
 def test_any_precision_splits_every_cluster_at_its_best_place() -> None:
     weight, h = problem(d_in=64)
     f = h.diagonal().double()
-    parent = tables.encode(weight, f, [3]).codes
-    child = tables.encode(weight, f, [3, 4])
+    parent = entries.encode(weight, f, [3]).codes
+    child = entries.encode(weight, f, [3, 4])
     for i, c in itertools.product(range(6), range(8)):
         member = parent[i] == c
         values, mass = weight[i, member].double(), f[member]
@@ -242,9 +242,9 @@ def test_any_precision_splits_every_cluster_at_its_best_place() -> None:
 def test_any_precision_nests_bit_for_bit() -> None:
     weight, h = problem()
     f = h.diagonal()
-    top = tables.encode(weight, f, [3, 4, 5])
+    top = entries.encode(weight, f, [3, 4, 5])
     for level in (3, 4):
-        alone = tables.encode(weight, f, [level])
+        alone = entries.encode(weight, f, [level])
         assert torch.equal(top.codes >> (5 - level), alone.codes)
         assert torch.equal(top.values[level], alone.values[level])
         assert torch.equal(top.decode(level), alone.decode(level))
@@ -253,7 +253,7 @@ def test_any_precision_nests_bit_for_bit() -> None:
 def test_any_precision_seed_is_a_fixed_point_of_kmeans() -> None:
     weight, h = problem()
     f = h.diagonal().double()
-    found = tables.encode(weight, f, [3])
+    found = entries.encode(weight, f, [3])
     assert found.values[3].diff(dim=1).min() >= 0
     distance = (weight[..., None] - found.values[3][:, None]).abs()
     nearest = distance.argmin(-1)
@@ -267,7 +267,7 @@ def test_any_precision_seed_is_a_fixed_point_of_kmeans() -> None:
 def test_any_precision_with_few_and_equal_values() -> None:
     weight = torch.zeros(2, 16)
     weight[1, 3] = 1.0
-    found = tables.encode(weight, torch.ones(16), [3, 4])
+    found = entries.encode(weight, torch.ones(16), [3, 4])
     for level in (3, 4):
         assert torch.equal(found.decode(level), weight)
 
@@ -453,21 +453,24 @@ def test_every_method_serves_a_site(name: str, monkeypatch: pytest.MonkeyPatch) 
         one = getattr(module, module.__name__.rpartition(".")[2])
         monkeypatch.setattr(one, "__defaults__", (SHORT, 0))
     weight, h = problem(96, 80)
-    site, method = Site({"a": weight, "b": weight[:64] * 2}, h, preset="fast"), METHODS[name]
+    input_group, method = (
+        GroupProblem({"a": weight, "b": weight[:64] * 2}, h, preset="fast"),
+        METHODS[name],
+    )
     levels = method.serves([2, 3, 4])
-    suites = method.encode(site, levels)
+    suites = method.encode(input_group, levels)
     assert list(suites) == ["a", "b"]
     for module, suite in suites.items():
         assert sorted(suite.levels) == levels
         assert len(suite.files) == (1 if method.nested else len(levels))
         assert suite.stored >= suite.levels[4].bytes
         decoded = [suite.levels[p].weight for p in levels]
-        errors = weighted_errors(site.weights[module], decoded, h)
+        errors = weighted_errors(input_group.weights[module], decoded, h)
         if name != "paper-weights":  # its levels between are what its codes give
             assert errors == sorted(errors, reverse=True)
         assert errors[-1] < min(0.03, errors[0])
         for p in levels:
-            assert suite.levels[p].weight.shape == site.weights[module].shape
+            assert suite.levels[p].weight.shape == input_group.weights[module].shape
             assert suite.levels[p].true_bits > p
     assert method.sources()
 
@@ -475,19 +478,19 @@ def test_every_method_serves_a_site(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_bytes_of_our_codes_are_those_of_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines.drop, "codebooks_for", quick_set)
     weight, h = problem(16, 48)
-    site = Site({"a": weight, "b": weight[:8]}, h, preset="fast")
-    suites = METHODS["drop"].encode(site, [1, 2])
-    inputs = 48  # signs and factors, once a site
+    input_group = GroupProblem({"a": weight, "b": weight[:8]}, h, preset="fast")
+    suites = METHODS["drop"].encode(input_group, [1, 2])
+    inputs = 48  # signs and factors, once an input group
     assert suites["a"].levels[2].bytes == 2 * 16 * 6 + 2 * 16 + inputs
     assert suites["b"].levels[2].bytes == 2 * 8 * 6 + 2 * 8
     assert suites["b"].levels[1].bytes == 8 * 6 + 2 * 8
     # 128 stored entries of 8 float16 values a plane; odd factors 3 and 5 in float32
     assert METHODS["drop"].shared(2, {48, 96, 80, 64}) == 2 * 128 * 8 * 2 + 4 * (9 + 25)
-    alone = METHODS["dedicated"].encode(site, [1, 2])
+    alone = METHODS["dedicated"].encode(input_group, [1, 2])
     for p in (1, 2):
         assert alone["a"].levels[p].bytes == suites["a"].levels[p].bytes
     assert torch.equal(alone["a"].levels[1].weight,
-                       METHODS["drop"].encode(site, [1])["a"].levels[1].weight)  # fmt: skip
+                       METHODS["drop"].encode(input_group, [1])["a"].levels[1].weight)  # fmt: skip
 
 
 def test_weights_of_the_paper_are_on_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,13 +502,13 @@ def test_weights_of_the_paper_are_on_the_ends(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(baselines.drop, "codebooks_for", remember)
     weight, h = problem(48, 64)
-    site = Site({"a": weight}, h, preset="fast")
-    suite = METHODS["paper-weights"].encode(site, [2, 3, 4])["a"]
+    input_group = GroupProblem({"a": weight}, h, preset="fast")
+    suite = METHODS["paper-weights"].encode(input_group, [2, 3, 4])["a"]
     METHODS["paper-weights"].prepare([4, 2, 3])
     assert trained == [((2, 4), (0.5, 0.5))] * 2
     # nested: decoded level 3 lies between the others, one plane apart
     assert [suite.levels[p].bytes - suite.levels[2].bytes for p in (3, 4)] == [48 * 8, 2 * 48 * 8]
-    default = METHODS["drop"].encode(site, [2, 3, 4])["a"]
+    default = METHODS["drop"].encode(input_group, [2, 3, 4])["a"]
     errors = [weighted_errors(weight, [s.levels[p].weight for p in (2, 3, 4)], h)
               for s in (suite, default)]  # fmt: skip
     assert errors[0][0] < errors[1][0]  # one half on raw errors favours the lowest level

@@ -21,7 +21,7 @@ from dropbydrop.cli import main as cli
 from dropbydrop.coding.codebooks import default_lambdas, train
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import CalibrationError, FormatError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import Source, cache_dir, load_tokenizer
 from dropbydrop.models.statistics import CLIP
 from dropbydrop.quantization import config as order
@@ -76,11 +76,11 @@ def test_statistics_are_measured_once_and_named_by_what_decides_them(
     source = Source("tiny", root / "llama")
     options = Statistics(str(root / "text.txt"), None, 8, 64, 0)
     first = grams_for(source, options, tmp_path)
-    site = next(iter(first))
-    assert site.tokens == 8 * 64
-    assert site.clip == CLIP
-    assert site.held is not None
-    assert not torch.equal(site.held, site.gram)
+    input_group = next(iter(first))
+    assert input_group.tokens == 8 * 64
+    assert input_group.clip == CLIP
+    assert input_group.held is not None
+    assert not torch.equal(input_group.held, input_group.gram)
     assert find_grams(source.folder, tmp_path).folder == first.folder
     with monkeypatch.context() as patch:
         patch.setattr(cache, "collect", lambda *a, **k: pytest.fail("measured again"))
@@ -149,11 +149,11 @@ def test_gaussian(
 def test_bound_of_a_model(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("bound", root / "llama", "--bits", "1,3", "--calibration", root / "text.txt",
                *SIZES, "--json") == 0  # fmt: skip
-    captured = capsys.readouterr()
-    result = json.loads(captured.out.splitlines()[-1])
+    statistics = capsys.readouterr()
+    result = json.loads(statistics.out.splitlines()[-1])
     assert result["rates"] == {"1": 1.0, "3": 3.0}
     assert result["summary"]["1"]["reached"] is None
-    assert "hardest matrices" in captured.err
+    assert "hardest matrices" in statistics.err
     for row in result["matrices"]:
         assert 0 < row["levels"]["3"]["bound"] < row["levels"]["1"]["bound"] < 1
 
@@ -178,11 +178,11 @@ def test_bound_of_a_checkpoint(
     ranking = result["ranking"]["2"]
     assert len(ranking) == 21
     loaded = dropbydrop.load(root / "out", bits=2)
-    walk = Walk.open(root / "llama")
+    runner = BlockRunner.open(root / "llama")
     options = Statistics(str(root / "text.txt"), None, 8, 64, 0)
     grams = {m: s.gram for s in grams_for(Source("", root / "llama"), options) for m in s.modules}
     for row in ranking[:3]:
-        w = read_weight(walk, row["module"])
+        w = read_weight(runner, row["module"])
         w_hat = loaded.get_submodule(row["module"]).dense_weight(torch.float32)
         h = grams[row["module"]]
         error = weighted_distortion(w, w_hat, h) / weighted_distortion(w, 0 * w, h)
@@ -209,12 +209,12 @@ def test_refinement_and_cached_codebooks(
     monkeypatch.setattr(encode, "ships", lambda levels: False)
     options = ("--levels", "1,2", "--width", 24, "--preset", "fast", "--json")
     assert run("refinement", *options) == 0
-    captured = capsys.readouterr()
-    result = json.loads(captured.out.splitlines()[-1])
+    statistics = capsys.readouterr()
+    result = json.loads(statistics.out.splitlines()[-1])
     assert [case["case"] for case in result["cases"]] == ["square", "wide", "deficient"]
     assert all(case["decreasing"] for case in result["cases"])
     assert result["overhead"] == pytest.approx(2 / 3)
-    assert "nested: one code" in captured.err
+    assert "nested: one code" in statistics.err
     sets = list((cache_dir() / "universal").iterdir())
     assert len(sets) == 3  # 1-2, 1 and 2
     monkeypatch.setattr(encode, "universal_set", lambda levels: pytest.fail("trained again"))

@@ -136,17 +136,17 @@ def test_figures_are_those_of_the_model_with_the_weights_in_it(root: Path) -> No
     result = compare(todo, None, progress=False)
     model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32).eval()
     original = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32).eval()
-    walk = todo.walk
-    hidden = walk.embed(
+    runner = todo.runner
+    hidden = runner.embed(
         module.load_windows(todo.calibration, todo.source.tokenizer(), 4, 64, 0).ids
     )
     bytes_read = values = 0
-    for i in range(walk.num_blocks):
-        captured = walk.capture(i, walk.block(i), hidden, out=hidden)
-        for site in captured.sites:
-            for name in site.modules:
+    for i in range(runner.num_blocks):
+        statistics = runner.collect_statistics(i, runner.block(i), hidden, out=hidden)
+        for input_group in statistics.input_groups:
+            for name in input_group.modules:
                 parameter = model.get_parameter(f"{name}.weight")
-                suite = baselines.gptq.gptq(parameter.data, captured.grams[site.name], [3])
+                suite = baselines.gptq.gptq(parameter.data, statistics.grams[input_group.name], [3])
                 parameter.data = suite.levels[3].weight
                 bytes_read += suite.levels[3].bytes
                 values += parameter.numel()
@@ -254,11 +254,11 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
 def fail_if_captured(real: Any, patch: pytest.MonkeyPatch) -> Any:
     """The real `_capture` where the model must not read the calibration again."""
 
-    def capture(todo: Any, *args: Any) -> Any:
-        patch.setattr(todo.walk, "embed", lambda *a: pytest.fail("captured again"))
+    def collect_statistics(todo: Any, *args: Any) -> Any:
+        patch.setattr(todo.runner, "embed", lambda *a: pytest.fail("captured again"))
         return real(todo, *args)
 
-    return capture
+    return collect_statistics
 
 
 def test_statistics_that_were_interrupted(

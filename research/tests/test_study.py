@@ -9,17 +9,17 @@ import torch
 from dropbydrop_research.study import bound, gaussian
 from dropbydrop_research.study.data import (
     GramFolder,
-    SiteGram,
+    GroupGram,
     collect,
     linear_modules,
     read_weight,
 )
-from naive_codes import bit_planes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dropbydrop.errors import FormatError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
+from naive_codes import bit_planes
 from tiny import save_tiny
 
 
@@ -33,7 +33,7 @@ def grams(model: Path, tmp_path_factory: pytest.TempPathFactory) -> GramFolder:
     g = torch.Generator().manual_seed(0)
     ids, held = torch.randint(5, 300, (2, 6, 64), generator=g)
     folder = tmp_path_factory.mktemp("grams")
-    return collect(Walk.open(model), ids, folder, held_ids=held)
+    return collect(BlockRunner.open(model), ids, folder, held_ids=held)
 
 
 # ---- data -------------------------------------------------------------------------------------
@@ -46,10 +46,10 @@ def test_collected_statistics_are_those_of_the_inputs(model: Path, grams: GramFo
     g = torch.Generator().manual_seed(0)
     ids, held = torch.randint(5, 300, (2, 6, 64), generator=g)
     whole = AutoModelForCausalLM.from_pretrained(model).eval()
-    sites = list(grams)
-    assert len(sites) == len(grams) == 3 * 4
-    assert sum(len(site.modules) for site in sites) == 3 * 7
-    down = next(s for s in sites if s.name == "model.layers.1.mlp.down_proj")
+    input_groups = list(grams)
+    assert len(input_groups) == len(grams) == 3 * 4
+    assert sum(len(input_group.modules) for input_group in input_groups) == 3 * 7
+    down = next(s for s in input_groups if s.name == "model.layers.1.mlp.down_proj")
     seen: list[Tensor] = []
     module = whole.get_submodule("model.layers.1.mlp.down_proj")
     module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
@@ -80,7 +80,7 @@ def test_collecting_is_all_or_nothing(
 ) -> None:
     ids = torch.arange(5, 69)[None]
     folder = tmp_path / "grams"
-    collect(Walk.open(model), ids, folder)
+    collect(BlockRunner.open(model), ids, folder)
     before = sorted(p.name for p in folder.iterdir())
 
     def interrupted(done: int, total: int, what: str) -> None:
@@ -88,24 +88,24 @@ def test_collecting_is_all_or_nothing(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect(Walk.open(model), ids, folder, progress=interrupted)
+        collect(BlockRunner.open(model), ids, folder, progress=interrupted)
     assert sorted(p.name for p in folder.iterdir()) == before
     assert [p.name for p in tmp_path.iterdir()] == ["grams"]
     (folder / "thesis.txt").write_text("precious")
     with pytest.raises(FormatError, match="other files"):
-        collect(Walk.open(model), ids, folder)
+        collect(BlockRunner.open(model), ids, folder)
 
 
 def test_modules_and_weights(model: Path) -> None:
-    walk = Walk.open(model)
-    names = linear_modules(walk)
+    runner = BlockRunner.open(model)
+    names = linear_modules(runner)
     assert len(names) == 21
     assert "model.layers.2.mlp.down_proj" in names
     assert not any("head" in name or "embed" in name for name in names)
     stored = load_file(model / "model.safetensors")
-    assert torch.equal(read_weight(walk, names[3]), stored[f"{names[3]}.weight"])
+    assert torch.equal(read_weight(runner, names[3]), stored[f"{names[3]}.weight"])
     with pytest.raises(FormatError, match="another model"):
-        read_weight(walk, "model.layers.7.mlp.down_proj")
+        read_weight(runner, "model.layers.7.mlp.down_proj")
 
 
 # ---- gaussian ---------------------------------------------------------------------------------
@@ -152,8 +152,8 @@ def test_bound_of_white_matrices_is_2_to_the_minus_2r(model: Path, tmp_path: Pat
     """H = I: the bound is 4^-R of the energy; a given error then has its gap in closed form."""
     store = GramFolder(tmp_path)
     modules = ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")
-    site = SiteGram("s", modules, 5000, 20.0, torch.eye(48), torch.eye(48), None)
-    store.write(0, site)
+    input_group = GroupGram("s", modules, 5000, 20.0, torch.eye(48), torch.eye(48), None)
+    store.write(0, input_group)
     errors = {modules[0]: {2: 0.1}}
     seen = []
     result = bound.run(
@@ -186,10 +186,10 @@ def test_bound_of_white_matrices_is_2_to_the_minus_2r(model: Path, tmp_path: Pat
 
 def test_bound_study_of_codes(model: Path, grams: GramFolder) -> None:
     """A naive scalar code, reconstructed: errors recomputed under both H, bounds bracket."""
-    walk = Walk.open(model)
+    runner = BlockRunner.open(model)
 
     def reconstruct(module: str, level: int) -> Tensor:
-        w = read_weight(walk, module)
+        w = read_weight(runner, module)
         rms = w.square().mean(1, keepdim=True).sqrt()
         return bit_planes(w / rms, torch.eye(1), list(range(1, level + 1)))[-1] * rms
 
@@ -197,11 +197,11 @@ def test_bound_study_of_codes(model: Path, grams: GramFolder) -> None:
     json.dumps(result, allow_nan=False)
     assert len(result["matrices"]) == 21
     for m in result["matrices"]:
-        w, two, three = read_weight(walk, m["module"]), m["levels"]["2"], m["levels"]["3"]
-        site = next(s for s in grams if s.name == m["site"])
+        w, two, three = read_weight(runner, m["module"]), m["levels"]["2"], m["levels"]["3"]
+        input_group = next(s for s in grams if s.name == m["site"])
         e = w - reconstruct(m["module"], 2)
-        naive = torch.einsum("ri,ij,rj->", e, site.gram, e)
-        naive /= torch.einsum("ri,ij,rj->", w, site.gram, w)
+        naive = torch.einsum("ri,ij,rj->", e, input_group.gram, e)
+        naive /= torch.einsum("ri,ij,rj->", w, input_group.gram, w)
         assert two["reached"] == pytest.approx(float(naive), rel=1e-3)
         assert two["bound"] < two["reached"]
         assert two["bound"] < two["bound_held_out"]  # 384 tokens for 48 or 80 inputs
@@ -225,13 +225,13 @@ def test_failed_premises_are_named(tmp_path: Path) -> None:
     spike = torch.linalg.svd(w).Vh[0]
     store.write(
         0,
-        SiteGram(
+        GroupGram(
             "a", ("model.layers.0.mlp.down_proj",), 40, 20.0, x.T @ x / 40, torch.eye(512), None
         ),
     )
     aligned = 0.001 * torch.eye(512) + torch.outer(spike, spike)
     store.write(
-        1, SiteGram("b", ("model.layers.2.mlp.down_proj",), 9000, 20.0, aligned, None, None)
+        1, GroupGram("b", ("model.layers.2.mlp.down_proj",), 9000, 20.0, aligned, None, None)
     )
     errors = {"model.layers.2.mlp.down_proj": {1: 1e-9}}
     outlier, spiked = bound.run(model, store, {1: 1.0}, errors=errors)["matrices"]
@@ -247,7 +247,7 @@ def test_bound_without_statistics_or_with_those_of_another_model(
 ) -> None:
     with pytest.raises(FormatError, match="no cached"):
         bound.run(model, GramFolder(tmp_path), {2: 2.0})
-    GramFolder(tmp_path).write(0, SiteGram("s", ("lm_body",), 9, 20.0, torch.eye(8), None, None))
+    GramFolder(tmp_path).write(0, GroupGram("s", ("lm_body",), 9, 20.0, torch.eye(8), None, None))
     with pytest.raises(FormatError, match="another model"):
         bound.run(model, GramFolder(tmp_path), {2: 2.0})
     other = save_tiny(tmp_path / "other", seed=1)  # same names and shapes, other weights

@@ -10,12 +10,12 @@ import torch
 from dropbydrop_research.study import bound, bound_plots, encode, gaussian, paper, refinement, style
 from dropbydrop_research.study.data import collect
 from dropbydrop_research.theory import Case
-from naive_codes import bit_planes
 from torch import Tensor
 
 from dropbydrop.coding.codebooks import default_lambdas, train
 from dropbydrop.errors import DropError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
+from naive_codes import bit_planes
 from tiny import save_tiny
 
 
@@ -112,7 +112,7 @@ def test_page_with_every_figure(refined: dict, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model")
     g = torch.Generator().manual_seed(0)
     ids, held = torch.randint(5, 300, (2, 3, 32), generator=g)
-    grams = collect(Walk.open(model), ids, tmp_path / "grams", held)
+    grams = collect(BlockRunner.open(model), ids, tmp_path / "grams", held)
     fit = gaussian.run(model)
     errors = {m["module"]: {2: 0.2, 3: 0.05} for m in fit["matrices"]}
     fit["matrices"] = fit["matrices"][:3]  # drawing panels is what takes time

@@ -143,10 +143,10 @@ def test_layers(place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.Monke
 
 def test_layers_statistics_leave_the_first_tokens_out(place: Path) -> None:
     bench = load("layers")
-    walk = bench.Walk.open(place / "model")
+    runner = bench.BlockRunner.open(place / "model")
     ids = torch.randint(0, 100, (6, 16), generator=torch.Generator().manual_seed(0))
-    module = f"{walk.block_prefix(1)}.{bench.NAMES['up']}"
-    found = bench.statistics(walk, ids, {module})[module]
+    module = f"{runner.block_prefix(1)}.{bench.NAMES['up']}"
+    found = bench.statistics(runner, ids, {module})[module]
     inputs: list[torch.Tensor] = []
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     model.get_submodule(module).register_forward_pre_hook(lambda m, args: inputs.append(args[0]))
@@ -208,9 +208,9 @@ def test_codebooks(place: Path, run: Any, small_windows: Any) -> None:
     bench = small_windows(load("codebooks"))
     result, _ = run(bench, place / "model", "--text", place / "one.txt", "--windows", 2,
                     "--random", "64x64,64x128", "--preset", "fast")  # fmt: skip
-    sites = list(dict.fromkeys(row["site"] for row in result["rows"]))
-    assert sites[:2] == ["random 64 x 64", "random 64 x 128"]
-    assert len(sites) == 6
+    input_groups = list(dict.fromkeys(row["site"] for row in result["rows"]))
+    assert input_groups[:2] == ["random 64 x 64", "random 64 x 128"]
+    assert len(input_groups) == 6
     for row in result["rows"]:
         assert row["ratio"] < 1.0001
         assert row["bits_cost"] == 16 * row["level"] * 128 * 8 / row["weights"]

@@ -18,12 +18,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dropbydrop.checkpoint import Checkpoint, CheckpointWriter, PlaneSpec, SiteSpec
+from dropbydrop.checkpoint import Checkpoint, CheckpointWriter, PlaneSpec, StoredGroup
 from dropbydrop.checkpoint import atomic_folder as folder_module
 from dropbydrop.checkpoint.files import METADATA
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
-from helpers import input_sites, site_turn, tiny_llama, write_checkpoint
+from helpers import group_turn, llama_groups, tiny_llama, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def test_reads_back_what_was_written(pristine: Path) -> None:
     checkpoint = Checkpoint.open(pristine)
     generator = torch.Generator().manual_seed(0)
     model = tiny_llama()
-    for index, (_, modules) in enumerate(input_sites(model)):
+    for index, (_, modules) in enumerate(llama_groups(model)):
         d_in = model.get_submodule(modules[0]).in_features
-        turn = site_turn(index, d_in)
+        turn = group_turn(index, d_in)
         stored = checkpoint.read_rotation(index)
         x = torch.randn(3, d_in)
         assert torch.equal(stored.apply(x), turn.apply(x))
@@ -237,18 +237,18 @@ def test_overwrite_replaces_only_at_the_end(
 
 
 def test_out_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
-    spec = SiteSpec("s", ("m",), 8, "u", {"kind": "none"})
+    spec = StoredGroup("s", ("m",), 8, "u", {"kind": "none"})
     with pytest.raises(DropError, match="exists"), CheckpointWriter(tmp_path / "o") as ck:
         write_minimal(ck, spec, before_finish=lambda: write_checkpoint(tmp_path / "o"))
     assert Checkpoint.open(tmp_path / "o").verify() == []
     assert leftovers(tmp_path) == []
 
 
-def write_minimal(ck: CheckpointWriter, spec: SiteSpec, **changes: Any) -> Path:
+def write_minimal(ck: CheckpointWriter, spec: StoredGroup, **changes: Any) -> Path:
     """One linear of [4, 8]; `changes` make it contradictory."""
     from dropbydrop.checkpoint import Embeddings, QuantizationConfig
 
-    ck.add_site(spec, Rotation.make(spec.d_in, "none"))
+    ck.add_group(spec, Rotation.make(spec.d_in, "none"))
     d_in = changes.get("d_in", spec.d_in)
     module = changes.get("module", "m")
     ck.add_linear(module, [torch.zeros(4, d_in // 8, dtype=torch.uint8)], torch.ones(4))
@@ -270,11 +270,14 @@ def write_minimal(ck: CheckpointWriter, spec: SiteSpec, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"module": "n"}, r"linears and sites differ in \['m', 'n'\]"),
-        ({"d_in": 16}, "m has d_in 16, its site 8"),
+        ({"module": "n"}, r"linears and input groups differ in \['m', 'n'\]"),
+        ({"d_in": 16}, "m has d_in 16, its input group 8"),
         ({"set": "v"}, "codebook sets have {'u': None}"),
         ({"books": 2}, "codebook sets have {'u': 2}"),
-        ({"described": SiteSpec("t", ("m",), 8, "u", {"kind": "none"})}, "not those of the config"),
+        (
+            {"described": StoredGroup("t", ("m",), 8, "u", {"kind": "none"})},
+            "not those of the config",
+        ),
         ({"parameters": {"total": 3}}, "counted 32 quantized"),
         ({"parameters": {"total": 64, "quantized": 31}}, "counted 32 quantized"),
         ({"files": {"model.safetensors": b""}}, "cannot be an extra file"),
@@ -286,14 +289,14 @@ def write_minimal(ck: CheckpointWriter, spec: SiteSpec, **changes: Any) -> Path:
 def test_contradictory_input_is_a_bug_of_the_caller(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    spec = SiteSpec("s", ("m",), 8, "u", {"kind": "none"})
+    spec = StoredGroup("s", ("m",), 8, "u", {"kind": "none"})
     with pytest.raises(ValueError, match=message), CheckpointWriter(tmp_path / "o") as ck:
         write_minimal(ck, spec, **changes)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_code_in_the_config_is_refused(tmp_path: Path, out: Path) -> None:
-    spec = SiteSpec("s", ("m",), 8, "u", {"kind": "none"})
+    spec = StoredGroup("s", ("m",), 8, "u", {"kind": "none"})
     config = {"auto_map": {"AutoModel": "modeling.Model"}}
     with pytest.raises(FormatError, match="'auto_map'"), CheckpointWriter(tmp_path / "o") as ck:
         write_minimal(ck, spec, config=config)
@@ -324,7 +327,7 @@ def test_bad_tensors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="reserved"):
         ck.add_tensor("codebooks.x.1", torch.ones(4))
     with pytest.raises(ValueError, match="rotation does not match"):
-        ck.add_site(SiteSpec("s", ("m",), 16), Rotation.make(16, "none"))
+        ck.add_group(StoredGroup("s", ("m",), 16), Rotation.make(16, "none"))
     ck.abort()
 
 
@@ -559,7 +562,7 @@ def test_tensors_per_level_must_have_a_row_a_level(out: Path) -> None:
 
 def _fail_in_write(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseException) -> None:
     """Raise in the middle of writing the file `name`."""
-    write = folder_module.PartialFolder.write
+    write = folder_module.AtomicFolder.write
 
     def failing(self: Any, file: str, chunks: Any) -> None:
         def some() -> Any:
@@ -570,7 +573,7 @@ def _fail_in_write(monkeypatch: pytest.MonkeyPatch, name: str, error: BaseExcept
 
         write(self, file, some() if file == name else chunks)
 
-    monkeypatch.setattr(folder_module.PartialFolder, "write", failing)
+    monkeypatch.setattr(folder_module.AtomicFolder, "write", failing)
 
 
 def test_no_reader_is_needed_to_find_a_plane(pristine: Path) -> None:

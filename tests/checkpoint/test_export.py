@@ -231,7 +231,7 @@ def test_nothing_is_left_after_an_error(
     def failing(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(folder_module.PartialFolder, "publish", failing)
+    monkeypatch.setattr(folder_module.AtomicFolder, "publish", failing)
     with pytest.raises(type(error)):
         export(out, tmp_path / "dense", 3, progress=False)
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from dropbydrop.checkpoint import (
     Manifest,
     PlaneSpec,
     QuantizationConfig,
-    SiteSpec,
+    StoredGroup,
 )
 from dropbydrop.checkpoint.config import plain_name
 from dropbydrop.checkpoint.files import TensorInfo, encode_header, read_header
@@ -48,9 +48,9 @@ GOLDEN_SCALED = {  # version 2: only what a scaled rotation changes
 
 
 def write_golden(out: Path, scaled: bool = False) -> None:
-    """Two linears of one site, d_in 24 = 8 * 3, no random numbers anywhere."""
+    """Two linears of one input group, d_in 24 = 8 * 3, no random numbers anywhere."""
     rotation = {"kind": "full", "scaled": True} if scaled else {"kind": "full"}
-    spec = SiteSpec("s", ("a", "b"), 24, "universal", rotation)
+    spec = StoredGroup("s", ("a", "b"), 24, "universal", rotation)
     signs = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0] * 4)
     if scaled:
         signs = signs * torch.exp2((torch.arange(24) - 12) / 8)
@@ -59,7 +59,7 @@ def write_golden(out: Path, scaled: bool = False) -> None:
         2, (1, 2), (PlaneSpec(), PlaneSpec()), (spec,), Embeddings(8, ("e",), True), {"seed": 7}
     )
     with CheckpointWriter(out) as writer:
-        writer.add_site(spec, Rotation("full", 24, 8, signs, odd, scaled))
+        writer.add_group(spec, Rotation("full", 24, 8, signs, odd, scaled))
         book = torch.arange(128 * 8).reshape(128, 8) / 64
         writer.add_codebook_set("universal", [book, book / 2])
         for offset, (module, d_out) in enumerate((("b", 2), ("a", 4))):
@@ -112,10 +112,10 @@ def test_golden_plane_header(tmp_path: Path) -> None:
 
 def test_same_input_same_bytes_whatever_the_order(tmp_path: Path) -> None:
     def write(out: Path, names: list[str]) -> None:
-        specs = [SiteSpec(n, (n,), 8, "u", {"kind": "none"}) for n in ("x", "y")]
+        specs = [StoredGroup(n, (n,), 8, "u", {"kind": "none"}) for n in ("x", "y")]
         with CheckpointWriter(out) as writer:
             for spec in specs:
-                writer.add_site(spec, Rotation.make(8, "none"))
+                writer.add_group(spec, Rotation.make(8, "none"))
             for name in names:
                 codes = [torch.full((2, 1), ord(name), dtype=torch.uint8)]
                 writer.add_linear(name, codes, torch.full((2,), 0.5))
@@ -192,21 +192,26 @@ def test_damaged_header(tmp_path: Path, change: Any, message: str) -> None:
 
 def valid_config() -> dict[str, Any]:
     plane = {"entries": 256, "group": 8, "dtype": "uint8", "sign_symmetric": True}
-    site = {
+    input_group = {
         "name": "s",
         "modules": ["m.q", "m.k"],
         "d_in": 96,
         "codebooks": "universal",
         "rotation": {"kind": "full"},
     }
-    other = {**site, "name": "t", "modules": ["m.o"], "rotation": {"kind": "block", "block": 32}}
+    other = {
+        **input_group,
+        "name": "t",
+        "modules": ["m.o"],
+        "rotation": {"kind": "block", "block": 32},
+    }
     return {
         "quant_method": "dropbydrop",
         "format_version": 1,
         "bits": 3,
         "levels": [2, 3],
         "planes": [dict(plane), dict(plane), dict(plane)],
-        "sites": [site, other],
+        "sites": [input_group, other],
         "embeddings": {"bits": 8, "modules": ["embed"], "tied": True},
         "provenance": {"anything": ["goes", 1]},
     }
@@ -226,7 +231,7 @@ def test_config_round_trip() -> None:
     assert config.to_dict() == valid_config()
     assert QuantizationConfig.from_dict(config.to_dict()) == config
     assert config.modules == ("m.q", "m.k", "m.o")
-    assert config.site_index == {"m.q": 0, "m.k": 0, "m.o": 1}
+    assert config.group_index == {"m.q": 0, "m.k": 0, "m.o": 1}
 
 
 def _set(*path: Any) -> Any:
@@ -265,7 +270,7 @@ def _set(*path: Any) -> Any:
         (_set("planes", 1, "dtype", "uint16"), "uint16"),
         (_set("planes", 1, "rotate", 1), r"plane 2 has unknown keys \['rotate'\]"),
         (_set("planes", 1, 3), "plane 2 is int, not a JSON object"),
-        (_set("sites", []), "lists no sites"),
+        (_set("sites", []), "lists no input groups"),
         (_set("sites", 0, "modules", []), "none, or one twice"),
         (_set("sites", 0, "modules", ["m.q", "m.q"]), "none, or one twice"),
         (_set("sites", 0, "modules", ["m.o"]), r"module \['m.o'\] appears more than once"),

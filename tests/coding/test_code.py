@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from dropbydrop.coding.code import ENTRIES, GROUP, codebook_table, decode
+from dropbydrop.coding.code import ENTRIES, GROUP, decode, expand_codebook
 from dropbydrop.coding.rotation import (
     Rotation,
     hadamard,
-    pack_factors,
+    pack_input_scales,
     pack_signs,
-    round_factors,
+    round_input_scales,
     split_odd,
-    unpack_factors,
+    unpack_input_scales,
     unpack_signs,
 )
 from dropbydrop.errors import FormatError
@@ -41,28 +41,28 @@ def test_decode_equals_the_definition(symmetric):
     codes = [torch.randint(0, 256, (5, 3), dtype=torch.uint8) for _ in range(4)]
     stored = [torch.randn(ENTRIES // 2 if symmetric else ENTRIES, GROUP) for _ in range(4)]
     scales = torch.rand(5) + 0.5
-    tables = [codebook_table(s, symmetric) for s in stored]
+    entries = [expand_codebook(s, symmetric) for s in stored]
     for prefix in (1, 2, 3, 4):
         expected = naive_decode(codes, stored, scales, prefix, symmetric)
-        torch.testing.assert_close(decode(codes, tables, scales, prefix), expected)
+        torch.testing.assert_close(decode(codes, entries, scales, prefix), expected)
 
 
 def test_a_prefix_reads_no_later_plane_and_is_a_partial_sum_bit_for_bit():
     torch.manual_seed(1)
     codes = [torch.randint(0, 256, (7, 4), dtype=torch.uint8) for _ in range(3)]
-    tables = [codebook_table(torch.randn(128, GROUP)) for _ in range(3)]
+    entries = [expand_codebook(torch.randn(128, GROUP)) for _ in range(3)]
     one = torch.ones(7)
-    two = decode(codes, tables, one, 2)
-    assert torch.equal(two, decode(codes[:2], tables[:2], one, 2))
+    two = decode(codes, entries, one, 2)
+    assert torch.equal(two, decode(codes[:2], entries[:2], one, 2))
     codes[2].random_(0, 256)
-    assert torch.equal(two, decode(codes, tables, one, 2))
-    third = tables[2][codes[2].long()].reshape(7, -1)
-    assert torch.equal(two + third, decode(codes, tables, one, 3))
+    assert torch.equal(two, decode(codes, entries, one, 2))
+    third = entries[2][codes[2].long()].reshape(7, -1)
+    assert torch.equal(two + third, decode(codes, entries, one, 3))
 
 
 def test_codebook_shapes_are_checked():
     with pytest.raises(FormatError, match="128"):
-        codebook_table(torch.randn(256, GROUP), sign_symmetric=True)
+        expand_codebook(torch.randn(256, GROUP), sign_symmetric=True)
     with pytest.raises(ValueError, match="prefix 3"):
         decode(
             [torch.zeros(1, 1, dtype=torch.uint8)] * 2, [torch.zeros(256, 8)] * 2, torch.ones(1), 3
@@ -120,15 +120,18 @@ def test_stored_rotation_round_trip():
 
 def test_every_byte_is_a_signed_factor():
     packed = torch.arange(256).to(torch.uint8)
-    signs = unpack_factors(packed, 256)
+    signs = unpack_input_scales(packed, 256)
     naive = [(-1 if b >= 128 else 1) * 2 ** (((b & 127) - 64) / 8) for b in range(256)]
     assert signs.tolist() == pytest.approx(naive, rel=1e-6)
-    assert torch.equal(pack_factors(signs), packed)
+    assert torch.equal(pack_input_scales(signs), packed)
     close = signs.abs() * torch.linspace(0.96, 1.04, 256)  # half a step is 4.4 %
-    assert torch.equal(round_factors(close), signs.abs())
-    assert round_factors(torch.tensor([1e-9, 1e9])).tolist() == [2**-8, pytest.approx(2**7.875)]
+    assert torch.equal(round_input_scales(close), signs.abs())
+    assert round_input_scales(torch.tensor([1e-9, 1e9])).tolist() == [
+        2**-8,
+        pytest.approx(2**7.875),
+    ]
     with pytest.raises(ValueError, match="round_factors"):
-        pack_factors(torch.tensor([1.0, 2.0**-9]))
+        pack_input_scales(torch.tensor([1.0, 2.0**-9]))
 
 
 @pytest.mark.parametrize(("d_in", "kind"), [(96, "full"), (7, "full"), (64, "block")])

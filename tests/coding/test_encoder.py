@@ -1,4 +1,4 @@
-"""Objective, refits and the encoder of a site."""
+"""Objective, refits and the encoder of an input group."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from dropbydrop.coding import codebooks as universal
 from dropbydrop.coding import learned_codebooks as learned
-from dropbydrop.coding.channel_scaling import input_factors
+from dropbydrop.coding.channel_scaling import input_scales_of
 from dropbydrop.coding.codebooks import (
     default_lambdas,
     distortions,
@@ -18,7 +18,7 @@ from dropbydrop.coding.codebooks import (
     train,
     universal_set,
 )
-from dropbydrop.coding.encoder import EFFORTS, Effort, encode_site, site_rotation, stored_scales
+from dropbydrop.coding.encoder import EFFORTS, Effort, encode_group, group_rotation, stored_scales
 from dropbydrop.coding.objective import condition, descent_metric, feedback_metric, weighted_errors
 from dropbydrop.coding.refit import Coded, objective, prefixes, refit_codebooks, refit_scales
 from dropbydrop.coding.rotation import Rotation
@@ -81,10 +81,10 @@ def test_condition_adds_a_ridge_of_the_mean_diagonal():
 def test_objective_and_errors_equal_the_definition():
     x, books = coded()
     h = gram(32)
-    tables = torch.cat([books, -books], 1)
+    entries = torch.cat([books, -books], 1)
     value, errors = 0.0, []
     for p, lam in zip(LEVELS, LAMBDAS, strict=True):
-        q = sum(tables[m][x.codes[m].long()].reshape(12, 32) for m in range(p))
+        q = sum(entries[m][x.codes[m].long()].reshape(12, 32) for m in range(p))
         e = x.weight - x.scales[:, None] * q
         value += lam * float(torch.trace(e @ h @ e.T))
         errors.append(float(torch.trace(e @ h @ e.T) / torch.trace(x.weight @ h @ x.weight.T)))
@@ -253,7 +253,7 @@ def test_encoding_a_site(preset):
     h = gram(96)
     books, lambdas = universal_set((2, 3, 4)), default_lambdas([2, 3, 4])
     rotation = Rotation.make(96, seed=1)
-    out = encode_site(weights, h, rotation, books, [2, 3, 4], lambdas, EFFORTS[preset])
+    out = encode_group(weights, h, rotation, books, [2, 3, 4], lambdas, EFFORTS[preset])
     assert set(out) == {"a", "b"}
     for name, e in out.items():
         assert e.codes.shape == (4, len(weights[name]), 12)
@@ -278,7 +278,7 @@ def test_factors_of_inputs_are_the_formula():
         )
         log.append(0.375 * math.log(power) - 0.125 * math.log(float(h[i, i])))
     naive = [math.exp(x - sum(log) / 16) for x in log]
-    assert input_factors(weights, h).tolist() == pytest.approx(naive, rel=1e-4)
+    assert input_scales_of(weights, h).tolist() == pytest.approx(naive, rel=1e-4)
 
 
 def test_factors_where_statistics_say_nothing():
@@ -286,13 +286,13 @@ def test_factors_where_statistics_say_nothing():
     weight[:, 3] = 0
     weight[2] = 0
     h[5], h[:, 5] = 0, 0
-    factors = input_factors([weight], h)
-    assert bool(torch.isfinite(factors).all())
-    assert factors.min() > 0
-    assert torch.equal(input_factors([weight * 0], h * 0), torch.ones(16))
+    input_scales = input_scales_of([weight], h)
+    assert bool(torch.isfinite(input_scales).all())
+    assert input_scales.min() > 0
+    assert torch.equal(input_scales_of([weight * 0], h * 0), torch.ones(16))
     weight[:, 3] = 1e6  # one column is nearly everything
-    assert float(input_factors([weight], h).log2().abs().max()) == pytest.approx(4)
-    assert torch.equal(input_factors([weight * 0], h * torch.nan), torch.ones(16))
+    assert float(input_scales_of([weight], h).log2().abs().max()) == pytest.approx(4)
+    assert torch.equal(input_scales_of([weight * 0], h * torch.nan), torch.ones(16))
 
 
 @pytest.mark.parametrize("levels", [(2,), (2, 3, 4)])
@@ -303,8 +303,8 @@ def test_balanced_inputs_lower_the_error(levels):
     weights, h = {"a": torch.randn(64, 96) * spread[0]}, gram(96) * spread[1] * spread[1][:, None]
     books, lambdas = universal_set(levels), default_lambdas(levels)
     errors = [
-        encode_site(weights, h, rotation, books, levels, lambdas, EFFORTS["fast"])["a"].errors
-        for rotation in (site_rotation(weights, h, 1), Rotation.make(96, seed=1))
+        encode_group(weights, h, rotation, books, levels, lambdas, EFFORTS["fast"])["a"].errors
+        for rotation in (group_rotation(weights, h, 1), Rotation.make(96, seed=1))
     ]
     assert all(one < 0.7 * other for one, other in zip(*errors, strict=True))
 
@@ -315,8 +315,8 @@ def test_learned_codebooks_fit_their_site():
     h, levels, lambdas = gram(64), [1, 2], default_lambdas([1, 2])
     books = train(levels, lambdas, samples=4096, rounds=2, beam=2)
     rotation, effort = Rotation.make(64, "none"), Effort(4, 1, 1)
-    plain = encode_site(weights, h, rotation, books, levels, lambdas, effort)
-    fitted, own = learned.learn_site(weights, h, rotation, books, levels, lambdas, effort)
+    plain = encode_group(weights, h, rotation, books, levels, lambdas, effort)
+    fitted, own = learned.learn_group(weights, h, rotation, books, levels, lambdas, effort)
     assert own.shape == books.shape
     assert torch.equal(own, own.half().float())
     for name, e in fitted.items():
@@ -330,9 +330,9 @@ def test_learning_that_does_not_help_is_not_kept(monkeypatch):
     weights, h, levels = {"a": torch.randn(16, 32)}, gram(32), [2, 3, 4]
     books, lambdas = universal_set((2, 3, 4)), default_lambdas(levels)
     rest = (weights, h, Rotation.make(32), books, levels, lambdas, Effort(2, 1, 0))
-    plain = encode_site(*rest)["a"]
+    plain = encode_group(*rest)["a"]
     monkeypatch.setattr(learned, "refit_codebooks", lambda matrices, h, old, *_: old * torch.nan)
-    found, own = learned.learn_site(*rest)
+    found, own = learned.learn_group(*rest)
     assert torch.equal(own, books)
     assert torch.equal(found["a"].codes, plain.codes)
     assert found["a"].errors == plain.errors
@@ -344,7 +344,7 @@ def test_more_effort_is_not_worse():
     books, lambdas = universal_set((2, 3, 4)), default_lambdas([2, 3, 4])
     values = []
     for effort in (Effort(2, 0, 0), Effort(8, 2, 0), Effort(16, 3, 2)):
-        e = encode_site(weights, h, Rotation.make(64), books, [2, 3, 4], lambdas, effort)["a"]
+        e = encode_group(weights, h, Rotation.make(64), books, [2, 3, 4], lambdas, effort)["a"]
         values.append(sum(lam * err for lam, err in zip(lambdas, e.errors, strict=True)))
     assert values[0] > values[1] > values[2]
 
@@ -352,7 +352,7 @@ def test_more_effort_is_not_worse():
 def test_useless_statistics_are_refused():
     weights, h = {"x": torch.randn(8, 16)}, torch.full((16, 16), torch.nan)
     with pytest.raises(CalibrationError, match="x"):
-        encode_site(weights, h, Rotation.make(16), universal_set((2, 3, 4)), [2, 3, 4],
+        encode_group(weights, h, Rotation.make(16), universal_set((2, 3, 4)), [2, 3, 4],
                     [1.0, 1.0, 1.0], EFFORTS["fast"])  # fmt: skip
 
 

@@ -229,14 +229,14 @@ class TestEveryBackend:
     def test_the_beam_beats_greedy_and_reaches_the_exhaustive_optimum(self, backend):
         w, books, _ = problem(d_out=16, d_in=8, planes=2, seed=5)
         metric = feedback_metric(torch.eye(8, dtype=torch.float64))
-        tables = torch.cat([books, -books], dim=1)
-        sums = (tables[0][:, None] + tables[1][None]).reshape(-1, 8)
+        entries = torch.cat([books, -books], dim=1)
+        sums = (entries[0][:, None] + entries[1][None]).reshape(-1, 8)
         best = torch.cdist(w, sums).square().min(1).values.sum()
 
         def cost(beam):
             codes, _ = search(w, books, [2], [1.0], beam=beam, sweeps=0, feedback=metric,
                               backend=backend)  # fmt: skip
-            q = tables[0][codes[0, :, 0].long()] + tables[1][codes[1, :, 0].long()]
+            q = entries[0][codes[0, :, 0].long()] + entries[1][codes[1, :, 0].long()]
             return (w - q).square().sum()
 
         assert best <= cost(32) * 1.0001

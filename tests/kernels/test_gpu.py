@@ -47,14 +47,14 @@ def matrix_of(case: Case, bias=None, kernel: str = "triton") -> kernels.Matrix:
     return kernels.Matrix(packed, case.scales.to(at), None if bias is None else bias.to(at))
 
 
-def site_of(case: Case, prefix: int, bias=None, kernel: str = "triton", more=()) -> gpu.DeviceSite:
+def group_of(case: Case, prefix: int, bias=None, kernel: str = "triton", more=()) -> gpu.CudaGroup:
     """The matrix of a case, and those of `more`, with the codebooks of the first."""
     at = device(kernel)
     matrices = [matrix_of(case, bias, kernel), *(matrix_of(c, None, kernel) for c in more)]
     tables = gpu.device_tables(case.tables, at)
     rotation = Rotation.make(case.groups * 8, seed=1)
     rotation = rotation.scale(torch.rand(case.groups * 8) + 0.5).to(at)
-    return gpu.DeviceSite(matrices, tables, rotation, prefix, kernel)
+    return gpu.CudaGroup(matrices, tables, rotation, prefix, kernel)
 
 
 class Launches:
@@ -97,21 +97,24 @@ class TestOperators:
         odd = 2 * 131
         assert not ops.rotates(Rotation.make(odd * 4, seed=0))
         case = Case(9, odd // 2, 2, n=3)
-        site = site_of(case, 2)
-        rotated = site.rotation.apply(case.x.to(device("triton")).double()).cpu()
-        error = (site(case.x.to(device("triton")))[0].cpu() - case.exact(2, rotated)).norm()
+        input_group = group_of(case, 2)
+        rotated = input_group.rotation.apply(case.x.to(device("triton")).double()).cpu()
+        error = (input_group(case.x.to(device("triton")))[0].cpu() - case.exact(2, rotated)).norm()
         assert error < 1e-5 * case.exact(2, rotated).norm()
 
     @pytest.mark.parametrize("prefix", range(1, 9))
     def test_few_rows_and_many_agree(self, prefix):
-        """The two ways through a site, at every prefix and in both 16-bit types."""
+        """The two ways through an input group, at every prefix and in both 16-bit types."""
         case = Case(45, 21, 8, n=20)
         for dtype, limit in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
-            site = site_of(case, prefix, case.bias)
+            input_group = group_of(case, prefix, case.bias)
             x = case.x.to(device("triton"), dtype)
-            many, few = site(x)[0], site(x[:5])[0]
+            many, few = input_group(x)[0], input_group(x[:5])[0]
             assert many.dtype == few.dtype == dtype
-            exact = case.exact(prefix, site.rotation.apply(x.double()).cpu()) + case.bias.double()
+            exact = (
+                case.exact(prefix, input_group.rotation.apply(x.double()).cpu())
+                + case.bias.double()
+            )
             assert (many.cpu().double() - exact).norm() < limit * exact.norm()
             assert (few.cpu().double() - exact[:5]).norm() < limit * exact[:5].norm()
 
@@ -120,12 +123,12 @@ class TestOperators:
         at = device("triton")
         planes = [plane.to(at) for plane in case.codes]
         tables, scales = gpu.device_tables(case.tables, at), case.scales.to(at)
-        x, site = torch.randn(3, 32, device=at), site_of(case, 2)
+        x, input_group = torch.randn(3, 32, device=at), group_of(case, 2)
         rotation = Rotation.make(32, seed=0).to(at)
         weight = torch.ones(5, 32, dtype=torch.int8, device=at)
         calls = {
             "gpu_decode": (planes, tables, scales, torch.bfloat16, "triton"),
-            "gpu_site": (x.half(), site.number, site.width),
+            "gpu_group": (x.half(), input_group.number, input_group.width),
             "gpu_rotate": (x, rotation.signs, None, 32, torch.float16),
             "gpu_rows": (x, weight, scales[:5], None),
         }
@@ -136,9 +139,9 @@ class TestOperators:
             )
 
     def test_one_graph(self):
-        """torch.compile sees a site as operators: no breaks, nothing copied from the CPU."""
+        """torch.compile sees a group as operators: no breaks, nothing copied from the CPU."""
         case = Case(24, 6, 3, n=2)
-        site = site_of(case, 3)
+        input_group = group_of(case, 3)
         x = case.x.to(device("triton"))
         graphs = []
 
@@ -146,24 +149,29 @@ class TestOperators:
             graphs.append((graph, inputs))
             return graph.forward
 
-        compiled = torch.compile(lambda x: site(x)[0], backend=record, fullgraph=True)
-        assert torch.equal(compiled(x), site(x)[0])
+        compiled = torch.compile(lambda x: input_group(x)[0], backend=record, fullgraph=True)
+        assert torch.equal(compiled(x), input_group(x)[0])
         ((graph, inputs),) = graphs
         called = {str(n.target) for n in graph.graph.nodes if n.op == "call_function"}
-        assert "dropbydrop.gpu_site" in called
+        assert "dropbydrop.gpu_group" in called
         assert len(inputs) == 1, "planes are no inputs: a graph would copy them"
 
     def test_what_the_dense_path_passes_never_moves(self):
         """Else torch's CUDA graphs copy it before every replay."""
-        site = site_of(Case(24, 6, 3), 2)
-        for tensor in (*site.planes[0], site.tables, site.rotation.signs, site.rotation.odd):
+        input_group = group_of(Case(24, 6, 3), 2)
+        for tensor in (
+            *input_group.planes[0],
+            input_group.tables,
+            input_group.rotation.signs,
+            input_group.rotation.odd,
+        ):
             assert tensor._dynamo_static_input_type
 
     def test_a_site_that_is_gone_is_an_error(self):
         case = Case(24, 6, 2)
-        number = site_of(case, 2).number
+        number = group_of(case, 2).number
         with pytest.raises(KernelError, match="compile the model again"):
-            torch.ops.dropbydrop.gpu_site(case.x.to(device("triton")), number, 24)
+            torch.ops.dropbydrop.gpu_group(case.x.to(device("triton")), number, 24)
 
     @pytest.mark.parametrize("prefix", [1, 3, 8])
     def test_matrices_of_a_site(self, prefix):
@@ -172,20 +180,20 @@ class TestOperators:
         for case in cases[1:]:
             case.tables = cases[0].tables
         for count in (2, 3, 4):
-            site = site_of(cases[0], prefix, cases[0].bias, more=cases[1:count])
+            input_group = group_of(cases[0], prefix, cases[0].bias, more=cases[1:count])
             x = cases[0].x.to(device("triton"))
-            rotated = site.rotation.apply(x.double()).cpu()
-            for i, (y, case) in enumerate(zip(site(x), cases, strict=False)):
+            rotated = input_group.rotation.apply(x.double()).cpu()
+            for i, (y, case) in enumerate(zip(input_group(x), cases, strict=False)):
                 want = case.exact(prefix, rotated) + (case.bias if i == 0 else 0)
                 assert y.shape == want.shape
                 assert (y.cpu() - want).norm() < 1e-5 * want.norm()
-            assert len(site(x)) == count
-            for y, dense in zip(site(x), site.dense(x), strict=True):
+            assert len(input_group(x)) == count
+            for y, dense in zip(input_group(x), input_group.dense(x), strict=True):
                 assert (y - dense).abs().max() < 1e-4 * dense.abs().max()
 
     def test_launches(self, monkeypatch):
-        """What docs/gpu.md says: two a site, three where the inputs are split, also with an odd
-        factor and for several matrices."""
+        """What docs/gpu.md says: two an input group, three where the inputs are split, also with an
+        odd factor and for several matrices."""
         launches = Launches()
         monkeypatch.setattr(ops, "_triton", lambda: launches)
         q, k, v = (Case(rows, 24, 2, n=16) for rows in (64, 8, 8))
@@ -194,11 +202,11 @@ class TestOperators:
             (q, (k, v), ["mix", "product"]),
             (wide, (), ["mix", "product", "finish"]),
         ):
-            site = site_of(case, 2, more=more)
+            input_group = group_of(case, 2, more=more)
             launches.names.clear()
-            site(case.x.to(device("triton")))
+            input_group(case.x.to(device("triton")))
             assert launches.names == want
-        assert site_of(q, 2).rotation.odd is not None
+        assert group_of(q, 2).rotation.odd is not None
 
     def test_splits_cover_the_inputs(self):
         for tiles in (1, 16, 128, 896):
@@ -211,39 +219,45 @@ class TestOperators:
 
     def test_training_decodes_again_instead_of_keeping(self):
         case = Case(40, 16, 2, n=3)
-        site = site_of(case, 2)
+        input_group = group_of(case, 2)
         x = case.x.to(device("triton")).requires_grad_()
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: kept.append(t.shape) or t, lambda t: t
         ):
-            y = site(x)[0]
+            y = input_group(x)[0]
         assert torch.Size((40, 128)) not in kept
         y.sum().backward()
-        dense = site.rotation.transpose(case.weight(2).to(x.device))
+        dense = input_group.rotation.transpose(case.weight(2).to(x.device))
         assert (x.grad - dense.sum(0)).abs().max() < 1e-4 * dense.sum(0).abs().max()
 
     def test_refuses(self):
         case = Case(70, 8, 2, n=17)
-        site = site_of(case, 2)
-        planes, scales = site.planes[0], site.matrices[0].scales
+        input_group = group_of(case, 2)
+        planes, scales = input_group.planes[0], input_group.matrices[0].scales
         x = case.x.to(scales.device)
         with pytest.raises(ValueError, match="at most 16 rows of 64"):
-            ops.product(x, [planes], site.tables, scales, None)
+            ops.product(x, [planes], input_group.tables, scales, None)
         with pytest.raises(ValueError, match="need 1 to 8"):
-            ops.product(x[:1], [planes], site.tables[:1], scales, None)
+            ops.product(x[:1], [planes], input_group.tables[:1], scales, None)
         with pytest.raises(ValueError, match="3 matrices"):
-            ops.product(x[:1], [planes] * 4, site.tables, scales, None)
+            ops.product(x[:1], [planes] * 4, input_group.tables, scales, None)
         with pytest.raises(ValueError, match="uint8"):
-            ops.decode([planes[0].float()], site.tables, scales, torch.float32, "triton")
+            ops.decode([planes[0].float()], input_group.tables, scales, torch.float32, "triton")
         packed = layout.Packed(tuple(planes), 70, 8, True)
         with pytest.raises(KernelError, match="row major"):
-            gpu.DeviceSite(
-                [kernels.Matrix(packed, scales)], site.tables, site.rotation, 2, "triton"
+            gpu.CudaGroup(
+                [kernels.Matrix(packed, scales)],
+                input_group.tables,
+                input_group.rotation,
+                2,
+                "triton",
             )
         books = kernels.prepare_codebooks(case.tables, True)
         with pytest.raises(KernelError, match="read"):
-            kernels.Bound([site.matrices[0]], books, site.rotation, 2, "triton")
+            kernels.PreparedGroup(
+                [input_group.matrices[0]], books, input_group.rotation, 2, "triton"
+            )
 
 
 @needs_triton
@@ -257,9 +271,9 @@ def test_a_model_runs_on_the_kernel(tmp_path, monkeypatch):
             monkeypatch.setenv(registry.VARIABLE, "triton")
         model = dropbydrop.load(folder, bits=3, device=device("triton"))
         called = []
-        original = gpu.DeviceSite.__call__
+        original = gpu.CudaGroup.__call__
         monkeypatch.setattr(
-            gpu.DeviceSite, "__call__", lambda self, x: called.append(x.shape) or original(self, x)
+            gpu.CudaGroup, "__call__", lambda self, x: called.append(x.shape) or original(self, x)
         )
         got = model(ids.to(model.device)).logits.cpu()
         assert len(called) == 4 * len(model.model.layers), "q/k/v and gate/up go together"
@@ -315,7 +329,7 @@ def test_a_decoded_token_is_one_graph(on_device, backend):
         got = token(torch.compile(model.forward, backend=record, fullgraph=True))
     assert (got - want).abs().max() < 1e-4 * want.abs().max()  # attention in another order
     targets = [str(n.target) for n in graphs[0].graph.nodes if n.op == "call_function"]
-    assert sum("gpu_site" in target for target in targets) == 4 * len(model.model.layers)
+    assert sum("gpu_group" in target for target in targets) == 4 * len(model.model.layers)
     assert not any("gpu_decode" in target for target in targets)
 
 
@@ -332,15 +346,15 @@ class TestTogether:
     """q/k/v in one product (together.py)."""
 
     def calls(self, model, monkeypatch):
-        """Numbers of matrices of the sites that a prompt of two tokens is multiplied by."""
-        seen, original = [], gpu.DeviceSite.__call__
+        """Numbers of matrices of the input groups that a prompt of two tokens is multiplied by."""
+        seen, original = [], gpu.CudaGroup.__call__
 
         def spy(self, x):
             seen.append(len(self.rows))
             return original(self, x)
 
         with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(gpu.DeviceSite, "__call__", spy)
+            patch.setattr(gpu.CudaGroup, "__call__", spy)
             logits = model(torch.tensor([[5, 6]], device=model.device)).logits
         return seen[: len(seen) // 2], logits  # of the first of two equal blocks
 
@@ -364,7 +378,7 @@ class TestTogether:
         assert (logits - want).abs().max() < 1e-4 * want.abs().max()
 
     def test_another_input_is_not_mixed_up(self, on_device, monkeypatch):
-        """A parent that does not give the same tensor to all linears of a site."""
+        """A parent that does not give the same tensor to all linears of an input group."""
         attention = on_device.model.layers[0].self_attn
 
         class Odd(torch.nn.Module):
@@ -507,21 +521,21 @@ class TestDevice:
                     int(torch.randint(1, high, (1,), generator=gen)) for high in (700, 600, 17)
                 )
                 case = Case(d_out, groups, prefix, n=n)
-                site = site_of(case, prefix, kernel=kernel)
+                input_group = group_of(case, prefix, kernel=kernel)
                 x = case.x.cuda().to(dtype)
-                exact = case.exact(prefix, site.rotation.apply(x.double()).cpu())
-                error = (site(x)[0].cpu().double() - exact).norm() / exact.norm()
+                exact = case.exact(prefix, input_group.rotation.apply(x.double()).cpu())
+                error = (input_group(x)[0].cpu().double() - exact).norm() / exact.norm()
                 assert error < (0.03 if kernel == "cuda-i8" else 0.01)
 
     @pytest.mark.parametrize("kernel", ["triton", "cuda-i8"])
     def test_graphs_replay_the_same_bits(self, kernel):
         case = Case(300, 72, 3, n=2)
-        site = site_of(case, 3, kernel=kernel)
+        input_group = group_of(case, 3, kernel=kernel)
         x = case.x.cuda().half()
-        want = site(x)[0]
+        want = input_group(x)[0]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            got = site(x)[0]
+            got = input_group(x)[0]
         graph.replay()
         assert torch.equal(got, want)
 

@@ -26,7 +26,7 @@ from dropbydrop.coding.codebooks import universal_set
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import KernelError
 from dropbydrop.kernels import Matrix, Packed, registry
-from dropbydrop.kernels.cuda import DeviceSite, dense, device_tables, int8, nvrtc
+from dropbydrop.kernels.cuda import CudaGroup, dense, device_tables, int8, nvrtc
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("c++")
@@ -254,7 +254,7 @@ def test_a_row_does_not_depend_on_company(build):
 
 
 def test_a_site_from_end_to_end(build, monkeypatch):
-    """`DeviceSite`, the device's part done by the host: two launches for up to four matrices."""
+    """`CudaGroup`, the device's part done by the host: two launches for up to four matrices."""
     launches = []
 
     class OnHost:
@@ -283,9 +283,9 @@ def test_a_site_from_end_to_end(build, monkeypatch):
             Matrix(Packed(tuple(codes), len(scales), groups, False), scales, bias if i else None)
             for i, (_, codes, _, scales, bias) in enumerate(cases[:count])
         ]
-        site = DeviceSite(matrices, tables, rotation, 2, int8.NAME)
+        input_group = CudaGroup(matrices, tables, rotation, 2, int8.NAME)
         launches.clear()
-        y = site.few(x)
+        y = input_group.few(x)
         assert launches == [("rotate_rows", False), *[(name, True) for name in expected]]
         rotated = rotation.apply(x.double())
         want = torch.cat(

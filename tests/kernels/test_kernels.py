@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from dropbydrop import kernels
-from dropbydrop.coding.code import codebook_table, decode
+from dropbydrop.coding.code import decode, expand_codebook
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import KernelError
-from dropbydrop.kernels import Bound, Matrix, layout, registry
+from dropbydrop.kernels import Matrix, PreparedGroup, layout, registry
 from dropbydrop.kernels._native import library
 from dropbydrop.kernels.cpu import ops
 
@@ -72,7 +72,7 @@ class Case:
             for _ in range(planes)
         ]
         stored = [normal(128 if symmetric else 256, 8) * 0.5**m for m in range(planes)]
-        self.tables = [codebook_table(s, symmetric) for s in stored]
+        self.tables = [expand_codebook(s, symmetric) for s in stored]
         self.scales = torch.rand(rows, generator=gen) + 0.5
         self.bias = normal(rows)
         self.x = normal(n, groups * 8)
@@ -111,7 +111,7 @@ def relative(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-def bound(kernel: str, outlier: bool = False) -> float:
+def prepared(kernel: str, outlier: bool = False) -> float:
     if kernel == "torch":
         return 1e-5
     if kernel.endswith("-u8"):
@@ -125,7 +125,7 @@ class TestProduct:
     def test_every_prefix(self, kernel):
         case = Case(100, 20, 8, n=2)
         for prefix in range(1, 9):
-            assert relative(case.run(kernel, prefix), case.exact(prefix)) < bound(kernel)
+            assert relative(case.run(kernel, prefix), case.exact(prefix)) < prepared(kernel)
 
     @pytest.mark.parametrize("symmetric", [True, False])
     @pytest.mark.parametrize("groups", [1, 2, 8, 127, 129, 300])
@@ -135,7 +135,7 @@ class TestProduct:
             error = (case.run(kernel, 2) - case.exact(2)).norm()
             # The size an output has on average: a few of them can cancel.
             usual = case.weight(2).norm() * case.x.norm() / (8 * groups) ** 0.5
-            assert error / usual < bound(kernel)
+            assert error / usual < prepared(kernel)
 
     def test_outliers(self, kernel):
         for groups in (51, 72, 128, 200):
@@ -144,7 +144,7 @@ class TestProduct:
             assert (case.x.abs().amax(1) / rms > 14).all()
             got, want = case.run(kernel, 3), case.exact(3)
             for i in range(4):
-                assert relative(got[i], want[i]) < bound(kernel, True)
+                assert relative(got[i], want[i]) < prepared(kernel, True)
 
     def test_reads_only_its_planes(self, kernel):
         case = Case(70, 9, 3)
@@ -209,7 +209,7 @@ class TestProduct:
         for y, want, rows in zip(ys, wanted, (72, 40), strict=True):
             assert y.dtype == dtype
             assert y.shape == (n, 1, rows)
-            assert relative(y.view(n, rows), want) < bound(kernel) + rounding
+            assert relative(y.view(n, rows), want) < prepared(kernel) + rounding
 
     def test_nothing_and_nan(self, kernel):
         case = Case(64, 140, 1)
@@ -418,8 +418,8 @@ class TestOperators:
         groups, prefix = case.groups, 2
         tables = ops.build_tables(case.x, case.books.prepared[:prefix], case.books.entries, name)
         signs = torch.ones(groups * 8)
-        case.bound = Bound([case.matrix], case.books, Rotation.make(groups * 8), prefix)
-        job = case.bound.job  # holds the tensors whose addresses the operator is given
+        case.prepared = PreparedGroup([case.matrix], case.books, Rotation.make(groups * 8), prefix)
+        job = case.prepared.job  # holds the tensors whose addresses the operator is given
         planes = list(case.packed.planes[:prefix])
         books = list(case.books.prepared[:prefix])
         drop = torch.ops.dropbydrop
@@ -429,11 +429,11 @@ class TestOperators:
             drop.matvec: (
                 tables, planes, case.scales, None, case.rows, groups, 128, name, torch.float32,
             ),
-            drop.site: (
+            drop.input_group: (
                 case.x, signs, None, groups * 8, books, 128, planes, [case.scales], [case.bias],
                 [case.rows], name,
             ),
-            drop.bound_site: (case.x, job.job, job.width, job.kernel),
+            drop.prepared_group: (case.x, job.job, job.width, job.kernel),
             drop.rows: (case.x, torch.ones(9, groups * 8, dtype=torch.int8), torch.ones(9), name),
             drop.decode: (
                 planes, True, books, case.scales, case.rows, groups, 3, 40, torch.bfloat16, name,
@@ -447,8 +447,8 @@ class TestOperators:
             torch.library.opcheck(operator.default, arguments, test_utils=tests)
 
     def test_refuses_a_job_that_is_none(self):
-        with pytest.raises(RuntimeError, match="site job"):
-            ops.bound_site(torch.zeros(1, 8), torch.zeros(200, dtype=torch.uint8), 64, 0)
+        with pytest.raises(RuntimeError, match="input group job"):
+            ops.prepared_group(torch.zeros(1, 8), torch.zeros(200, dtype=torch.uint8), 64, 0)
 
     def test_parts_equal_the_whole(self, kernel):
         native_only(kernel)
@@ -461,7 +461,7 @@ class TestOperators:
         y = torch.ops.dropbydrop.matvec(
             tables, case.packed.planes, case.scales, None, 70, 16, 128, kernel, torch.float32
         )
-        whole = Bound([case.matrix], case.books, rotation, 2, kernel)
+        whole = PreparedGroup([case.matrix], case.books, rotation, 2, kernel)
         assert torch.equal(whole(case.x)[0], y)
         assert whole.job is not None
         assert whole.job.kernel == index
@@ -478,11 +478,13 @@ class TestOperators:
     @pytest.mark.filterwarnings("ignore")
     def test_compile_sees_one_graph(self):
         case = Case(70, 16, 2, n=1)
-        bound_matrix = Bound([case.matrix, case.matrix], case.books, Rotation.make(128), 2)
-        compiled = torch.compile(
-            lambda x: [y * 2 for y in bound_matrix(x)], fullgraph=True, backend="aot_eager"
+        prepared_matrix = PreparedGroup(
+            [case.matrix, case.matrix], case.books, Rotation.make(128), 2
         )
-        for got, want in zip(compiled(case.x), bound_matrix(case.x), strict=True):
+        compiled = torch.compile(
+            lambda x: [y * 2 for y in prepared_matrix(x)], fullgraph=True, backend="aot_eager"
+        )
+        for got, want in zip(compiled(case.x), prepared_matrix(case.x), strict=True):
             assert torch.equal(got, want * 2)
 
     def test_export(self):
@@ -491,7 +493,7 @@ class TestOperators:
 
         class Module(torch.nn.Module):
             def forward(self, x, p1, p2, b1, b2, scales):
-                return torch.ops.dropbydrop.site(
+                return torch.ops.dropbydrop.input_group(
                     x, None, None, 1, [b1, b2], 128, [p1, p2], [scales], [None], [70], name
                 )
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from dropbydrop.errors import CalibrationError, FormatError, UnsupportedModelError
-from dropbydrop.models.block_runner import Walk
-from dropbydrop.models.statistics import add_gram, mirror, site_name, token_weights
+from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.statistics import add_gram, group_name, mirror, token_weights
 from dropbydrop.models.weight_files import WeightFiles
 
 N, T = 5, 23  # windows; the last batch is shorter than the others
@@ -35,8 +35,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_tiny(tmp_path_factory.mktemp("llama"), "llama")
 
 
-def open_walk(folder: Path, dtype: torch.dtype = torch.float32) -> Walk:
-    return Walk.open(folder, dtype, batch_tokens=2 * T)
+def open_runner(folder: Path, dtype: torch.dtype = torch.float32) -> BlockRunner:
+    return BlockRunner.open(folder, dtype, batch_tokens=2 * T)
 
 
 def gram_ref(xs: list[Tensor], clip: float, weights: Tensor | None = None) -> Tensor:
@@ -78,44 +78,44 @@ def test_block_by_block_equals_forward(folder: Path, ids: Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         expected = model(ids, output_hidden_states=True)
-    walk = open_walk(folder)
-    hidden = walk.embed(ids)
+    runner = open_runner(folder)
+    hidden = runner.embed(ids)
     torch.testing.assert_close(hidden, expected.hidden_states[0], rtol=0, atol=1e-6)
-    for i in range(walk.num_blocks):
-        hidden = walk.forward_block(i, walk.block(i), hidden)
-        walk.release(i)
-    torch.testing.assert_close(walk.finish(hidden), expected.hidden_states[-1], rtol=0, atol=1e-5)
-    torch.testing.assert_close(walk.logits(hidden), expected.logits, rtol=0, atol=1e-5)
+    for i in range(runner.num_blocks):
+        hidden = runner.forward_block(i, runner.block(i), hidden)
+        runner.release(i)
+    torch.testing.assert_close(runner.finish(hidden), expected.hidden_states[-1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(runner.logits(hidden), expected.logits, rtol=0, atol=1e-5)
 
 
 def test_grams_equal_brute_force(folder: Path, ids: Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     inputs = linear_inputs(model, ids)
-    walk, clip = open_walk(folder), 1.0  # half of the tokens are clipped
-    hidden, covered = walk.embed(ids), set()
-    for i in range(walk.num_blocks):
-        block = walk.block(i)
-        found = walk.sites(i, block, hidden)
-        captured = walk.capture(i, block, hidden, clip=clip, raw=True, out=hidden)
-        assert captured.hidden is hidden
-        assert captured.sites == found
-        assert captured.tokens == N * T
-        for site in captured.sites:
-            first = inputs[site.modules[0]]
-            for module in site.modules:
-                assert model.get_submodule(module).in_features == site.d_in
+    runner, clip = open_runner(folder), 1.0  # half of the tokens are clipped
+    hidden, covered = runner.embed(ids), set()
+    for i in range(runner.num_blocks):
+        block = runner.block(i)
+        found = runner.input_groups(i, block, hidden)
+        statistics = runner.collect_statistics(i, block, hidden, clip=clip, raw=True, out=hidden)
+        assert statistics.hidden is hidden
+        assert statistics.input_groups == found
+        assert statistics.tokens == N * T
+        for input_group in statistics.input_groups:
+            first = inputs[input_group.modules[0]]
+            for module in input_group.modules:
+                assert model.get_submodule(module).in_features == input_group.d_in
                 for one, two in zip(inputs[module], first, strict=True):
                     assert torch.equal(one, two)
-            covered.update(site.modules)
+            covered.update(input_group.modules)
             close = {"rtol": 1e-4, "atol": 1e-5}
-            gram, raw = captured.grams[site.name], captured.raw[site.name]
+            gram, raw = statistics.grams[input_group.name], statistics.raw[input_group.name]
             torch.testing.assert_close(gram.double(), gram_ref(first, clip), **close)
             torch.testing.assert_close(raw.double(), gram_ref(first, float("inf")), **close)
             assert not torch.allclose(gram, raw, rtol=1e-3)
             energy = torch.stack(first).square().sum(-1)
             ratio = float((energy.amax(1) / energy.median(1).values).max())
-            assert captured.energy_ratio[site.name] == pytest.approx(ratio, rel=1e-4)
-    assert covered == set(inputs) - set(walk.head_modules)
+            assert statistics.energy_ratio[input_group.name] == pytest.approx(ratio, rel=1e-4)
+    assert covered == set(inputs) - set(runner.head_modules)
 
 
 def test_sites_of_separate_and_fused_projections(tmp_path: Path, ids: Tensor) -> None:
@@ -134,21 +134,23 @@ def test_sites_of_separate_and_fused_projections(tmp_path: Path, ids: Tensor) ->
         ],
     }
     for family, names in expected.items():
-        walk = open_walk(tiny.save_tiny(tmp_path / family, family))
-        sites = walk.sites(0, walk.block(0), walk.embed(ids))
-        assert [site.name for site in sites] == names
+        runner = open_runner(tiny.save_tiny(tmp_path / family, family))
+        input_groups = runner.input_groups(0, runner.block(0), runner.embed(ids))
+        assert [input_group.name for input_group in input_groups] == names
 
 
 def test_token_weights_multiply_the_clip(llama: Path, ids: Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     inputs = linear_inputs(model, ids)
     weights = torch.rand(N, T, generator=torch.Generator().manual_seed(0)) * 2
-    walk = open_walk(llama)
-    captured = walk.capture(0, walk.block(0), walk.embed(ids), clip=1.0, weights=weights)
-    for site in captured.sites:
-        expected = gram_ref(inputs[site.modules[0]], 1.0, weights)
+    runner = open_runner(llama)
+    statistics = runner.collect_statistics(
+        0, runner.block(0), runner.embed(ids), clip=1.0, weights=weights
+    )
+    for input_group in statistics.input_groups:
+        expected = gram_ref(inputs[input_group.modules[0]], 1.0, weights)
         torch.testing.assert_close(
-            captured.grams[site.name].double(), expected, rtol=1e-4, atol=1e-5
+            statistics.grams[input_group.name].double(), expected, rtol=1e-4, atol=1e-5
         )
 
 
@@ -173,39 +175,39 @@ def test_gram_in_column_blocks(d: int) -> None:
 
 
 def test_site_names() -> None:
-    assert site_name(["a.b.q", "a.b.k"]) == "a.b.q+k"
-    assert site_name(["a.b.q"]) == "a.b.q"
-    assert site_name(["a.attn.q", "a.mlp.up"]) == "a.attn.q+mlp.up"
+    assert group_name(["a.b.q", "a.b.k"]) == "a.b.q+k"
+    assert group_name(["a.b.q"]) == "a.b.q"
+    assert group_name(["a.attn.q", "a.mlp.up"]) == "a.attn.q+mlp.up"
 
 
 def test_release_frees_and_block_reloads(llama: Path, ids: Tensor) -> None:
-    walk = open_walk(llama)
-    block = walk.block(1)
+    runner = open_runner(llama)
+    block = runner.block(1)
     weight = block.mlp.up_proj.weight
     alive, before = weakref.ref(weight), weight.clone()
     weight.data.zero_()  # what a quantizer does between block() and release()
-    assert walk.block(1).mlp.up_proj.weight.abs().sum() == 0, "a loaded block is not read again"
+    assert runner.block(1).mlp.up_proj.weight.abs().sum() == 0, "a loaded block is not read again"
     del weight
-    walk.release(1)
+    runner.release(1)
     assert alive() is None
-    assert all(p.is_meta for p in walk.model.model.layers.parameters())
-    assert torch.equal(walk.block(1).mlp.up_proj.weight, before)
+    assert all(p.is_meta for p in runner.model.model.layers.parameters())
+    assert torch.equal(runner.block(1).mlp.up_proj.weight, before)
 
 
 def test_recorded_arguments_do_not_pile_up(llama: Path, ids: Tensor) -> None:
-    walk = open_walk(llama)
+    runner = open_runner(llama)
     for t in (5, 6, 7, 8):
-        walk.embed(ids[:, :t])
-    assert len(walk._skeleton._calls) <= 2
+        runner.embed(ids[:, :t])
+    assert len(runner._block_inputs._calls) <= 2
 
 
 def test_only_the_blocks_in_use_are_in_memory(llama: Path, ids: Tensor) -> None:
-    walk = open_walk(llama)
-    assert all(p.is_meta for p in walk.model.parameters())
-    walk.embed(ids)
-    assert not walk.model.get_input_embeddings().weight.is_meta
-    assert walk.model.lm_head.weight.is_meta, "the head is loaded only for logits"
-    assert all(p.is_meta for p in walk.model.model.layers.parameters())
+    runner = open_runner(llama)
+    assert all(p.is_meta for p in runner.model.parameters())
+    runner.embed(ids)
+    assert not runner.model.get_input_embeddings().weight.is_meta
+    assert runner.model.lm_head.weight.is_meta, "the head is loaded only for logits"
+    assert all(p.is_meta for p in runner.model.model.layers.parameters())
 
 
 def test_weights_own_their_memory(llama: Path, tmp_path: Path) -> None:
@@ -214,8 +216,8 @@ def test_weights_own_their_memory(llama: Path, tmp_path: Path) -> None:
     copy.mkdir()
     for file in llama.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    walk = open_walk(copy)
-    weight = walk.block(0).mlp.up_proj.weight
+    runner = open_runner(copy)
+    weight = runner.block(0).mlp.up_proj.weight
     before = weight.clone()
     file = copy / "model.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
@@ -227,13 +229,13 @@ def test_weights_own_their_memory(llama: Path, tmp_path: Path) -> None:
 
 def test_tied_and_untied_heads(tmp_path: Path, ids: Tensor) -> None:
     for family, tied in (("llama", False), ("llama-tied", True)):
-        walk = open_walk(tiny.save_tiny(tmp_path / family, family))
-        assert walk.tied is tied
-        assert walk.embedding_modules == ["model.embed_tokens"]
-        assert walk.head_modules == ["lm_head"]
+        runner = open_runner(tiny.save_tiny(tmp_path / family, family))
+        assert runner.tied is tied
+        assert runner.embedding_modules == ["model.embed_tokens"]
+        assert runner.head_modules == ["lm_head"]
         outer = {"model.embed_tokens.weight", "model.norm.weight"}
-        assert set(walk.outer_names()) == (outer if tied else outer | {"lm_head.weight"})
-        head, embedding = walk.read("lm_head.weight"), walk.read("model.embed_tokens.weight")
+        assert set(runner.outer_names()) == (outer if tied else outer | {"lm_head.weight"})
+        head, embedding = runner.read("lm_head.weight"), runner.read("model.embed_tokens.weight")
         assert torch.equal(head, embedding) is tied
 
 
@@ -241,25 +243,25 @@ def test_bfloat16_and_shards(tmp_path: Path, ids: Tensor) -> None:
     folder = tiny.save_tiny(tmp_path, "qwen2", dtype=torch.bfloat16, max_shard_size="50KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    walk = open_walk(folder)
-    hidden = walk.embed(ids)
-    for i in range(walk.num_blocks):
-        hidden = walk.forward_block(i, walk.block(i), hidden, out=hidden)
+    runner = open_runner(folder)
+    hidden = runner.embed(ids)
+    for i in range(runner.num_blocks):
+        hidden = runner.forward_block(i, runner.block(i), hidden, out=hidden)
     assert hidden.dtype == torch.float32
     with torch.no_grad():
-        torch.testing.assert_close(walk.logits(hidden), model(ids).logits, rtol=0, atol=1e-5)
-    assert walk.read("model.layers.0.mlp.up_proj.weight").dtype == torch.bfloat16
+        torch.testing.assert_close(runner.logits(hidden), model(ids).logits, rtol=0, atol=1e-5)
+    assert runner.read("model.layers.0.mlp.up_proj.weight").dtype == torch.bfloat16
 
 
 def test_folder_saved_from_the_base_model(tmp_path: Path, ids: Tensor) -> None:
     """Names without the `model.` prefix are found too."""
     model = tiny.tiny_model("llama-tied")
     model.model.save_pretrained(tmp_path)
-    assert "embed_tokens.weight" in set(open_walk(tmp_path).files)
-    walk = open_walk(tmp_path)
+    assert "embed_tokens.weight" in set(open_runner(tmp_path).files)
+    runner = open_runner(tmp_path)
     with torch.no_grad():
         expected = model(ids, output_hidden_states=True).hidden_states[1]
-    got = walk.forward_block(0, walk.block(0), walk.embed(ids))
+    got = runner.forward_block(0, runner.block(0), runner.embed(ids))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
@@ -268,35 +270,35 @@ def test_folder_saved_from_the_base_model(tmp_path: Path, ids: Tensor) -> None:
 
 def test_experts_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.experts\.gate_up_proj"):
-        Walk.open(tiny.save_tiny(tmp_path, "mixtral"))
+        BlockRunner.open(tiny.save_tiny(tmp_path, "mixtral"))
 
 
 def test_blocks_without_linear_layers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"transformer\.h\.0\.mlp\.c_fc"):
-        Walk.open(tiny.save_tiny(tmp_path, "gpt2"))
+        BlockRunner.open(tiny.save_tiny(tmp_path, "gpt2"))
 
 
 def test_uncalled_linears_are_refused(llama: Path, ids: Tensor) -> None:
-    walk = open_walk(llama)
-    block = walk.block(0)
+    runner = open_runner(llama)
+    block = runner.block(0)
     block.mlp.forward = lambda x: block.mlp.down_proj(block.mlp.up_proj(x))
     with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.gate_proj\.weight"):
-        walk.capture(0, block, walk.embed(ids))
+        runner.collect_statistics(0, block, runner.embed(ids))
 
 
 def test_linear_called_twice_is_refused(llama: Path, ids: Tensor) -> None:
-    walk = open_walk(llama)
-    block = walk.block(0)
+    runner = open_runner(llama)
+    block = runner.block(0)
     original = block.mlp.forward
     block.mlp.forward = lambda x: original(x) + original(2 * x)
     with pytest.raises(UnsupportedModelError, match=r"mlp\.gate_proj is called more than once"):
-        walk.capture(0, block, walk.embed(ids))
+        runner.collect_statistics(0, block, runner.embed(ids))
 
 
 def test_linears_that_see_some_tokens_are_refused(llama: Path, ids: Tensor) -> None:
     """Experts that are linear layers pass the coverage guard; routing shows in their inputs."""
-    walk = open_walk(llama)
-    block = walk.block(0)
+    runner = open_runner(llama)
+    block = runner.block(0)
     original = block.mlp.forward
 
     def routed(x: Tensor) -> Tensor:
@@ -308,20 +310,20 @@ def test_linears_that_see_some_tokens_are_refused(llama: Path, ids: Tensor) -> N
     with pytest.raises(
         UnsupportedModelError, match=r"gate_proj sees 24 rows for 46 tokens.*routed"
     ):
-        walk.capture(0, block, walk.embed(ids))
+        runner.collect_statistics(0, block, runner.embed(ids))
 
 
 def test_weights_shared_between_blocks_are_refused(llama: Path) -> None:
-    model = open_walk(llama).model
+    model = open_runner(llama).model
     model.model.layers[2].mlp = model.model.layers[0].mlp
     says = r"layers\.2\.mlp\.gate_proj\.weight and model\.layers\.0\.mlp\.gate_proj\.weight are one"
     with pytest.raises(UnsupportedModelError, match=says):
-        Walk(model, WeightFiles(llama), torch.float32, torch.device("cpu"))
+        BlockRunner(model, WeightFiles(llama), torch.float32, torch.device("cpu"))
 
 
 def test_input_changed_in_place_is_another_site(llama: Path, ids: Tensor) -> None:
-    walk = open_walk(llama)
-    block = walk.block(0)
+    runner = open_runner(llama)
+    block = runner.block(0)
     mlp = block.mlp
 
     def forward(x: Tensor) -> Tensor:
@@ -329,14 +331,14 @@ def test_input_changed_in_place_is_another_site(llama: Path, ids: Tensor) -> Non
         return mlp.down_proj(gate * mlp.up_proj(x.mul_(2)))
 
     mlp.forward = forward
-    names = [site.name for site in walk.sites(0, block, walk.embed(ids))]
+    names = [input_group.name for input_group in runner.input_groups(0, block, runner.embed(ids))]
     assert "model.layers.0.mlp.gate_proj" in names
     assert "model.layers.0.mlp.up_proj" in names
 
 
 def test_sharing_that_changes_between_batches_is_refused(llama: Path, ids: Tensor) -> None:
-    walk = open_walk(llama)
-    block, calls = walk.block(0), [0]
+    runner = open_runner(llama)
+    block, calls = runner.block(0), [0]
     mlp = block.mlp
 
     def forward(x: Tensor) -> Tensor:
@@ -346,12 +348,12 @@ def test_sharing_that_changes_between_batches_is_refused(llama: Path, ids: Tenso
 
     mlp.forward = forward
     with pytest.raises(UnsupportedModelError, match="differently from one batch"):
-        walk.capture(0, block, walk.embed(ids))
+        runner.collect_statistics(0, block, runner.embed(ids))
 
 
 def test_arguments_that_depend_on_tokens_are_refused(llama: Path, ids: Tensor) -> None:
-    walk = open_walk(llama)
-    base = walk.model.model
+    runner = open_runner(llama)
+    base = runner.model.model
     original = base.forward
 
     def forward(input_ids: Tensor, **kwargs: object) -> object:
@@ -359,23 +361,23 @@ def test_arguments_that_depend_on_tokens_are_refused(llama: Path, ids: Tensor) -
 
     base.forward = forward
     with pytest.raises(UnsupportedModelError, match="depend on the tokens"):
-        walk.forward_block(0, walk.block(0), walk.embed(ids))
+        runner.forward_block(0, runner.block(0), runner.embed(ids))
 
 
 def test_forward_that_fails_says_what(llama: Path, ids: Tensor) -> None:
-    walk = open_walk(llama)
+    runner = open_runner(llama)
 
     def forward(input_ids: Tensor) -> object:
         raise TypeError("missing 1 required argument: 'pixels'")
 
-    walk.model.model.forward = forward
+    runner.model.model.forward = forward
     with pytest.raises(UnsupportedModelError, match="pixels"):
-        walk.forward_block(0, walk.block(0), torch.zeros(1, T, 48))
+        runner.forward_block(0, runner.block(0), torch.zeros(1, T, 48))
 
 
 def test_tuple_returning_blocks(llama: Path, ids: Tensor) -> None:
     """Families whose blocks return (hidden, ...) and whose model takes element 0."""
-    walk, plain = open_walk(llama), open_walk(llama)
+    runner, plain = open_runner(llama), open_runner(llama)
     hidden = plain.embed(ids)
     expected = plain.forward_block(0, plain.block(0), hidden)
 
@@ -388,24 +390,24 @@ def test_tuple_returning_blocks(llama: Path, ids: Tensor) -> None:
 
         layer.__class__ = Indexing
 
-    for layer in walk.model.model.layers:
+    for layer in runner.model.model.layers:
         wrap(layer)
-    assert torch.equal(walk.embed(ids), hidden)
-    assert walk._skeleton.returns_tuple
-    for layer in walk.model.model.layers:
+    assert torch.equal(runner.embed(ids), hidden)
+    assert runner._block_inputs.returns_tuple
+    for layer in runner.model.model.layers:
         layer.__class__ = type(layer).__mro__[1]
-    block = walk.block(0)
+    block = runner.block(0)
     original_forward = block.forward
     block.forward = lambda *a, **k: (original_forward(*a, **k), None)
-    torch.testing.assert_close(walk.forward_block(0, block, hidden), expected)
+    torch.testing.assert_close(runner.forward_block(0, block, hidden), expected)
 
 
 def test_activations_that_overflow_are_refused(llama: Path, ids: Tensor) -> None:
-    walk = open_walk(llama)
-    hidden = walk.embed(ids)
+    runner = open_runner(llama)
+    hidden = runner.embed(ids)
     hidden[0, 0, 0] = float("nan")
     with pytest.raises(CalibrationError, match="not finite"):
-        walk.capture(0, walk.block(0), hidden)
+        runner.collect_statistics(0, runner.block(0), hidden)
 
 
 def test_unknown_model_type_is_refused(tmp_path: Path, llama: Path) -> None:
@@ -415,7 +417,7 @@ def test_unknown_model_type_is_refused(tmp_path: Path, llama: Path) -> None:
     config["model_type"] = "never-heard-of"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match="never-heard-of"):
-        Walk.open(tmp_path)
+        BlockRunner.open(tmp_path)
 
 
 def test_weights_that_do_not_fit_the_config(tmp_path: Path, llama: Path) -> None:
@@ -424,27 +426,27 @@ def test_weights_that_do_not_fit_the_config(tmp_path: Path, llama: Path) -> None
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     with pytest.raises(UnsupportedModelError, match=r"first: model\.layers\.3\."):
-        Walk.open(tmp_path)
+        BlockRunner.open(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 88}))
     with pytest.raises(FormatError, match="another config"):
-        Walk.open(tmp_path).block(0)
+        BlockRunner.open(tmp_path).block(0)
 
 
 def test_missing_and_damaged_weight_files(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(FormatError, match=r"config\.json"):
-        Walk.open(tmp_path)
+        BlockRunner.open(tmp_path)
     (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
     with pytest.raises(FormatError, match=r"model\.safetensors"):
-        Walk.open(tmp_path)
+        BlockRunner.open(tmp_path)
     data = (llama / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(FormatError, match="damaged"):
-        Walk.open(tmp_path)
+        BlockRunner.open(tmp_path)
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FormatError, match="lacks 1 of 1"):
-        Walk.open(tmp_path)
+        BlockRunner.open(tmp_path)
     index = {"weight_map": {"a": "../elsewhere.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FormatError, match="outside"):
-        Walk.open(tmp_path)
+        BlockRunner.open(tmp_path)

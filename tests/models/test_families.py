@@ -18,7 +18,7 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.export import export
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import DropError, UnsupportedModelError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.quantization import config as order
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.runtime import lora
@@ -138,16 +138,18 @@ def test_other_levels(tmp_path: Path, text: Path, bits: tuple[int, ...]) -> None
 
 
 def test_learned_codebooks(tmp_path: Path, text: Path) -> None:
-    """A set for each input site, through store, load, at, kernels and export."""
+    """A set for each input group, through store, load, at, kernels and export."""
     source = save_tiny(tmp_path / "source", "qwen3")
     made = quantize.quantize(
         source, tmp_path / "out", calibration=text, codebooks="learned", **QUICK
     )
     checkpoint = Checkpoint.open(made.out)
     assert checkpoint.verify() == []
-    sites = checkpoint.quantization.sites
-    assert len({site.codebooks for site in sites}) == len(sites) == 12
-    first, second = (checkpoint.read_codebooks(site.codebooks)[0] for site in sites[:2])
+    input_groups = checkpoint.quantization.input_groups
+    assert len({input_group.codebooks for input_group in input_groups}) == len(input_groups) == 12
+    first, second = (
+        checkpoint.read_codebooks(input_group.codebooks)[0] for input_group in input_groups[:2]
+    )
     assert not torch.equal(first, second)
     check_levels(source, made.out)
     plain = quantize.quantize(source, tmp_path / "plain", calibration=text, **QUICK)
@@ -201,9 +203,9 @@ def test_unknown_embeddings_are_refused_before_anything_starts(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_tiny(tmp_path / "source")
-    walk = Walk.open(source)
-    walk.model.get_input_embeddings().__class__ = Strange
-    monkeypatch.setattr(order.Walk, "open", lambda *args, **kwargs: walk)
+    runner = BlockRunner.open(source)
+    runner.model.get_input_embeddings().__class__ = Strange
+    monkeypatch.setattr(order.BlockRunner, "open", lambda *args, **kwargs: runner)
     monkeypatch.setattr(quantize, "load_windows", _not_reached)
     with pytest.raises(UnsupportedModelError, match=r"embed_tokens .*Strange.*--head-bits 16"):
         quantize.quantize(source, tmp_path / "out", calibration=text, **QUICK)

@@ -69,12 +69,12 @@ def invented(checkpoint: Checkpoint, seed: int = 0) -> Sensitivity:
     """Losses that fall with the level, not always convex."""
     generator = torch.Generator().manual_seed(seed)
     losses = {}
-    for site in checkpoint.quantization.sites:
+    for input_group in checkpoint.quantization.input_groups:
         steps = torch.rand(len(checkpoint.levels) - 1, generator=generator).square().tolist()
         row = dict.fromkeys(checkpoint.levels, 0.0)
         for i in range(len(steps) - 1, -1, -1):
             row[checkpoint.levels[i]] = row[checkpoint.levels[i + 1]] + steps[i]
-        losses[site.name] = row
+        losses[input_group.name] = row
     return Sensitivity(Plan.uniform(checkpoint, 2).checkpoint, losses, "measured")
 
 
@@ -82,7 +82,7 @@ def plane_bytes(checkpoint: Checkpoint) -> dict[str, int]:
     shapes = checkpoint.shapes
     return {
         s.name: sum(shapes[m][0] * shapes[m][1] // 8 for m in s.modules)
-        for s in checkpoint.quantization.sites
+        for s in checkpoint.quantization.input_groups
     }
 
 
@@ -91,7 +91,7 @@ def plane_bytes(checkpoint: Checkpoint) -> dict[str, int]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_allocation_against_all_plans(checkpoint: Checkpoint, seed: int) -> None:
-    """8 sites, 3 levels: every one of the 6,561 plans."""
+    """8 input groups, 3 levels: every one of the 6,561 plans."""
     table, cost = invented(checkpoint, seed), plane_bytes(checkpoint)
     names = list(cost)
     every = [
@@ -130,9 +130,9 @@ def test_allocation_in_coarse_units(
 
 
 def test_a_useless_level_is_left_out(checkpoint: Checkpoint) -> None:
-    """3 bits are useless to the first site here: it goes from 2 to 4, or stays."""
+    """3 bits are useless to the first input group here: it goes from 2 to 4, or stays."""
     table = invented(checkpoint)
-    first = checkpoint.quantization.sites[0].name
+    first = checkpoint.quantization.input_groups[0].name
     table.losses[first].update({2: 5.0, 3: 4.99, 4: 0.0})  # type: ignore[attr-defined]
     plans = [make_plan(checkpoint, 2 + i / 10, sensitivity=table) for i in range(21)]
     assert {plan.prefixes[first] for plan in plans} == {2, 4}
@@ -180,8 +180,13 @@ def test_planes_are_held_once(checkpoint: Checkpoint, out: Path) -> None:
         view.model.layers[0].mlp.up_proj.dense_weight()
     derived = store_of(model)._derived.items()
     small = {t.data_ptr() for key, v in derived if key[0] == "books" for t in v.prepared}
-    site = ctypes.sizeof(ops.Site)  # what the kernels are called with, of every matrix and site
-    new = {p: n for p, n in byte_storages().items() if p not in before.keys() | small and n != site}
+    # what the kernels are called with, of every matrix and input group
+    structure = ctypes.sizeof(ops.GroupStruct)
+    new = {
+        p: n
+        for p, n in byte_storages().items()
+        if p not in before.keys() | small and n != structure
+    }
     assert sum(new.values()) == plan.memory(checkpoint).codes > 0
 
 
@@ -222,7 +227,7 @@ def test_plans_that_do_not_fit(out: Path, model: Any, tmp_path: Path) -> None:
     ):
         with pytest.raises(FormatError, match="made for another checkpoint"):
             use()
-    with pytest.raises(FormatError, match="does not name the sites"):
+    with pytest.raises(FormatError, match="does not name the input groups"):
         Plan(plan.checkpoint, {"x": 2}).check(checkpoint)
     with pytest.raises(PrecisionError, match="precision 5 is not a level"):
         Plan(plan.checkpoint, dict.fromkeys(plan.prefixes, 5)).check(checkpoint)
@@ -242,7 +247,7 @@ def test_plans_that_do_not_fit(out: Path, model: Any, tmp_path: Path) -> None:
 
 def mixed(checkpoint: Checkpoint, seed: int) -> Plan:
     generator = torch.Generator().manual_seed(seed)
-    names = [site.name for site in checkpoint.quantization.sites]
+    names = [input_group.name for input_group in checkpoint.quantization.input_groups]
     draw = torch.randint(len(checkpoint.levels), (len(names),), generator=generator).tolist()
     levels = {name: checkpoint.levels[i] for name, i in zip(names, draw, strict=True)}
     return Plan(Plan.uniform(checkpoint, 2).checkpoint, levels)
@@ -364,7 +369,8 @@ def naive_forms(model: Any, ids: torch.Tensor) -> dict[str, dict[int, float]]:
     }
     generator = torch.Generator().manual_seed(0)
     result: dict[str, dict[int, float]] = {
-        site.name: {2: 0.0, 3: 0.0} for site in store.checkpoint.quantization.sites
+        input_group.name: {2: 0.0, 3: 0.0}
+        for input_group in store.checkpoint.quantization.input_groups
     }
     for window in ids:
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -373,14 +379,14 @@ def naive_forms(model: Any, ids: torch.Tensor) -> dict[str, dict[int, float]]:
         log_p = torch.log_softmax(plain(window[None]).logits[0], -1)
         labels = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         log_p.gather(1, labels).sum().backward()
-        for site in store.checkpoint.quantization.sites:
+        for input_group in store.checkpoint.quantization.input_groups:
             for p in (2, 3):
                 inner = torch.zeros(ids.shape[1])
-                for m in site.modules:
+                for m in input_group.modules:
                     x, y = seen[m]
                     assert y.grad is not None
                     inner += (y.grad[0] * (x[0] @ (dense[p][m] - dense[4][m]).T)).sum(-1).detach()
-                result[site.name][p] += 0.5 * float(inner.square().sum()) / ids.numel()
+                result[input_group.name][p] += 0.5 * float(inner.square().sum()) / ids.numel()
         for hook in hooks:
             hook.remove()
     return result
@@ -475,8 +481,8 @@ def test_sidecar(out: Path, known: Sensitivity, tmp_path: Path) -> None:
     good = json.loads((out / SIDECAR).read_bytes())
     first = next(iter(good["losses"]))
     for change, message in [
-        ({"losses": {}}, "one loss for every site"),
-        ({"losses": {**good["losses"], first: {"2": 1.0}}}, "one loss for every site"),
+        ({"losses": {}}, "one loss for every input group"),
+        ({"losses": {**good["losses"], first: {"2": 1.0}}}, "one loss for every input group"),
         ({"losses": {**good["losses"], first: {"2": -1.0, "3": 0, "4": 0}}}, "one loss"),
         ({"losses": {**good["losses"], first: {"2": "x"}}}, "damaged"),
         ({"format": "other"}, "no table of sensitivities"),
@@ -499,9 +505,9 @@ def test_the_log_serves_without_a_sidecar(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(out)
     found = known_sensitivity(checkpoint)
     assert found.kind == "log"
-    site = checkpoint.quantization.sites[0]
-    assert found.losses[site.name][2] == pytest.approx(sum(0.09 + i for i in range(3)))
-    assert found.losses[site.name][4] == 0
+    input_group = checkpoint.quantization.input_groups[0]
+    assert found.losses[input_group.name][2] == pytest.approx(sum(0.09 + i for i in range(3)))
+    assert found.losses[input_group.name][4] == 0
     model = dropbydrop.load(out, 2.5)
     assert 2.3 < dropbydrop.precision(model) <= 2.5
     (out / "quantize-log.jsonl").write_text(log[:50])
@@ -554,7 +560,10 @@ def test_averages_and_plan_files_on_the_command_line(
     checkpoint = Checkpoint.open(out)
     text, file = tmp_path / "text.txt", tmp_path / "plan.json"
     text.write_text("the river runs past the old mill " * 20)
-    uneven = {site.name: (2, 3, 4)[i % 3] for i, site in enumerate(checkpoint.quantization.sites)}
+    uneven = {
+        input_group.name: (2, 3, 4)[i % 3]
+        for i, input_group in enumerate(checkpoint.quantization.input_groups)
+    }
     plan = Plan(Plan.uniform(checkpoint, 2).checkpoint, uneven)
     plan.save(file)
     (out / "quantize-log.jsonl").write_text(

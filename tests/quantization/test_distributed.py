@@ -12,9 +12,9 @@ import torch
 
 from dropbydrop.coding.search import backends
 from dropbydrop.errors import DropError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.quantization.pipeline import quantize
-from dropbydrop.system.distributed import LANES, Share, Team, deal, pick_device
+from dropbydrop.system.distributed import SHARDS, Partition, Ranks, assign_by_cost, pick_device
 from tiny import save_tiny
 
 OPTIONS = {"bits": (2, 3, 4), "preset": "fast", "windows": 3, "seq_len": 16, "progress": False}
@@ -28,7 +28,7 @@ from dropbydrop.models import block_runner as walk
 from dropbydrop.quantization import encode_blocks as run
 from dropbydrop.errors import DropError
 
-opened = walk.Walk.open.__func__
+opened = walk.BlockRunner.open.__func__
 names = list(inspect.signature(opened).parameters)[-len(opened.__defaults__):]
 opened.__defaults__ = tuple(  # one window a batch: lanes to share
     16 if name == "batch_tokens" else value for name, value in zip(names, opened.__defaults__)
@@ -36,18 +36,18 @@ opened.__defaults__ = tuple(  # one window a batch: lanes to share
 for option in [a for a in sys.argv if a.startswith("--fail-at=")]:
     sys.argv.remove(option)
     rank, block = map(int, option.removeprefix("--fail-at=").split(","))
-    encode_block, encode_sites = run.Run.encode_block, run.Run._encode_sites
+    encode_block, encode_groups = run.Run.encode_block, run.Run._encode_groups
 
     def at_block(self, i, *rest):
         self.at = i
         encode_block(self, i, *rest)
 
     def failing(self, *rest):
-        if (self.team.rank, self.at) == (rank, block):
+        if (self.ranks.rank, self.at) == (rank, block):
             raise DropError("the cat sat on the keyboard.")
-        return encode_sites(self, *rest)
+        return encode_groups(self, *rest)
 
-    run.Run.encode_block, run.Run._encode_sites = at_block, failing
+    run.Run.encode_block, run.Run._encode_groups = at_block, failing
 cli.main()
 """
 
@@ -146,52 +146,52 @@ class TestTwoProcesses:
 
 
 class TestShares:
-    def walk_lanes(self, windows: int, batch: int) -> list[list[slice]]:
-        walk = Walk.__new__(Walk)
-        walk.batch_tokens = batch * 10
-        return walk.lanes(windows, 10)
+    def runner_shards(self, windows: int, batch: int) -> list[list[slice]]:
+        runner = BlockRunner.__new__(BlockRunner)
+        runner.batch_tokens = batch * 10
+        return runner.shards(windows, 10)
 
     @pytest.mark.parametrize(("windows", "batch"), [(64, 4), (1, 4), (13, 2), (9, 1), (128, 128)])
     def test_lanes_are_the_batches_in_order(self, windows, batch):
-        lanes = self.walk_lanes(windows, batch)
-        assert 1 <= len(lanes) <= LANES
-        parts = [part for lane in lanes for part in lane]
+        shards = self.runner_shards(windows, batch)
+        assert 1 <= len(shards) <= SHARDS
+        parts = [part for shard in shards for part in shard]
         assert [i for part in parts for i in range(part.start, part.stop)] == list(range(windows))
-        assert all(lanes)
+        assert all(shards)
 
     @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
     def test_every_window_has_one_rank(self, size):
-        lanes = self.walk_lanes(29, 2)
-        shares = [Team(rank, size).share(lanes) for rank in range(size)]
-        spans = [share.windows(rank) for rank, share in enumerate(shares)]
+        shards = self.runner_shards(29, 2)
+        shares = [Ranks(rank, size).partition(shards) for rank in range(size)]
+        spans = [partition.windows(rank) for rank, partition in enumerate(shares)]
         assert [i for span in spans for i in range(span.start, span.stop)] == list(range(29))
-        for rank, share in enumerate(shares):
-            own = [part for lane in share.lanes for part in lane]
+        for rank, partition in enumerate(shares):
+            own = [part for shard in partition.shards for part in shard]
             assert own[0].start == 0
             assert own[-1].stop == spans[rank].stop - spans[rank].start
-            assert share.count == 29
+            assert partition.count == 29
 
     def test_more_ranks_than_lanes_are_refused(self):
         with pytest.raises(DropError, match=r"only 2 batches.*--windows"):
-            Team(0, 3).share(self.walk_lanes(2, 1))
+            Ranks(0, 3).partition(self.runner_shards(2, 1))
 
     def test_lanes_are_added_in_their_order(self):
         gen = torch.Generator().manual_seed(0)
         parts = [torch.randn(4, 4, generator=gen) * 10.0**i for i in range(3)]
-        share = Share(Team(), ([slice(0, 1)],), (0,))
-        assert torch.equal(share.total(parts[:1]), parts[0])
+        partition = Partition(Ranks(), ([slice(0, 1)],), (0,))
+        assert torch.equal(partition.total(parts[:1]), parts[0])
 
     def test_work_is_dealt_evenly(self):
         costs = [9.0, 1.0, 1.0, 5.0, 5.0, 3.0]
-        owners = deal(costs, 2)
+        owners = assign_by_cost(costs, 2)
         loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == rank) for rank in (0, 1)]
         assert loads == [12.0, 12.0]
-        assert deal(costs, 1) == [0] * 6
-        assert owners == deal(list(costs), 2)
+        assert assign_by_cost(costs, 1) == [0] * 6
+        assert owners == assign_by_cost(list(costs), 2)
 
     def test_too_many_processes_are_refused(self, monkeypatch):
-        monkeypatch.setenv("WORLD_SIZE", str(LANES + 1))
-        with pytest.raises(DropError, match="Start fewer"), Team.join("cpu"):
+        monkeypatch.setenv("WORLD_SIZE", str(SHARDS + 1))
+        with pytest.raises(DropError, match="Start fewer"), Ranks.join("cpu"):
             pass
 
     def test_devices(self, monkeypatch):

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from dropbydrop.cli import main as cli
-from dropbydrop.coding.encoder import Effort, encode_site
+from dropbydrop.coding.encoder import Effort, encode_group
 from dropbydrop.data.calibration import load_windows
 from dropbydrop.errors import DropError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.quantization import config as order
 from dropbydrop.quantization import encode_blocks as life
 from dropbydrop.quantization import estimate as dry_run
@@ -75,29 +75,29 @@ def test_extrapolation(place: Path, monkeypatch: pytest.MonkeyPatch, windows: in
     monkeypatch.setattr(dry_run, "_ROWS", 8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    per_site, per_row, per_block, per_window = 7.0, 0.25, 3.0, 0.5
-    capture = Walk.capture
+    per_group, per_row, per_block, per_window = 7.0, 0.25, 3.0, 0.5
+    collect_statistics = BlockRunner.collect_statistics
     rows = []
 
-    def timed_capture(self: Walk, i: int, block: Any, hidden: Any, **kw: Any) -> Any:
+    def timed_capture(self: BlockRunner, i: int, block: Any, hidden: Any, **kw: Any) -> Any:
         clock.now += per_block + per_window * hidden.shape[0]
-        return capture(self, i, block, hidden, **kw)
+        return collect_statistics(self, i, block, hidden, **kw)
 
-    def timed_site(weights: dict[str, Any], *args: Any) -> Any:
+    def timed_group(weights: dict[str, Any], *args: Any) -> Any:
         rows.append(len(weights["w"]))
-        clock.now += per_site + per_row * len(weights["w"])
-        return encode_site(weights, *args)
+        clock.now += per_group + per_row * len(weights["w"])
+        return encode_group(weights, *args)
 
-    monkeypatch.setattr(Walk, "capture", timed_capture)
-    monkeypatch.setattr(dry_run, "encode_site", timed_site)
+    monkeypatch.setattr(BlockRunner, "collect_statistics", timed_capture)
+    monkeypatch.setattr(dry_run, "encode_group", timed_group)
     asked = job(place, windows=windows)
-    asked.walk.batch_tokens = 4 * 64  # four windows a batch
+    asked.runner.batch_tokens = 4 * 64  # four windows a batch
     try:
         estimate = dry_run.dry_run(asked, place / "out")
     finally:
         torch.set_num_threads(threads)
     heights = {"qkv": 64 + 32 + 32, "o": 48, "gate_up": 800, "down": 48}
-    encode = 5 * sum(per_site + per_row * h for h in heights.values())
+    encode = 5 * sum(per_group + per_row * h for h in heights.values())
     assert estimate.seconds["encode"] == pytest.approx(encode)
     # the constant part of a capture cannot be told from one batch alone
     activations = 5 * (per_block + per_window * windows)
@@ -203,12 +203,12 @@ def test_the_command(
             place / "text.txt", "--windows", 3, "--seq-len", 64, "--dry-run", "--json"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
     cli.main()
-    captured = capsys.readouterr()
-    result = json.loads(captured.out.splitlines()[-1])
+    statistics = capsys.readouterr()
+    result = json.loads(statistics.out.splitlines()[-1])
     assert result["dry_run"] is True
     assert set(result["seconds"]) == {"calibrate", "activations", "encode", "write", "total"}
     assert result["bytes_out"] > 0
-    assert "free" in captured.err
+    assert "free" in statistics.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,7 +18,7 @@ from dropbydrop.coding.objective import weighted_errors
 from dropbydrop.data.calibration import Calibration, load_windows
 from dropbydrop.data.text_files import text_windows
 from dropbydrop.errors import CalibrationError, DropError, PrecisionError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.quantization import config as order
 from dropbydrop.quantization import pipeline as quantize
@@ -85,10 +85,14 @@ def test_the_log_names_every_matrix_and_its_errors_are_those_of_the_stored_weigh
     loaded = dropbydrop.load(made.out, bits=4)
     names = {n for n, m in loaded.named_modules() if isinstance(m, NestedLinear)}
     assert {line["module"] for line in lines} == names
-    walk = Walk.open(folder / "llama")
+    runner = BlockRunner.open(folder / "llama")
     ids = load_windows(folder / "text.txt", load_tokenizer(folder / "llama"), 4, 64).ids
-    captured = walk.capture(0, walk.block(0), walk.embed(ids))
-    by_module = {m: captured.grams[site.name] for site in captured.sites for m in site.modules}
+    statistics = runner.collect_statistics(0, runner.block(0), runner.embed(ids))
+    by_module = {
+        m: statistics.grams[input_group.name]
+        for input_group in statistics.input_groups
+        for m in input_group.modules
+    }
     for line in lines[: len(by_module)]:
         w = original.get_submodule(line["module"]).weight.detach()
         w4 = loaded.get_submodule(line["module"]).dense_weight(torch.float32)
@@ -246,7 +250,7 @@ def test_an_unwritable_place_and_an_error_in_the_middle_leave_nothing(folder, mo
     def broken(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dropbydrop.quantization.encode_blocks.encode_site", broken)
+    monkeypatch.setattr("dropbydrop.quantization.encode_blocks.encode_group", broken)
     before = sorted(p.name for p in folder.iterdir())
     with pytest.raises(KeyboardInterrupt):
         quantize.quantize(
@@ -280,7 +284,7 @@ def test_a_terminated_command_leaves_nothing(folder):
     code = (  # ends itself in the middle of the work
         "import os, signal, sys; from dropbydrop.cli import main as cli\n"
         "from dropbydrop.quantization import encode_blocks as run\n"
-        "run.encode_site = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "run.encode_group = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)\n"
         f"sys.argv[1:] = {argv!r}; cli.main()"
     )
     environment = {k: v for k, v in os.environ.items() if k != "RANK"}

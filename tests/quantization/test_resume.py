@@ -26,7 +26,7 @@ import torch
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint import atomic_folder as folder_module
 from dropbydrop.checkpoint import journal as resume
-from dropbydrop.checkpoint.staging import Spill
+from dropbydrop.checkpoint.staging import StagingFile
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import DropError
 from dropbydrop.quantization import config as order
@@ -230,13 +230,13 @@ def test_overwriting_keeps_the_old_checkpoint_until_the_end(
 def exchange_child(place: Path, out: Path, kill: int) -> None:
     """Killed at the `kill`-th operation after the assembled folder is announced."""
     resume.code_digest = lambda: "the same code"
-    announce = resume.Work.publishing
+    announce = resume.Journal.publishing
 
-    def announced(self: resume.Work, record: Any) -> None:
+    def announced(self: resume.Journal, record: Any) -> None:
         announce(self, record)
         die_at(kill, ("fsync", "rename", "unlink", "rmdir"))
 
-    resume.Work.publishing = announced  # type: ignore[method-assign]
+    resume.Journal.publishing = announced  # type: ignore[method-assign]
     run_here(place, out, overwrite=True)
 
 
@@ -266,16 +266,16 @@ def full_at(monkeypatch: pytest.MonkeyPatch, what: str, count: int) -> None:
         return left[0] == 0
 
     if what == "spill":
-        add = Spill.add
+        add = StagingFile.add
 
-        def failing_add(self: Spill, name: str, tensor: torch.Tensor) -> None:
+        def failing_add(self: StagingFile, name: str, tensor: torch.Tensor) -> None:
             if due():
                 self.file.write(b"x" * 1000)
                 self.file.flush()
                 raise FULL
             add(self, name, tensor)
 
-        monkeypatch.setattr(Spill, "add", failing_add)
+        monkeypatch.setattr(StagingFile, "add", failing_add)
     elif what == "hidden":
         write = resume._write
 
@@ -296,9 +296,9 @@ def full_at(monkeypatch: pytest.MonkeyPatch, what: str, count: int) -> None:
             file.flush()
             raise FULL
 
-        append = resume.Work._append
+        append = resume.Journal._append
 
-        def failing_append(self: resume.Work, record: Any) -> None:
+        def failing_append(self: resume.Journal, record: Any) -> None:
             if not due():
                 return append(self, record)
             with (
@@ -307,16 +307,16 @@ def full_at(monkeypatch: pytest.MonkeyPatch, what: str, count: int) -> None:
             ):
                 torn(file, dumps(record).encode())
 
-        monkeypatch.setattr(resume.Work, "_append", failing_append)
+        monkeypatch.setattr(resume.Journal, "_append", failing_append)
     else:
-        write_file = folder_module.PartialFolder.write
+        write_file = folder_module.AtomicFolder.write
 
         def failing_file(self: Any, name: str, chunks: Any) -> None:
             write_file(self, name, chunks)
             if due():
                 raise FULL
 
-        monkeypatch.setattr(folder_module.PartialFolder, "write", failing_file)
+        monkeypatch.setattr(folder_module.AtomicFolder, "write", failing_file)
 
 
 @pytest.mark.parametrize(
@@ -489,7 +489,7 @@ def test_torn_and_zeroed_journals(place: Path, half: Path, undisturbed: dict[str
 
 def test_two_runs_do_not_share_a_folder(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with resume.Work(out, {}) as work:
+    with resume.Journal(out, {}) as work:
         work.steps.append({})
         with pytest.raises(DropError, match="another process is working"):
             run_here(place, out)

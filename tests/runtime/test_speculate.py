@@ -92,7 +92,7 @@ def test_processors_are_applied_to_draft_and_verification(model: Any) -> None:
 
 def test_a_plan_can_draft_and_be_verified(model: Any) -> None:
     checkpoint = store_of(model).checkpoint
-    names = [site.name for site in checkpoint.quantization.sites]
+    names = [input_group.name for input_group in checkpoint.quantization.input_groups]
     base = Plan.uniform(checkpoint, 2)
     draft = Plan(base.checkpoint, {n: 2 + (i % 2) for i, n in enumerate(names)})
     full = Plan(base.checkpoint, {n: 4 - (i % 3 == 0) for i, n in enumerate(names)})

@@ -86,8 +86,8 @@ def test_dense_weight_against_a_naive_decoder(out: Path, model: Any) -> None:
     """Entry by entry, with the dense matrix Q: W = scales * sum_m C_m[codes_m] Q."""
     checkpoint = Checkpoint.open(out)
     name = "model.layers.1.mlp.down_proj"  # d_in 96 = 32 * 3: the odd factor takes part
-    site = checkpoint.quantization.site_index[name]
-    rotation = checkpoint.read_rotation(site)
+    input_group = checkpoint.quantization.group_index[name]
+    rotation = checkpoint.read_rotation(input_group)
     assert rotation.scaled
     assert rotation.signs is not None
     q = rotation.matrix().double()  # orthogonal up to the factors of its inputs
@@ -159,9 +159,9 @@ def test_rotation_of_16_bit_activations_rounds_once(out: Path) -> None:
     module = model.model.layers[0].mlp.down_proj
     x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     weight = module.rotated_weight()
-    exact = module.site.rotation.apply(x.double()) @ weight.double().T
-    once = F.linear(module.site.rotation.apply(x.float()).bfloat16(), weight.bfloat16())
-    twice = F.linear(module.site.rotation.apply(x), weight.bfloat16())
+    exact = module.input_group.rotation.apply(x.double()) @ weight.double().T
+    once = F.linear(module.input_group.rotation.apply(x.float()).bfloat16(), weight.bfloat16())
+    twice = F.linear(module.input_group.rotation.apply(x), weight.bfloat16())
 
     def error(y: Tensor) -> float:
         return float((y.double() - exact).square().mean())
@@ -359,10 +359,17 @@ def test_planes_arrive_while_a_view_generates(out: Path) -> None:
 
 def test_sites_are_shared_values(model: Any) -> None:
     attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
-    assert attention.q_proj.site is attention.k_proj.site is attention.v_proj.site
-    assert attention.q_proj.site is not attention.o_proj.site
-    assert attention.q_proj.site.tables is mlp.up_proj.site.tables  # one codebook set
-    assert dropbydrop.at(model, 2).model.layers[0].self_attn.q_proj.site is attention.q_proj.site
+    assert (
+        attention.q_proj.input_group is attention.k_proj.input_group is attention.v_proj.input_group
+    )
+    assert attention.q_proj.input_group is not attention.o_proj.input_group
+    assert (
+        attention.q_proj.input_group.entries is mlp.up_proj.input_group.entries
+    )  # one codebook set
+    assert (
+        dropbydrop.at(model, 2).model.layers[0].self_attn.q_proj.input_group
+        is attention.q_proj.input_group
+    )
 
 
 def test_derived_values_are_built_once(model: Any) -> None:
@@ -456,7 +463,7 @@ def test_planes_have_one_form_in_memory_and_another_on_disk(out: Path, model: An
     for m in (1, 2, 3, 4):
         stored = checkpoint.read_codes(name, m)
         assert torch.equal(saved[f"{name}.codes.{m}"], stored)
-        assert torch.equal(codes.canonical()[m - 1], stored)
+        assert torch.equal(codes.to_row_major()[m - 1], stored)
     twin = dropbydrop.load(out)
     twin.load_state_dict(saved)
     assert torch.equal(logits(twin), logits(model))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import dropbydrop
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.cli import main as cli
-from dropbydrop.coding.code import codebook_table, decode
+from dropbydrop.coding.code import decode, expand_codebook
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import (
     CalibrationError,
@@ -28,7 +28,7 @@ from dropbydrop.errors import (
     PrecisionError,
     UnsupportedModelError,
 )
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.quantization import config as order
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.tuning import TuneReport, distill, tune
@@ -110,10 +110,10 @@ def naive_levels(
 @pytest.mark.parametrize("levels", [(2, 3, 4), (1, 4), (3,)])
 def test_decoding_is_that_of_the_format_bit_for_bit(levels: tuple[int, ...]) -> None:
     codes, stored, scales = codes_and_tables(torch.float32)
-    tables = [codebook_table(book) for book in stored]
-    got = decode_levels(codes, tables, scales[: len(levels)], levels)
+    entries = [expand_codebook(book) for book in stored]
+    got = decode_levels(codes, entries, scales[: len(levels)], levels)
     for weight, scale, level in zip(got, scales, levels, strict=False):
-        assert torch.equal(weight, decode(codes, tables, scale, level))
+        assert torch.equal(weight, decode(codes, entries, scale, level))
 
 
 @pytest.mark.parametrize("levels", [(2, 3, 4), (1, 4), (3,)])
@@ -126,9 +126,11 @@ def test_gradients_of_decoding_equal_those_of_the_definition(levels: tuple[int, 
         pairs = zip(weights, decoded, strict=True)
         return torch.stack([(w * d + d.square()).sum() for w, d in pairs]).sum()
 
-    tables = [expand(book, True) for book in stored]
+    entries = [expand(book, True) for book in stored]
     got = torch.autograd.grad(
-        loss(decode_levels(codes, tables, scales[: len(levels)], levels)), leaves, allow_unused=True
+        loss(decode_levels(codes, entries, scales[: len(levels)], levels)),
+        leaves,
+        allow_unused=True,
     )
     expected = torch.autograd.grad(
         loss(naive_levels(codes, stored, scales[: len(levels)], levels)), leaves, allow_unused=True
@@ -144,8 +146,8 @@ def test_gradients_of_decoding_equal_finite_differences() -> None:
 
     def decoded(first: Tensor, last: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         books = [first, *stored[1:3], last]
-        tables = [expand(book, True) for book in books]
-        return tuple(decode_levels(codes, tables, [scale, scale * 2, scales[2]], LEVELS))
+        entries = [expand(book, True) for book in books]
+        return tuple(decode_levels(codes, entries, [scale, scale * 2, scales[2]], LEVELS))
 
     inputs = [t.clone().requires_grad_() for t in (stored[0], stored[3], scales[0])]
     assert torch.autograd.gradcheck(decoded, inputs, fast_mode=True)
@@ -168,8 +170,8 @@ def test_student_computes_what_the_loaded_checkpoint_computes(place: Path, famil
     student, ids = student_of(place, family), some_ids()
     leaves = student.values().leaves
     with torch.no_grad():
-        hidden = [student.walk.embed(ids)] * len(LEVELS)
-        for i in range(student.walk.num_blocks):
+        hidden = [student.runner.embed(ids)] * len(LEVELS)
+        for i in range(student.runner.num_blocks):
             hidden = student.block(i, hidden, leaves, LEVELS)
         for h, level in zip(hidden, LEVELS, strict=True):
             loaded = dropbydrop.load(place / f"{family}-q", bits=level)
@@ -189,15 +191,15 @@ def naive_model(
 ) -> Any:
     """Logits as a function of ids: the transformers model, with weights decoded from `values`."""
     weights = {n: v for n, v in values.items() if n in dict(model.named_parameters())}
-    for number, site in enumerate(checkpoint.quantization.sites):
+    for number, input_group in enumerate(checkpoint.quantization.input_groups):
         books = [values[f"codebooks.{student.sets[number]}.{m}"] for m in range(1, level + 1)]
-        for module in site.modules:
+        for module in input_group.modules:
             planes = [checkpoint.read_codes(module, m).long() for m in range(1, level + 1)]
-            tables = [torch.cat([book, -book]) for book in books]
-            total = sum(t[c] for t, c in zip(tables, planes, strict=True)).flatten(1)
+            entries = [torch.cat([book, -book]) for book in books]
+            total = sum(t[c] for t, c in zip(entries, planes, strict=True)).flatten(1)
             rotated = values[f"{module}.scales"][:, None] * total
             weights[f"{module}.weight"] = rotated @ checkpoint.read_rotation(number).matrix()
-    embedding = student.walk.files.read("model.embed_tokens.weight", torch.float32)
+    embedding = student.runner.files.read("model.embed_tokens.weight", torch.float32)
     weights["model.embed_tokens.weight"] = embedding
     return lambda ids: functional_call(model, weights, (ids,), {"use_cache": False}).logits
 
@@ -210,7 +212,7 @@ def test_gradients_of_distillation_are_those_of_autograd(
     """Block by block, with recomputation and slabs of logits, against the whole model at once."""
     monkeypatch.setattr(distill, "LOGIT_VALUES", 384 * 5)
     student, ids = student_of(place, family), some_ids()
-    teacher = Walk.open(place / family)
+    teacher = BlockRunner.open(place / family)
     windows = distill.Windows(ids, distill.last_hidden(teacher, ids, lambda: None), 1)
     values = student.values()
     weights = {2: 0.5, 3: 1.0, 4: 3.0}
@@ -237,7 +239,7 @@ def test_gradients_of_distillation_are_those_of_autograd(
 
 
 def test_errors_of_a_block_are_those_of_the_definition(place: Path) -> None:
-    student, teacher = student_of(place, "llama-tied"), Walk.open(place / "llama-tied")
+    student, teacher = student_of(place, "llama-tied"), BlockRunner.open(place / "llama-tied")
     x = teacher.embed(some_ids())
     x[:, 0] *= 5000  # a token of massive activations
     y = teacher.forward_block(0, teacher.block(0), x)
@@ -358,23 +360,23 @@ def test_lower_levels_are_prefixes_of_higher_ones(made: dict[str, TuneReport], m
             view, alone = dropbydrop.at(highest, level), dropbydrop.load(folder, bits=level)
             assert torch.equal(view(ids).logits, alone(ids).logits)
     checkpoint = Checkpoint.open(folder)
-    site = checkpoint.quantization.sites[0]
-    module = site.modules[0]
-    tables = [codebook_table(book) for book in checkpoint.read_codebooks(site.codebooks)]
+    input_group = checkpoint.quantization.input_groups[0]
+    module = input_group.modules[0]
+    entries = [expand_codebook(book) for book in checkpoint.read_codebooks(input_group.codebooks)]
     codes = [checkpoint.read_codes(module, m) for m in (1, 2, 3, 4)]
     one = torch.ones(codes[0].shape[0])
-    partial = decode(codes[:3], tables[:3], one, 3)
-    fourth = torch.nn.functional.embedding(codes[3].int(), tables[3]).flatten(1)
-    assert torch.equal(decode(codes, tables, one, 4), partial + fourth)
+    partial = decode(codes[:3], entries[:3], one, 3)
+    fourth = torch.nn.functional.embedding(codes[3].int(), entries[3]).flatten(1)
+    assert torch.equal(decode(codes, entries, one, 4), partial + fourth)
 
 
 def test_true_bits_count_the_sets(place: Path, made: dict[str, TuneReport]) -> None:
     old, new = Checkpoint.open(place / "llama-tied-q"), Checkpoint.open(made["distill"].out)
-    sites = len(new.quantization.sites)
-    assert new.quantization.sets == tuple(f"site-{i}" for i in range(sites))
+    input_groups = len(new.quantization.input_groups)
+    assert new.quantization.sets == tuple(f"site-{i}" for i in range(input_groups))
     weights = sum(d_out * d_in for d_out, d_in in new.shapes.values())
     for level in LEVELS:
-        extra = 8 * (sites - 1) * level * 2 * 8 * 128 / weights
+        extra = 8 * (input_groups - 1) * level * 2 * 8 * 128 / weights
         assert new.true_bits(level) - old.true_bits(level) == pytest.approx(extra)
         size = (made["distill"].out / "model.safetensors").stat().st_size
         size += sum(

@@ -142,15 +142,15 @@ class Stop(Exception):
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, commits: int, error: BaseException) -> None:
     """Fail instead of keeping another state after so many."""
-    real, left = resume.Work.commit, [commits]
+    real, left = resume.Journal.commit, [commits]
 
-    def counted(self: resume.Work, *args: Any) -> None:
+    def counted(self: resume.Journal, *args: Any) -> None:
         if left[0] == 0:
             raise error
         left[0] -= 1
         real(self, *args)
 
-    monkeypatch.setattr(resume.Work, "commit", counted)
+    monkeypatch.setattr(resume.Journal, "commit", counted)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(
 ) -> None:
     from dropbydrop.checkpoint import atomic_folder as folder_module
 
-    write = folder_module.PartialFolder.write
+    write = folder_module.AtomicFolder.write
 
     def full(self: Any, name: str, chunks: Any) -> None:
         write(self, name, chunks)
@@ -203,7 +203,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(folder_module.PartialFolder, "write", full)
+        patch.setattr(folder_module.AtomicFolder, "write", full)
         with pytest.raises(DropError, match=r"disk is full.* finished (steps|blocks).*--resume"):
             run_here(place, out, method)
     assert run_here(place, out, method).resumed == (5 if method == "distill" else 3)

@@ -3,7 +3,7 @@
 The specification is docs/format.md; `format.py` is its executable form.
 """
 
-from .config import Embeddings, PlaneSpec, QuantizationConfig, SiteSpec
+from .config import Embeddings, PlaneSpec, QuantizationConfig, StoredGroup
 from .files import Manifest
 from .reader import Checkpoint, Finding
 from .writer import CheckpointWriter
@@ -16,5 +16,5 @@ __all__ = [
     "Manifest",
     "PlaneSpec",
     "QuantizationConfig",
-    "SiteSpec",
+    "StoredGroup",
 ]

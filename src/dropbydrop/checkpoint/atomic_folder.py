@@ -28,7 +28,7 @@ from .files import FileEntry, read_json
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class PartialFolder:
+class AtomicFolder:
     """The hidden folder `.<name>.partial-<pid>-<random>` beside `out`.
 
     Args:

@@ -50,18 +50,18 @@ def codebook_name(set_name: str, m: int) -> str:
     return f"codebooks.{set_name}.{m}"
 
 
-def signs_name(site: int) -> str:
-    """Packed signs of site i: uint8 [ceil(d_in / 8)]."""
-    return f"sites.{site}.signs"
+def signs_name(input_group: int) -> str:
+    """Packed signs of input group i: uint8 [ceil(d_in / 8)]."""
+    return f"sites.{input_group}.signs"
 
 
-def inputs_name(site: int) -> str:
-    """Signs and factors of the inputs of a site with a scaled rotation: uint8 [d_in]."""
-    return f"sites.{site}.inputs"
+def inputs_name(input_group: int) -> str:
+    """Signs and factors of the inputs of an input group with a scaled rotation: uint8 [d_in]."""
+    return f"sites.{input_group}.inputs"
 
 
 def odd_name(odd: int) -> str:
-    """The orthogonal factor shared by all sites with this odd factor: float32 [odd, odd]."""
+    """The orthogonal factor shared by all input groups with this odd factor: float32 [odd, odd]."""
     return f"rotations.odd{odd}"
 
 
@@ -176,7 +176,7 @@ class PlaneSpec:
 
 
 @dataclass(frozen=True)
-class SiteSpec:
+class StoredGroup:
     """Matrices that read the same input x: they share its rotation and their codebook set."""
 
     name: str
@@ -215,10 +215,10 @@ class SiteSpec:
             raise FormatError(f"{where}: rotation block {block!r} does not divide {self.d_in}.")
 
     @staticmethod
-    def from_dict(data: object, where: str = "site") -> SiteSpec:
+    def from_dict(data: object, where: str = "site") -> StoredGroup:
         """Raises FormatError naming what is unknown or contradictory."""
         fields = Fields(data, where)
-        spec = SiteSpec(
+        spec = StoredGroup(
             fields.take("name", str),
             _strings(fields.take("modules", list), where),
             fields.take("d_in", int),
@@ -275,19 +275,20 @@ class QuantizationConfig:
         bits: precision that is loaded when none is asked for.
         levels: supervised prefixes P, ascending; the only precisions that can be asked for.
         planes: one spec a plane; the last level is their number.
-        sites: input sites; their order is the index i of `sites.<i>.signs` and `.inputs`.
+        input groups: input groups; their order is the index i of `input_groups.<i>.signs` and
+            `.inputs`.
         provenance: free-form (base model, calibration, seed, weights of the levels, version).
     """
 
     bits: int
     levels: tuple[int, ...]
     planes: tuple[PlaneSpec, ...]
-    sites: tuple[SiteSpec, ...]
+    input_groups: tuple[StoredGroup, ...]
     embeddings: Embeddings
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("levels", "planes", "sites"):
+        for name in ("levels", "planes", "input_groups"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         count = len(self.planes)
         if (
@@ -301,16 +302,18 @@ class QuantizationConfig:
                 f"levels {list(self.levels)} contradict {count} planes: they must ascend from at "
                 "least 1, and the last level is the number of planes."
             )
-        if not self.sites:
-            raise FormatError("quantization_config lists no sites: nothing is quantized.")
+        if not self.input_groups:
+            raise FormatError("quantization_config lists no input groups: nothing is quantized.")
         for what, names in (
-            ("module", [m for site in self.sites for m in site.modules]),
-            ("site", [site.name for site in self.sites]),
+            ("module", [m for input_group in self.input_groups for m in input_group.modules]),
+            ("site", [input_group.name for input_group in self.input_groups]),
         ):
             double = sorted(name for name, count in Counter(names).items() if count > 1)
             if double:
                 raise FormatError(f"{what} {double} appears more than once in the sites.")
-        both = {m for site in self.sites for m in site.modules} & set(self.embeddings.modules)
+        both = {m for input_group in self.input_groups for m in input_group.modules} & set(
+            self.embeddings.modules
+        )
         if both:
             raise FormatError(f"{sorted(both)} are listed as quantized linears and as embeddings.")
         self.check_level(self.bits)
@@ -331,28 +334,32 @@ class QuantizationConfig:
     @property
     def format_version(self) -> int:
         """The version that a reader needs."""
-        scaled = any("scaled" in site.rotation for site in self.sites)
+        scaled = any("scaled" in input_group.rotation for input_group in self.input_groups)
         return SCALED_VERSION if scaled else FORMAT_VERSION
 
     @cached_property
-    def site_index(self) -> dict[str, int]:
+    def group_index(self) -> dict[str, int]:
         """Quantized module -> index of its site."""
-        return {module: i for i, site in enumerate(self.sites) for module in site.modules}
+        return {
+            module: i
+            for i, input_group in enumerate(self.input_groups)
+            for module in input_group.modules
+        }
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """All quantized modules in the order of the sites: the canonical order of tensors."""
-        return tuple(module for site in self.sites for module in site.modules)
+        """All quantized modules in the order of the input groups, which is that of the tensors."""
+        return tuple(module for input_group in self.input_groups for module in input_group.modules)
 
     @property
     def sets(self) -> tuple[str, ...]:
         """Names of the codebook sets in use, in order of first use."""
-        return tuple(dict.fromkeys(site.codebooks for site in self.sites))
+        return tuple(dict.fromkeys(input_group.codebooks for input_group in self.input_groups))
 
     @property
     def guards(self) -> tuple[str, str]:
         """Empty tensors that stop loaders which do not know this format (docs/format.md)."""
-        return f"{self.sites[0].modules[0]}.weight", SIGNPOST
+        return f"{self.input_groups[0].modules[0]}.weight", SIGNPOST
 
     @staticmethod
     def from_dict(data: object, where: str = "quantization_config") -> QuantizationConfig:
@@ -368,12 +375,15 @@ class QuantizationConfig:
         version = fields.data.pop("format_version", None)
         check_version(version, where, (FORMAT_VERSION, SCALED_VERSION))
         planes = fields.take("planes", list)
-        sites = fields.take("sites", list)
+        input_groups = fields.take("sites", list)
         config = QuantizationConfig(
             fields.take("bits", int),
             tuple(fields.take("levels", list)),
             tuple(PlaneSpec.from_dict(p, f"{where}: plane {m}") for m, p in enumerate(planes, 1)),
-            tuple(SiteSpec.from_dict(s, f"{where}: site {i}") for i, s in enumerate(sites)),
+            tuple(
+                StoredGroup.from_dict(s, f"{where}: input group {i}")
+                for i, s in enumerate(input_groups)
+            ),
             Embeddings.from_dict(fields.take("embeddings", dict), f"{where}: embeddings"),
             fields.take("provenance", dict, default={}),
         )
@@ -394,7 +404,7 @@ class QuantizationConfig:
             "bits": self.bits,
             "levels": list(self.levels),
             "planes": [plane.to_dict() for plane in self.planes],
-            "sites": [site.to_dict() for site in self.sites],
+            "sites": [input_group.to_dict() for input_group in self.input_groups],
             "embeddings": self.embeddings.to_dict(),
             "provenance": dict(self.provenance),
         }

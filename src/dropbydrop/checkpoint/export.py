@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.code import codebook_table, decode
+from dropbydrop.coding.code import decode, expand_codebook
 from dropbydrop.errors import DropError
 from dropbydrop.models.weight_files import INDEX, SINGLE
 from dropbydrop.quantization.report import CARD_FILE, LOG_FILE
 from dropbydrop.system.console import progress_bar
 
 from . import Checkpoint
-from .atomic_folder import PartialFolder
+from .atomic_folder import AtomicFolder
 from .config import CONFIG_FILE, LEVELS_SUFFIX, RESERVED_PREFIXES
 from .files import DTYPE_NAMES, DTYPES, TensorInfo, dump_json, encode_header
 from .writer import SHARD_BYTES
@@ -99,7 +99,7 @@ def export(
     checkpoint = Checkpoint.open(source)
     prefix = checkpoint.require(checkpoint.levels[-1] if bits is None else bits)
     tensors = list(_plan(checkpoint, prefix, EXPORT_DTYPES[dtype]))
-    folder = PartialFolder(Path(os.path.abspath(out)))
+    folder = AtomicFolder(Path(os.path.abspath(out)))
     try:
         with folder.disk_errors(), progress_bar(progress) as bar:
             task = bar.add_task(f"export {prefix} bits", total=len(tensors))
@@ -149,12 +149,12 @@ def _plan(checkpoint: Checkpoint, prefix: int, dtype: torch.dtype) -> Iterator[_
 def _linear_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Callable[[int, int], Tensor]:
     """Rows of W in the original space: scales * sum_m C_m[codes_m], rotated back."""
     quantization = checkpoint.quantization
-    site = quantization.site_index[module]
+    input_group = quantization.group_index[module]
 
     def rows(low: int, high: int) -> Tensor:
-        stored = checkpoint.read_codebooks(quantization.sites[site].codebooks)
-        tables = [
-            codebook_table(book, plane.sign_symmetric)
+        stored = checkpoint.read_codebooks(quantization.input_groups[input_group].codebooks)
+        entries = [
+            expand_codebook(book, plane.sign_symmetric)
             for book, plane in zip(stored, quantization.planes, strict=True)
         ]
         if f"{module}.scales" in checkpoint.rest:
@@ -162,8 +162,8 @@ def _linear_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Callable[[
         else:
             scales = checkpoint.read(f"{module}.level_scales")[checkpoint.level_index(prefix)]
         codes = [checkpoint.read_codes(module, m)[low:high] for m in range(1, prefix + 1)]
-        rotated = decode(codes, tables, scales[low:high], prefix)
-        return checkpoint.read_rotation(site).transpose(rotated)
+        rotated = decode(codes, entries, scales[low:high], prefix)
+        return checkpoint.read_rotation(input_group).transpose(rotated)
 
     return rows
 
@@ -190,7 +190,7 @@ def _kept_rows(
 
 
 def _write_weights(
-    folder: PartialFolder, tensors: list[_Dense], shard_bytes: int, advance: Callable[[], None]
+    folder: AtomicFolder, tensors: list[_Dense], shard_bytes: int, advance: Callable[[], None]
 ) -> None:
     """model.safetensors, or shards of at most `shard_bytes` and their index."""
     shards: list[list[_Dense]] = [[]]
@@ -221,7 +221,7 @@ def _write_weights(
 
 
 def _write_side_files(
-    folder: PartialFolder, checkpoint: Checkpoint, prefix: int, dtype: str
+    folder: AtomicFolder, checkpoint: Checkpoint, prefix: int, dtype: str
 ) -> None:
     """Config, tokenizer and model card."""
     weights = {*checkpoint.manifest.rest, *(n for p in checkpoint.manifest.planes for n in p)}

@@ -60,7 +60,7 @@ def work_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.resume"
 
 
-class Work:
+class Journal:
     """An opened and locked work folder; use as a context manager.
 
     Leaving it normally removes the folder (OUT is in place). Leaving it with an error keeps it,
@@ -210,7 +210,7 @@ class Work:
                     return record
         return None
 
-    def __enter__(self) -> Work:
+    def __enter__(self) -> Journal:
         return self
 
     def __exit__(
@@ -280,8 +280,8 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "head-bits": job.head_bits,
         "windows": job.windows,
         "seq-len": job.seq_len,
-        "device": str(job.walk.device),
-        "backend": job.backend or backends(job.walk.device)[0],
+        "device": str(job.runner.device),
+        "backend": job.backend or backends(job.runner.device)[0],
         "dropbydrop": [__version__, code_digest()],
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -32,7 +32,7 @@ from typing import TypeVar
 from dropbydrop.errors import FormatError
 
 from . import Checkpoint, Manifest, QuantizationConfig
-from .atomic_folder import PartialFolder
+from .atomic_folder import AtomicFolder
 from .config import CONFIG_FILE, MANIFEST_FILE
 from .files import FileEntry, read_json
 from .origins import CHUNK, CutError, FolderOrigin, Origin, TransferError, origin
@@ -90,7 +90,7 @@ def slice_checkpoint(
     checkpoint.require(bits)
     target = Path(os.path.abspath(dest))
     done, start = Transfer(target, bits), FolderOrigin(checkpoint.path)
-    folder = PartialFolder(target, overwrite)
+    folder = AtomicFolder(target, overwrite)
     try:
         with folder.disk_errors():
             for name in files_for(checkpoint.manifest, bits):

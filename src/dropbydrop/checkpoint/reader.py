@@ -138,10 +138,10 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Quantized module -> (d_out, d_in)."""
         result = {}
-        for site in self.quantization.sites:
-            for module in site.modules:
+        for input_group in self.quantization.input_groups:
+            for module in input_group.modules:
                 info = self.rest.get(f"{module}.scales") or self.rest[f"{module}.level_scales"]
-                result[module] = (info.shape[-1], site.d_in)
+                result[module] = (info.shape[-1], input_group.d_in)
         return result
 
     @cached_property
@@ -242,15 +242,15 @@ class Checkpoint:
         count = len(self.quantization.planes)
         return [self.read(codebook_name(set_name, m)) for m in range(1, count + 1)]
 
-    def read_rotation(self, site: int) -> Rotation:
-        """The rotation of site i."""
-        spec = self.quantization.sites[site]
+    def read_rotation(self, input_group: int) -> Rotation:
+        """The rotation of input group i."""
+        spec = self.quantization.input_groups[input_group]
         if spec.rotation["kind"] == "none":
             return Rotation.from_stored(dict(spec.rotation), spec.d_in, None, None)
         odd = split_odd(spec.d_in)[1]
         stored = self.read(odd_name(odd)) if spec.rotation["kind"] == "full" and odd > 1 else None
         scaled = spec.rotation.get("scaled", False)
-        signs = self.read(inputs_name(site) if scaled else signs_name(site))
+        signs = self.read(inputs_name(input_group) if scaled else signs_name(input_group))
         return Rotation.from_stored(dict(spec.rotation), spec.d_in, signs, stored)
 
     # -- checking -------------------------------------------------------------------------
@@ -320,13 +320,13 @@ class Checkpoint:
             for m, plane in enumerate(q.planes, 1):
                 book = TensorInfo("F16", (plane.stored_entries, GROUP))
                 expected[codebook_name(name, m)] = book
-        for i, site in enumerate(q.sites):
-            odd = split_odd(site.d_in)[1]
-            if site.rotation.get("scaled", False):
-                expected[inputs_name(i)] = TensorInfo("U8", (site.d_in,))
-            elif site.rotation["kind"] != "none":
-                expected[signs_name(i)] = TensorInfo("U8", (-(-site.d_in // 8),))
-            if site.rotation["kind"] == "full" and odd > 1:
+        for i, input_group in enumerate(q.input_groups):
+            odd = split_odd(input_group.d_in)[1]
+            if input_group.rotation.get("scaled", False):
+                expected[inputs_name(i)] = TensorInfo("U8", (input_group.d_in,))
+            elif input_group.rotation["kind"] != "none":
+                expected[signs_name(i)] = TensorInfo("U8", (-(-input_group.d_in // 8),))
+            if input_group.rotation["kind"] == "full" and odd > 1:
                 expected[odd_name(odd)] = TensorInfo("F32", (odd, odd))
         ours = {name for name in rest if name.startswith(RESERVED_PREFIXES)}
         for name in sorted(ours - set(expected)):

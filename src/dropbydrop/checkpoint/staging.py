@@ -26,33 +26,33 @@ _CHUNK = 8 << 20
 
 
 @dataclass(frozen=True)
-class Spilled:
+class StagedTensor:
     """A tensor in a raw file."""
 
     info: TensorInfo
     offset: int
 
 
-class Spill:
+class StagingFile:
     """An append-only raw file of tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensors: dict[str, Spilled] = {}
+        self.tensors: dict[str, StagedTensor] = {}
         self.file: BinaryIO = open(path, "wb")  # noqa: SIM115 - lives as long as the writer
         self._committed = 0  # tensors
 
     @staticmethod
-    def restore(path: Path, entries: Sequence[Sequence[Any]]) -> Spill:
+    def restore(path: Path, entries: Sequence[Sequence[Any]]) -> StagingFile:
         """The spill as it was after the commits that returned `entries`.
 
         Raises:
             FormatError: the file is gone or shorter than that.
         """
-        spill = Spill.__new__(Spill)
+        spill = StagingFile.__new__(StagingFile)
         spill.path = path
         spill.tensors = {
-            name: Spilled(TensorInfo(dtype, tuple(shape)), offset)
+            name: StagedTensor(TensorInfo(dtype, tuple(shape)), offset)
             for name, dtype, shape, offset in entries
         }
         spill._committed = len(spill.tensors)
@@ -73,7 +73,7 @@ class Spill:
         if name in self.tensors:
             raise ValueError(f"tensor {name} was added twice")
         info = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-        self.tensors[name] = Spilled(info, self.file.tell())
+        self.tensors[name] = StagedTensor(info, self.file.tell())
         data = tensor.detach().cpu().contiguous().reshape(-1)
         self.file.write(data.view(torch.uint8).numpy().data)
 

@@ -4,9 +4,9 @@ Steps:
 1. Tensors arrive one by one and are spilled at once to raw files (one a plane, one for the rest)
    in a hidden folder beside OUT. Nothing but names, shapes and offsets stays in memory, so peak
    memory is one tensor, whatever the size of the model.
-2. `finish` copies the raw bytes behind safetensors headers, in the canonical order of the sites,
-   hashing as it writes. A raw file is deleted as soon as it is copied: the extra disk needed is
-   one plane.
+2. `finish` copies the raw bytes behind safetensors headers, in the canonical order of the input
+   groups, hashing as it writes. A raw file is deleted as soon as it is copied: the extra disk
+   needed is one plane.
 3. config.json, the extra files and the manifest follow; everything is synced; the folder is
    renamed to OUT. A rename is atomic, so OUT is never half-written. On an error, Ctrl-C or a
    full disk the hidden folder is removed.
@@ -37,7 +37,7 @@ from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import DropError, FormatError
 
-from .atomic_folder import PartialFolder
+from .atomic_folder import AtomicFolder
 from .config import (
     CONFIG_FILE,
     LEVELS_SUFFIX,
@@ -45,7 +45,7 @@ from .config import (
     RESERVED_PREFIXES,
     REST_FILE,
     QuantizationConfig,
-    SiteSpec,
+    StoredGroup,
     codebook_name,
     codes_name,
     inputs_name,
@@ -55,7 +55,7 @@ from .config import (
 )
 from .files import DTYPES, Manifest, dump_json, encode_header, plane_file
 from .int8_rows import half, quantize_rows
-from .staging import Spill
+from .staging import StagingFile
 
 SHARD_BYTES = 5_000_000_000  # as the Hub's tools
 _CHUNK = 8 << 20
@@ -89,23 +89,23 @@ class CheckpointWriter:
     ) -> None:
         if sys.byteorder != "little":  # raw bytes are spilled as they lie in memory
             raise DropError("writing checkpoints needs a little-endian machine.")
-        self._folder = PartialFolder(Path(os.path.abspath(out)), overwrite, work)
+        self._folder = AtomicFolder(Path(os.path.abspath(out)), overwrite, work)
         self._shard_bytes, self._work = shard_bytes, work
-        self._planes: list[Spill] = []
+        self._planes: list[StagingFile] = []
         self._linears: dict[str, tuple[int, int]] = {}  # module -> (d_out, d_in)
-        self._sites: list[SiteSpec] = []
+        self._input_groups: list[StoredGroup] = []
         self._sets: dict[str, int] = {}  # codebook set -> planes
         with self._folder.disk_errors():
             if records:
                 self._restore(records)
             else:
                 self._rest = self._spill("rest")
-        self._committed = len(self._linears), len(self._sites)
+        self._committed = len(self._linears), len(self._input_groups)
 
     @property
-    def sites(self) -> tuple[SiteSpec, ...]:
-        """The sites added so far."""
-        return tuple(self._sites)
+    def input_groups(self) -> tuple[StoredGroup, ...]:
+        """The input groups added so far."""
+        return tuple(self._input_groups)
 
     # -- resuming -------------------------------------------------------------------------
 
@@ -117,12 +117,12 @@ class CheckpointWriter:
         """
         with self._folder.disk_errors():
             spills = {spill.path.stem: spill.commit() for spill in (self._rest, *self._planes)}
-        linears, sites = self._committed
-        self._committed = len(self._linears), len(self._sites)
+        linears, input_groups = self._committed
+        self._committed = len(self._linears), len(self._input_groups)
         return {
             "spills": spills,
             "linears": [[name, *shape] for name, shape in list(self._linears.items())[linears:]],
-            "sites": [site.to_dict() for site in self._sites[sites:]],
+            "sites": [input_group.to_dict() for input_group in self._input_groups[input_groups:]],
             "sets": self._sets.copy(),
         }
 
@@ -133,11 +133,13 @@ class CheckpointWriter:
             for name, new in record["spills"].items():
                 entries.setdefault(name, []).extend(new)
             self._linears |= {name: (rows, columns) for name, rows, columns in record["linears"]}
-            self._sites += [SiteSpec.from_dict(site) for site in record["sites"]]
+            self._input_groups += [
+                StoredGroup.from_dict(input_group) for input_group in record["sites"]
+            ]
             self._sets |= record["sets"]
-        self._rest = Spill.restore(self._work / "rest.raw", entries.pop("rest"))
+        self._rest = StagingFile.restore(self._work / "rest.raw", entries.pop("rest"))
         self._planes = [
-            Spill.restore(self._work / f"plane-{m}.raw", entries[f"plane-{m}"])
+            StagingFile.restore(self._work / f"plane-{m}.raw", entries[f"plane-{m}"])
             for m in range(1, len(entries) + 1)
         ]
 
@@ -191,19 +193,19 @@ class CheckpointWriter:
                 self._rest.add(codebook_name(name, m), half(codebook, f"codebook {name}.{m}"))
         self._sets[name] = len(codebooks)
 
-    def add_site(self, site: SiteSpec, rotation: Rotation) -> None:
-        """Add an input site and its rotation; the order of the calls numbers the sites."""
-        if dict(site.rotation) != rotation.spec() or site.d_in != rotation.d_in:
-            raise ValueError(f"{site.name}: the rotation does not match its description")
+    def add_group(self, input_group: StoredGroup, rotation: Rotation) -> None:
+        """Add an input group and its rotation; the order of the calls numbers the sites."""
+        if dict(input_group.rotation) != rotation.spec() or input_group.d_in != rotation.d_in:
+            raise ValueError(f"{input_group.name}: the rotation does not match its description")
         with self._folder.disk_errors():
             if (packed := rotation.packed()) is not None:
                 named = inputs_name if rotation.scaled else signs_name
-                self._rest.add(named(len(self._sites)), packed)
+                self._rest.add(named(len(self._input_groups)), packed)
             if rotation.odd is not None:
                 name = odd_name(rotation.odd.shape[0])
                 if name not in self._rest.tensors:
                     self._rest.add(name, rotation.odd.to(torch.float32))
-        self._sites.append(site)
+        self._input_groups.append(input_group)
 
     def add_embedding(self, module: str, weight: Tensor, bits: int) -> None:
         """Add an embedding or untied head.
@@ -296,16 +298,16 @@ class CheckpointWriter:
         self, quantization: QuantizationConfig, counts: Mapping[str, int], quantized: int
     ) -> None:
         problems = []
-        if tuple(self._sites) != quantization.sites:
-            problems.append("the sites added are not those of the config")
+        if tuple(self._input_groups) != quantization.input_groups:
+            problems.append("the input groups added are not those of the config")
         if set(self._linears) != set(quantization.modules):
             difference = sorted(set(self._linears) ^ set(quantization.modules))
-            problems.append(f"linears and sites differ in {difference}")
-        for site in quantization.sites:
+            problems.append(f"linears and input groups differ in {difference}")
+        for input_group in quantization.input_groups:
             problems += [
-                f"{module} has d_in {self._linears[module][1]}, its site {site.d_in}"
-                for module in site.modules
-                if module in self._linears and self._linears[module][1] != site.d_in
+                f"{module} has d_in {self._linears[module][1]}, its input group {input_group.d_in}"
+                for module in input_group.modules
+                if module in self._linears and self._linears[module][1] != input_group.d_in
             ]
         wrong = {s: self._sets.get(s) for s in quantization.sets}
         if len(self._planes) != len(quantization.planes) or any(
@@ -334,12 +336,12 @@ class CheckpointWriter:
         self._drop(spill)
         return names
 
-    def _drop(self, spill: Spill) -> None:
+    def _drop(self, spill: StagingFile) -> None:
         """Free the disk that an assembled raw file takes, unless it must outlive this process."""
         if self._work is None:
             spill.path.unlink()
 
-    def _assemble(self, name: str, spill: Spill, order: Sequence[str]) -> None:
+    def _assemble(self, name: str, spill: StagingFile, order: Sequence[str]) -> None:
         """Write the safetensors file `name` from tensors of a raw file."""
         spill.file.close()
         header = encode_header([(tensor, spill.tensors[tensor].info) for tensor in order])
@@ -357,8 +359,8 @@ class CheckpointWriter:
         with open(content, "rb") as source:
             self._folder.write(name, iter(lambda: source.read(_CHUNK), b""))
 
-    def _spill(self, name: str) -> Spill:
-        return Spill((self._work or self._folder.path) / f"{name}.raw")
+    def _spill(self, name: str) -> StagingFile:
+        return StagingFile((self._work or self._folder.path) / f"{name}.raw")
 
     def abort(self) -> None:
         """Remove everything written so far. Harmless after `finish`."""

@@ -53,7 +53,7 @@ def quantize(
     ] = "self",
     preset: Annotated[str, typer.Option(help="fast, balanced or best.")] = "balanced",
     codebooks: Annotated[
-        str, typer.Option(help="universal, or learned: a set for each input site.")
+        str, typer.Option(help="universal, or learned: a set for each input group.")
     ] = "universal",
     seed: Annotated[int, typer.Option(help="Of rotations and calibration.")] = 0,
     head_bits: Annotated[int, typer.Option(help="8 or 16, for embedding and head.")] = 8,

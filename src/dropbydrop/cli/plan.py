@@ -43,7 +43,7 @@ def plan(
     save: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """A level for every input site, of the least loss that fits the budget."""
+    """A level for every input group, of the least loss that fits the budget."""
     from dropbydrop.checkpoint import Checkpoint
     from dropbydrop.planning.memory import default_context
     from dropbydrop.planning.plan import make_plan
@@ -115,13 +115,13 @@ def print_plan(
     from rich.table import Table
 
     rows: dict[str, dict[str, int]] = {}
-    for site in checkpoint.quantization.sites:
-        match = re.fullmatch(r"(.*?\.\d+)\.(.+)", site.modules[0])
-        block = match[1] if match else site.modules[0]
-        column = "/".join(m.rpartition(".")[2].removesuffix("_proj") for m in site.modules)
-        rows.setdefault(block, {})[column] = plan.prefixes[site.name]
+    for input_group in checkpoint.quantization.input_groups:
+        match = re.fullmatch(r"(.*?\.\d+)\.(.+)", input_group.modules[0])
+        block = match[1] if match else input_group.modules[0]
+        column = "/".join(m.rpartition(".")[2].removesuffix("_proj") for m in input_group.modules)
+        rows.setdefault(block, {})[column] = plan.prefixes[input_group.name]
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    table = Table(title=f"planes of each input site, {plan.average_bits(checkpoint):.3f} bits")
+    table = Table(title=f"planes of each input group, {plan.average_bits(checkpoint):.3f} bits")
     table.add_column("block")
     for column in columns:
         table.add_column(column, justify="right")

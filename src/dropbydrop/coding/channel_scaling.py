@@ -1,4 +1,5 @@
-"""Factors of a site's inputs, by which its rotation multiplies them: noise shaping for nothing.
+"""Factors of an input group's inputs, by which its rotation multiplies them: noise shaping for
+nothing.
 
 A code of rotated coordinates makes white noise there, so with x_i multiplied by t_i before the
 rotation, and column i of W divided by t_i, the noise of column i of W has power proportional to
@@ -20,7 +21,7 @@ never saw at work get about three times the factor of the others, hence more noi
 wake. Related: the scales of channels of AWQ (Lin et al. 2024), searched there for a quantizer that
 rounds to nearest, without rotation.
 
-Means over columns are those of all matrices of the site, which share the factors.
+Means over columns are those of all matrices of the input group, which share the factors.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ _FLOOR = 1e-4  # of the mean: inputs that are always zero, columns of zeros
 _LIMIT = 4  # octaves
 
 
-def input_factors(weights: Iterable[Tensor], gram: Tensor) -> Tensor:
+def input_scales_of(weights: Iterable[Tensor], gram: Tensor) -> Tensor:
     """t > 0, float32 [d_in], of geometric mean 1 before the limits.
 
-    weights: the site's matrices [d_out, d_in]; gram: H = E[x x^T] [d_in, d_in] of the unrotated
+    weights: the input group's matrices [d_out, d_in]; gram: H = E[x x^T] [d_in, d_in] of the
+        unrotated
     inputs. Not finite or all-zero statistics give ones where they say nothing; the encoder refuses
     them.
     """

@@ -25,7 +25,7 @@ GROUP = 8
 ENTRIES = 256
 
 
-def codebook_table(stored: Tensor, sign_symmetric: bool = True) -> Tensor:
+def expand_codebook(stored: Tensor, sign_symmetric: bool = True) -> Tensor:
     """Expand a stored codebook to its K entries.
 
     Args:
@@ -50,31 +50,31 @@ def codebook_table(stored: Tensor, sign_symmetric: bool = True) -> Tensor:
 
 def decode(
     codes: Sequence[Tensor],
-    tables: Sequence[Tensor],
+    entries: Sequence[Tensor],
     scales: Tensor,
     prefix: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Decode the first `prefix` planes to a dense matrix (in the rotated space of its site).
+    """Decode the first `prefix` planes to a dense matrix (in the rotated space of its input group).
 
     The sum runs in float32 in the order of the planes and is scaled once at the end, so that
     every prefix is a partial sum of the next one, bit for bit before scaling.
 
     Args:
         codes: M tensors uint8 [d_out, G]; only the first `prefix` are read.
-        tables: M tensors [K, g], as `codebook_table` returns them.
+        entries: M tensors [K, g], as `expand_codebook` returns them.
         scales: [d_out], the row scales of this level.
         prefix: P, 1 <= P <= M.
 
     Returns:
         `dtype` [d_out, G * g].
     """
-    if not 1 <= prefix <= min(len(codes), len(tables)):
-        raise ValueError(f"prefix {prefix} with {len(codes)} planes and {len(tables)} codebooks")
+    if not 1 <= prefix <= min(len(codes), len(entries)):
+        raise ValueError(f"prefix {prefix} with {len(codes)} planes and {len(entries)} codebooks")
     d_out, n_groups = codes[0].shape
     total = torch.zeros(d_out * n_groups, GROUP, dtype=torch.float32, device=codes[0].device)
     for m in range(prefix):
         index = codes[m].reshape(-1).to(torch.int32)
-        total += torch.nn.functional.embedding(index, tables[m].to(torch.float32))
+        total += torch.nn.functional.embedding(index, entries[m].to(torch.float32))
     weight = total.view(d_out, n_groups * GROUP)
     return weight.mul_(scales.to(torch.float32)[:, None]).to(dtype)

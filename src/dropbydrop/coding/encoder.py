@@ -1,16 +1,16 @@
-"""Encode the matrices of one input site: rotate, condition, search, refit.
+"""Encode the matrices of one input group: rotate, condition, search, refit.
 
-Steps, for the matrices W of a site that share an input with Gram matrix H:
+Steps, for the matrices W of an input group that share an input with Gram matrix H:
     1. rotate: W' = W Q^-1, H' = Q H Q^T (rotation.py), Q with factors of the inputs that suit W and
        H (balance.py); condition H' and factor it in float64
-       (objective.py). Done once a site.
+       (objective.py). Done once an input group.
     2. start: row scales = rms of the rows; codes by error feedback with the universal set; then
        descent sweeps.
     3. for every further round: row scales in closed form, then sweeps with the new scales. A round
        that does not lower J is not kept.
     4. scales are rounded to float16 before the last sweeps, so the codes fit what is stored.
 The weights of the levels (universal.default_lambdas) are those the universal set was trained with.
-learned.py goes on from here with codebooks of the site's own.
+learned.py goes on from here with codebooks of the input group's own.
 
 Pure computation: no files, no models. Everything runs on the device of its inputs.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dropbydrop.errors import CalibrationError
 
-from .channel_scaling import input_factors
+from .channel_scaling import input_scales_of
 from .objective import condition, descent_metric, feedback_metric, weighted_errors
 from .refit import Coded, objective, prefixes, refit_scales
 from .rotation import Rotation
@@ -67,8 +67,8 @@ class Encoded:
     errors: list[float]
 
 
-class SiteEncoder:
-    """The search and the refit of scales for the matrices of one input site.
+class GroupEncoder:
+    """The search and the refit of scales for the matrices of one input group.
 
     Rotates, conditions and factors H once. Its methods take and return matrices in rotated
     coordinates (`Coded`) and change nothing in place.
@@ -152,16 +152,17 @@ class SiteEncoder:
         return Encoded(coded.codes, coded.scales.half(), errors)
 
 
-def site_rotation(weights: Mapping[str, Tensor], gram: Tensor, seed: int) -> Rotation:
-    """The rotation of a site: full mixing of its inputs, balanced for these matrices and this H.
+def group_rotation(weights: Mapping[str, Tensor], gram: Tensor, seed: int) -> Rotation:
+    """The rotation of an input group: full mixing of its inputs, balanced for these matrices and
+    this H.
 
-    weights, gram: as in `encode_site`. On the device of `gram`.
+    weights, gram: as in `encode_group`. On the device of `gram`.
     """
-    factors = input_factors(weights.values(), gram)
-    return Rotation.make(gram.shape[0], seed=seed).scale(factors).to(gram.device)
+    input_scales = input_scales_of(weights.values(), gram)
+    return Rotation.make(gram.shape[0], seed=seed).scale(input_scales).to(gram.device)
 
 
-def encode_site(
+def encode_group(
     weights: Mapping[str, Tensor],
     gram: Tensor,
     rotation: Rotation,
@@ -171,7 +172,7 @@ def encode_site(
     effort: Effort,
     backend: str | None = None,
 ) -> dict[str, Encoded]:
-    """Encode all matrices of a site with given codebooks.
+    """Encode all matrices of an input group with given codebooks.
 
     Args:
         weights: module name -> float32 [d_out, d_in], unrotated.
@@ -183,9 +184,11 @@ def encode_site(
     Raises:
         CalibrationError: H is not finite or not positive definite even after damping.
     """
-    site = SiteEncoder(next(iter(weights)), gram, rotation, levels, lambdas, effort, backend)
+    input_group = GroupEncoder(
+        next(iter(weights)), gram, rotation, levels, lambdas, effort, backend
+    )
     return {
-        name: site.result(site.encode(weight, codebooks), codebooks)
+        name: input_group.result(input_group.encode(weight, codebooks), codebooks)
         for name, weight in weights.items()
     }
 

@@ -1,11 +1,13 @@
-"""Learned codebooks: a set of its own for every input site, fitted to its matrices under its H.
+"""Learned codebooks: a set of its own for every input group, fitted to its matrices under its H.
 
-Every site starts from the universal set and its codes. Then, up to ROUNDS times: all codebooks at
-once by conjugate gradients on J (refit.py), over the matrices of the site together, since they
-share look-up tables; rounding to float16, as stored; row scales in closed form; sweeps. A round
-that does not lower J is not kept, so a learned set is never worse in J than the universal one.
+Every input group starts from the universal set and its codes. Then, up to ROUNDS times: all
+codebooks at once by conjugate gradients on J (refit.py), over the matrices of the input group
+together, since they share look-up tables; rounding to float16, as stored; row scales in closed
+form; sweeps. A round that does not lower J is not kept, so a learned set is never worse in J than
+the universal one.
 
-What it costs: 16 bits for each of M * 128 * 8 values a site, 4 KiB at 2 planes and 8 KiB at 4,
+What it costs: 16 bits for each of M * 128 * 8 values an input group, 4 KiB at 2 planes and 8 KiB at
+    4,
 against nothing; and several times the search. What it brings shrinks as rotation and row scales do
 their work; docs/log.md has both measured, and why the universal set is the default.
 """
@@ -16,14 +18,14 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from .encoder import Effort, Encoded, SiteEncoder
+from .encoder import Effort, Encoded, GroupEncoder
 from .refit import refit_codebooks
 from .rotation import Rotation
 
 ROUNDS = 5
 
 
-def learn_site(
+def learn_group(
     weights: Mapping[str, Tensor],
     gram: Tensor,
     rotation: Rotation,
@@ -34,27 +36,31 @@ def learn_site(
     backend: str | None = None,
     rounds: int = ROUNDS,
 ) -> tuple[dict[str, Encoded], Tensor]:
-    """Encode all matrices of a site with codebooks of its own.
+    """Encode all matrices of an input group with codebooks of its own.
 
     Args:
-        codebooks: the start, float32 [M, K/2, g]. The others are those of `encode_site`.
+        codebooks: the start, float32 [M, K/2, g]. The others are those of `encode_group`.
 
     Returns:
-        The matrices, and the site's codebooks: float32 [M, K/2, g], exact in float16.
+        The matrices, and the input group's codebooks: float32 [M, K/2, g], exact in float16.
 
     Raises:
         CalibrationError: H is not finite or not positive definite even after damping.
     """
-    site = SiteEncoder(next(iter(weights)), gram, rotation, levels, lambdas, effort, backend)
-    coded = [site.encode(weight, codebooks) for weight in weights.values()]
-    lowest = sum(site.value(x, codebooks) for x in coded)
+    input_group = GroupEncoder(
+        next(iter(weights)), gram, rotation, levels, lambdas, effort, backend
+    )
+    coded = [input_group.encode(weight, codebooks) for weight in weights.values()]
+    lowest = sum(input_group.value(x, codebooks) for x in coded)
     for _ in range(rounds):
-        books = refit_codebooks(coded, site.h, codebooks, levels, [lambdas] * len(coded))
+        books = refit_codebooks(coded, input_group.h, codebooks, levels, [lambdas] * len(coded))
         books = books.half().float()
-        trial = [site.search(site.rescale(x, books), books) for x in coded]
-        value = sum(site.value(x, books) for x in trial)
+        trial = [input_group.search(input_group.rescale(x, books), books) for x in coded]
+        value = sum(input_group.value(x, books) for x in trial)
         if not value < lowest:
             break
         coded, codebooks, lowest = trial, books, value
-    results = {name: site.result(x, codebooks) for name, x in zip(weights, coded, strict=True)}
+    results = {
+        name: input_group.result(x, codebooks) for name, x in zip(weights, coded, strict=True)
+    }
     return results, codebooks

@@ -2,7 +2,8 @@
 
     J = sum_P lambda_P tr((W - W^_P) H (W - W^_P)^T)          (paper, the Drop-by-Drop loss)
 
-summed over the supervised levels P. H = E[x x^T] of the site's inputs, in rotated coordinates.
+summed over the supervised levels P. H = E[x x^T] of the input group's inputs, in rotated
+coordinates.
 
 Conditioning. H from a few ten thousand tokens of a real model is nearly singular, and factoring it
 in float32 fails; so all factorisations run in float64 after a ridge of `damp` times the mean

@@ -36,10 +36,10 @@ def prefixes(codes: Tensor, codebooks: Tensor, levels: Sequence[int]) -> list[Te
     """Unscaled partial sums [d_out, d_in] at each level; codebooks [M, K/2, g] (sign-symmetric)."""
     total = torch.zeros(codes[0].numel(), GROUP, device=codebooks.device)
     shape = (codes.shape[1], codes.shape[2] * GROUP)
-    tables = torch.cat([codebooks, -codebooks], dim=1)
+    entries = torch.cat([codebooks, -codebooks], dim=1)
     out = []
     for m in range(levels[-1]):
-        total = total + torch.nn.functional.embedding(codes[m].reshape(-1).int(), tables[m])
+        total = total + torch.nn.functional.embedding(codes[m].reshape(-1).int(), entries[m])
         if m + 1 in levels:
             out.append(total.view(shape))
     return out

@@ -1,6 +1,6 @@
-"""Input-side rotation of a site: balance its inputs, then spread outliers over all of them.
+"""Input-side rotation of an input group: balance its inputs, then spread outliers over all of them.
 
-A site (matrices that share one input x) is coded in rotated coordinates, x' = Q x and
+An input group (matrices that share one input x) is coded in rotated coordinates, x' = Q x and
 W' = W Q^-1, so W' x' = W x. Q is applied online to the activations; it is never merged into norms,
 embeddings or the residual stream.
 
@@ -16,8 +16,8 @@ Steps of `apply`: multiply by the signs, view as [odd, 2^k], Walsh-Hadamard alon
 dimension (Sylvester order, normalised), multiply by the orthogonal O_odd along the first. This is
 full mixing: one outlier input reaches every rotated coordinate. A block rotation (kind "block")
 keeps only the Hadamard over consecutive blocks, for shards that cannot be mixed; "none" is the
-identity. Stored: d_in sign bits a site, or d_in bytes for signs with factors (`pack_factors`), and
-one O_odd per odd factor of the whole model.
+identity. Stored: d_in sign bits an input group, or d_in bytes for signs with factors
+(`pack_input_scales`), and one O_odd per odd factor of the whole model.
 
 The Hadamard product runs as one or two small dense products (at most 64 wide each), which a BLAS
 does faster than a butterfly of elementwise steps in torch.
@@ -59,7 +59,7 @@ def hadamard(size: int) -> Tensor:
 @torch.compiler.assume_constant_result
 @lru_cache(maxsize=64)
 def hadamard_on(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`hadamard(size)` on a device, copied there once: every call of every site needs it.
+    """`hadamard(size)` on a device, copied there once: every call of every input group needs it.
 
     An ordinary tensor even when first asked for in inference mode, so that training can use it.
     """
@@ -115,19 +115,19 @@ STEPS = 8  # factors an octave
 _ONE = 64  # exponent of the factor 1; exponents take 7 bits
 
 
-def round_factors(factors: Tensor) -> Tensor:
+def round_input_scales(input_scales: Tensor) -> Tensor:
     """Factors [d_in] to the nearest that can be stored: 2^(e / 8), e = -64 ... 63.
 
     Raises:
         ValueError: factors that are not finite or not above 0.
     """
-    if not bool((torch.isfinite(factors) & (factors > 0)).all()):
+    if not bool((torch.isfinite(input_scales) & (input_scales > 0)).all()):
         raise ValueError("factors of inputs must be finite and above 0")
-    exponent = (factors.double().log2() * STEPS).round().clamp(-_ONE, _ONE - 1)
+    exponent = (input_scales.double().log2() * STEPS).round().clamp(-_ONE, _ONE - 1)
     return torch.exp2(exponent / STEPS).float()
 
 
-def pack_factors(signs: Tensor) -> Tensor:
+def pack_input_scales(signs: Tensor) -> Tensor:
     """Signed factors [d_in] -> uint8 [d_in]: bit 7 the sign, the others e + 64 for 2^(e / 8)."""
     exponent = (signs.abs().double().log2() * STEPS).round().to(torch.int64) + _ONE
     if not bool(((exponent >= 0) & (exponent < 2 * _ONE)).all()):
@@ -135,8 +135,8 @@ def pack_factors(signs: Tensor) -> Tensor:
     return (exponent + 128 * (signs < 0)).to(torch.uint8)
 
 
-def unpack_factors(packed: Tensor, d_in: int) -> Tensor:
-    """Inverse of `pack_factors`: float32 [d_in], every byte is valid."""
+def unpack_input_scales(packed: Tensor, d_in: int) -> Tensor:
+    """Inverse of `pack_input_scales`: float32 [d_in], every byte is valid."""
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (d_in,):
         raise FormatError(
             f"factors of inputs {tuple(packed.shape)} x {packed.dtype} for {d_in} inputs. "
@@ -148,7 +148,7 @@ def unpack_factors(packed: Tensor, d_in: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """A map on the d_in inputs of a site. Immutable; see the module's note."""
+    """A map on the d_in inputs of an input group. Immutable; see the module's note."""
 
     kind: str  # "full", "block" or "none"
     d_in: int
@@ -182,7 +182,7 @@ class Rotation:
     def from_stored(
         spec: dict, d_in: int, packed_signs: Tensor | None, odd: Tensor | None
     ) -> Rotation:
-        """Rebuild a rotation from a checkpoint's site entry and tensors.
+        """Rebuild a rotation from a checkpoint's input group entry and tensors.
 
         Raises:
             FormatError: unknown kind, or tensors that do not fit `d_in`.
@@ -196,7 +196,7 @@ class Rotation:
                 "upgrade dropbydrop or fetch the checkpoint again."
             )
         scaled = bool(spec.get("scaled", False))
-        signs = (unpack_factors if scaled else unpack_signs)(packed_signs, d_in)
+        signs = (unpack_input_scales if scaled else unpack_signs)(packed_signs, d_in)
         power, size = split_odd(d_in)
         if kind == "block":
             block = int(spec.get("block", 0))
@@ -210,7 +210,7 @@ class Rotation:
             )
         return Rotation("full", d_in, power, signs, odd if size > 1 else None, scaled)
 
-    def scale(self, factors: Tensor) -> Rotation:
+    def scale(self, input_scales: Tensor) -> Rotation:
         """This rotation after multiplying each input by its factor > 0 [d_in], rounded to what can
         be stored.
 
@@ -222,7 +222,7 @@ class Rotation:
             raise ValueError("a rotation of kind 'none' has no place for factors")
         if self.scaled:
             raise ValueError("this rotation has factors already")
-        signs = self.signs.sign() * round_factors(factors).to(self.signs)
+        signs = self.signs.sign() * round_input_scales(input_scales).to(self.signs)
         return replace(self, signs=signs, scaled=True)
 
     def spec(self) -> dict:
@@ -238,7 +238,7 @@ class Rotation:
         """The signs as they are stored, uint8; None for kind "none"."""
         if self.signs is None:
             return None
-        return (pack_factors if self.scaled else pack_signs)(self.signs.cpu())
+        return (pack_input_scales if self.scaled else pack_signs)(self.signs.cpu())
 
     def to(self, device: torch.device | str) -> Rotation:
         """The same rotation with its tensors on `device`."""

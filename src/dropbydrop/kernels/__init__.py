@@ -4,7 +4,7 @@
     packed = pack(codes)                       # once per matrix; planes can be appended later
     books = prepare_codebooks(tables, symmetric=True)
     matrix = Matrix(packed, scales, bias)
-    attention = Bound([mq, mk, mv], books, rotation, prefix=2)    # per site and precision
+    attention = Bound([mq, mk, mv], books, rotation, prefix=2)    # per input group and precision
     q, k, v = attention(x)                     # one call: rotation, tables, three products
     weight = decode_dense(packed, books, scales, prefix=2, dtype=torch.bfloat16)
 
@@ -15,32 +15,31 @@ through kernels of its own; more rows decode to a dense matrix and use torch's p
 """
 
 from . import cuda
-from .cpu.products import Bound, Matrix, decode_dense, linear, linears, rotate
+from .cpu.products import Matrix, PreparedGroup, decode_dense, linear, linears, rotate
 from .cpu.step import DecodeStep
 from .int8_head import rows_linear
 from .layout import (
     Codebooks,
     Packed,
-    canonical,
     keep,
     pack,
     pack_plane,
     prepare_codebooks,
+    to_row_major,
     unpack,
     unpack_plane,
 )
 from .registry import Kernel, available, by_name, describe, gpu_kernel, select, table
 
 __all__ = [
-    "Bound",
     "Codebooks",
     "DecodeStep",
     "Kernel",
     "Matrix",
     "Packed",
+    "PreparedGroup",
     "available",
     "by_name",
-    "canonical",
     "cuda",
     "decode_dense",
     "describe",
@@ -55,6 +54,7 @@ __all__ = [
     "rows_linear",
     "select",
     "table",
+    "to_row_major",
     "unpack",
     "unpack_plane",
 ]

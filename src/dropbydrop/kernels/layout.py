@@ -118,14 +118,15 @@ def keep(codes: Tensor) -> Tensor:
     return pack_plane(codes) if packs else codes
 
 
-def canonical(plane: Tensor, rows: int, groups: int) -> Tensor:
+def to_row_major(plane: Tensor, rows: int, groups: int) -> Tensor:
     """Inverse of `keep`: codes uint8 [rows, groups], on the device of `plane`."""
     return plane if plane.dim() == 2 else unpack_plane(plane, rows, groups)
 
 
 @dataclass(frozen=True, eq=False)
 class Codebooks:
-    """A set of codebooks as kernels read it. Immutable, shared by all sites that name the set.
+    """A set of codebooks as kernels read it. Immutable, shared by all input groups that name the
+    set.
 
     Attributes:
         tables: M tensors float32 [256, 8], the entries of all codes.
@@ -144,7 +145,7 @@ class Codebooks:
 
 
 def prepare_codebooks(tables: Sequence[Tensor], symmetric: bool | Sequence[bool]) -> Codebooks:
-    """Codebooks [256, 8] of planes 1..M, as `code.codebook_table` expands them.
+    """Codebooks [256, 8] of planes 1..M, as `code.expand_codebook` expands them.
 
     Args:
         symmetric: whether each is sign-symmetric. A set with one that is not takes the general

@@ -31,7 +31,7 @@ _Record = tuple[int, Tensor, Call]  # index of the block, its hidden state, the 
 _KEPT_SHAPES = 2  # a full batch and the last, shorter one
 
 
-class Skeleton:
+class BlockInputs:
     """See the module's note.
 
     Args:

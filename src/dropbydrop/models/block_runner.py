@@ -2,9 +2,9 @@
 
 How it works, without a list of architectures:
 
-1. `Walk.open` builds the model from its config with parameters on the meta device (no memory) and
-   buffers for real (rotary frequencies are computed by the model's own code). The blocks are the
-   outermost `ModuleList` with as many entries as the config has layers.
+1. `BlockRunner.open` builds the model from its config with parameters on the meta device (no
+   memory) and buffers for real (rotary frequencies are computed by the model's own code). The
+   blocks are the outermost `ModuleList` with as many entries as the config has layers.
 2. What a block receives beside the hidden state (masks, position embeddings, local or global) is
    taken from the model itself: its forward runs once for a batch shape with every block's
    `forward` replaced by a stub, which records the arguments and returns the hidden state
@@ -13,8 +13,8 @@ How it works, without a list of architectures:
    the same forward apply the final norm (`finish`) or norm, head and soft cap (`logits`).
 3. `block(i)` loads the weights of block i from safetensors in `dtype`; `release(i)` puts them
    back on the meta device. Between the two, a caller may change `linear.weight.data`.
-4. `capture` runs a block over all windows, batch by batch, and in the same pass accumulates the
-   Gram matrices of its input sites (capture.py) and the block's output.
+4. `collect_statistics` runs a block over all windows, batch by batch, and in the same pass
+   accumulates the Gram matrices of its input groups (capture.py) and the block's output.
 
 Layout: ids [n, T] int64; hidden [n, T, d] in `dtype`, n windows of T tokens without padding. Both
 live where the caller put them (CPU); batches of about `batch_tokens` tokens go to `device`.
@@ -38,18 +38,18 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dropbydrop.errors import FormatError, UnsupportedModelError
-from dropbydrop.system.distributed import LANES, Share, Team
+from dropbydrop.system.distributed import SHARDS, Partition, Ranks
 from dropbydrop.system.quiet import quiet_transformers
 
-from .block_inputs import Skeleton
-from .statistics import CLIP, Captured, Recorder, Site, check_uncovered
+from .block_inputs import BlockInputs
+from .statistics import CLIP, BlockStatistics, InputGroup, Recorder, check_uncovered
 from .weight_files import WeightFiles
 
 BATCH_TOKENS = 4096
 
 
-class Walk:
-    """Block-by-block access to the model of a folder. Open with `Walk.open`.
+class BlockRunner:
+    """Block-by-block access to the model of a folder. Open with `BlockRunner.open`.
 
     Attributes:
         model: the causal LM; parameters on the meta device unless materialised.
@@ -78,7 +78,9 @@ class Walk:
         self.tied = any(f"{name}.weight" in self._ties for name in self.head_modules)
         self._outer_loaded: set[str] = set()
         self._check()
-        self._skeleton = Skeleton(model, self.blocks_name, self._blocks, self._load_outer, device)
+        self._block_inputs = BlockInputs(
+            model, self.blocks_name, self._blocks, self._load_outer, device
+        )
 
     @classmethod
     def open(
@@ -88,7 +90,7 @@ class Walk:
         device: torch.device | str = "cpu",
         batch_tokens: int = BATCH_TOKENS,
         files: WeightFiles | None = None,
-    ) -> Walk:
+    ) -> BlockRunner:
         """Open a local Hugging Face folder (config.json and safetensors).
 
         Args:
@@ -235,24 +237,24 @@ class Walk:
 
     @torch.no_grad()
     def _run(self, i: int, block: nn.Module, x: Tensor) -> Tensor:
-        """One batch [b, T, d] through a block, on the walk's device."""
-        rest, named = self._skeleton.arguments(i, x.shape[0], x.shape[1])
+        """One batch [b, T, d] through a block, on the runner's device."""
+        rest, named = self._block_inputs.arguments(i, x.shape[0], x.shape[1])
         out = block(x, *rest, **named)
         return out[0] if isinstance(out, tuple) else out
 
-    def lanes(self, n: int, t: int) -> list[list[slice]]:
+    def shards(self, n: int, t: int) -> list[list[slice]]:
         """Batches of n windows of t tokens, in at most LANES contiguous runs (see team.py)."""
         batches = list(self._batches(n, t))
-        count = min(LANES, len(batches))
-        edges = [len(batches) * lane // count for lane in range(count + 1)]
+        count = min(SHARDS, len(batches))
+        edges = [len(batches) * shard // count for shard in range(count + 1)]
         return [batches[low:high] for low, high in pairwise(edges)]
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids [n, T] -> input of the first block, [n, T, d] in the walk's dtype."""
+        """ids [n, T] -> input of the first block, [n, T, d] in the runner's dtype."""
         n, t = ids.shape
         hidden: Tensor | None = None
         for part in self._batches(n, t):
-            x = self._skeleton.embed(ids[part]).to(ids.device)
+            x = self._block_inputs.embed(ids[part]).to(ids.device)
             if hidden is None:
                 hidden = torch.empty(n, t, x.shape[-1], dtype=x.dtype, device=ids.device)
             hidden[part] = x
@@ -268,16 +270,16 @@ class Walk:
             out[part] = self._run(i, block, hidden[part].to(self.device)).to(out)
         return out
 
-    def sites(self, i: int, block: nn.Module, hidden: Tensor) -> list[Site]:
+    def input_groups(self, i: int, block: nn.Module, hidden: Tensor) -> list[InputGroup]:
         """Which linear layers of block i share an input, found on the first window."""
         x = hidden[:1].to(self.device)
         with Recorder(block, self.block_prefix(i), grams=False) as recorder:
             recorder.batch((1, x.shape[1]))
             self._run(i, block, x)
             recorder.end()
-            return recorder.sites()
+            return recorder.input_groups()
 
-    def capture(
+    def collect_statistics(
         self,
         i: int,
         block: nn.Module,
@@ -287,9 +289,9 @@ class Walk:
         raw: bool = False,
         weights: Tensor | None = None,
         out: Tensor | None = None,
-        share: Share | None = None,
-    ) -> Captured:
-        """Gram matrices of all sites of block i and its output, in one pass.
+        partition: Partition | None = None,
+    ) -> BlockStatistics:
+        """Gram matrices of all input groups of block i and its output, in one pass.
 
         Args:
             hidden: [n, T, d], input of the block.
@@ -298,7 +300,7 @@ class Walk:
             raw: also return the unclipped, unweighted matrices.
             weights: [n, T], importance of each token, multiplied into the clip weights.
             out: where to write the output [n, T, d]; may be `hidden` itself.
-            share: of this process in a run of several; `hidden` has its windows alone.
+            partition: of this process in a run of several; `hidden` has its windows alone.
 
         Raises:
             UnsupportedModelError: too much of the block is in no called linear, or a linear is
@@ -306,20 +308,20 @@ class Walk:
             CalibrationError: activations that are not finite.
         """
         to = torch.empty_like(hidden) if out is None else out
-        own = share or Team().share(self.lanes(*hidden.shape[:2]))
+        own = partition or Ranks().partition(self.shards(*hidden.shape[:2]))
         with Recorder(block, self.block_prefix(i), clip, raw) as recorder:
 
             def run() -> None:
-                for lane in own.lanes:
-                    for part in lane:
+                for shard in own.shards:
+                    for part in shard:
                         x = hidden[part].to(self.device)
                         token_weights = None if weights is None else weights[part]
                         recorder.batch((x.shape[0], x.shape[1]), token_weights)
                         to[part] = self._run(i, block, x).to(to)
                         recorder.end()
-                    recorder.fold(keep=own.team.size > 1)
+                    recorder.fold(keep=own.ranks.size > 1)
 
-            own.team.together(run)
+            own.ranks.together(run)
             return recorder.result(to, own, own.count * hidden.shape[1])
 
     def finish(self, hidden: Tensor) -> Tensor:
@@ -333,7 +335,7 @@ class Walk:
     @torch.no_grad()
     def _inject(self, hidden: Tensor, head: bool) -> Tensor:
         parts = [
-            self._skeleton.inject(hidden[part].to(self.device), head).to(hidden.device)
+            self._block_inputs.inject(hidden[part].to(self.device), head).to(hidden.device)
             for part in self._batches(*hidden.shape[:2])
         ]
         return torch.cat(parts)
@@ -347,10 +349,10 @@ class Walk:
     def apply_block(self, i: int, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Block i with other values of all its parameters, by their names in the block.
 
-        x [b, T, d] -> [b, T, d] on the walk's device. Gradients flow to x and to `values`; the
+        x [b, T, d] -> [b, T, d] on the runner's device. Gradients flow to x and to `values`; the
         weights of the block need not be loaded.
         """
-        rest, named = self._skeleton.arguments(i, x.shape[0], x.shape[1])
+        rest, named = self._block_inputs.arguments(i, x.shape[0], x.shape[1])
         out = functional_call(self._blocks[i], dict(values), (x, *rest), named)
         return out[0] if isinstance(out, tuple) else out
 
@@ -359,7 +361,7 @@ class Walk:
 
         `values` replaces parameters outside of the blocks, by their full names.
         """
-        return self._skeleton.inject(hidden, head=True, values=values)
+        return self._block_inputs.inject(hidden, head=True, values=values)
 
 
 def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

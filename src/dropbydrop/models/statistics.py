@@ -1,13 +1,14 @@
-"""Statistics of the inputs of a block's linear layers: sites and their Gram matrices H.
+"""Statistics of the inputs of a block's linear layers: input groups and their Gram matrices H.
 
-A site is a set of linear layers that are called with the same input tensor in one forward (q, k
-and v of a block; gate and up). Sites are found at run time, by watching the calls, not by names:
+An input group is a set of linear layers that are called with the same input tensor in one forward
+(q, k and v of a block; gate and up). Input groups are found at run time, by watching the calls, not
+by names:
 
 1. A forward pre-hook on every `nn.Linear` of the block sees its input tensor.
-2. Two calls belong to one site when address, size and in-place version of their inputs agree.
-   The recorder keeps each input alive until the forward is over; otherwise the allocator would
-   give the same address to a later activation and join unrelated layers.
-3. The first call of a site adds the batch to its Gram matrix,
+2. Two calls belong to one input group when address, size and in-place version of their inputs
+   agree. The recorder keeps each input alive until the forward is over; otherwise the allocator
+   would give the same address to a later activation and join unrelated layers.
+3. The first call of an input group adds the batch to its Gram matrix,
 
        H = sum_t w_t x_t x_t^T / number of tokens,    w_t = min(1, clip * median / ||x_t||^2),
 
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from dropbydrop.errors import CalibrationError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from dropbydrop.system.distributed import Share
+    from dropbydrop.system.distributed import Partition
 
 CLIP = 20.0
 MAX_UNCOVERED = 0.05  # share of a block's matrices that may stay outside of called linears
@@ -46,7 +47,7 @@ _COLUMNS = 256  # width of the column blocks of a Gram product
 
 
 @dataclass(frozen=True)
-class Site:
+class InputGroup:
     """Linear layers that share one input."""
 
     name: str  # unique: common parent and leaf names, "model.layers.0.self_attn.q_proj+k_proj"
@@ -55,19 +56,19 @@ class Site:
 
 
 @dataclass
-class Captured:
+class BlockStatistics:
     """What one pass over a block yields.
 
     Attributes:
-        sites: in the order of their calls.
-        grams: site name -> H, float32 [d_in, d_in], tokens clipped and weighted.
-        raw: site name -> H without clipping or weights; empty unless asked for.
-        energy_ratio: site name -> largest ||x||^2 over the median one, maximum over windows.
+        input groups: in the order of their calls.
+        grams: input group name -> H, float32 [d_in, d_in], tokens clipped and weighted.
+        raw: input group name -> H without clipping or weights; empty unless asked for.
+        energy_ratio: input group name -> largest ||x||^2 over the median one, maximum over windows.
         tokens: the number of tokens each H averages over.
         hidden: the block's output, [n, T, d].
     """
 
-    sites: list[Site]
+    input_groups: list[InputGroup]
     grams: dict[str, Tensor]
     raw: dict[str, Tensor]
     energy_ratio: dict[str, float]
@@ -75,7 +76,7 @@ class Captured:
     hidden: Tensor
 
 
-def site_name(modules: list[str]) -> str:
+def group_name(modules: list[str]) -> str:
     """Common parent of the modules, then their distinct tails joined by "+"."""
     parts = [module.split(".") for module in modules]
     common = 0
@@ -112,7 +113,7 @@ def mirror(total: Tensor, scale: float) -> Tensor:
 
 @dataclass
 class _Entry:
-    """One site while it is being recorded."""
+    """One input group while it is being recorded."""
 
     modules: list[str]
     d_in: int
@@ -143,7 +144,7 @@ class Recorder:
     clip: float = CLIP
     raw: bool = False
     grams: bool = True
-    _sites: dict[str, _Entry] = field(default_factory=dict)  # by first module
+    _input_groups: dict[str, _Entry] = field(default_factory=dict)  # by first module
     _calls: list[tuple[Tensor, int, _Entry]] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set)
     _shape: tuple[int, int] = (0, 0)
@@ -178,14 +179,14 @@ class Recorder:
 
     def fold(self, keep: bool = False) -> None:
         """A lane is over: add its sums to those of the lanes before it, or `keep` them apart."""
-        for entry in self._sites.values():
-            for lane, over in ((entry.gram, entry.grams), (entry.raw, entry.raws)):
-                if lane is None:
+        for entry in self._input_groups.values():
+            for shard, over in ((entry.gram, entry.grams), (entry.raw, entry.raws)):
+                if shard is None:
                     continue
                 if keep or not over:
-                    over.append(lane)
+                    over.append(shard)
                 else:
-                    over[0].add_(lane)
+                    over[0].add_(shard)
             entry.gram = entry.raw = None
 
     def _called(self, full: str, x: Tensor) -> None:
@@ -207,7 +208,7 @@ class Recorder:
                 if full not in entry.modules:
                     entry.modules.append(full)
                 return
-        entry = self._sites.setdefault(full, _Entry([full], x.shape[-1]))
+        entry = self._input_groups.setdefault(full, _Entry([full], x.shape[-1]))
         self._calls.append((x, x._version, entry))
         if self.grams:
             self._add(entry, x.detach().reshape(b, t, -1).to(torch.float32))
@@ -229,7 +230,7 @@ class Recorder:
 
     def _check_coverage(self) -> None:
         """More than MAX_UNCOVERED of the block's matrices in no called linear: refuse."""
-        called = {module for entry in self._sites.values() for module in entry.modules}
+        called = {module for entry in self._input_groups.values() for module in entry.modules}
         sizes = {
             f"{self.prefix}.{name}": p.numel()
             for name, p in self.block.named_parameters()
@@ -242,21 +243,21 @@ class Recorder:
         }
         check_uncovered(left, sum(sizes.values()))
 
-    def sites(self) -> list[Site]:
-        """The sites seen so far, in the order of their calls."""
+    def input_groups(self) -> list[InputGroup]:
+        """The input groups seen so far, in the order of their calls."""
         self._check_coverage()
-        names = [module for entry in self._sites.values() for module in entry.modules]
+        names = [module for entry in self._input_groups.values() for module in entry.modules]
         if len(names) != len(set(names)):
             raise UnsupportedModelError(
                 f"the linear layers of {self.prefix} share their inputs differently from one "
                 "batch to the next; such models are not supported."
             )
         return [
-            Site(site_name(entry.modules), tuple(entry.modules), entry.d_in)
-            for entry in self._sites.values()
+            InputGroup(group_name(entry.modules), tuple(entry.modules), entry.d_in)
+            for entry in self._input_groups.values()
         ]
 
-    def result(self, hidden: Tensor, share: Share, tokens: int) -> Captured:
+    def result(self, hidden: Tensor, partition: Partition, tokens: int) -> BlockStatistics:
         """Sum over the lanes of all processes, normalise, hand over; empties the recorder.
 
         Args:
@@ -266,25 +267,25 @@ class Recorder:
         Raises:
             CalibrationError: activations that are not finite.
         """
-        sites = share.team.together(self.sites)
-        entries = list(self._sites.values())
-        largest = share.team.largest([entry.ratio for entry in entries])
+        input_groups = partition.ranks.together(self.input_groups)
+        entries = list(self._input_groups.values())
+        largest = partition.ranks.largest([entry.ratio for entry in entries])
         grams: dict[str, Tensor] = {}
         raw: dict[str, Tensor] = {}
         ratio: dict[str, float] = {}
-        for site, entry, most in zip(sites, entries, largest, strict=True):
-            grams[site.name] = mirror(share.total(entry.grams), 1 / tokens)
+        for input_group, entry, most in zip(input_groups, entries, largest, strict=True):
+            grams[input_group.name] = mirror(partition.total(entry.grams), 1 / tokens)
             entry.grams = []
-            if not bool(torch.isfinite(grams[site.name]).all()):
+            if not bool(torch.isfinite(grams[input_group.name]).all()):
                 raise CalibrationError(
-                    f"the inputs of {site.name} are not finite: the model overflows on the "
+                    f"the inputs of {input_group.name} are not finite: the model overflows on the "
                     "calibration text. Use dtype float32, or check the model's weights."
                 )
             if entry.raws:
-                raw[site.name] = mirror(share.total(entry.raws), 1 / tokens)
+                raw[input_group.name] = mirror(partition.total(entry.raws), 1 / tokens)
                 entry.raws = []
-            ratio[site.name] = most
-        return Captured(sites, grams, raw, ratio, tokens, hidden)
+            ratio[input_group.name] = most
+        return BlockStatistics(input_groups, grams, raw, ratio, tokens, hidden)
 
 
 def check_uncovered(left: dict[str, int], total: int) -> None:
@@ -293,14 +294,14 @@ def check_uncovered(left: dict[str, int], total: int) -> None:
     Raises:
         UnsupportedModelError: names the parameters and their share.
     """
-    share = sum(left.values()) / max(total, 1)
-    if total and share <= MAX_UNCOVERED:
+    partition = sum(left.values()) / max(total, 1)
+    if total and partition <= MAX_UNCOVERED:
         return
     names = sorted(left, key=lambda name: -left[name])
     shown = ", ".join(f"{name} ({left[name]:,} weights)" for name in names[:4])
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     raise UnsupportedModelError(
-        f"{share:.0%} of a block's weights are in no linear layer that its forward calls: "
+        f"{partition:.0%} of a block's weights are in no linear layer that its forward calls: "
         f"{shown or 'it has no matrices at all'}{more}. Quantizing the rest would not be the "
         "model that was asked for. Fused or routed experts (mixture-of-experts) and unusual "
         "layers are not supported; use a dense decoder."

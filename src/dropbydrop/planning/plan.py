@@ -1,15 +1,17 @@
-"""Plans: another number of planes for every input site, so that any budget can be met exactly.
+"""Plans: another number of planes for every input group, so that any budget can be met exactly.
 
-A plan is an immutable map from input sites to levels. The matrices of a site (q/k/v; gate/up) read
-one input and are fused by many runtimes, so they share one prefix. Each entry is one of the
-checkpoint's levels: only those prefixes were supervised.
+A plan is an immutable map from input groups to levels. The matrices of an input group (q/k/v;
+gate/up) read one input and are fused by many runtimes, so they share one prefix. Each entry is one
+of the checkpoint's levels: only those prefixes were supervised.
 
-Allocation. With b[s, p] the code bytes of site s at level p and L[s, p] the loss it causes there
-(sensitivity.py), minimise sum_s L[s, p_s] under sum_s b[s, p_s] <= B: a multiple-choice knapsack.
-Plane sizes have large common divisors (13,824 bytes on SmolLM2, so 1,920 units in all), which makes
+Allocation. With b[s, p] the code bytes of input group s at level p and L[s, p] the loss it causes
+there (sensitivity.py), minimise sum_s L[s, p_s] under sum_s b[s, p_s] <= B: a multiple-choice
+knapsack. Plane sizes have large common divisors (13,824 bytes on SmolLM2, so 1,920 units in all),
+which makes
 dynamic programming over the units cheap: it is the optimum, also where losses are not convex in
 bytes. The greedy walk along the convex hulls was tried first and loses up to a step. Above 65,536
-units, sizes are rounded up to coarser ones: still feasible, within one unit a site of the optimum.
+units, sizes are rounded up to coarser ones: still feasible, within one unit an input group of the
+    optimum.
 
 Budgets are average bits (sum_s p_s * weights_s / sum_s weights_s, so that the uniform plan at level
 P has average P) or bytes (memory.py: weights of every kind, cache, activations).
@@ -57,7 +59,7 @@ class Plan:
 
     Attributes:
         checkpoint: fingerprint.
-        prefixes: one level for every site of the checkpoint.
+        prefixes: one level for every input group of the checkpoint.
     """
 
     checkpoint: str
@@ -73,7 +75,7 @@ class Plan:
     def uniform(checkpoint: Checkpoint, bits: int) -> Plan:
         """Level `bits` everywhere (PrecisionError if it is none)."""
         level = checkpoint.quantization.check_level(bits)
-        names = (site.name for site in checkpoint.quantization.sites)
+        names = (input_group.name for input_group in checkpoint.quantization.input_groups)
         return Plan(fingerprint(checkpoint), dict.fromkeys(names, level))
 
     @property
@@ -98,10 +100,10 @@ class Plan:
                 f"{self.checkpoint[:12]}…, here {fingerprint(checkpoint)[:12]}…). Make one for it: "
                 "dropbydrop plan OUT --avg-bits 2.6"
             )
-        names = {site.name for site in checkpoint.quantization.sites}
+        names = {input_group.name for input_group in checkpoint.quantization.input_groups}
         if set(self.prefixes) != names:
             raise FormatError(
-                f"the plan does not name the sites of the checkpoint: "
+                f"the plan does not name the input groups of the checkpoint: "
                 f"{sorted(names ^ set(self.prefixes))[:4]} differ. It was edited; make it again."
             )
         for level in self.prefixes.values():
@@ -110,8 +112,8 @@ class Plan:
 
     def by_module(self, checkpoint: Checkpoint) -> dict[str, int]:
         """Quantized module -> planes to read."""
-        sites = checkpoint.quantization.sites
-        return {module: self.prefixes[s.name] for s in sites for module in s.modules}
+        input_groups = checkpoint.quantization.input_groups
+        return {module: self.prefixes[s.name] for s in input_groups for module in s.modules}
 
     def average_bits(self, checkpoint: Checkpoint) -> float:
         """Planes a weight, averaged over all weights of the quantized matrices."""
@@ -183,7 +185,7 @@ class Plan:
         counts: dict[int, int] = {}
         for p in self.prefixes.values():
             counts[p] = counts.get(p, 0) + 1
-        return f"Plan({json.dumps(dict(sorted(counts.items())))} sites at these levels)"
+        return f"Plan({json.dumps(dict(sorted(counts.items())))} input groups at these levels)"
 
 
 def make_plan(
@@ -239,12 +241,15 @@ def make_plan(
 
 
 def _plane_costs(checkpoint: Checkpoint, held: bool = False) -> list[int]:
-    """Bytes of one plane of every site: weights over 8, or as memory holds them (padded)."""
+    """Bytes of one plane of every input group: weights over 8, or as memory holds them (padded)."""
     size = {
         name: plane_bytes(shape) if held else shape[0] * shape[1] // GROUP
         for name, shape in checkpoint.shapes.items()
     }
-    return [sum(size[m] for m in site.modules) for site in checkpoint.quantization.sites]
+    return [
+        sum(size[m] for m in input_group.modules)
+        for input_group in checkpoint.quantization.input_groups
+    ]
 
 
 def levels_here(checkpoint: Checkpoint, planes: int | None = None) -> tuple[int, ...]:
@@ -278,8 +283,8 @@ def _allocate(
     planes: list[int],
     budget: int,
 ) -> dict[str, int]:
-    """Level of every site for at most `budget` bytes; planes: bytes of a plane of each site."""
-    sites = checkpoint.quantization.sites
+    """Level of every input group for at most `budget` bytes; planes: bytes of a plane of each."""
+    input_groups = checkpoint.quantization.input_groups
     left = budget - levels[0] * sum(planes)
     left = min(left, (levels[-1] - levels[0]) * sum(planes))
     unit = math.gcd(*planes)
@@ -287,13 +292,15 @@ def _allocate(
         unit = -(-left // _MAX_UNITS)
     count = left // unit
     if left == (levels[-1] - levels[0]) * sum(planes):
-        return {site.name: levels[-1] for site in sites}  # whatever rounding says
-    # best[c]: least loss of the sites so far for exactly c units beyond the lowest level
+        return {
+            input_group.name: levels[-1] for input_group in input_groups
+        }  # whatever rounding says
+    # best[c]: least loss of the input groups so far for exactly c units beyond the lowest level
     best = np.full(count + 1, np.inf)
     best[0] = 0.0
-    choices = np.zeros((len(sites), count + 1), dtype=np.uint8)
-    for i, (site, plane) in enumerate(zip(sites, planes, strict=True)):
-        losses = known.losses[site.name]
+    choices = np.zeros((len(input_groups), count + 1), dtype=np.uint8)
+    for i, (input_group, plane) in enumerate(zip(input_groups, planes, strict=True)):
+        losses = known.losses[input_group.name]
         total = best + losses[levels[0]]
         for k, level in enumerate(levels[1:], 1):
             cost = -(-(level - levels[0]) * plane // unit)
@@ -304,8 +311,8 @@ def _allocate(
                 total[better], choices[i][better] = other[better], k
         best = total
     prefixes, c = {}, int(np.argmin(best))
-    for i in range(len(sites) - 1, -1, -1):
+    for i in range(len(input_groups) - 1, -1, -1):
         level = levels[choices[i][c]]
-        prefixes[sites[i].name] = level
+        prefixes[input_groups[i].name] = level
         c -= -(-(level - levels[0]) * planes[i] // unit)
-    return {site.name: prefixes[site.name] for site in sites}
+    return {input_group.name: prefixes[input_group.name] for input_group in input_groups}

@@ -1,13 +1,15 @@
-"""What it costs to run an input site at a lower level: KL to the full model, in nats a token.
+"""What it costs to run an input group at a lower level: KL to the full model, in nats a token.
 
 For the model at its highest level M, let p be its next-token distribution and dW = W_P - W_M the
-change of a site's matrices at level P. To second order in dW the divergence is the Fisher form
+change of an input group's matrices at level P. To second order in dW the divergence is the Fisher
+form
 
     KL(M || P) ~ 1/2 sum_t E_y (g_t . dW x_t)^2,    g_t = d log p(y) / d output_t,  y ~ p,
 
 with labels y drawn from the model itself (with the labels of a text it would be the empirical
 Fisher matrix, which is something else). Labels of different tokens are independent, so one backward
-pass serves all sites, all levels and all tokens of a window. Correlations between the errors of
+pass serves all input groups, all levels and all tokens of a window. Correlations between the errors
+of
 different tokens are left out: that estimate would need one backward pass a token.
 
     1. a forward pass at level M that keeps only the input of every matrix;
@@ -15,7 +17,8 @@ different tokens are left out: that estimate would need one backward pass a toke
        (g W_P - g W_M) . x gives the inner products for every lower level P. Memory is that of the
        activations of one window, never that of a dense model;
     3. forward passes at the lower levels measure KL(M || P) of the uniform levels on the same
-       windows. Where the quadratic form is far off (2 bits), its sites keep their shares, but their
+       windows. Where the quadratic form is far off (2 bits), its input groups keep their shares,
+       but their
        sum is set to what was measured: losses[s][P] = form[s][P] * KL[P] / sum_s form[s][P].
 
 About 8 forward passes a window in all. The result is a sidecar, sensitivity.json, beside the
@@ -53,12 +56,12 @@ LOG_FILE = "quantize-log.jsonl"
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Losses of every site at every level.
+    """Losses of every input group at every level.
 
     Attributes:
         checkpoint: fingerprint.
-        losses: site name -> level -> expected KL to the highest level, nats a token; 0 at the
-            highest. From a log the unit is arbitrary.
+        losses: input group name -> level -> expected KL to the highest level, nats a token; 0 at
+            the highest. From a log the unit is arbitrary.
         kind: "measured" or "log".
         kl: level -> measured KL of the uniform level (empty from a log).
         description: what it was measured on.
@@ -116,19 +119,25 @@ class Sensitivity:
             raise FormatError(f"{path} was measured on another checkpoint. {again}")
         try:
             losses = {
-                str(site): {int(p): float(v) for p, v in row.items()}
-                for site, row in fields.take("losses", dict).items()
+                str(input_group): {int(p): float(v) for p, v in row.items()}
+                for input_group, row in fields.take("losses", dict).items()
             }
             kl = {int(p): float(v) for p, v in fields.take("kl", dict).items()}
         except (TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{path} is damaged ({error}). {again}") from error
         result = Sensitivity(found, losses, "measured", kl, fields.take("description", dict))
         fields.done()
-        sites = {site.name for site in checkpoint.quantization.sites}
+        input_groups = {input_group.name for input_group in checkpoint.quantization.input_groups}
         rows_fit = all(set(row) == set(checkpoint.levels) for row in losses.values())
         values = [v for row in losses.values() for v in row.values()]
-        if set(losses) != sites or not rows_fit or not all(0 <= v < math.inf for v in values):
-            raise FormatError(f"{path} does not have one loss for every site and level. {again}")
+        if (
+            set(losses) != input_groups
+            or not rows_fit
+            or not all(0 <= v < math.inf for v in values)
+        ):
+            raise FormatError(
+                f"{path} does not have one loss for every input group and level. {again}"
+            )
         return result
 
 
@@ -150,7 +159,7 @@ def known_sensitivity(checkpoint: Checkpoint) -> Sensitivity:
 
 
 def from_log(checkpoint: Checkpoint) -> Sensitivity | None:
-    """Losses of a site = the sum of its matrices' relative errors; None without a complete log."""
+    """Losses of an input group: the sum of its matrices' relative errors; None without a log."""
     path = checkpoint.path / LOG_FILE
     if not path.is_file():
         return None
@@ -160,11 +169,11 @@ def from_log(checkpoint: Checkpoint) -> Sensitivity | None:
             entry = json.loads(line)
             errors[entry["module"]] = {int(p): float(e) for p, e in entry["rel_error"].items()}
         losses = {
-            site.name: {
-                p: sum(errors[m][p] - errors[m][checkpoint.levels[-1]] for m in site.modules)
+            input_group.name: {
+                p: sum(errors[m][p] - errors[m][checkpoint.levels[-1]] for m in input_group.modules)
                 for p in checkpoint.levels
             }
-            for site in checkpoint.quantization.sites
+            for input_group in checkpoint.quantization.input_groups
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -179,7 +188,7 @@ def measure(
     description: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Sensitivity:
-    """Measure the losses of every site and level on windows `ids` [n, T].
+    """Measure the losses of every input group and level on windows `ids` [n, T].
 
     Args:
         model: a model or view with all planes in memory; it is left as it is.
@@ -202,15 +211,18 @@ def measure(
     if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise CalibrationError(f"ids of shape {list(ids.shape)}: give 1 or more windows [n, T].")
     lower = levels[:-1]
-    forms = {site.name: dict.fromkeys(levels, 0.0) for site in checkpoint.quantization.sites}
+    forms = {
+        input_group.name: dict.fromkeys(levels, 0.0)
+        for input_group in checkpoint.quantization.input_groups
+    }
     views = {p: at(model, p) for p in lower}
     probe = _Probe(at(model, levels[-1]), views)
     generator = torch.Generator().manual_seed(seed)
     with progress_bar(progress) as bar:
         task = bar.add_task("sensitivity", total=ids.shape[0])
         for window in ids:
-            for (site, p), inner in probe.inner_products(window[None], generator).items():
-                forms[site][p] += 0.5 * float(inner.double().square().sum()) / ids.numel()
+            for (input_group, p), inner in probe.inner_products(window[None], generator).items():
+                forms[input_group][p] += 0.5 * float(inner.double().square().sum()) / ids.numel()
             bar.advance(task)
     kl = dict.fromkeys(levels, 0.0)
     if lower:
@@ -246,7 +258,7 @@ class _Probe:
     def inner_products(
         self, ids: Tensor, generator: torch.Generator
     ) -> dict[tuple[str, int], Tensor]:
-        """(site, level) -> g_t . dW x_t for every token: [T]. ids [1, T]."""
+        """(input group, level) -> g_t . dW x_t for every token: [T]. ids [1, T]."""
         self.inner.clear()
         ids = ids.to(self.view.device)
         embedding = self.view.get_input_embeddings()
@@ -283,15 +295,15 @@ class _Product:
 
     def backward(self, x: Tensor, gradient: Tensor) -> Tensor:
         """Gradient of x [1, T, d_in] from that of y [1, T, d_out]; adds to the inner products."""
-        site = self.module.site
+        input_group = self.module.input_group
         g = gradient.float().flatten(0, -2)
-        turned = site.rotation.apply(x.float().flatten(0, -2))
+        turned = input_group.rotation.apply(x.float().flatten(0, -2))
         full = g @ self.module.rotated_weight()
         for p, module in self.lower.items():
             inner = ((g @ module.rotated_weight() - full) * turned).sum(-1)
-            old = self.inner.get((site.name, p))
-            self.inner[site.name, p] = inner if old is None else old + inner
-        return site.rotation.transpose(full).view(x.shape).to(x.dtype)
+            old = self.inner.get((input_group.name, p))
+            self.inner[input_group.name, p] = inner if old is None else old + inner
+        return input_group.rotation.transpose(full).view(x.shape).to(x.dtype)
 
 
 class _Recorded(torch.autograd.Function):

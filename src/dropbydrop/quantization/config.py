@@ -18,7 +18,7 @@ from dropbydrop.coding.codebooks import UNIVERSAL
 from dropbydrop.coding.encoder import EFFORTS, Effort
 from dropbydrop.data.calibration import Calibration
 from dropbydrop.errors import CalibrationError, DropError, PrecisionError, UnsupportedModelError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.runtime.modules import output_scale
 from dropbydrop.system.distributed import pick_device
@@ -50,7 +50,7 @@ class Job:
     """A checked order: what to quantize, and how."""
 
     source: Source
-    walk: Walk
+    runner: BlockRunner
     levels: tuple[int, ...]
     calibration: str | Path | Calibration
     preset: str
@@ -91,13 +91,13 @@ def prepare(
     if head_bits not in (8, 16):
         raise DropError(f"--head-bits {head_bits}: choose 8 or 16.")
     source = resolve(model)
-    walk = Walk.open(source.folder, device=pick_device(device))
-    check_model(walk, head_bits)
+    runner = BlockRunner.open(source.folder, device=pick_device(device))
+    check_model(runner, head_bits)
     if isinstance(calibration, Calibration):
-        windows, seq_len = _check_windows(calibration, walk, windows)
+        windows, seq_len = _check_windows(calibration, runner, windows)
     return Job(
         source,
-        walk,
+        runner,
         levels,
         calibration,
         preset,
@@ -106,19 +106,21 @@ def prepare(
         seed,
         head_bits,
         windows or WINDOWS[preset],
-        min(seq_len, context_length(walk)),
+        min(seq_len, context_length(runner)),
         backend,
     )
 
 
-def _check_windows(calibration: Calibration, walk: Walk, windows: int | None) -> tuple[int, int]:
+def _check_windows(
+    calibration: Calibration, runner: BlockRunner, windows: int | None
+) -> tuple[int, int]:
     """Number and length of ready windows that this model can run."""
-    ids, vocab = calibration.ids, walk.model.config.get_text_config().vocab_size
+    ids, vocab = calibration.ids, runner.model.config.get_text_config().vocab_size
     good = ids.ndim == 2 and ids.dtype == torch.int64 and ids.shape[0] > 0
-    if not good or not 2 <= ids.shape[1] <= context_length(walk):
+    if not good or not 2 <= ids.shape[1] <= context_length(runner):
         raise CalibrationError(
             f"calibration windows {ids.dtype} of shape {list(ids.shape)}: give int64 [n, T], with "
-            f"T from 2 to the {context_length(walk):,} tokens of the model's context."
+            f"T from 2 to the {context_length(runner):,} tokens of the model's context."
         )
     if windows not in (None, ids.shape[0]):
         raise CalibrationError(f"{ids.shape[0]} ready windows, but {windows} are asked for.")
@@ -130,22 +132,22 @@ def _check_windows(calibration: Calibration, walk: Walk, windows: int | None) ->
     return ids.shape[0], ids.shape[1]
 
 
-def check_model(walk: Walk, head_bits: int) -> None:
+def check_model(runner: BlockRunner, head_bits: int) -> None:
     """Refuse by name, before any work, what would fail later.
 
     Raises:
         UnsupportedModelError: inputs that groups do not divide, or an embedding that computes
             more than a look-up and shall have 8-bit rows.
     """
-    for module in walk.embedding_modules:
-        embedding = walk.model.get_submodule(module)
+    for module in runner.embedding_modules:
+        embedding = runner.model.get_submodule(module)
         if head_bits == 8 and output_scale(embedding) is None:
             raise UnsupportedModelError(
                 f"{module} is a {type(embedding).__name__}, which may compute more than a look-up, "
                 "so its rows cannot be stored in 8 bits; quantize this model with --head-bits 16."
             )
-    prefix = f"{walk.blocks_name}."
-    for name, linear in walk.model.named_modules():
+    prefix = f"{runner.blocks_name}."
+    for name, linear in runner.model.named_modules():
         if name.startswith(prefix) and isinstance(linear, nn.Linear) and linear.in_features % GROUP:
             raise UnsupportedModelError(
                 f"{name} has {linear.in_features} inputs, which is not a multiple of {GROUP}, and "
@@ -153,7 +155,7 @@ def check_model(walk: Walk, head_bits: int) -> None:
             )
 
 
-def context_length(walk: Walk) -> int:
+def context_length(runner: BlockRunner) -> int:
     """Longest window the model takes."""
-    text = walk.model.config.get_text_config()
+    text = runner.model.config.get_text_config()
     return int(getattr(text, "max_position_embeddings", None) or SEQ_LEN)

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropbydrop.checkpoint import CheckpointWriter, Embeddings, SiteSpec
+from dropbydrop.checkpoint import CheckpointWriter, Embeddings, StoredGroup
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.codebooks import UNIVERSAL, default_lambdas
-from dropbydrop.coding.encoder import Effort, Encoded, encode_site, site_rotation
-from dropbydrop.coding.learned_codebooks import learn_site
+from dropbydrop.coding.encoder import Effort, Encoded, encode_group, group_rotation
+from dropbydrop.coding.learned_codebooks import learn_group
 from dropbydrop.coding.rotation import Rotation, odd_factor, split_odd
-from dropbydrop.models.block_runner import Walk
-from dropbydrop.models.statistics import Captured, Site
-from dropbydrop.system.distributed import Team, deal
+from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.statistics import BlockStatistics, InputGroup
+from dropbydrop.system.distributed import Ranks, assign_by_cost
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ class Run:
 
     Args:
         codebooks: the universal set, float32 [M, K/2, g].
-        learned: start from it, and learn a set for every site (one process only).
+        learned: start from it, and learn a set for every input group (one process only).
     """
 
     def __init__(
         self,
-        walk: Walk,
+        runner: BlockRunner,
         writer: CheckpointWriter | None,
         levels: tuple[int, ...],
         codebooks: Tensor,
@@ -151,15 +151,15 @@ class Run:
         seed: int,
         backend: str | None,
         learned: bool = False,
-        team: Team | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.walk, self._writer, self.levels = walk, writer, levels
-        self.codebooks = codebooks.to(walk.device)
+        self.runner, self._writer, self.levels = runner, writer, levels
+        self.codebooks = codebooks.to(runner.device)
         self.effort, self.seed, self.backend, self.learned = effort, seed, backend, learned
         self.lambdas = default_lambdas(levels)
         self.tally = Tally(levels)
-        self.team = team or Team()
-        self._sites = self.team.number(0 if writer is None else len(writer.sites))
+        self.ranks = ranks or Ranks()
+        self._input_groups = self.ranks.number(0 if writer is None else len(writer.input_groups))
 
     @property
     def writer(self) -> CheckpointWriter:
@@ -167,39 +167,43 @@ class Run:
         assert self._writer is not None, "only the root writes"
         return self._writer
 
-    def encode_block(self, i: int, block: nn.Module, captured: Captured) -> None:
+    def encode_block(self, i: int, block: nn.Module, statistics: BlockStatistics) -> None:
         """Encode and write every matrix of block i, and the parameters that stay as they are."""
-        prefix = f"{self.walk.block_prefix(i)}."
+        prefix = f"{self.runner.block_prefix(i)}."
         modules: dict[str, Any] = {
             name: block.get_submodule(name.removeprefix(prefix))
-            for site in captured.sites
-            for name in site.modules
+            for input_group in statistics.input_groups
+            for name in input_group.modules
         }
-        rotations = self._rotations(captured, modules)
+        rotations = self._rotations(statistics, modules)
         # work of a matrix: a search that is linear in its size, products with H
         costs = [m.weight.numel() * (2000.0 + m.weight.shape[1]) for m in modules.values()]
-        owners = dict(zip(modules, deal(costs, self.team.size), strict=True))
-        own = {name for name, owner in owners.items() if owner == self.team.rank}
-        encoded, own_books = self.team.together(
-            lambda: self._encode_sites(captured, modules, rotations, own)
+        owners = dict(zip(modules, assign_by_cost(costs, self.ranks.size), strict=True))
+        own = {name for name, owner in owners.items() if owner == self.ranks.rank}
+        encoded, own_books = self.ranks.together(
+            lambda: self._encode_groups(statistics, modules, rotations, own)
         )
         done: set[str] = set()
-        for site in captured.sites:
-            rotation = rotations[site.name]
-            if self.team.root:
-                books = own_books.get(site.name)
-                kind = UNIVERSAL if books is None else f"site-{len(self.writer.sites)}"
+        for input_group in statistics.input_groups:
+            rotation = rotations[input_group.name]
+            if self.ranks.root:
+                books = own_books.get(input_group.name)
+                kind = UNIVERSAL if books is None else f"site-{len(self.writer.input_groups)}"
                 if books is not None:
                     self.writer.add_codebook_set(kind, list(books.cpu()))
-                spec = SiteSpec(site.name, site.modules, site.d_in, kind, rotation.spec())
-                self.writer.add_site(spec, rotation)
-            for name in site.modules:
+                spec = StoredGroup(
+                    input_group.name, input_group.modules, input_group.d_in, kind, rotation.spec()
+                )
+                self.writer.add_group(spec, rotation)
+            for name in input_group.modules:
                 done |= {f"{name}.weight", f"{name}.bias"}
                 weight = modules[name].weight
                 result = self._collect(encoded.pop(name, None), owners[name], weight)
                 if result is not None:
-                    self._add(name, modules[name], *result, captured.energy_ratio[site.name])
-        if not self.team.root:
+                    self._add(
+                        name, modules[name], *result, statistics.energy_ratio[input_group.name]
+                    )
+        if not self.ranks.root:
             return
         for local, _ in block.named_parameters():
             if prefix + local not in done:
@@ -208,34 +212,36 @@ class Run:
             if local in block.state_dict():
                 self._keep(prefix + local, "a buffer")
 
-    def _rotations(self, captured: Captured, modules: Mapping[str, Any]) -> dict[str, Rotation]:
+    def _rotations(
+        self, statistics: BlockStatistics, modules: Mapping[str, Any]
+    ) -> dict[str, Rotation]:
         """Site -> its rotation. The root makes it and all ranks take its bytes: a factor that
         differed on one of them would decode its matrices wrong."""
 
-        def balanced(site: Site, seed: int) -> Tensor | None:
-            if not self.team.root:
+        def balanced(input_group: InputGroup, seed: int) -> Tensor | None:
+            if not self.ranks.root:
                 return None
-            weights = {name: modules[name].weight.detach() for name in site.modules}
-            packed = site_rotation(weights, captured.grams[site.name], seed).packed()
+            weights = {name: modules[name].weight.detach() for name in input_group.modules}
+            packed = group_rotation(weights, statistics.grams[input_group.name], seed).packed()
             assert packed is not None
             return packed.to(torch.int64)[None]
 
         found = {}
-        for site in captured.sites:
-            seed = self.seed * 1_000_003 + self._sites
-            self._sites += 1
-            packed = self.team.together(partial(balanced, site, seed))
-            stored = self.team.integers(packed)[0].to(torch.uint8)
-            odd = split_odd(site.d_in)[1]
+        for input_group in statistics.input_groups:
+            seed = self.seed * 1_000_003 + self._input_groups
+            self._input_groups += 1
+            packed = self.ranks.together(partial(balanced, input_group, seed))
+            stored = self.ranks.integers(packed)[0].to(torch.uint8)
+            odd = split_odd(input_group.d_in)[1]
             rotation = Rotation.from_stored(
-                {"kind": "full", "scaled": True}, site.d_in, stored, odd_factor(odd)
+                {"kind": "full", "scaled": True}, input_group.d_in, stored, odd_factor(odd)
             )
-            found[site.name] = rotation.to(self.walk.device)
+            found[input_group.name] = rotation.to(self.runner.device)
         return found
 
-    def _encode_sites(
+    def _encode_groups(
         self,
-        captured: Captured,
+        statistics: BlockStatistics,
         modules: Mapping[str, Any],
         rotations: Mapping[str, Rotation],
         own: set[str],
@@ -243,15 +249,15 @@ class Run:
         """This process's matrices, name -> code and the seconds it took; learned sets by site."""
         out: dict[str, tuple[Encoded, float]] = {}
         books: dict[str, Tensor] = {}
-        for site in captured.sites:
-            names = [name for name in site.modules if name in own]
+        for input_group in statistics.input_groups:
+            names = [name for name in input_group.modules if name in own]
             if not names:
                 continue
             mark = time.perf_counter()
             order = (
                 {name: modules[name].weight.detach().float() for name in names},
-                captured.grams[site.name],
-                rotations[site.name],
+                statistics.grams[input_group.name],
+                rotations[input_group.name],
                 self.codebooks,
                 self.levels,
                 self.lambdas,
@@ -259,9 +265,9 @@ class Run:
                 self.backend,
             )
             if self.learned:
-                encoded, books[site.name] = learn_site(*order)
+                encoded, books[input_group.name] = learn_group(*order)
             else:
-                encoded = encode_site(*order)
+                encoded = encode_group(*order)
             spent = (time.perf_counter() - mark) / len(names)
             out |= {name: (code, spent) for name, code in encoded.items()}
         return out, books
@@ -284,7 +290,7 @@ class Run:
         if code is not None:
             numbers = torch.tensor([*code.errors, spent], dtype=torch.float64)
             sent = {"codes": code.codes, "scales": code.scales, "numbers": numbers}
-        got = {kind: self.team.to_root(sent[kind], owner, like) for kind, like in shapes.items()}
+        got = {kind: self.ranks.to_root(sent[kind], owner, like) for kind, like in shapes.items()}
         codes, scales, numbers_got = got["codes"], got["scales"], got["numbers"]
         if codes is None or scales is None or numbers_got is None:
             return None
@@ -321,7 +327,7 @@ class Run:
 
     def _keep(self, name: str, reason: str) -> None:
         """A parameter that is stored as it is."""
-        tensor = self.walk.read(name)
+        tensor = self.runner.read(name)
         self.writer.add_tensor(name, tensor)
         self.tally.parameters += tensor.numel()
         bits = 8 * tensor.element_size()
@@ -331,18 +337,18 @@ class Run:
 
     def write_rest(self, head_bits: int) -> Embeddings:
         """Write embedding, head and what else lies outside of the blocks."""
-        walk = self.walk
-        modules = [*walk.embedding_modules, *([] if walk.tied else walk.head_modules)]
+        runner = self.runner
+        modules = [*runner.embedding_modules, *([] if runner.tied else runner.head_modules)]
         for module in modules:
-            weight = walk.read(f"{module}.weight")
+            weight = runner.read(f"{module}.weight")
             self.writer.add_embedding(module, weight, head_bits)
             self.tally.parameters += weight.numel()
-            what = "head" if module in walk.head_modules else "embedding"
-            reason = f"{what}{' and tied head' if walk.tied else ''}; --head-bits chooses"
+            what = "head" if module in runner.head_modules else "embedding"
+            reason = f"{what}{' and tied head' if runner.tied else ''}; --head-bits chooses"
             self.tally.kept.append(
                 {"name": module, "bits": head_bits, "values": weight.numel(), "reason": reason}
             )
-        for name in walk.outer_names():
+        for name in runner.outer_names():
             if name.removesuffix(".weight") not in modules:
                 self._keep(name, "outside of the decoder blocks")
-        return Embeddings(head_bits, tuple(modules), walk.tied)
+        return Embeddings(head_bits, tuple(modules), runner.tied)

@@ -4,9 +4,11 @@ Method. Blocks of a model are alike, so one is timed and the rest extrapolated b
 
     calibrate    a text is read and cut for real. `self`: the model is loaded, and one step is timed
                  with an empty, a half full and a full cache (Simpson's rule over the positions).
-    activations  `capture` of block 0 on one batch of windows and on two: cost of a batch, and the
+    activations  `collect_statistics` of block 0 on one batch of windows and on two: cost of a
+    batch, and the
                  constant part (loading, mirroring the Gram matrices).
-    encode       for each site of block 0, `encode_site` with its real Gram matrix and rows of its
+    encode       for each input group of block 0, `encode_group` with its real Gram matrix and rows
+    of its
                  largest matrix, some and three times as many: cost of a row, and the constant part
                  (factoring H, cubic in d_in). The cost of a row does not depend on the others.
     write        a stretch of bytes written, hashed and synced beside OUT, and a slab of the
@@ -14,9 +16,10 @@ Method. Blocks of a model are alike, so one is timed and the rest extrapolated b
 
 Memory is the largest of several peaks, each measured on the timed part and completed by what that
 had less of than the real run: reading or writing the text (the model in the type it writes in, and
-its key/value cache); `capture`, with H of each site held twice as two batches are two lanes, plus
-the hidden states of all windows; encoding a site, plus these and the working copies of the rows
-that were not timed; narrowing the embedding at the end. Disk follows from shapes.
+its key/value cache); `collect_statistics`, with H of each input group held twice as two batches are
+two lanes, plus the hidden states of all windows; encoding an input group, plus these and the
+working copies of the rows that were not timed; narrowing the embedding at the end. Disk follows
+from shapes.
 
 Limits: block 0 stands for all. Times are those of now: a machine that is busy now, and not later,
 deceives, and the estimate says so. Memory is that of a fresh process, as of the command line.
@@ -43,11 +46,11 @@ from dropbydrop.checkpoint import CheckpointWriter
 from dropbydrop.checkpoint.int8_rows import quantize_rows
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.codebooks import HALF, UNIVERSAL, default_lambdas, universal_set
-from dropbydrop.coding.encoder import encode_site, site_rotation
-from dropbydrop.coding.learned_codebooks import learn_site
+from dropbydrop.coding.encoder import encode_group, group_rotation
+from dropbydrop.coding.learned_codebooks import learn_group
 from dropbydrop.coding.rotation import split_odd
 from dropbydrop.data.calibration import SELF, Calibration, Writing, load_windows
-from dropbydrop.models.statistics import Captured
+from dropbydrop.models.statistics import BlockStatistics
 from dropbydrop.system.memory import peak_memory
 
 from .config import Job
@@ -125,10 +128,10 @@ def dry_run(
     itself = _time_self(job) if str(job.calibration) == SELF else (0.0, 0)
     training, _ = _clock(lambda: universal_set(job.levels))
     block = _Block(job)
-    shapes = _Shapes(job, block.sites)
+    shapes = _Shapes(job, block.input_groups)
     final = shapes.bytes_out()
     _reset_peak()
-    generations = shapes.hidden_bytes() * job.walk.num_blocks if resume else 0
+    generations = shapes.hidden_bytes() * job.runner.num_blocks if resume else 0
     writing = _write_seconds(job, place.parent, final, generations)
     at_the_end = peak_memory() + shapes.embedding * (1 if job.head_bits == 8 else 2)
     peak = max(block.peak(), itself[1], at_the_end)
@@ -154,16 +157,16 @@ class _Block:
     """Block 0, timed on one or two batches of windows and on some of its rows."""
 
     def __init__(self, job: Job) -> None:
-        self.job, walk = job, job.walk
+        self.job, runner = job, job.runner
         _reset_peak()
-        step = max(1, walk.batch_tokens // job.seq_len)
+        step = max(1, runner.batch_tokens // job.seq_len)
         self.batches = job.windows / step
         self.text_seconds = 0.0
         spec = job.calibration
         if isinstance(spec, Calibration):
             ids = spec.ids[: 2 * step]
         elif str(spec) == SELF:
-            vocab = walk.model.config.get_text_config().vocab_size
+            vocab = runner.model.config.get_text_config().vocab_size
             generator = torch.Generator().manual_seed(0)
             count = min(job.windows, 2 * step)
             ids = torch.randint(0, vocab, (count, job.seq_len), generator=generator)
@@ -176,44 +179,46 @@ class _Block:
             ids = text.ids[: 2 * step]
         self.reading = peak_memory()
         _reset_peak()
-        hidden = walk.embed(ids)
+        hidden = runner.embed(ids)
         self.held = hidden.numel() * hidden.element_size()
-        loading, block = _clock(lambda: walk.block(0))
+        loading, block = _clock(lambda: runner.block(0))
         self.block = block
         self._capture(hidden[:step])  # warms up
         one = self._capture(hidden[:step])[0]
-        two, captured = self._capture(hidden)
+        two, statistics = self._capture(hidden)
         ratio = ids.shape[0] / step  # 2, unless there is less than that
         self.batch = (two - one) / (ratio - 1) if ratio > 1.5 else one
         self.constant = loading + max(0.0, one - self.batch)
-        self.captured, self.sites = captured, captured.sites
+        self.statistics, self.input_groups = statistics, statistics.input_groups
         self.working = peak_memory()
-        self.encode = sum(self._time_site(site) for site in captured.sites)
+        self.encode = sum(self._time_group(input_group) for input_group in statistics.input_groups)
         weights = [
             sum(m.weight.numel() for m in b.modules() if isinstance(m, nn.Linear))
-            for b in walk._blocks
+            for b in runner._blocks
         ]
         self.blocks = sum(weights) / weights[0]  # in blocks like the first
-        walk.release(0)
-        del self.block, self.captured
+        runner.release(0)
+        del self.block, self.statistics
 
-    def _capture(self, hidden: Tensor) -> tuple[float, Captured]:
-        return _clock(lambda: self.job.walk.capture(0, self.block, hidden))
+    def _capture(self, hidden: Tensor) -> tuple[float, BlockStatistics]:
+        return _clock(lambda: self.job.runner.collect_statistics(0, self.block, hidden))
 
-    def _time_site(self, site: Any) -> float:
-        """Seconds to encode all matrices of a site."""
-        job, device = self.job, self.job.walk.device
-        prefix = f"{job.walk.block_prefix(0)}."
-        modules = [self.block.get_submodule(name.removeprefix(prefix)) for name in site.modules]
+    def _time_group(self, input_group: Any) -> float:
+        """Seconds to encode all matrices of an input group."""
+        job, device = self.job, self.job.runner.device
+        prefix = f"{job.runner.block_prefix(0)}."
+        modules = [
+            self.block.get_submodule(name.removeprefix(prefix)) for name in input_group.modules
+        ]
         weights = [m.weight.detach().float() for m in modules]
         largest = max(weights, key=len)
         rows = sum(len(w) for w in weights)
         few = min(_ROWS * torch.get_num_threads(), len(largest))
         many = min(3 * few, len(largest))
-        gram = self.captured.grams[site.name]
-        rotation = site_rotation({"w": largest}, gram, seed=0)
+        gram = self.statistics.grams[input_group.name]
+        rotation = group_rotation({"w": largest}, gram, seed=0)
         codebooks = universal_set(job.levels).to(device)
-        encoder: Any = encode_site if job.codebooks == UNIVERSAL else learn_site
+        encoder: Any = encode_group if job.codebooks == UNIVERSAL else learn_group
 
         def encode(count: int) -> float:
             return _clock(
@@ -234,10 +239,11 @@ class _Block:
         small = min(encode(few), encode(few))
         large = min(encode(many), encode(many))
         # Copies at a time: W rotated, all levels as prefixes and decoded, three for an error. To
-        # learn a set, all matrices of the site are held, with residuals and sources of each level.
+        # learn a set, all matrices of the input group are held, with residuals and sources of each
+        # level.
         together = len(largest) if job.codebooks == UNIVERSAL else rows
         copies = (4 if job.codebooks == UNIVERSAL else 6) + 2 * len(job.levels)
-        missing = 4 * copies * (together - many) * site.d_in
+        missing = 4 * copies * (together - many) * input_group.d_in
         self.working = max(self.working, peak_memory() + missing)
         if many == few:
             return small * rows / few
@@ -251,7 +257,7 @@ class _Block:
 
     def peak(self) -> int:
         """Bytes of the real run's text and walk."""
-        text = self.job.walk.model.config.get_text_config()
+        text = self.job.runner.model.config.get_text_config()
         full = 4 * self.job.windows * self.job.seq_len * text.hidden_size
         # held twice: as input and as output, which the real run writes over its input
         return max(self.reading, self.working + full - 2 * self.held)
@@ -260,35 +266,38 @@ class _Block:
 class _Shapes:
     """Sizes that follow from the config."""
 
-    def __init__(self, job: Job, sites: list[Any]) -> None:
-        self.job, walk = job, job.walk
-        linears = [m for b in walk._blocks for m in b.modules() if isinstance(m, nn.Linear)]
+    def __init__(self, job: Job, input_groups: list[Any]) -> None:
+        self.job, runner = job, job.runner
+        linears = [m for b in runner._blocks for m in b.modules() if isinstance(m, nn.Linear)]
         self.weights = sum(m.in_features * m.out_features for m in linears)
         self.rows = sum(m.out_features for m in linears)
-        self.inputs = walk.num_blocks * sum(site.d_in for site in sites)
-        self.odd = sum(4 * odd * odd for odd in {split_odd(site.d_in)[1] for site in sites})
+        self.inputs = runner.num_blocks * sum(input_group.d_in for input_group in input_groups)
+        self.odd = sum(
+            4 * odd * odd
+            for odd in {split_odd(input_group.d_in)[1] for input_group in input_groups}
+        )
         self.matrices = len(linears)
-        self.sites = walk.num_blocks * len(sites)
-        names = {f"{n}.weight" for n in (*walk.embedding_modules, *walk.head_modules)}
-        self.outer = [p for n, p in walk.model.named_parameters() if n in names]
+        self.input_groups = runner.num_blocks * len(input_groups)
+        names = {f"{n}.weight" for n in (*runner.embedding_modules, *runner.head_modules)}
+        self.outer = [p for n, p in runner.model.named_parameters() if n in names]
         self.embedding = max(p.numel() for p in self.outer)
 
     def bytes_out(self) -> int:
         """Size of the checkpoint folder."""
-        job, walk = self.job, self.job.walk
+        job, runner = self.job, self.job.runner
         planes = job.levels[-1]
-        outer = self.outer[:1] if walk.tied else self.outer
+        outer = self.outer[:1] if runner.tied else self.outer
         embeddings = sum(
             p.numel() + 2 * p.shape[0] if job.head_bits == 8 else 2 * p.numel() for p in outer
         )
-        everything = sum(p.numel() for p in walk.model.parameters())
+        everything = sum(p.numel() for p in runner.model.parameters())
         kept = everything - self.weights - sum(p.numel() for p in outer)
         size = planes * self.plane_bytes() + 2 * self.rows + self.inputs + self.odd
-        sets = 1 if job.codebooks == UNIVERSAL else self.sites
+        sets = 1 if job.codebooks == UNIVERSAL else self.input_groups
         size += sets * planes * (2 * HALF * GROUP + 130)
         size += embeddings + 4 * max(0, kept)
-        # headers, log and config: about so many characters a tensor, matrix and site
-        size += 130 * (planes + 1) * self.matrices + 300 * self.matrices + 250 * self.sites
+        # headers, log and config: about so many characters a tensor, matrix and input group
+        size += 130 * (planes + 1) * self.matrices + 300 * self.matrices + 250 * self.input_groups
         folder = job.source.folder
         side = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
         return size + sum((folder / n).stat().st_size for n in side if (folder / n).is_file())
@@ -299,7 +308,7 @@ class _Shapes:
 
     def hidden_bytes(self) -> int:
         """One generation of hidden states."""
-        text = self.job.walk.model.config.get_text_config()
+        text = self.job.runner.model.config.get_text_config()
         return 4 * self.job.windows * self.job.seq_len * int(text.hidden_size)
 
 
@@ -311,7 +320,7 @@ def _time_self(job: Job) -> tuple[float, int]:
 
     _reset_peak()
     model: Any
-    loading, model = _clock(lambda: open_model(job.source.folder, job.walk.device))
+    loading, model = _clock(lambda: open_model(job.source.folder, job.runner.device))
     pieces, length = texts_of(job.seq_len, Writing())
     texts = job.windows * pieces
     size = _batch_size(model, texts, length)
@@ -361,10 +370,10 @@ def _write_seconds(job: Job, parent: Path, final: int, generations: int) -> floa
 
     per_byte = _clock(write)[0] / _DISK_SAMPLE
     seconds = per_byte * (1.3 * final + generations)  # 1.3: and reading back
-    walk = job.walk
-    modules = [*walk.embedding_modules, *([] if walk.tied else walk.head_modules)]
+    runner = job.runner
+    modules = [*runner.embedding_modules, *([] if runner.tied else runner.head_modules)]
     for module in modules:
-        reading, weight = _clock(partial(walk.read, f"{module}.weight"))
+        reading, weight = _clock(partial(runner.read, f"{module}.weight"))
         seconds += reading
         if job.head_bits == 8:
             slab = weight[:8192]

@@ -3,7 +3,7 @@
 Steps:
     1. resolve the model, draw the calibration windows (written by the model itself by default);
     2. block by block: load its weights, run the windows through it, collecting the Gram matrix of
-       every input site and the block's output in one pass; encode its matrices; write them; free
+       every input group and the block's output in one pass; encode its matrices; write them; free
        everything. Activations are those of the unquantized model;
     3. write what stays (embeddings and head in 8 or 16 bits, norms and biases as they are),
        config, log, model card, manifest; rename the folder into place.
@@ -34,7 +34,7 @@ from dropbydrop.coding.search import backends
 from dropbydrop.data.calibration import SELF, Calibration, load_windows
 from dropbydrop.errors import DropError
 from dropbydrop.system.console import progress_bar
-from dropbydrop.system.distributed import Team, pick_device
+from dropbydrop.system.distributed import Ranks, pick_device
 from dropbydrop.system.memory import peak_memory
 
 from .config import SEQ_LEN, Job, check_levels, prepare
@@ -42,7 +42,7 @@ from .encode_blocks import Report, Run, Tally
 from .report import CARD_FILE, LOG_FILE, model_card
 
 if TYPE_CHECKING:
-    from dropbydrop.checkpoint.journal import Work
+    from dropbydrop.checkpoint.journal import Journal
 
 __all__ = ["Job", "Report", "check_levels", "prepare", "quantize"]
 
@@ -90,7 +90,7 @@ def quantize(
             that the model writes itself. From Python also ready windows, of `load_windows`, which
             has more ways to make them, or the caller's own.
         preset: "fast", "balanced" or "best": calibration tokens and search effort.
-        codebooks: "universal", one set for everything, or "learned", one for each input site.
+        codebooks: "universal", one set for everything, or "learned", one for each input group.
         head_bits: 8 (int8 rows) or 16, for embedding and head.
         windows, seq_len: calibration windows and their tokens; by default from the preset. Those of
             ready windows are what they are.
@@ -110,13 +110,14 @@ def quantize(
     """
     started = time.perf_counter()
     device = pick_device(device)
-    with Team.join(device) as team:
-        if team.size > 1 and codebooks != UNIVERSAL:
+    with Ranks.join(device) as ranks:
+        if ranks.size > 1 and codebooks != UNIVERSAL:
             raise DropError(
-                f"--codebooks {codebooks} with {team.size} processes: a site's own codebooks are "
-                "fitted to all its matrices together; run one process, or take the universal set."
+                f"--codebooks {codebooks} with {ranks.size} processes: an input group's own "
+                "codebooks are fitted to all its matrices together; run one process, or take the "
+                "universal set."
             )
-        job = team.together(
+        job = ranks.together(
             lambda: prepare(
                 model,
                 bits,
@@ -132,14 +133,14 @@ def quantize(
             )
         )
         place = Path(os.path.abspath(out))
-        if team.root:
-            return _write(job, team, place, overwrite, resume, progress, started)
-        return _report(job, place, _carry_out(job, None, None, False, team), 0, started)
+        if ranks.root:
+            return _write(job, ranks, place, overwrite, resume, progress, started)
+        return _report(job, place, _carry_out(job, None, None, False, ranks), 0, started)
 
 
 def _write(
     job: Job,
-    team: Team,
+    ranks: Ranks,
     place: Path,
     overwrite: bool,
     resume: bool,
@@ -149,17 +150,17 @@ def _write(
     """The root's part of `quantize`: everything that touches OUT."""
     if not resume:
         with CheckpointWriter(place, overwrite=overwrite) as writer:
-            tally = _carry_out(job, writer, None, progress, team)
+            tally = _carry_out(job, writer, None, progress, ranks)
         return _report(job, place, tally, 0, started)
     from dropbydrop.checkpoint.journal import (  # needs file locks, which not every platform has
-        Work,
+        Journal,
         fingerprint,
     )
 
-    with Work(place, fingerprint(job)) as work:
+    with Journal(place, fingerprint(job)) as work:
         blocks = sum("block" in step for step in work.steps)
         if (record := work.published()) is not None:
-            team.number(_DONE)
+            ranks.number(_DONE)
             tally = Tally(job.levels)
             tally.restore([*(step["run"] for step in work.steps), record["run"]])
         else:
@@ -167,62 +168,66 @@ def _write(
             with CheckpointWriter(
                 place, overwrite=overwrite, work=work.path, records=records
             ) as writer:
-                tally = _carry_out(job, writer, work, progress, team)
+                tally = _carry_out(job, writer, work, progress, ranks)
     return _report(job, place, tally, blocks, started)
 
 
 def _carry_out(
-    job: Job, writer: CheckpointWriter | None, work: Work | None, progress: bool, team: Team
+    job: Job, writer: CheckpointWriter | None, work: Journal | None, progress: bool, ranks: Ranks
 ) -> Tally:
     """Steps 1 to 3 of the module's note, from where `work` was left; the root has the writer."""
-    walk = job.walk
-    steps = team.number(0 if work is None else len(work.steps))
+    runner = job.runner
+    steps = ranks.number(0 if work is None else len(work.steps))
     if steps == _DONE:  # the root found the checkpoint in place
         return Tally(job.levels)
-    kept = bool(team.number(work is not None))  # whether steps are kept for --resume
+    kept = bool(ranks.number(work is not None))  # whether steps are kept for --resume
     mark = time.perf_counter()
     universal, learned = universal_set(job.levels), job.codebooks != UNIVERSAL
     trained = time.perf_counter() - mark  # a while, for levels whose set does not ship
-    run = Run(walk, writer, job.levels, universal, job.effort, job.seed, job.backend, learned, team)
+    run = Run(
+        runner, writer, job.levels, universal, job.effort, job.seed, job.backend, learned, ranks
+    )
     tally, calibration = run.tally, {}
     tally.seconds["encode"] += trained
     hidden: Tensor | None = None
     if steps == 0:
         with tally.timed("calibrate"):
-            text = team.together(lambda: _calibrate(job) if team.root else None)
-            ids = team.integers(None if text is None else text.ids)
-        share = team.share(walk.lanes(*ids.shape))
-        hidden = walk.embed(ids[share.windows(team.rank)].to(walk.device))
+            text = ranks.together(lambda: _calibrate(job) if ranks.root else None)
+            ids = ranks.integers(None if text is None else text.ids)
+        partition = ranks.partition(runner.shards(*ids.shape))
+        hidden = runner.embed(ids[partition.windows(ranks.rank)].to(runner.device))
         if text is not None:
             calibration = dict(text.description)
             if not learned:
                 run.writer.add_codebook_set(UNIVERSAL, list(universal))
-        _commit(work, run, {"calibration": calibration}, share.gather(hidden) if kept else None)
+        _commit(work, run, {"calibration": calibration}, partition.gather(hidden) if kept else None)
         first = 0
     else:
-        first, share = steps - 1, team.share(walk.lanes(job.windows, job.seq_len))
+        first, partition = steps - 1, ranks.partition(runner.shards(job.windows, job.seq_len))
         if work is not None:
             tally.restore([step["run"] for step in work.steps])
             calibration = work.steps[0]["calibration"]
-        if first < walk.num_blocks:
+        if first < runner.num_blocks:
             whole = None if work is None else work.hidden()
-            hidden = share.scatter(whole, walk.dtype).to(walk.device)
+            hidden = partition.scatter(whole, runner.dtype).to(runner.device)
     with progress_bar(progress) as bar:
-        task = bar.add_task("quantize", total=walk.num_blocks, completed=first)
-        for i in range(first, walk.num_blocks):
+        task = bar.add_task("quantize", total=runner.num_blocks, completed=first)
+        for i in range(first, runner.num_blocks):
             assert hidden is not None
             with tally.timed("activations"):
-                block = walk.block(i)
-                captured = walk.capture(i, block, hidden, out=hidden, share=share)
+                block = runner.block(i)
+                statistics = runner.collect_statistics(
+                    i, block, hidden, out=hidden, partition=partition
+                )
             with tally.timed("encode"):
-                run.encode_block(i, block, captured)
-                walk.release(i)
-            del captured
-            more = kept and i + 1 < walk.num_blocks
-            _commit(work, run, {"block": i}, share.gather(hidden) if more else None)
+                run.encode_block(i, block, statistics)
+                runner.release(i)
+            del statistics
+            more = kept and i + 1 < runner.num_blocks
+            _commit(work, run, {"block": i}, partition.gather(hidden) if more else None)
             bar.advance(task)
     del hidden
-    if team.root:
+    if ranks.root:
         with tally.timed("write"):
             _finish(job, run, calibration, work)
     return tally
@@ -238,18 +243,18 @@ def _calibrate(job: Job) -> Calibration:
         job.seq_len,
         job.seed,
         source=job.source,
-        device=job.walk.device,
+        device=job.runner.device,
     )
 
 
-def _commit(work: Work | None, run: Run, step: dict[str, Any], hidden: Tensor | None) -> None:
+def _commit(work: Journal | None, run: Run, step: dict[str, Any], hidden: Tensor | None) -> None:
     """Finish a step, where steps are kept: what was written, the books, all hidden states."""
     if work is None:
         return
     work.commit({**step, "writer": run.writer.commit(), "run": run.tally.mark()}, hidden)
 
 
-def _finish(job: Job, run: Run, calibration: dict[str, Any], work: Work | None) -> None:
+def _finish(job: Job, run: Run, calibration: dict[str, Any], work: Journal | None) -> None:
     """Write what stays, config, log, model card and manifest; publish."""
     levels, tally, folder = job.levels, run.tally, job.source.folder
     embeddings = run.write_rest(job.head_bits)
@@ -266,7 +271,7 @@ def _finish(job: Job, run: Run, calibration: dict[str, Any], work: Work | None) 
         bits=levels[-1],
         levels=levels,
         planes=tuple(PlaneSpec() for _ in range(levels[-1])),
-        sites=run.writer.sites,
+        input_groups=run.writer.input_groups,
         embeddings=embeddings,
         provenance=provenance,
     )
@@ -291,12 +296,12 @@ def _report(job: Job, out: Path, tally: Tally, resumed: int, started: float) -> 
         job.levels,
         tally.seconds | {"total": time.perf_counter() - started},
         peak_memory() / 2**30,
-        device_peak(job.walk.device) / 2**30,
+        device_peak(job.runner.device) / 2**30,
         4 * tally.parameters / 2**30,
         tally.mean_errors(),
         len(tally.log),
         tally.kept,
-        job.backend or backends(job.walk.device)[0],
+        job.backend or backends(job.runner.device)[0],
         resumed,
         tally.log,
     )

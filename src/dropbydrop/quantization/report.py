@@ -120,7 +120,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "planes": len(q.planes),
         "planes_present": list(present),
         "matrices": len(q.modules),
-        "sites": len(q.sites),
+        "sites": len(q.input_groups),
         "codebook_sets": list(q.sets),
         "embeddings": q.embeddings.to_dict(),
         "provenance": dict(q.provenance),
@@ -145,7 +145,7 @@ def print_info(info: Mapping[str, Any], console: Console) -> None:
     console.print(shown)
     made = info["provenance"]
     console.print(
-        f"{info['matrices']} matrices in {info['sites']} sites, codebook sets "
+        f"{info['matrices']} matrices in {info['sites']} input groups, codebook sets "
         f"{_few(info['codebook_sets'])}; embeddings {info['embeddings']['bits']} bits; from "
         f"{made.get('base_model')}, preset {made.get('preset')}, seed {made.get('seed')}"
         + "".join(f"; tuned: {done.get('method')}" for done in made.get("tuning", ()))

@@ -3,7 +3,7 @@
     attach(model, bound_of)     # once, after loading; every copy of the model has its own
     how(model)                  # "native step, avx512vbmi, 30 blocks", or why not
 
-`attach` puts a `NativeForward` in the place of the decoder's `forward`. It looks at each call: up
+`attach` puts a `FusedDecode` in the place of the decoder's `forward`. It looks at each call: up
 to 16 tokens of one sequence that continue a plain cache go to the native step, everything else
 (prompts, batches, padding, training, traced or compiled code, attention weights, masks of a shape
 of its own) to the class's forward. So nothing has to be switched, and nothing is switched for
@@ -17,7 +17,7 @@ reason is logged once.
 Caches. A static cache is written in place. A dynamic one is grown by a copy, as transformers does
 at every token; for long texts a static cache is the faster one.
 
-Copies. `copy.deepcopy` of a model (which is how views are made) gives the copy a `NativeForward` of
+Copies. `copy.deepcopy` of a model (which is how views are made) gives the copy a `FusedDecode` of
 its own. The decoder is referred to weakly, so a model is freed when its last reference goes.
 """
 
@@ -38,10 +38,10 @@ from dropbydrop.errors import UnsupportedModelError
 from dropbydrop.kernels import registry
 from dropbydrop.kernels._native import log
 from dropbydrop.kernels.cpu import ops
-from dropbydrop.kernels.cpu.products import Bound
+from dropbydrop.kernels.cpu.products import PreparedGroup
 from dropbydrop.kernels.cpu.step import MOST, TYPES, DecodeStep
 
-from .guards import Watch
+from .guards import Guards
 
 # Arguments of a decoder's forward that the step can honour.
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values",
@@ -54,30 +54,33 @@ def decoder_of(model: Any) -> Any:
     return getattr(model, model.base_model_prefix, model)
 
 
-def attach(model: Any, bound_of: Callable[[nn.Module], Bound], kernel: str | None = None) -> None:
+def attach(
+    model: Any, prepared_group_of: Callable[[nn.Module], PreparedGroup], kernel: str | None = None
+) -> None:
     """Let `model` decode natively where it can. Models of other kinds are left alone.
 
     Args:
-        bound_of: gives each quantized linear's `Bound`, or raises UnsupportedModelError.
+        prepared_group_of: gives each quantized linear's `PreparedGroup`, or raises
+            UnsupportedModelError.
         kernel: a name to force; see `registry.select`.
     """
     inner = decoder_of(model)
     if getattr(inner.config, "model_type", None) in TYPES and hasattr(inner, "layers"):
         detach(model)
-        inner.forward = NativeForward(inner, bound_of, kernel)
+        inner.forward = FusedDecode(inner, prepared_group_of, kernel)
 
 
 def detach(model: Any) -> None:
     """Undo `attach` for this copy of the model."""
     inner = decoder_of(model)
-    if isinstance(inner.__dict__.get("forward"), NativeForward):
+    if isinstance(inner.__dict__.get("forward"), FusedDecode):
         del inner.forward
 
 
 def how(model: Any) -> str:
     """How a single token of this model is decoded, for people."""
     forward = decoder_of(model).__dict__.get("forward")
-    if not isinstance(forward, NativeForward):
+    if not isinstance(forward, FusedDecode):
         return f"through torch: blocks of type {model.config.model_type!r}"
     state = forward.state()
     if state.step is None:
@@ -102,33 +105,38 @@ def how_config(config: Mapping[str, Any] | None) -> str:
 def native(model: Any) -> bool:
     """Whether the native step serves this model at present."""
     forward = decoder_of(model).__dict__.get("forward")
-    return isinstance(forward, NativeForward) and forward.state().step is not None
+    return isinstance(forward, FusedDecode) and forward.state().step is not None
 
 
 @dataclass(frozen=True)
 class _State:
     """A step, or the reason why there is none, and what that was concluded from."""
 
-    watch: Watch
+    guards: Guards
     step: DecodeStep | None
     reason: str
 
 
-class NativeForward:
+class FusedDecode:
     """`forward` of one decoder: see the module's note. Safe to call from several threads."""
 
     def __init__(
-        self, inner: Any, bound_of: Callable[[nn.Module], Bound], kernel: str | None
+        self,
+        inner: Any,
+        prepared_group_of: Callable[[nn.Module], PreparedGroup],
+        kernel: str | None,
     ) -> None:
         self._inner = weakref.ref(inner)
-        self._bound_of, self._kernel = bound_of, kernel
+        self._prepared_group_of, self._kernel = prepared_group_of, kernel
         self._lock = threading.Lock()
         self._state: _State | None = None
         self._logged: set[str] = set()
         self.__signature__ = inspect.signature(type(inner).forward.__get__(inner))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NativeForward:
-        return NativeForward(copy.deepcopy(self._inner(), memo), self._bound_of, self._kernel)
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedDecode:
+        return FusedDecode(
+            copy.deepcopy(self._inner(), memo), self._prepared_group_of, self._kernel
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inner: Any = self._inner()
@@ -141,23 +149,23 @@ class NativeForward:
     def state(self) -> _State:
         """The step as the model is now."""
         state = self._state
-        if state is None or not state.watch.same():
+        if state is None or not state.guards.same():
             with self._lock:
                 state = self._state
-                if state is None or not state.watch.same():
+                if state is None or not state.guards.same():
                     state = self._state = self._build()
         return state
 
     def _build(self) -> _State:
         inner: Any = self._inner()
-        step, watch = None, Watch(inner)
+        step, guards = None, Guards(inner)
         try:
-            step = DecodeStep(inner, self._bound_of, self._kernel)
+            step = DecodeStep(inner, self._prepared_group_of, self._kernel)
             message = f"native step, {step.kernel.name}, {len(step.blocks)} blocks"
         except UnsupportedModelError as error:
             message = str(error)
         self._log(f"decoding: {message}")
-        return _State(watch, step, message)
+        return _State(guards, step, message)
 
     def _log(self, message: str) -> None:
         if message not in self._logged:
@@ -184,7 +192,7 @@ class NativeForward:
         step = state.step
         if step is None or len(step.blocks) != inner.config.num_hidden_layers:
             return None
-        if not state.watch.plain() or torch.is_autocast_enabled("cpu"):
+        if not state.guards.plain() or torch.is_autocast_enabled("cpu"):
             self._log("decoding: through torch, as modules have hooks or types are cast")
             return None
         pairs = _grown(cache, start, n, step)

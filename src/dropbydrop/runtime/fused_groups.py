@@ -1,18 +1,20 @@
-"""q/k/v, or gate and up, in one go: the linears of one input site, multiplied together on a GPU.
+"""q/k/v, or gate and up, in one go: the linears of one input group, multiplied together on a GPU.
 
     multiply_together(model)      # once, after loading; views made from the model keep it
 
-A model calls q_proj, k_proj and v_proj one after the other with the same tensor. `DeviceSite` can
+A model calls q_proj, k_proj and v_proj one after the other with the same tensor. `CudaGroup` can
 do all of them with one rotation and one product; what is needed is that the first call knows of
 the others, without keeping anything between calls, where two threads would meet.
 
 So the class of their parent (attention, feed-forward part) is replaced by a subclass of itself. Its
 forward runs the original forward on a stand-in for the module that lasts for this one call: every
-attribute is the module's, only the linears of a site are `_Part`s of one `_Call`. The first that is
-called multiplies for all; the others, called with the identical tensor, hand out their result. One
-called with another tensor multiplies for itself, so nothing is assumed about the parent's code.
+attribute is the module's, only the linears of an input group are `_Part`s of one `_Call`. The first
+that is called multiplies for all; the others, called with the identical tensor, hand out their
+result. One called with another tensor multiplies for itself, so nothing is assumed about the
+parent's code.
 
-A site falls back to its modules one by one where they are not plain: adapters, hooks, a patched
+An input group falls back to its modules one by one where they are not plain: adapters, hooks, a
+    patched
 forward, different precisions, another device. torch.compile traces all of this away.
 
 Limits: a forward that calls `super()` needs the module itself and is left alone. Attributes that a
@@ -30,23 +32,23 @@ from torch import Tensor, nn
 
 from dropbydrop import kernels
 
-from .modules import NestedLinear, device_site
+from .modules import NestedLinear, cuda_group
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Call:
-    """The linears of one site during one forward of their parent."""
+    """The linears of one input group during one forward of their parent."""
 
-    def __init__(self, site: Any, linears: Sequence[Any]) -> None:
-        self.site, self.linears = site, linears
+    def __init__(self, input_group: Any, linears: Sequence[Any]) -> None:
+        self.input_group, self.linears = input_group, linears
         self.x: Tensor | None = None
         self.ys: Sequence[Tensor] = ()
 
     def part(self, i: int, x: Tensor) -> Tensor:
         """Result i for the input x."""
         if self.x is None:
-            self.x, self.ys = x, self.site(x)
+            self.x, self.ys = x, self.input_group(x)
         return self.ys[i] if x is self.x else self.linears[i](x)
 
 
@@ -83,53 +85,53 @@ def _plain(linears: Sequence[Any]) -> bool:
     return True
 
 
-def _stand_in(module: nn.Module, sites: Sequence[Sequence[str]]) -> Any:
-    """What the original forward runs on: `module` itself where no site can be shared."""
+def _stand_in(module: nn.Module, input_groups: Sequence[Sequence[str]]) -> Any:
+    """What the original forward runs on: `module` itself where no input group can be shared."""
     found: Any = module
-    for names in sites:
+    for names in input_groups:
         linears = [getattr(module, name) for name in names]
         if not _plain(linears):
             continue
         if kernel := kernels.gpu_kernel(linears[0].codes[1].device.type):
             if found is module:
                 found = _StandIn(module)
-            call = _Call(device_site(linears, kernel), linears)
+            call = _Call(cuda_group(linears, kernel), linears)
             for i, name in enumerate(names):
                 setattr(found, name, _Part(call, i))
     return found
 
 
 @cache
-def _sharing(kind: Any, sites: tuple[tuple[str, ...], ...]) -> type[nn.Module]:
+def _sharing(kind: Any, input_groups: tuple[tuple[str, ...], ...]) -> type[nn.Module]:
     """The subclass of a module's class that computes these children's products together."""
     plain = kind.forward
 
     @wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return plain(_stand_in(self, sites), *args, **kwargs)
+        return plain(_stand_in(self, input_groups), *args, **kwargs)
 
     names = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), names)
 
 
 def multiply_together(model: nn.Module) -> None:
-    """Let the linears of every input site of a loaded model be multiplied in one go.
+    """Let the linears of every input group of a loaded model be multiplied in one go.
 
-    No effect on models whose planes are where no GPU kernel runs; sites whose linears have
+    No effect on models whose planes are where no GPU kernel runs; input groups whose linears have
     different parents stay as they are.
     """
     linears = {m.name: path for path, m in model.named_modules() if isinstance(m, NestedLinear)}
     first = next((m for m in model.modules() if isinstance(m, NestedLinear)), None)
     if first is None or not kernels.gpu_kernel(first.codes[1].device.type):
         return
-    sites: dict[str, list[tuple[str, ...]]] = {}
-    for site in first.store.checkpoint.quantization.sites:
-        paths = [linears[name] for name in site.modules if name in linears]
+    input_groups: dict[str, list[tuple[str, ...]]] = {}
+    for input_group in first.store.checkpoint.quantization.input_groups:
+        paths = [linears[name] for name in input_group.modules if name in linears]
         parents = {path.rpartition(".")[0] for path in paths}
         if len(paths) > 1 and len(parents) == 1:
             leaves = tuple(path.rpartition(".")[2] for path in paths)
-            sites.setdefault(parents.pop(), []).append(leaves)
-    for path, groups in sites.items():
+            input_groups.setdefault(parents.pop(), []).append(leaves)
+    for path, groups in input_groups.items():
         parent: Any = model.get_submodule(path)
         kind: Any = type(parent)
         if "__class__" in inspect.unwrap(kind.forward).__code__.co_freevars:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 _version: Callable[[Tensor], int] = attrgetter("_version")
 
 
-class Watch:
+class Guards:
     """The modules of a decoder down to the linears of a block, and the weights of its norms."""
 
     def __init__(self, inner: nn.Module) -> None:

@@ -37,7 +37,7 @@ from dropbydrop.errors import DropError, FormatError, PrecisionError, Unsupporte
 
 from .fused_decode import attach
 from .fused_groups import multiply_together
-from .modules import NestedEmbedding, NestedHead, NestedLinear, bound_of, output_scale
+from .modules import NestedEmbedding, NestedHead, NestedLinear, output_scale, prepared_group_of
 from .plane_store import PlaneStore
 
 logger = logging.get_logger(__name__)
@@ -151,7 +151,7 @@ class DropByDropQuantizer(HfQuantizer):
         if isinstance(head, NestedHead) and head.tied:
             head.row_scales = embedding.row_scales.to(head.rows.device)
         set_level_parameters(model, linears[0].store, linears[0].prefix)
-        attach(model, bound_of)
+        attach(model, prepared_group_of)
         multiply_together(model)
         return model
 

@@ -2,7 +2,8 @@
 
 A precision is a level (bits=3), an average (bits=2.6), a budget (memory="1.5GiB") or a `Plan`. A
 plan is loaded in two steps: the model at the plan's lowest level by transformers, then the further
-planes of single sites into the store; the result is a view. So no plane is read that is not used.
+planes of single input groups into the store; the result is a view. So no plane is read that is not
+used.
 """
 
 from __future__ import annotations
@@ -242,16 +243,16 @@ def precision(model: Any) -> int | float:
 
 
 def plan_of(model: Any) -> Plan:
-    """The level of every input site of a loaded model or view.
+    """The level of every input group of a loaded model or view.
 
     Raises:
         DropError: not a model of ours.
     """
     checkpoint = store_of(model).checkpoint
     found = {m.name: m.prefix for m in model.modules() if isinstance(m, NestedLinear)}
-    sites = checkpoint.quantization.sites
+    input_groups = checkpoint.quantization.input_groups
     # a model without some of the modules (a bare decoder) still has a level for the others
-    levels = {s.name: next((found[m] for m in s.modules if m in found), 0) for s in sites}
+    levels = {s.name: next((found[m] for m in s.modules if m in found), 0) for s in input_groups}
     rest = max(levels.values())
     return Plan(fingerprint(checkpoint), {name: p or rest for name, p in levels.items()})
 

@@ -29,7 +29,7 @@ from dropbydrop.coding.code import GROUP, decode
 from dropbydrop.errors import PrecisionError, UnsupportedModelError
 from dropbydrop.kernels.cpu.products import FEW
 
-from .plane_store import PlaneStore, Site
+from .plane_store import GroupEntries, PlaneStore
 
 
 class Planes(nn.Module):
@@ -59,19 +59,19 @@ class Planes(nn.Module):
         """Planes 1..P as they are held."""
         return [self[m].detach() for m in range(1, len(self) + 1)]
 
-    def canonical(self) -> list[Tensor]:
+    def to_row_major(self) -> list[Tensor]:
         """Planes 1..P, uint8 [d_out, G] each; unpacked now if they are held packed."""
-        return [kernels.canonical(plane, self.rows, self.groups) for plane in self.tensors()]
+        return [kernels.to_row_major(plane, self.rows, self.groups) for plane in self.tensors()]
 
     def settle(self) -> None:
         """Bring planes that were just read into the form of their device."""
-        self._set([kernels.keep(plane) for plane in self.canonical()])
+        self._set([kernels.keep(plane) for plane in self.to_row_major()])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Planes:
         device = self[1].device
         if fn(torch.empty(0, dtype=torch.uint8, device=device)).device == device:
             return cast(Planes, super()._apply(fn, recurse))
-        self._set(self.canonical())
+        self._set(self.to_row_major())
         super()._apply(fn, recurse)
         self.settle()
         return self
@@ -80,7 +80,7 @@ class Planes(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for m, plane in enumerate(self.tensors(), 1):
             if plane.dim() == 1:
-                codes = kernels.canonical(plane, self.rows, self.groups)
+                codes = kernels.to_row_major(plane, self.rows, self.groups)
                 destination[f"{prefix}{m}"] = codes
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -147,9 +147,9 @@ class NestedLinear(_FixedScales):
         )
 
     @property
-    def site(self) -> Site:
+    def input_group(self) -> GroupEntries:
         """Rotation and codebooks on this module's device, shared with its sister matrices."""
-        return self.store.site(self.name, self.codes[1].device)
+        return self.store.input_group(self.name, self.codes[1].device)
 
     @property
     def row_scales(self) -> Tensor:
@@ -162,12 +162,14 @@ class NestedLinear(_FixedScales):
     def rotated_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W' = W Q^-1 decoded from P planes: [d_out, d_in], for rotated inputs."""
         if self.codes[1].is_cpu and not kernels.gpu_kernel("cpu"):
-            return _bound(self).weight(dtype)
-        return decode(self.codes.tensors(), self.site.tables, self.row_scales, self._prefix, dtype)
+            return _prepared_group(self).weight(dtype)
+        return decode(
+            self.codes.tensors(), self.input_group.entries, self.row_scales, self._prefix, dtype
+        )
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W decoded from P planes, in the coordinates of the original model: [d_out, d_in]."""
-        return self.site.rotation.transpose(self.rotated_weight()).to(dtype)
+        return self.input_group.rotation.transpose(self.rotated_weight()).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out], in the dtype of x."""
@@ -180,7 +182,7 @@ class NestedLinear(_FixedScales):
         for m in range(self._prefix + 1, prefix + 1):
             plane = self.store.codes(self.name, m)
             if plane.device != device:
-                row_major = kernels.canonical(plane, codes.rows, codes.groups)
+                row_major = kernels.to_row_major(plane, codes.rows, codes.groups)
                 plane = kernels.keep(row_major.to(device))
             planes.append(plane)
         self.codes, self._prefix = Planes(planes, codes.rows, codes.groups), prefix
@@ -196,42 +198,42 @@ def _multiply(module: NestedLinear, x: Tensor) -> Tensor:
     """y = W x + b. The one place where a kernel is chosen.
 
     On the CPU a few rows go through tables of dot products. More rows decode slabs of the matrix,
-    also where tables would still be a little faster: prompts and evaluation are then exact to
+    also where entries would still be a little faster: prompts and evaluation are then exact to
     float rounding. On CUDA `kernels.cuda` does the like. Other devices, and the kernel "torch",
     decode and multiply.
     """
     if kernel := kernels.gpu_kernel(x.device.type):
-        return device_site([module], kernel)(x)[0]
+        return cuda_group([module], kernel)(x)[0]
     if x.is_cpu:
-        bound = _bound(module)
-        return (bound if x.numel() <= FEW * x.shape[-1] else bound.dense)(x)[0]
+        prepared = _prepared_group(module)
+        return (prepared if x.numel() <= FEW * x.shape[-1] else prepared.dense)(x)[0]
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    rotated = module.site.rotation.apply(wide).to(x.dtype)
+    rotated = module.input_group.rotation.apply(wide).to(x.dtype)
     bias = module.bias if module.bias is None else module.bias.to(x.dtype)
     return F.linear(rotated, module.rotated_weight(x.dtype), bias)
 
 
-def device_site(modules: Sequence[NestedLinear], kernel: str) -> kernels.cuda.DeviceSite:
-    """Modules of one input site and precision, ready for a GPU kernel; built once for all views.
+def cuda_group(modules: Sequence[NestedLinear], kernel: str) -> kernels.cuda.CudaGroup:
+    """Modules of one input group and precision, ready for a GPU kernel; built once for all views.
 
     Args:
-        modules: they have the same `site` and `prefix`.
+        modules: they have the same `input group` and `prefix`.
         kernel: the name of a kernel of `kernels.cuda`.
     """
     first = modules[0]
     store, device = first.store, first.codes[1].device
 
-    def build() -> kernels.cuda.DeviceSite:
-        site = first.site
-        tables = store.derived(
-            ("gpu tables", site.codebooks, device),
-            lambda: kernels.cuda.device_tables(site.tables, device),
+    def build() -> kernels.cuda.CudaGroup:
+        input_group = first.input_group
+        entries = store.derived(
+            ("gpu tables", input_group.codebooks, device),
+            lambda: kernels.cuda.device_tables(input_group.entries, device),
         )
         matrices = [_row_major(module) for module in modules]
-        return kernels.cuda.DeviceSite(matrices, tables, site.rotation, first.prefix, kernel)
+        return kernels.cuda.CudaGroup(matrices, entries, input_group.rotation, first.prefix, kernel)
 
     key = ("gpu", *[module.name for module in modules], first.prefix, kernel, device)
-    return cast(kernels.cuda.DeviceSite, store.derived(key, build))
+    return cast(kernels.cuda.CudaGroup, store.derived(key, build))
 
 
 def _row_major(module: NestedLinear) -> kernels.Matrix:
@@ -242,7 +244,7 @@ def _row_major(module: NestedLinear) -> kernels.Matrix:
     return kernels.Matrix(packed, module.row_scales, bias)
 
 
-def bound_of(module: nn.Module) -> kernels.Bound:
+def prepared_group_of(module: nn.Module) -> kernels.PreparedGroup:
     """A quantized linear's matrix, ready for the kernels; built once in the store for all views.
 
     Raises:
@@ -250,27 +252,27 @@ def bound_of(module: nn.Module) -> kernels.Bound:
     """
     if type(module) is not NestedLinear:
         raise UnsupportedModelError(f"{type(module).__name__} does not run from planes alone.")
-    return _bound(module)
+    return _prepared_group(module)
 
 
-def _bound(module: NestedLinear) -> kernels.Bound:
+def _prepared_group(module: NestedLinear) -> kernels.PreparedGroup:
     store, name, prefix = module.store, module.name, module.prefix
     tiled = module.codes[1].dim() == 1
 
-    def build() -> kernels.Bound:
-        site = module.site
+    def build() -> kernels.PreparedGroup:
+        input_group = module.input_group
         books = store.derived(
-            ("books", site.codebooks),
-            lambda: kernels.prepare_codebooks(site.tables, site.sign_symmetric),
+            ("books", input_group.codebooks),
+            lambda: kernels.prepare_codebooks(input_group.entries, input_group.sign_symmetric),
         )
         planes = tuple(module.codes.tensors())
         packed = kernels.Packed(planes, module.out_features, module.in_features // GROUP, tiled)
         bias = None if module.bias is None else module.bias.detach()
         matrix = kernels.Matrix(packed, module.row_scales, bias)
-        return kernels.Bound([matrix], books, site.rotation, prefix)
+        return kernels.PreparedGroup([matrix], books, input_group.rotation, prefix)
 
     key = ("bound", name, prefix, tiled, kernels.select().name)
-    return cast(kernels.Bound, store.derived(key, build))
+    return cast(kernels.PreparedGroup, store.derived(key, build))
 
 
 def output_scale(embedding: nn.Module) -> float | None:

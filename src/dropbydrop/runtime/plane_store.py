@@ -30,31 +30,31 @@ from torch import Tensor
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import codes_name
-from dropbydrop.coding.code import codebook_table
+from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import DropError
 from dropbydrop.kernels import keep
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
-    """What the matrices of one input site share, on one device. Immutable.
+class GroupEntries:
+    """What the matrices of one input group share, on one device. Immutable.
 
     q/k/v of a block get the identical object, so that code which rotates or builds tables from
     their common input can do it once (compare with `is`) without keeping state between calls.
 
     Attributes:
         name: name of the site.
-        codebooks: name of its codebook set; equal sets share the identical `tables`.
+        codebooks: name of its codebook set; equal sets share the identical `entries`.
         rotation: x -> x' of this site.
-        tables: M expanded codebooks, float32 [K, g]; all planes, whatever the view's prefix.
+        entries: M expanded codebooks, float32 [K, g]; all planes, whatever the view's prefix.
         sign_symmetric: per plane; when true, tables[m][c + K/2] == -tables[m][c].
     """
 
     name: str
     codebooks: str
     rotation: Rotation
-    tables: tuple[Tensor, ...]
+    entries: tuple[Tensor, ...]
     sign_symmetric: tuple[bool, ...]
 
 
@@ -155,10 +155,10 @@ class PlaneStore:
                         new[module, m] = keep(codes.to(self._modules[module], copy=True))
         return new
 
-    def site(self, module: str, device: torch.device) -> Site:
-        """The site of a module with its tensors on `device`: one object per site and device."""
-        index = self.checkpoint.quantization.site_index[module]
-        return self.derived(("site", index, device), lambda: self._make_site(index, device))
+    def input_group(self, module: str, device: torch.device) -> GroupEntries:
+        """What the input group of a module shares on `device`: one object for each."""
+        index = self.checkpoint.quantization.group_index[module]
+        return self.derived(("site", index, device), lambda: self._make_group(index, device))
 
     def variants(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         """A tensor of model.safetensors that has one row per level, on `device`."""
@@ -181,23 +181,23 @@ class PlaneStore:
                     value = self._derived[key] = build()
         return value
 
-    def _make_site(self, index: int, device: torch.device) -> Site:
+    def _make_group(self, index: int, device: torch.device) -> GroupEntries:
         config = self.checkpoint.quantization
-        spec = config.sites[index]
-        return Site(
+        spec = config.input_groups[index]
+        return GroupEntries(
             spec.name,
             spec.codebooks,
             self.checkpoint.read_rotation(index).to(device),
-            self._tables(spec.codebooks, device),
+            self._entries(spec.codebooks, device),
             tuple(plane.sign_symmetric for plane in config.planes),
         )
 
-    def _tables(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
-        return self.derived(("tables", name, device), lambda: self._make_tables(name, device))
+    def _entries(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
+        return self.derived(("tables", name, device), lambda: self._make_entries(name, device))
 
-    def _make_tables(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
+    def _make_entries(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
         planes = self.checkpoint.quantization.planes
         return tuple(
-            codebook_table(stored, plane.sign_symmetric).to(device)
+            expand_codebook(stored, plane.sign_symmetric).to(device)
             for stored, plane in zip(self.checkpoint.read_codebooks(name), planes, strict=True)
         )

@@ -3,11 +3,13 @@
 Who does what, for each block:
     1. every rank runs its own windows through the block. Windows are dealt in lanes: the batches of
        a run form LANES contiguous lanes whatever the number of ranks, and a rank has whole lanes;
-    2. H of a site is the sum of its lanes, added in their order. Lanes are broadcast one after the
-       other, so every rank adds the same float32 matrices in the same order as a single process
+    2. H of an input group is the sum of its lanes, added in their order. Lanes are broadcast one
+       after the other, so every rank adds the same float32 matrices in the same order as a single
+       process
        does: H, and with it every code, is the same bit for bit, for any number of ranks with the
        same kind of device and number of threads;
-    3. matrices are dealt to ranks by estimated work (`deal`); rank 0 collects codes, writes them.
+    3. matrices are dealt to ranks by estimated work (`assign_by_cost`); rank 0 collects codes,
+        writes them.
 
 Rank 0 alone touches OUT, keeps the journal of --resume (with the hidden states of all ranks, so a
 run may be resumed with another number of them) and prints. A failure of any rank stops all, with
@@ -32,7 +34,7 @@ from torch import distributed as dist
 
 from dropbydrop.errors import DropError
 
-LANES = 8
+SHARDS = 8
 _TIMEOUT = timedelta(hours=2)  # rank 0 may write calibration text for long while others wait
 _T = TypeVar("_T")
 
@@ -73,7 +75,7 @@ def pick_device(device: str) -> str:
 
 
 @dataclass(frozen=True)
-class Team:
+class Ranks:
     """The ranks of a run; of one process by default."""
 
     rank: int = 0
@@ -86,7 +88,7 @@ class Team:
 
     @staticmethod
     @contextmanager
-    def join(device: str) -> Iterator[Team]:
+    def join(device: str) -> Iterator[Ranks]:
         """The team that torchrun started this process in, for as long as the context lasts.
 
         Raises:
@@ -94,11 +96,11 @@ class Team:
         """
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
-            yield Team()
+            yield Ranks()
             return
-        if size > LANES:
+        if size > SHARDS:
             raise DropError(
-                f"{size} processes: a run is dealt to at most {LANES}. Start fewer "
+                f"{size} processes: a run is dealt to at most {SHARDS}. Start fewer "
                 "(--nnodes times --nproc-per-node)."
             )
         cuda = torch.device(device).type == "cuda"
@@ -106,7 +108,7 @@ class Team:
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
         try:
-            yield Team(dist.get_rank(), size)
+            yield Ranks(dist.get_rank(), size)
         finally:
             dist.destroy_process_group()
 
@@ -201,49 +203,51 @@ class Team:
             return received
         return None
 
-    def share(self, lanes: Sequence[list[slice]]) -> Share:
+    def partition(self, shards: Sequence[list[slice]]) -> Partition:
         """This rank's part of a run whose batches of windows form these lanes.
 
         Raises:
             DropError: fewer lanes than ranks.
         """
-        if len(lanes) < self.size:
+        if len(shards) < self.size:
             raise DropError(
-                f"{self.size} processes, but the calibration makes only {len(lanes)} batches. "
+                f"{self.size} processes, but the calibration makes only {len(shards)} batches. "
                 "Start fewer processes, or give more calibration (--windows)."
             )
-        owners = [lane * self.size // len(lanes) for lane in range(len(lanes))]
-        return Share(self, tuple(lanes), tuple(owners))
+        owners = [shard * self.size // len(shards) for shard in range(len(shards))]
+        return Partition(self, tuple(shards), tuple(owners))
 
 
 @dataclass(frozen=True)
-class Share:
+class Partition:
     """Lanes, of windows counted over the whole run, and the rank of each."""
 
-    team: Team
-    all_lanes: tuple[list[slice], ...]
+    ranks: Ranks
+    all_shards: tuple[list[slice], ...]
     owners: tuple[int, ...]
 
     def windows(self, rank: int) -> slice:
         """The windows of a rank; contiguous."""
         own = [
-            lane for lane, owner in zip(self.all_lanes, self.owners, strict=True) if owner == rank
+            shard
+            for shard, owner in zip(self.all_shards, self.owners, strict=True)
+            if owner == rank
         ]
         return slice(own[0][0].start, own[-1][-1].stop)
 
     @property
     def count(self) -> int:
         """Windows of the whole run."""
-        return self.all_lanes[-1][-1].stop
+        return self.all_shards[-1][-1].stop
 
     @property
-    def lanes(self) -> list[list[slice]]:
+    def shards(self) -> list[list[slice]]:
         """Own lanes, relative to this rank's first window."""
-        first = self.windows(self.team.rank).start
+        first = self.windows(self.ranks.rank).start
         return [
-            [slice(part.start - first, part.stop - first) for part in lane]
-            for lane, owner in zip(self.all_lanes, self.owners, strict=True)
-            if owner == self.team.rank
+            [slice(part.start - first, part.stop - first) for part in shard]
+            for shard, owner in zip(self.all_shards, self.owners, strict=True)
+            if owner == self.ranks.rank
         ]
 
     def total(self, own: Sequence[Tensor]) -> Tensor:
@@ -251,13 +255,13 @@ class Share:
 
         One process folds lanes as it goes (`own` is then their sum already).
         """
-        if self.team.size == 1:
+        if self.ranks.size == 1:
             (only,) = own
             return only
         mine = iter(own)
         total: Tensor | None = None
         for owner in self.owners:
-            part = next(mine) if owner == self.team.rank else torch.empty_like(own[0])
+            part = next(mine) if owner == self.ranks.rank else torch.empty_like(own[0])
             dist.broadcast(part, owner)
             if total is None:
                 total = part
@@ -268,33 +272,35 @@ class Share:
 
     def gather(self, hidden: Tensor) -> Tensor | None:
         """Hidden states [own windows, T, d] of all ranks on the root's CPU, in order."""
-        if self.team.size == 1:
+        if self.ranks.size == 1:
             return hidden.cpu()
         parts = []
-        for rank in range(self.team.size):
+        for rank in range(self.ranks.size):
             span = self.windows(rank)
             like = hidden.new_empty((span.stop - span.start, *hidden.shape[1:]), device="meta")
-            parts.append(self.team.to_root(hidden if rank == self.team.rank else None, rank, like))
-        return torch.cat([part for part in parts if part is not None]) if self.team.root else None
+            parts.append(
+                self.ranks.to_root(hidden if rank == self.ranks.rank else None, rank, like)
+            )
+        return torch.cat([part for part in parts if part is not None]) if self.ranks.root else None
 
     def scatter(self, hidden: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The root's hidden states [all windows, T, d] of `dtype`, each rank its own windows."""
-        if self.team.size == 1:
+        if self.ranks.size == 1:
             assert hidden is not None
             return hidden
-        shape = [self.team.number(0 if hidden is None else hidden.shape[i]) for i in (1, 2)]
+        shape = [self.ranks.number(0 if hidden is None else hidden.shape[i]) for i in (1, 2)]
         own = None
-        for rank in range(self.team.size):
+        for rank in range(self.ranks.size):
             span = self.windows(rank)
             like = torch.empty(span.stop - span.start, *shape, dtype=dtype, device="meta")
             part = None if hidden is None else hidden[span]
-            got = self.team.from_root(part, rank, like)
-            own = got if rank == self.team.rank else own
+            got = self.ranks.from_root(part, rank, like)
+            own = got if rank == self.ranks.rank else own
         assert own is not None
         return own
 
 
-def deal(costs: Sequence[float], size: int) -> list[int]:
+def assign_by_cost(costs: Sequence[float], size: int) -> list[int]:
     """A rank for each job: the largest first, each to the rank with the least work so far."""
     load, owner = [0.0] * size, [0] * len(costs)
     for job in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

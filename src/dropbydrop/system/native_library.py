@@ -1,7 +1,8 @@
 """Where the compiled libraries are.
 
 In a wheel they lie beside the sources, in `_native/`. An editable install keeps the sources in the
-checkout and puts what it built into site-packages; the package's `__path__` then has both folders.
+checkout and puts what it built into input group-packages; the package's `__path__` then has both
+folders.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def output_errors(
             error = (clip * (got - y).square()).sum() / scale
             out[level] = float(error.detach())
             if weights is not None:
-                share = weights[level] * error
-                total = share if total is None else total + share
+                partition = weights[level] * error
+                total = partition if total is None else total + partition
         if total is not None:
             total.backward()
     return out

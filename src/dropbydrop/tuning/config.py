@@ -24,7 +24,7 @@ from dropbydrop.checkpoint.config import MANIFEST_FILE
 from dropbydrop.data.calibration import SELF
 from dropbydrop.data.self_generated import multiplies_bfloat16
 from dropbydrop.errors import CalibrationError, DropError, FormatError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.system.distributed import pick_device
 
@@ -44,7 +44,7 @@ class Job:
 
     checkpoint: Checkpoint
     source: Source
-    teacher: Walk
+    teacher: BlockRunner
     levels: tuple[int, ...]
     method: str
     calibration: str | Path
@@ -107,7 +107,7 @@ def prepare(
     levels = tuple(opened.quantization.check_level(p) for p in wanted)
     check_intact(opened)
     source = _original(opened, model)
-    teacher = Walk.open(source.folder, device=pick_device(device))
+    teacher = BlockRunner.open(source.folder, device=pick_device(device))
     refuse_experts(teacher)
     context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
     return Job(
@@ -142,12 +142,12 @@ def _original(checkpoint: Checkpoint, model: str | Path | None) -> Source:
     return source
 
 
-def check_like(student: Student, teacher: Walk) -> None:
+def check_like(student: Student, teacher: BlockRunner) -> None:
     """Raises FormatError when decoded weights have nothing to do with the original's."""
     checkpoint = student.checkpoint
-    sites = checkpoint.quantization.sites
-    for number in {0, len(sites) // 2, len(sites) - 1}:
-        name = sites[number].modules[0]
+    input_groups = checkpoint.quantization.input_groups
+    for number in {0, len(input_groups) // 2, len(input_groups) - 1}:
+        name = input_groups[number].modules[0]
         original = teacher.read(f"{name}.weight", torch.float32)
         decoded = student.dense_weight(name)
         alike = torch.nn.functional.cosine_similarity(original.flatten(), decoded.flatten(), 0)

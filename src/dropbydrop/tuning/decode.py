@@ -1,4 +1,4 @@
-"""Decoding with gradients: rotated weights of one input site at several levels at once.
+"""Decoding with gradients: rotated weights of one input group at several levels at once.
 
     W'_P[r] = s_P[r] * sum_{m <= P} C_m[codes_m[r]]
 
@@ -34,15 +34,16 @@ def expand(stored: Tensor, sign_symmetric: bool) -> Tensor:
 
 def decode_levels(
     codes: Sequence[Tensor],
-    tables: Sequence[Tensor],
+    entries: Sequence[Tensor],
     scales: Sequence[Tensor],
     prefixes: Sequence[int],
 ) -> list[Tensor]:
-    """Weights of one site at each of `prefixes`, in its rotated coordinates.
+    """Weights of one input group at each of `prefixes`, in its rotated coordinates.
 
     Args:
-        codes: planes 1, 2, ... as far as the highest prefix: uint8 [d_out, G], all rows of a site.
-        tables: their entries, float32 [K, g].
+        codes: planes 1, 2, ... as far as the highest prefix: uint8 [d_out, G], all rows of an input
+            group.
+        entries: their entries, float32 [K, g].
         scales: row scales, float32 [d_out], one tensor for each prefix.
         prefixes: ascending.
 
@@ -50,7 +51,7 @@ def decode_levels(
         float32 [d_out, d_in] for each prefix.
     """
     planes = prefixes[-1]
-    return list(_Decode.apply(codes[:planes], tuple(prefixes), *tables[:planes], *scales))
+    return list(_Decode.apply(codes[:planes], tuple(prefixes), *entries[:planes], *scales))
 
 
 class _Decode(torch.autograd.Function):
@@ -60,16 +61,16 @@ class _Decode(torch.autograd.Function):
     def forward(
         ctx: Any, codes: Sequence[Tensor], prefixes: tuple[int, ...], *small: Tensor
     ) -> tuple[Tensor, ...]:
-        tables, scales = small[: len(codes)], small[len(codes) :]
+        entries, scales = small[: len(codes)], small[len(codes) :]
         d_out, groups = codes[0].shape
-        total = tables[0].new_zeros(d_out * groups, GROUP)
+        total = entries[0].new_zeros(d_out * groups, GROUP)
         sums: list[Tensor] = []
-        for m, (plane, table) in enumerate(zip(codes, tables, strict=True), 1):
+        for m, (plane, table) in enumerate(zip(codes, entries, strict=True), 1):
             total += torch.nn.functional.embedding(plane.reshape(-1).to(torch.int32), table)
             if m in prefixes:
                 sums.append(total.clone() if m < prefixes[-1] else total)
         sums = [t.view(d_out, groups * GROUP) for t in sums]
-        ctx.codes, ctx.prefixes, ctx.entries = codes, prefixes, len(tables[0])
+        ctx.codes, ctx.prefixes, ctx.entries = codes, prefixes, len(entries[0])
         ctx.save_for_backward(*sums, *scales)
         return tuple(t * s[:, None] for t, s in zip(sums, scales, strict=True))
 

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 
 from .optimizer import Values, rate_at
 from .student import Student
@@ -60,7 +60,7 @@ class Windows:
         return self.ids.shape[0] - self.held
 
 
-def last_hidden(teacher: Walk, ids: Tensor, advance: Callable[[], None]) -> Tensor:
+def last_hidden(teacher: BlockRunner, ids: Tensor, advance: Callable[[], None]) -> Tensor:
     """Output of the original's last block for ids [n, T]: float32 [n, T, d] on the CPU."""
     hidden = teacher.embed(ids)
     for i in range(teacher.num_blocks):
@@ -95,7 +95,7 @@ def schedule(
 
 def divergence(
     student: Student,
-    teacher: Walk,
+    teacher: BlockRunner,
     leaves: Mapping[str, Tensor],
     windows: Windows,
     chosen: Sequence[int],
@@ -108,11 +108,11 @@ def divergence(
     `.grad` of `leaves`.
     """
     target = windows.hidden[list(chosen)]
-    x = student.walk.embed(windows.ids[list(chosen)].to(student.device))
+    x = student.runner.embed(windows.ids[list(chosen)].to(student.device))
     inputs: list[list[Tensor]] = []
     hidden = [x] * len(levels)
     with torch.no_grad():
-        for i in range(student.walk.num_blocks):
+        for i in range(student.runner.num_blocks):
             if weights is not None:
                 inputs.append(hidden)
             hidden = student.block(i, hidden, leaves, levels)
@@ -133,7 +133,7 @@ def divergence(
 
 def _head(
     student: Student,
-    teacher: Walk,
+    teacher: BlockRunner,
     leaves: Mapping[str, Tensor],
     last: Tensor,
     target: Tensor,
@@ -142,7 +142,7 @@ def _head(
 ) -> tuple[float, Tensor | None]:
     """Mean KL and, with `weight`, its gradient by `last`, the last block's output [b, T, d]."""
     windows, length = last.shape[:2]
-    vocab = int(student.walk.model.config.get_text_config().vocab_size)
+    vocab = int(student.runner.model.config.get_text_config().vocab_size)
     slab = max(1, LOGIT_VALUES // (vocab * windows))
     grad = None if weight is None else torch.empty_like(last)
     total = 0.0
@@ -166,7 +166,7 @@ def _head(
 
 
 def measure(
-    student: Student, teacher: Walk, leaves: Mapping[str, Tensor], windows: Windows
+    student: Student, teacher: BlockRunner, leaves: Mapping[str, Tensor], windows: Windows
 ) -> dict[int, float]:
     """Mean KL of every level over the windows set apart, in nats a token."""
     sums = dict.fromkeys(student.levels, 0.0)
@@ -179,7 +179,7 @@ def measure(
 
 def train(
     student: Student,
-    teacher: Walk,
+    teacher: BlockRunner,
     values: Values,
     windows: Windows,
     before: Mapping[int, float],

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dropbydrop import __version__
-from dropbydrop.checkpoint.atomic_folder import PartialFolder, full_disk
+from dropbydrop.checkpoint.atomic_folder import AtomicFolder, full_disk
 from dropbydrop.data.calibration import SELF, load_windows
 from dropbydrop.errors import DropError
 from dropbydrop.quantization.pipeline import device_peak
@@ -43,7 +43,7 @@ from .student import Student
 from .writer import with_sets, write_tuned
 
 if TYPE_CHECKING:
-    from dropbydrop.checkpoint.journal import Work
+    from dropbydrop.checkpoint.journal import Journal
 
 KEEP = 4  # steps of distillation between two states that are kept for `resume`
 _WINDOWS = "windows.safetensors"
@@ -119,7 +119,7 @@ def tune(
             "blocks", block by block, squared error of the block's output.
         calibration: as for `quantize`: a text file, "hub:DATASET[:SPLIT]", or "self".
         bits: levels to supervise; by default all of the checkpoint.
-        train: "all", codebooks (a set of its own for every input site), row scales and norms; or
+        train: "all", codebooks (a set of its own for every input group), row scales and norms; or
             "scales", row scales and norms, with the codebooks as they are.
         windows, seq_len: tuning windows and their tokens.
         epochs: passes over the windows; by default that of the method.
@@ -155,9 +155,11 @@ def tune(
     )
     if not resume:
         return _report(job, place, _carry_out(job, place, overwrite, None, progress), started)
-    from dropbydrop.checkpoint.journal import Work  # needs file locks, which not every platform has
+    from dropbydrop.checkpoint.journal import (
+        Journal,
+    )  # needs file locks, which not every platform has
 
-    with Work(place, fingerprint(job)) as work:
+    with Journal(place, fingerprint(job)) as work:
         resumed = sum(len(step.get("log", ())) for step in work.steps)
         if (record := work.published()) is not None:
             result = Result({}, **record["result"])
@@ -182,9 +184,11 @@ class Result:
     calibration: dict[str, Any]
 
 
-def _carry_out(job: Job, place: Path, overwrite: bool, work: Work | None, progress: bool) -> Result:
+def _carry_out(
+    job: Job, place: Path, overwrite: bool, work: Journal | None, progress: bool
+) -> Result:
     """Steps 2 to 4 of the module's note, from where `work` was left."""
-    folder = PartialFolder(place, overwrite, None if work is None else work.path)
+    folder = AtomicFolder(place, overwrite, None if work is None else work.path)
     try:
         student = Student(
             job.checkpoint, job.source.folder, job.train, job.levels, job.teacher.device, job.half
@@ -212,7 +216,7 @@ def _draw(job: Job) -> tuple[Tensor, dict[str, Any]]:
     return text.ids, dict(text.description)
 
 
-def _distill(job: Job, student: Student, work: Work | None, progress: bool) -> Result:
+def _distill(job: Job, student: Student, work: Journal | None, progress: bool) -> Result:
     """End-to-end distillation, see distill.py."""
     values, log = student.values(), []
     steps = [] if work is None else work.steps
@@ -258,7 +262,7 @@ def _distill(job: Job, student: Student, work: Work | None, progress: bool) -> R
     return Result(tensors, loss, len(plan), values.count, log, calibration)
 
 
-def _blocks(job: Job, student: Student, work: Work | None, progress: bool) -> Result:
+def _blocks(job: Job, student: Student, work: Journal | None, progress: bool) -> Result:
     """Block by block, see blocks.py."""
     teacher, steps = job.teacher, [] if work is None else work.steps
     log = [line for step in steps for line in step.get("log", ())]
@@ -313,7 +317,7 @@ def _named(losses: Mapping[int, float]) -> dict[str, float]:
     return {str(p): value for p, value in losses.items()}
 
 
-def _keep(work: Work, name: str, tensors: Mapping[str, Tensor]) -> None:
+def _keep(work: Journal, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to the work folder and make them durable."""
     path = work.path / name
     data = save({n: t.contiguous() for n, t in tensors.items()})
@@ -327,7 +331,7 @@ def _keep(work: Work, name: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _publish(
-    job: Job, student: Student, folder: PartialFolder, result: Result, work: Work | None
+    job: Job, student: Student, folder: AtomicFolder, result: Result, work: Journal | None
 ) -> None:
     """Write the checkpoint with what was done to it; see folder.py."""
     old = job.checkpoint.quantization

@@ -2,17 +2,20 @@
 
 `Student` gives, with gradients to the checkpoint's small tensors (codebooks, scales, norms):
 
-1. `block`: one decoder block at several levels at once. A site's planes are decoded once for all
-   levels (decode.py) and given to the family's own block, whose linear layers rotate their inputs.
+1. `block`: one decoder block at several levels at once. An input group's planes are decoded once
+   for all levels (decode.py) and given to the family's own block, whose linear layers rotate their
+   inputs.
 2. `logits`: final norm, head and soft cap, from the embedding and head that the checkpoint stores.
 
-What surrounds the blocks (masks, position embeddings, scaling of embeddings) is the walk's: no list
-of architectures. Its weights outside of the blocks are read from the checkpoint (`StoredWeights`).
+What surrounds the blocks (masks, position embeddings, scaling of embeddings) is the runner's: no
+list of architectures. Its weights outside of the blocks are read from the checkpoint
+(`StoredWeights`).
 
 Memory on the device: the codes of all blocks, 1 bit a weight and plane; embedding and head, dense;
 one block's weights at the levels in use, in float32, while it runs.
 
-Limits: linear layers in decoder blocks, one codebook set a site. Blocks with routed experts are
+Limits: linear layers in decoder blocks, one codebook set an input group. Blocks with routed experts
+    are
 refused by name.
 """
 
@@ -30,7 +33,7 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import LEVELS_SUFFIX, RESERVED_PREFIXES, codebook_name
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import FormatError, UnsupportedModelError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.weight_files import WeightFiles
 
 from .decode import decode_levels, expand
@@ -79,7 +82,7 @@ class StoredWeights(WeightFiles):
 class RotatedLinear(nn.Module):
     """y = W' (Q x) + b with W' [d_out, d_in] in the rotated coordinates of the site.
 
-    Stands in the walk's blocks in place of a linear layer; its weight is given at every call. The
+    Stands in the runner's blocks in place of a linear layer; its weight is given at every call. The
     rotation runs in float32, as in inference.
     """
 
@@ -96,8 +99,8 @@ class RotatedLinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Site:
-    """The matrices of one input site: planes of all their rows together, on the device."""
+class _TunedGroup:
+    """The matrices of one input group: planes of all their rows together, on the device."""
 
     modules: tuple[str, ...]  # full names
     rows: tuple[int, ...]  # d_out of each
@@ -119,7 +122,7 @@ class Student:
 
     Attributes:
         levels: as given.
-        sets: codebook set of every site; with `train` "all" each has its own.
+        sets: codebook set of every input group; with `train` "all" each has its own.
         start: what can be trained, by its name in the checkpoint that will be written.
         elementwise: names among them that are row scales.
 
@@ -139,15 +142,15 @@ class Student:
     ) -> None:
         self.checkpoint, self.levels, self.half = checkpoint, tuple(levels), half
         checkpoint.require(levels[-1])
-        self.walk = Walk.open(folder, device=device, files=StoredWeights(checkpoint))
-        self.device = self.walk.device
-        q, walk = checkpoint.quantization, self.walk
-        refuse_experts(walk)
-        names = [site.codebooks for site in q.sites]
+        self.runner = BlockRunner.open(folder, device=device, files=StoredWeights(checkpoint))
+        self.device = self.runner.device
+        q, runner = checkpoint.quantization, self.runner
+        refuse_experts(runner)
+        names = [input_group.codebooks for input_group in q.input_groups]
         self.sets = tuple(f"site-{i}" for i in range(len(names))) if train == "all" else (*names,)
-        self._sites: dict[int, list[_Site]] = {i: [] for i in range(walk.num_blocks)}
-        for number, site in enumerate(q.sites):
-            self._sites[self._block_of(site.modules)].append(self._open_site(number))
+        self._input_groups: dict[int, list[_TunedGroup]] = {i: [] for i in range(runner.num_blocks)}
+        for number, input_group in enumerate(q.input_groups):
+            self._input_groups[self._block_of(input_group.modules)].append(self._open_group(number))
         self._index = {level: checkpoint.level_index(level) for level in levels}
         self.start: dict[str, Tensor] = {}
         self.elementwise: set[str] = set()
@@ -159,10 +162,10 @@ class Student:
     def _block_of(self, modules: Sequence[str]) -> int:
         blocks = set()
         for name in modules:
-            tail = name.removeprefix(f"{self.walk.blocks_name}.")
+            tail = name.removeprefix(f"{self.runner.blocks_name}.")
             number = tail.partition(".")[0]
             try:
-                linear: object = self.walk.model.get_submodule(name)
+                linear: object = self.runner.model.get_submodule(name)
             except AttributeError:
                 linear = None
             shape = self.checkpoint.shapes[name]
@@ -173,21 +176,21 @@ class Student:
             ):
                 raise FormatError(
                     f"{name} is a matrix of {list(shape)} in {self.checkpoint.path}, but "
-                    f"{type(self.walk.model).__name__} of the model given has "
+                    f"{type(self.runner.model).__name__} of the model given has "
                     f"{'no such module' if linear is None else linear} there: the checkpoint was "
                     "made from another model. Give the model that it was quantized from."
                 )
             blocks.add(int(number))
         if len(blocks) != 1:
             raise UnsupportedModelError(
-                f"the site of {modules[0]} spans {len(blocks)} blocks; tuning needs sites within "
-                "one block."
+                f"the input group of {modules[0]} spans {len(blocks)} blocks; tuning needs input "
+                "groups within one block."
             )
         return blocks.pop()
 
-    def _open_site(self, number: int) -> _Site:
+    def _open_group(self, number: int) -> _TunedGroup:
         q, read = self.checkpoint.quantization, self.checkpoint.read_codes
-        spec = q.sites[number]
+        spec = q.input_groups[number]
         codes = tuple(
             torch.cat([read(module, m) for module in spec.modules]).to(self.device)
             for m in range(1, self.levels[-1] + 1)
@@ -196,21 +199,21 @@ class Student:
         rotation = self.checkpoint.read_rotation(number).to(self.device)
         symmetric = tuple(plane.sign_symmetric for plane in q.planes)
         for module in spec.modules:
-            linear = cast(nn.Linear, self.walk.model.get_submodule(module))
-            self.walk.model.set_submodule(module, RotatedLinear(linear, rotation))
-        return _Site(spec.modules, rows, codes, symmetric, rotation, self.sets[number])
+            linear = cast(nn.Linear, self.runner.model.get_submodule(module))
+            self.runner.model.set_submodule(module, RotatedLinear(linear, rotation))
+        return _TunedGroup(spec.modules, rows, codes, symmetric, rotation, self.sets[number])
 
     def _collect(self, train: str) -> None:
         """Sort the checkpoint's small tensors into those that can be trained and the others."""
         checkpoint, q = self.checkpoint, self.checkpoint.quantization
-        for number, site in enumerate(q.sites):
-            for m, stored in enumerate(checkpoint.read_codebooks(site.codebooks), 1):
+        for number, input_group in enumerate(q.input_groups):
+            for m, stored in enumerate(checkpoint.read_codebooks(input_group.codebooks), 1):
                 name = codebook_name(self.sets[number], m)
                 if train == "all" and m <= self.levels[-1]:
                     self.start[name] = stored
                 else:
                     self._fixed[name] = stored
-        modules, blocks = set(q.modules), f"{self.walk.blocks_name}."
+        modules, blocks = set(q.modules), f"{self.runner.blocks_name}."
         skipped = {*q.guards, *(f"{m}.{leaf}" for m in q.embeddings.modules for leaf in _ROWS)}
         for name, info in checkpoint.rest.items():
             if name.startswith(RESERVED_PREFIXES) or name in skipped:
@@ -232,8 +235,8 @@ class Student:
 
     def trained_in(self, block: int) -> dict[str, Tensor]:
         """The part of `start` that belongs to one block."""
-        prefix = f"{self.walk.block_prefix(block)}."
-        sets = {f"codebooks.{site.codebooks}." for site in self._sites[block]}
+        prefix = f"{self.runner.block_prefix(block)}."
+        sets = {f"codebooks.{input_group.codebooks}." for input_group in self._input_groups[block]}
         return {
             name: tensor
             for name, tensor in self.start.items()
@@ -256,9 +259,9 @@ class Student:
                 return tensors[name + LEVELS_SUFFIX][self._index[level]]
         raise KeyError(name)
 
-    def _scales(self, leaves: Mapping[str, Tensor], site: _Site, level: int) -> Tensor:
+    def _scales(self, leaves: Mapping[str, Tensor], input_group: _TunedGroup, level: int) -> Tensor:
         parts = []
-        for module in site.modules:
+        for module in input_group.modules:
             shared = leaves.get(f"{module}.scales")
             row = self._index[level]
             parts.append(leaves[f"{module}.level_scales"][row] if shared is None else shared)
@@ -268,17 +271,22 @@ class Student:
         self, block: int, leaves: Mapping[str, Tensor], levels: Sequence[int]
     ) -> list[dict[str, Tensor]]:
         """Weights of a block's quantized linears, rotated, by local names, for each level."""
-        prefix = f"{self.walk.block_prefix(block)}."
+        prefix = f"{self.runner.block_prefix(block)}."
         out: list[dict[str, Tensor]] = [{} for _ in levels]
-        for site in self._sites[block]:
-            tables = [
-                expand(self._tensor(leaves, codebook_name(site.codebooks, m), levels[0]), symmetric)
-                for m, symmetric in enumerate(site.symmetric[: levels[-1]], 1)
+        for input_group in self._input_groups[block]:
+            entries = [
+                expand(
+                    self._tensor(leaves, codebook_name(input_group.codebooks, m), levels[0]),
+                    symmetric,
+                )
+                for m, symmetric in enumerate(input_group.symmetric[: levels[-1]], 1)
             ]
-            scales = [self._scales(leaves, site, level) for level in levels]
-            decoded = decode_levels(site.codes, tables, scales, levels)
+            scales = [self._scales(leaves, input_group, level) for level in levels]
+            decoded = decode_levels(input_group.codes, entries, scales, levels)
             for weights, rotated in zip(out, decoded, strict=True):
-                for module, weight in zip(site.modules, rotated.split(site.rows), strict=True):
+                for module, weight in zip(
+                    input_group.modules, rotated.split(input_group.rows), strict=True
+                ):
                     weights[f"{module.removeprefix(prefix)}.weight"] = weight
         return out
 
@@ -286,9 +294,9 @@ class Student:
     def dense_weight(self, module: str) -> Tensor:
         """A matrix as the checkpoint stores it, at the highest level: float32 [d_out, d_in]."""
         stored = {n: t.to(self.device, torch.float32) for n, t in self.start.items()}
-        linear = cast(RotatedLinear, self.walk.model.get_submodule(module))
-        block = int(module.removeprefix(f"{self.walk.blocks_name}.").partition(".")[0])
-        local = module.removeprefix(f"{self.walk.block_prefix(block)}.")
+        linear = cast(RotatedLinear, self.runner.model.get_submodule(module))
+        block = int(module.removeprefix(f"{self.runner.blocks_name}.").partition(".")[0])
+        local = module.removeprefix(f"{self.runner.block_prefix(block)}.")
         rotated = self._weights(block, stored, self.levels[-1:])[0][f"{local}.weight"]
         return linear.rotation.transpose(rotated)
 
@@ -303,7 +311,7 @@ class Student:
 
         Gradients flow to the inputs and to `leaves`, the trained tensors by name.
         """
-        prefix = f"{self.walk.block_prefix(i)}."
+        prefix = f"{self.runner.block_prefix(i)}."
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             with torch.autocast(self.device.type, enabled=False):
                 weights = self._weights(i, leaves, levels)
@@ -311,15 +319,15 @@ class Student:
             for x, level, coded in zip(hidden, levels, weights, strict=True):
                 rest = {
                     local: self._tensor(leaves, prefix + local, level)
-                    for local in self.walk.state_names(i)
+                    for local in self.runner.state_names(i)
                     if local not in coded
                 }
-                out.append(self.walk.apply_block(i, x, {**coded, **rest}).float())
+                out.append(self.runner.apply_block(i, x, {**coded, **rest}).float())
         return out
 
     def logits(self, hidden: Tensor, leaves: Mapping[str, Tensor], level: int) -> Tensor:
         """Output of the last block [b, T, d] -> logits [b, T, vocab] float32, with gradients."""
-        blocks = f"{self.walk.blocks_name}."
+        blocks = f"{self.runner.blocks_name}."
         outer = {
             name.removesuffix(LEVELS_SUFFIX)
             for name in leaves
@@ -327,19 +335,19 @@ class Student:
         }
         values = {name: self._tensor(leaves, name, level) for name in outer}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
-            return self.walk.apply_head(hidden, values).float()
+            return self.runner.apply_head(hidden, values).float()
 
 
 _ROWS = ("weight", "rows", "row_scales")
 
 
-def refuse_experts(walk: Walk) -> None:
+def refuse_experts(runner: BlockRunner) -> None:
     """Raises UnsupportedModelError for a mixture of experts."""
-    config = walk.model.config.get_text_config()
+    config = runner.model.config.get_text_config()
     for key in _EXPERTS:
         if (getattr(config, key, None) or 0) > 1:
             raise UnsupportedModelError(
-                f"{type(walk.model).__name__} routes tokens to experts ({key} = "
+                f"{type(runner.model).__name__} routes tokens to experts ({key} = "
                 f"{getattr(config, key)}); tuning supports dense decoders alone. Use the "
                 "checkpoint as it is."
             )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dropbydrop.checkpoint import Checkpoint, Manifest, QuantizationConfig
-from dropbydrop.checkpoint.atomic_folder import PartialFolder
+from dropbydrop.checkpoint.atomic_folder import AtomicFolder
 from dropbydrop.checkpoint.config import CONFIG_FILE, MANIFEST_FILE, REST_FILE, codebook_name
 from dropbydrop.checkpoint.files import DTYPE_NAMES, DTYPES, TensorInfo, dump_json, encode_header
 from dropbydrop.errors import FormatError
@@ -46,12 +46,14 @@ def check_intact(checkpoint: Checkpoint) -> None:
 
 def with_sets(quantization: QuantizationConfig, sets: Sequence[str]) -> QuantizationConfig:
     """The same description with another codebook set for each site."""
-    pairs = zip(quantization.sites, sets, strict=True)
-    return replace(quantization, sites=tuple(replace(s, codebooks=name) for s, name in pairs))
+    pairs = zip(quantization.input_groups, sets, strict=True)
+    return replace(
+        quantization, input_groups=tuple(replace(s, codebooks=name) for s, name in pairs)
+    )
 
 
 def write_tuned(
-    folder: PartialFolder,
+    folder: AtomicFolder,
     checkpoint: Checkpoint,
     quantization: QuantizationConfig,
     tensors: Mapping[str, Tensor],
@@ -106,9 +108,11 @@ def _rest(
 ) -> Iterator[bytes]:
     """model.safetensors: header, then one tensor at a time, wide types first, then by name."""
     sources = {n: n for n in checkpoint.rest if not n.startswith("codebooks.")}
-    for site, old in zip(quantization.sites, checkpoint.quantization.sites, strict=True):
+    for input_group, old in zip(
+        quantization.input_groups, checkpoint.quantization.input_groups, strict=True
+    ):
         for m in range(1, len(quantization.planes) + 1):
-            sources[codebook_name(site.codebooks, m)] = codebook_name(old.codebooks, m)
+            sources[codebook_name(input_group.codebooks, m)] = codebook_name(old.codebooks, m)
     unknown = set(tensors) - set(sources)
     assert not unknown, f"tuned tensors {sorted(unknown)} have no place in the checkpoint"
     infos = {name: checkpoint.rest[source] for name, source in sources.items()}

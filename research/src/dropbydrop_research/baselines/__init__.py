@@ -47,7 +47,7 @@ __all__ = ["METHODS", "Level", "Method", "Site", "Suite", "choose"]
 
 
 @dataclass(frozen=True)
-class Site:
+class GroupProblem:
     """What a method is given: the matrices that share an input.
 
     Attributes:
@@ -78,18 +78,19 @@ class Method:
     Attributes:
         title: for tables and plots.
         nested: one checkpoint for all levels.
-        encode: (site, levels) -> module -> its suite.
+        encode: (input group, levels) -> module -> its suite.
         code: files of this package, relative to it, that the result depends on.
         lowest: the lowest level that the method has.
         shared: (level, widths of inputs) -> bytes stored once a checkpoint.
-        prepare: called with the levels before the first site; not part of quantizing a model.
+        prepare: called with the levels before the first input group; not part of quantizing a
+            model.
         uses_preset: the result depends on the search effort.
     """
 
     name: str
     title: str
     nested: bool
-    encode: Callable[[Site, Sequence[int]], dict[str, Suite]]
+    encode: Callable[[GroupProblem, Sequence[int]], dict[str, Suite]]
     code: tuple[str, ...]
     lowest: int = 1
     shared: Callable[[int, Collection[int]], int] = _no_bytes
@@ -106,23 +107,28 @@ class Method:
         return found + built_libraries() if "coding" in self.code else found
 
 
-def _each(one: Callable[..., Suite]) -> Callable[[Site, Sequence[int]], dict[str, Suite]]:
-    """A site of a method that takes one matrix and draws nothing."""
-    return lambda site, levels: {n: one(w, site.gram, levels) for n, w in site.weights.items()}
+def _each(one: Callable[..., Suite]) -> Callable[[GroupProblem, Sequence[int]], dict[str, Suite]]:
+    """An input group of a method that takes one matrix and draws nothing."""
+    return lambda input_group, levels: {
+        n: one(w, input_group.gram, levels) for n, w in input_group.weights.items()
+    }
 
 
-def _seeded(one: Callable[..., Suite]) -> Callable[[Site, Sequence[int]], dict[str, Suite]]:
-    """A site of a method that takes one matrix and a seed."""
-    return lambda site, levels: {
-        n: one(w, site.gram, levels, seed=site.seed) for n, w in site.weights.items()
+def _seeded(one: Callable[..., Suite]) -> Callable[[GroupProblem, Sequence[int]], dict[str, Suite]]:
+    """An input group of a method that takes one matrix and a seed."""
+    return lambda input_group, levels: {
+        n: one(w, input_group.gram, levels, seed=input_group.seed)
+        for n, w in input_group.weights.items()
     }
 
 
 def _own(
-    site_method: Callable[..., dict[str, Suite]],
-) -> Callable[[Site, Sequence[int]], dict[str, Suite]]:
-    """A site of this package's own methods."""
-    return lambda site, levels: site_method(site.weights, site.gram, levels, site.preset, site.seed)
+    group_method: Callable[..., dict[str, Suite]],
+) -> Callable[[GroupProblem, Sequence[int]], dict[str, Suite]]:
+    """An input group of this package's own methods."""
+    return lambda input_group, levels: group_method(
+        input_group.weights, input_group.gram, levels, input_group.preset, input_group.seed
+    )
 
 
 _ENCODER = ("baselines/drop.py", "coding", "study/encode.py")

@@ -141,8 +141,8 @@ def encode(weight: Tensor, sensitivity: Tensor, levels: Sequence[int]) -> Tables
 
 def any_precision(weight: Tensor, gram: Tensor, levels: Sequence[int]) -> Suite:
     """weight float32 [d_out, d_in], gram [d_in, d_in]; levels from 3 on."""
-    tables = encode(weight, gram.diagonal(), levels)
+    entries = encode(weight, gram.diagonal(), levels)
     d_out = weight.shape[0]
     table = {p: 2 * d_out * 2**p for p in levels}
-    served = {p: Level(tables.decode(p), bit_bytes(weight.numel(), p) + table[p]) for p in levels}
-    return Suite(served, (bit_bytes(weight.numel(), tables.bits) + sum(table.values()),))
+    served = {p: Level(entries.decode(p), bit_bytes(weight.numel(), p) + table[p]) for p in levels}
+    return Suite(served, (bit_bytes(weight.numel(), entries.bits) + sum(table.values()),))

@@ -21,7 +21,7 @@ from .suite import dedicated as suite_of
 def dedicated(
     weights: Mapping[str, Tensor], gram: Tensor, levels: Sequence[int], preset: str, seed: int
 ) -> dict[str, Suite]:
-    """Encode the matrices of a site; arguments as `drop.drop`."""
+    """Encode the matrices of an input group; arguments as `drop.drop`."""
     runs = {p: drop.drop(weights, gram, [p], preset, seed) for p in levels}
     return {name: suite_of({p: runs[p][name].levels[p] for p in levels}) for name in weights}
 

@@ -1,8 +1,8 @@
 """`drop`: this package's quantizer, one nested code for all levels, as `quantize` runs it.
 
-The matrices of a site share a rotation, so this method takes a site rather than a matrix. Signs and
-factors of its inputs are counted with the site's first matrix; codebooks and odd factors are stored
-once a checkpoint (`shared_bytes`).
+The matrices of an input group share a rotation, so this method takes an input group rather than a
+matrix. Signs and factors of its inputs are counted with the input group's first matrix; codebooks
+and odd factors are stored once a checkpoint (`shared_bytes`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dropbydrop.coding.code import ENTRIES, GROUP
 from dropbydrop.coding.codebooks import default_lambdas
-from dropbydrop.coding.encoder import EFFORTS, encode_site, site_rotation
+from dropbydrop.coding.encoder import EFFORTS, encode_group, group_rotation
 from dropbydrop.coding.refit import prefixes
 from dropbydrop.coding.rotation import split_odd
 from dropbydrop_research.study.encode import codebooks_for
@@ -43,7 +43,7 @@ def drop(
     seed: int,
     supervision: Supervision | None = None,
 ) -> dict[str, Suite]:
-    """Encode the matrices of a site.
+    """Encode the matrices of an input group.
 
     Args:
         weights: module -> float32 [d_out, d_in]; gram [d_in, d_in] of their common input.
@@ -56,10 +56,10 @@ def drop(
     """
     chosen = tuple(sorted(levels))
     d_in = gram.shape[0]
-    rotation = site_rotation(weights, gram, seed)
+    rotation = group_rotation(weights, gram, seed)
     at, lambdas = supervision or Supervision.default(chosen)
     books = codebooks_for(at, lambdas).to(gram.device)
-    coded = encode_site(weights, gram, rotation, books, at, lambdas, EFFORTS[preset])
+    coded = encode_group(weights, gram, rotation, books, at, lambdas, EFFORTS[preset])
     suites, inputs = {}, d_in
     for name, code in coded.items():
         scales = code.scales.float()[:, None]

@@ -26,7 +26,7 @@ def supervision(levels: Sequence[int]) -> drop.Supervision:
 def paper_weights(
     weights: Mapping[str, Tensor], gram: Tensor, levels: Sequence[int], preset: str, seed: int
 ) -> dict[str, Suite]:
-    """Encode the matrices of a site; arguments as `drop.drop`."""
+    """Encode the matrices of an input group; arguments as `drop.drop`."""
     return drop.drop(weights, gram, levels, preset, seed, supervision(levels))
 
 

@@ -1,8 +1,8 @@
 """The folder of a comparison: everything that is finished, so that nothing is done twice.
 
     compare.json                    what all methods have in common; another one is refused
-    grams/block-000.safetensors     Gram matrices of the block's sites; text, sites in the metadata
-    <method>/method.json            digest of the code that made what lies beside it
+    grams/block-000.safetensors     Gram matrices of the block's input groups; text, input groups in
+    the metadata <method>/method.json            digest of the code that made what lies beside it
     <method>/block-000.safetensors  decoded weights, float16, "<level>/<module>"; a `Record` in the
                                     metadata
     <method>/result.json            the method's evaluation, with what it was evaluated on
@@ -72,8 +72,8 @@ class Record:
         return json.dumps(asdict(self))
 
 
-Sites = list[tuple[tuple[str, ...], Tensor]]
-"""For each input site of a block, in order: its modules and H [d_in, d_in]."""
+InputGroups = list[tuple[tuple[str, ...], Tensor]]
+"""For each input group of a block, in order: its modules and H [d_in, d_in]."""
 
 
 class Folder:
@@ -173,14 +173,14 @@ class Folder:
     def has_grams(self, i: int) -> bool:
         return self._grams(i).is_file()
 
-    def write_grams(self, i: int, sites: Sites, note: Mapping[str, Any]) -> None:
+    def write_grams(self, i: int, input_groups: InputGroups, note: Mapping[str, Any]) -> None:
         """Keep the Gram matrices of a block with a JSON-able note."""
-        tensors = {str(k): h for k, (_, h) in enumerate(sites)}
-        names = [modules for modules, _ in sites]
+        tensors = {str(k): h for k, (_, h) in enumerate(input_groups)}
+        names = [modules for modules, _ in input_groups]
         metadata = {"sites": json.dumps(names), "note": json.dumps(note)}
         self._write_tensors(self._grams(i), tensors, metadata)
 
-    def grams(self, i: int) -> Sites:
+    def grams(self, i: int) -> InputGroups:
         with _opened(self._grams(i)) as handle:
             names = json.loads(handle.metadata()["sites"])
             return [(tuple(m), handle.get_tensor(str(k)).clone()) for k, m in enumerate(names)]

@@ -2,7 +2,7 @@
 
 Steps:
     1. the unquantized model reads the calibration once, block by block; the Gram matrices of every
-       site are kept (folder.py). All methods get these: token weights as in capture.py, the
+       input group are kept (folder.py). All methods get these: token weights as in capture.py, the
        activations of the unquantized model, no damping yet;
     2. method by method, block by block: encode at all levels, keep decoded weights and costs;
     3. the method's levels are run by the original model with these weights in place, on the same
@@ -42,16 +42,16 @@ from dropbydrop.data.calibration import SELF, load_windows
 from dropbydrop.data.text_files import text_windows
 from dropbydrop.errors import CalibrationError, DropError
 from dropbydrop.evaluation.perplexity import evaluate
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.quantization.config import SEQ_LEN, check_levels, check_model
 from dropbydrop.system.console import progress_bar
 from dropbydrop.system.memory import map_large_allocations, peak_memory
 from dropbydrop.system.quiet import quiet_transformers
-from dropbydrop_research.baselines import Method, Site, Suite, choose
+from dropbydrop_research.baselines import GroupProblem, Method, Suite, choose
 from dropbydrop_research.sources import files_of
 
-from .folder import RESULT, Folder, Record, Sites
+from .folder import RESULT, Folder, InputGroups, Record
 from .price import price_of_nesting
 
 _PEAK_RESET = Path("/proc/self/clear_refs")
@@ -68,7 +68,7 @@ class Order:
     """
 
     source: Source
-    walk: Walk
+    runner: BlockRunner
     methods: list[Method]
     levels: tuple[int, ...]
     calibration: str
@@ -106,18 +106,18 @@ def prepare(
     if preset not in EFFORTS:
         raise DropError(f"preset {preset!r}: choose one of {', '.join(EFFORTS)}.")
     source = resolve(model)
-    walk = Walk.open(source.folder, device=device)
-    check_model(walk, 16)
-    count = walk.num_blocks if blocks is None else blocks
-    if not 1 <= count <= walk.num_blocks:
-        raise DropError(f"--blocks {blocks}: this model has 1 to {walk.num_blocks} blocks.")
+    runner = BlockRunner.open(source.folder, device=device)
+    check_model(runner, 16)
+    count = runner.num_blocks if blocks is None else blocks
+    if not 1 <= count <= runner.num_blocks:
+        raise DropError(f"--blocks {blocks}: this model has 1 to {runner.num_blocks} blocks.")
     ids, described = text_windows(text, source.tokenizer(), seq_len, windows)
-    context = getattr(walk.model.config.get_text_config(), "max_position_embeddings", None)
+    context = getattr(runner.model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and seq_len > context:
         raise CalibrationError(
             f"--seq-len {seq_len} is longer than the model's context of {context} tokens."
         )
-    return Order(source, walk, chosen, levels, calibration, calibration_windows, count, ids,
+    return Order(source, runner, chosen, levels, calibration, calibration_windows, count, ids,
                  described, preset, seed)  # fmt: skip
 
 
@@ -155,13 +155,13 @@ def compare(order: Order, out: Path | None = None, progress: bool = True) -> dic
             "model": order.source.name,
             "bits": list(order.levels),
             "blocks": order.blocks,
-            "of_blocks": order.walk.num_blocks,
+            "of_blocks": order.runner.num_blocks,
             **order.described,
             "calibration": described,
             "calibration_seconds": seconds,
             "preset": order.preset,
             "seed": order.seed,
-            "device": str(order.walk.device),
+            "device": str(order.runner.device),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "reference": {name: reference[name] for name in ("ppl", "nll")},
@@ -183,7 +183,7 @@ def _common(order: Order) -> dict[str, Any]:
         "calibration": spec,
         "calibration-windows": order.calibration_windows,
         "seed": order.seed,
-        "device": str(order.walk.device),
+        "device": str(order.runner.device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "capture": digest(*files_of(*_CAPTURE)),
@@ -195,9 +195,9 @@ def _common(order: Order) -> dict[str, Any]:
 
 def _capture(order: Order, folder: Folder, progress: bool) -> tuple[dict[str, Any], float]:
     """Gram matrices of the first blocks, unless they are there; their text, and seconds."""
-    walk, blocks = order.walk, range(order.blocks)
+    runner, blocks = order.runner, range(order.blocks)
     if not all(folder.has_grams(i) for i in blocks):
-        config = walk.model.config.get_text_config()
+        config = runner.model.config.get_text_config()
         context = int(getattr(config, "max_position_embeddings", None) or SEQ_LEN)
         text = load_windows(
             order.calibration,
@@ -207,17 +207,20 @@ def _capture(order: Order, folder: Folder, progress: bool) -> tuple[dict[str, An
             order.seed,
             source=order.source,
         )
-        hidden = walk.embed(text.ids)
+        hidden = runner.embed(text.ids)
         with progress_bar(progress) as bar:
             for i in bar.track(blocks, description="statistics"):
                 start = time.perf_counter()
-                captured = walk.capture(i, walk.block(i), hidden, out=hidden)
-                walk.release(i)
+                statistics = runner.collect_statistics(i, runner.block(i), hidden, out=hidden)
+                runner.release(i)
                 if not folder.has_grams(i):
-                    sites = [(site.modules, captured.grams[site.name]) for site in captured.sites]
+                    input_groups = [
+                        (input_group.modules, statistics.grams[input_group.name])
+                        for input_group in statistics.input_groups
+                    ]
                     seconds = time.perf_counter() - start
                     note = {"seconds": seconds, "calibration": text.description}
-                    folder.write_grams(i, sites, note)
+                    folder.write_grams(i, input_groups, note)
     notes = [folder.gram_note(i) for i in blocks]
     return notes[0]["calibration"], sum(note["seconds"] for note in notes)
 
@@ -237,38 +240,38 @@ def _encode(order: Order, folder: Folder, method: Method, progress: bool) -> Non
     with progress_bar(progress) as bar:
         name = f"{method.name} (changed, made again)" if outdated else method.name
         task = bar.add_task(name, total=order.blocks, completed=order.blocks - len(todo))
-        number = 0  # of a site in the model
+        number = 0  # of an input group in the model
         for i in range(order.blocks):
-            sites = folder.grams(i)
+            input_groups = folder.grams(i)
             if i in todo:
-                weights, record = _encode_block(order, method, levels, sites, number)
+                weights, record = _encode_block(order, method, levels, input_groups, number)
                 folder.write_block(method, i, weights, record)
                 bar.advance(task)
-            number += len(sites)
+            number += len(input_groups)
 
 
 @torch.no_grad()
 def _encode_block(
-    order: Order, method: Method, levels: Sequence[int], sites: Sites, number: int
+    order: Order, method: Method, levels: Sequence[int], input_groups: InputGroups, number: int
 ) -> tuple[dict[int, dict[str, Tensor]], Record]:
-    """All sites of a block; `number` of them came before it."""
-    walk, device = order.walk, order.walk.device
+    """All input groups of a block; `number` of them came before it."""
+    runner, device = order.runner, order.runner.device
     weights: dict[int, dict[str, Tensor]] = {p: {} for p in levels}
     errors = dict.fromkeys(levels, 0.0)
     suites: list[Suite] = []
     seconds, peak = 0.0, 0
-    for k, (modules, h) in enumerate(sites):
-        site = Site(
-            {name: walk.read(f"{name}.weight", torch.float32).to(device) for name in modules},
+    for k, (modules, h) in enumerate(input_groups):
+        input_group = GroupProblem(
+            {name: runner.read(f"{name}.weight", torch.float32).to(device) for name in modules},
             h.to(device),
             order.seed * 1_000_003 + number + k,  # as `quantize` draws it
             order.preset,
         )
-        spent, resident, coded = measured(partial(method.encode, site, levels), device)
+        spent, resident, coded = measured(partial(method.encode, input_group, levels), device)
         seconds, peak = seconds + spent, max(peak, resident)
         for name, suite in coded.items():
             decoded = [suite.levels[p].weight for p in levels]
-            relative = weighted_errors(site.weights[name], decoded, site.gram)
+            relative = weighted_errors(input_group.weights[name], decoded, input_group.gram)
             for p, w, error in zip(levels, decoded, relative, strict=True):
                 weights[p][name] = w
                 errors[p] += error
@@ -279,7 +282,7 @@ def _encode_block(
         {p: sum(suite.levels[p].bytes for suite in suites) for p in levels},
         [sum(sizes) for sizes in zip(*(suite.files for suite in suites), strict=True)],
         sum(w.numel() for w in weights[levels[0]].values()),
-        sorted({h.shape[0] for _, h in sites}),
+        sorted({h.shape[0] for _, h in input_groups}),
         errors,
         len(suites),
     )
@@ -331,7 +334,7 @@ def _evaluate(order: Order, folder: Folder, method: Method, progress: bool) -> d
         return known
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(order.source.folder, dtype=torch.float32)
-    model.eval().to(order.walk.device)
+    model.eval().to(order.runner.device)
     views = {
         str(p): Substituted(model, folder.weights(method, p, order.blocks))
         for p in method.serves(order.levels)
@@ -352,7 +355,7 @@ def _weigh(
     levels = method.serves(order.levels)
     widths = {width for record in records for width in record.widths}
     values = sum(record.values for record in records)
-    parameters = _parameters(order.walk)
+    parameters = _parameters(order.runner)
     rest = 2 * (parameters - values)
     shared = {p: method.shared(p, widths) for p in levels}
     rows = {}
@@ -379,8 +382,8 @@ def _weigh(
     }
 
 
-def _parameters(walk: Walk) -> int:
+def _parameters(runner: BlockRunner) -> int:
     """Parameters of the original model, tied ones once."""
-    state = walk.model.state_dict(keep_vars=True)
-    inside = [name for name in state if name.startswith(f"{walk.blocks_name}.")]
-    return sum(state[name].numel() for name in [*walk.outer_names(), *inside])
+    state = runner.model.state_dict(keep_vars=True)
+    inside = [name for name in state if name.startswith(f"{runner.blocks_name}.")]
+    return sum(state[name].numel() for name in [*runner.outer_names(), *inside])

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dropbydrop.errors import FormatError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop_research.theory import (
     E8_SECOND_MOMENT,
     GaussianSource,
@@ -42,7 +42,7 @@ from dropbydrop_research.theory import (
     weighted_distortion,
 )
 
-from .data import GramFolder, Progress, SiteGram, fingerprint, finite, read_weight
+from .data import GramFolder, GroupGram, Progress, fingerprint, finite, read_weight
 
 STRUCTURAL = {
     "dedicated": {1: 0.3244, 2: 0.0945, 3: 0.0274, 4: 0.0079},
@@ -74,7 +74,7 @@ def run(
 
     Args:
         folder: the unquantized model.
-        grams: cached Gram matrices of its sites (`data.collect`).
+        grams: cached Gram matrices of its input groups (`data.collect`).
         rates: level -> bits a weight that it really spends, everything counted.
         errors: module -> level -> relative weighted error under the same H (`read_log`).
         reconstruct: W^ float [d_out, d_in] of (module, level), in the original input space. When
@@ -91,27 +91,27 @@ def run(
     """
     if not len(grams):
         raise FormatError(f"{grams.folder} holds no cached Gram matrices; collect them first.")
-    walk, model = Walk.open(folder), fingerprint(folder)
+    runner, model = BlockRunner.open(folder), fingerprint(folder)
     matrices: list[dict[str, Any]] = []
     skipped: list[str] = []
-    for i, site in enumerate(grams):
+    for i, input_group in enumerate(grams):
         if progress:
-            progress(i, len(grams), site.name)
-        if site.model not in ("", model):
+            progress(i, len(grams), input_group.name)
+        if input_group.model not in ("", model):
             raise FormatError(
                 f"the statistics in {grams.folder} are those of another model than {folder}; "
                 "collect them again."
             )
-        lam, vectors = eigenbasis(site.gram)
-        cross = None if site.held is None else cross_spectrum(vectors, site.held)
-        for module in site.modules:
-            weight = read_weight(walk, module)
+        lam, vectors = eigenbasis(input_group.gram)
+        cross = None if input_group.held is None else cross_spectrum(vectors, input_group.held)
+        for module in input_group.modules:
+            weight = read_weight(runner, module)
             if not bool(weight.any()) or not float(lam[0]) > 0:
                 skipped.append(module)  # nothing to code, or inputs that are always zero
                 continue
-            entry = _matrix(module, weight, site, (lam, vectors), cross, rates)
+            entry = _matrix(module, weight, input_group, (lam, vectors), cross, rates)
             for level, data in entry["levels"].items():
-                _reach(data, entry, weight, site, int(level), lam, errors, reconstruct)
+                _reach(data, entry, weight, input_group, int(level), lam, errors, reconstruct)
             entry["premises"] = _premises(entry)
             matrices.append(entry)
     if progress:
@@ -174,7 +174,7 @@ def _db(ratio: float) -> float:
 def _matrix(
     module: str,
     weight: Tensor,
-    site: SiteGram,
+    input_group: GroupGram,
     basis: tuple[Tensor, Tensor],
     cross: Tensor | None,
     rates: Mapping[int, float],
@@ -185,12 +185,12 @@ def _matrix(
     source = GaussianSource(lam, rows)
     matched = GaussianSource(matched_spectrum(weight, lam, vectors), rows)
     zero = torch.zeros_like(weight)
-    energy = weighted_distortion(weight, zero, site.gram)
+    energy = weighted_distortion(weight, zero, input_group.gram)
     held = None
     held_energy = 0.0
-    if cross is not None and site.held is not None:
+    if cross is not None and input_group.held is not None:
         held = GaussianSource(cross, rows)
-        held_energy = weighted_distortion(weight, zero, site.held)
+        held_energy = weighted_distortion(weight, zero, input_group.held)
     fit = fit_gaussian(weight, by_row=True)
     levels = {}
     for level, bits in rates.items():
@@ -208,9 +208,9 @@ def _matrix(
         }
     return {
         "module": module,
-        "site": site.name,
+        "site": input_group.name,
         "shape": list(weight.shape),
-        "tokens": site.tokens,
+        "tokens": input_group.tokens,
         "energy": energy,
         "held_energy": held_energy if held else None,
         "energy_ratio": energy / source.power,
@@ -228,7 +228,7 @@ def _reach(
     data: dict[str, Any],
     entry: dict[str, Any],
     weight: Tensor,
-    site: SiteGram,
+    input_group: GroupGram,
     level: int,
     lam: Tensor,
     errors: Mapping[str, Mapping[int, float]] | None,
@@ -238,9 +238,9 @@ def _reach(
     reached, held = None, None
     if reconstruct is not None:
         w_hat = reconstruct(entry["module"], level)
-        reached = weighted_distortion(weight, w_hat, site.gram) / entry["energy"]
-        if site.held is not None:
-            held = weighted_distortion(weight, w_hat, site.held) / entry["held_energy"]
+        reached = weighted_distortion(weight, w_hat, input_group.gram) / entry["energy"]
+        if input_group.held is not None:
+            held = weighted_distortion(weight, w_hat, input_group.held) / entry["held_energy"]
     elif errors is not None:
         reached = errors.get(entry["module"], {}).get(level)
     data["reached"], data["reached_held_out"] = reached, held

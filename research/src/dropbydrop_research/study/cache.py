@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dropbydrop.data.calibration import SELF, load_windows
 from dropbydrop.errors import CalibrationError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import Source, cache_dir
 from dropbydrop.models.statistics import CLIP
 
@@ -72,7 +72,7 @@ def grams_for(
     folder = (cache or _default()) / name
     if not len(GramFolder(folder)):
         ids, held = _tokens(source, options)
-        collect(Walk.open(source.folder), ids, folder, held, progress=progress)
+        collect(BlockRunner.open(source.folder), ids, folder, held, progress=progress)
     return GramFolder(folder)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dropbydrop import at, load
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.errors import DropError, FormatError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.system.quiet import quiet_transformers
 
@@ -35,10 +35,10 @@ def original_of(checkpoint: Checkpoint, model: str | None) -> Source:
             f"{checkpoint.path} was made from {name!r}, which is not here under that name; give "
             "the original model with --model."
         ) from error
-    walk = Walk.open(source.folder)
-    linears, shapes = set(linear_modules(walk)), checkpoint.shapes
+    runner = BlockRunner.open(source.folder)
+    linears, shapes = set(linear_modules(runner)), checkpoint.shapes
     for module, shape in shapes.items():
-        if module not in linears or walk.model.get_submodule(module).weight.shape != shape:
+        if module not in linears or runner.model.get_submodule(module).weight.shape != shape:
             raise FormatError(
                 f"{checkpoint.path} holds {module} as {shape[0]} x {shape[1]}, but {source.name} "
                 "does not: it is not the model that the checkpoint was made from."

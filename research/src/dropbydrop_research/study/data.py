@@ -1,13 +1,15 @@
 """What the studies read: a model's linear weights, and Gram matrices cached on disk.
 
-A cache folder holds one file a site, `site-00000.safetensors` and so on, so that collecting and
-reading take the memory of one block, whatever the model. Tensors of a file:
+A cache folder holds one file an input group, `group-00000.safetensors` and so on, so that
+collecting and reading take the memory of one block, whatever the model. Tensors of a file:
 
-    H         float32 [d_in, d_in]   mean over the calibration tokens, as `Walk.capture` gives it
-    held      float32 [d_in, d_in]   the same over held-out tokens; may be absent
-    energies  float32 [n, T]         ||x||^2 of the calibration tokens, unclipped; may be absent
+    H         float32 [d_in, d_in]   mean over the calibration tokens, as
+    `BlockRunner.collect_statistics` gives it held      float32 [d_in, d_in]   the same over
+    held-out tokens; may be absent energies  float32 [n, T]         ||x||^2 of the calibration
+    tokens, unclipped; may be absent
 
-Metadata: `site` (name), `modules` (JSON list), `tokens`, `clip`, `model` (`fingerprint` of the
+Metadata: `input group` (name), `modules` (JSON list), `tokens`, `clip`, `model` (`fingerprint` of
+    the
 folder they were collected from). Nothing is damped. `collect` fills a folder aside and renames it,
 so a cache is either whole or absent.
 """
@@ -29,44 +31,44 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dropbydrop.errors import FormatError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.statistics import CLIP
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what is next)."""
 
 
-def linear_modules(walk: Walk) -> list[str]:
+def linear_modules(runner: BlockRunner) -> list[str]:
     """Full names of the linear layers in the decoder blocks, in the model's order."""
-    prefix = f"{walk.blocks_name}."
+    prefix = f"{runner.blocks_name}."
     return [
         name
-        for name, module in walk.model.named_modules()
+        for name, module in runner.model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(prefix)
     ]
 
 
-def read_weight(walk: Walk, module: str) -> Tensor:
+def read_weight(runner: BlockRunner, module: str) -> Tensor:
     """W of a linear layer, float32 [d_out, d_in], read from disk.
 
     Raises:
         FormatError: the model has no such layer.
     """
     try:
-        found = walk.model.get_submodule(module)
+        found = runner.model.get_submodule(module)
     except AttributeError:
         found = None
     if not isinstance(found, nn.Linear):
         raise FormatError(
-            f"{walk.files.folder} has no linear layer {module}; the statistics or errors given "
+            f"{runner.files.folder} has no linear layer {module}; the statistics or errors given "
             "belong to another model."
         )
-    return walk.read(f"{module}.weight", torch.float32)
+    return runner.read(f"{module}.weight", torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
-class SiteGram:
-    """Statistics of one site's inputs; see the module's note."""
+class GroupGram:
+    """Statistics of one input group's inputs; see the module's note."""
 
     name: str
     modules: tuple[str, ...]
@@ -79,7 +81,7 @@ class SiteGram:
 
 
 class GramFolder:
-    """A cache folder of Gram matrices; iterating reads one site at a time."""
+    """A cache folder of Gram matrices; iterating reads one input group at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -91,32 +93,36 @@ class GramFolder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def write(self, index: int, site: SiteGram) -> None:
-        """Store the statistics of the site number `index`."""
+    def write(self, index: int, input_group: GroupGram) -> None:
+        """Store the statistics of the input group number `index`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"H": site.gram, "held": site.held, "energies": site.energies}
+        tensors = {
+            "H": input_group.gram,
+            "held": input_group.held,
+            "energies": input_group.energies,
+        }
         path = self.folder / f"site-{index:05d}.safetensors"
         metadata = {
-            "site": site.name,
-            "modules": json.dumps(site.modules),
-            "tokens": str(site.tokens),
-            "clip": str(site.clip),
-            "model": site.model,
+            "site": input_group.name,
+            "modules": json.dumps(input_group.modules),
+            "tokens": str(input_group.tokens),
+            "clip": str(input_group.clip),
+            "model": input_group.model,
         }
         present = {k: v.to(torch.float32).contiguous() for k, v in tensors.items() if v is not None}
         save_file(present, path, metadata)
 
-    def __iter__(self) -> Iterator[SiteGram]:
+    def __iter__(self) -> Iterator[GroupGram]:
         for path in self.files:
-            yield _read_site(path)
+            yield _read_group(path)
 
 
-def _read_site(path: Path) -> SiteGram:
+def _read_group(path: Path) -> GroupGram:
     try:
         with safe_open(path, framework="pt") as handle:
             meta, names = handle.metadata() or {}, set(handle.keys())
             tensors = {name: handle.get_tensor(name).clone() for name in names}
-        return SiteGram(
+        return GroupGram(
             name=meta["site"],
             modules=tuple(json.loads(meta["modules"])),
             tokens=int(meta["tokens"]),
@@ -149,7 +155,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def collect(
-    walk: Walk,
+    runner: BlockRunner,
     ids: Tensor,
     folder: Path,
     held_ids: Tensor | None = None,
@@ -165,14 +171,14 @@ def collect(
 
     Raises:
         FormatError: `folder` holds something else than a cache.
-        UnsupportedModelError, CalibrationError: as `Walk.capture`.
+        UnsupportedModelError, CalibrationError: as `BlockRunner.collect_statistics`.
     """
     if folder.exists() and any(p not in GramFolder(folder).files for p in folder.iterdir()):
         raise FormatError(f"{folder} holds other files than cached statistics; name a new folder.")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        _collect(walk, ids, held_ids, clip, GramFolder(partial), progress)
+        _collect(runner, ids, held_ids, clip, GramFolder(partial), progress)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     finally:
@@ -182,42 +188,44 @@ def collect(
 
 @torch.no_grad()
 def _collect(
-    walk: Walk,
+    runner: BlockRunner,
     ids: Tensor,
     held_ids: Tensor | None,
     clip: float,
     store: GramFolder,
     progress: Progress | None,
 ) -> None:
-    index, model = 0, fingerprint(walk.files.folder)
-    hidden = walk.embed(ids)
-    held_hidden = None if held_ids is None else walk.embed(held_ids)
-    for i in range(walk.num_blocks):
+    index, model = 0, fingerprint(runner.files.folder)
+    hidden = runner.embed(ids)
+    held_hidden = None if held_ids is None else runner.embed(held_ids)
+    for i in range(runner.num_blocks):
         if progress:
-            progress(i, walk.num_blocks, walk.block_prefix(i))
-        block = walk.block(i)
-        firsts = [site.modules[0] for site in walk.sites(i, block, hidden)]
-        with _Energies(block, walk.block_prefix(i), firsts) as energies:
-            captured = walk.capture(i, block, hidden, clip=clip, out=hidden)
+            progress(i, runner.num_blocks, runner.block_prefix(i))
+        block = runner.block(i)
+        firsts = [input_group.modules[0] for input_group in runner.input_groups(i, block, hidden)]
+        with _Energies(block, runner.block_prefix(i), firsts) as energies:
+            statistics = runner.collect_statistics(i, block, hidden, clip=clip, out=hidden)
         held: dict[str, Tensor] = {}
         if held_hidden is not None:
-            held = walk.capture(i, block, held_hidden, clip=clip, out=held_hidden).grams
-        for site in captured.sites:
-            statistics = SiteGram(
-                site.name,
-                site.modules,
-                captured.tokens,
+            held = runner.collect_statistics(
+                i, block, held_hidden, clip=clip, out=held_hidden
+            ).grams
+        for input_group in statistics.input_groups:
+            one = GroupGram(
+                input_group.name,
+                input_group.modules,
+                statistics.tokens,
                 clip,
-                captured.grams[site.name],
-                held.get(site.name),
-                energies.of(site.modules[0]),
+                statistics.grams[input_group.name],
+                held.get(input_group.name),
+                energies.of(input_group.modules[0]),
                 model,
             )
-            store.write(index, statistics)
+            store.write(index, one)
             index += 1
-        walk.release(i)
+        runner.release(i)
     if progress:
-        progress(walk.num_blocks, walk.num_blocks, "")
+        progress(runner.num_blocks, runner.num_blocks, "")
 
 
 class _Energies:

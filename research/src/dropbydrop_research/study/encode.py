@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dropbydrop import __version__
 from dropbydrop.coding.codebooks import default_lambdas, ships, train, universal_set
-from dropbydrop.coding.encoder import EFFORTS, encode_site, site_rotation
+from dropbydrop.coding.encoder import EFFORTS, encode_group, group_rotation
 from dropbydrop.coding.refit import prefixes
 from dropbydrop.models.sources import cache_dir
 
@@ -53,18 +53,19 @@ def codebooks_for(levels: Sequence[int], lambdas: Sequence[float] | None = None)
 def package_encoder(preset: str = "balanced", seed: int = 0) -> Encode:
     """encode(W, H, levels) with rotation, universal codebooks and row scales.
 
-    Factors of inputs are those of the matrix alone; in a checkpoint the matrices of a site share
-    them. Beyond the codes it spends 16 bits a row: pass `overhead=overhead(d_in)` to the study. A
-    set of levels that does not ship with the package is trained first, see `codebooks_for`.
+    Factors of inputs are those of the matrix alone; in a checkpoint the matrices of an input group
+    share them. Beyond the codes it spends 16 bits a row: pass `overhead=overhead(d_in)` to the
+    study. A set of levels that does not ship with the package is trained first, see
+    `codebooks_for`.
     """
 
     def encode(weight: Tensor, h: Tensor, levels: Sequence[int], /) -> list[Tensor]:
         chosen = tuple(levels)
         codebooks = codebooks_for(chosen)
-        rotation = site_rotation({"w": weight}, h, seed)
+        rotation = group_rotation({"w": weight}, h, seed)
         lambdas = default_lambdas(chosen)
         effort = EFFORTS[preset]
-        coded = encode_site({"w": weight}, h, rotation, codebooks, chosen, lambdas, effort)["w"]
+        coded = encode_group({"w": weight}, h, rotation, codebooks, chosen, lambdas, effort)["w"]
         scales = coded.scales.to(weight.dtype)[:, None]
         every = range(1, chosen[-1] + 1)
         return [rotation.transpose(scales * q) for q in prefixes(coded.codes, codebooks, every)]
@@ -74,6 +75,6 @@ def package_encoder(preset: str = "balanced", seed: int = 0) -> Encode:
 
 def overhead(d_in: int) -> float:
     """Bits a weight of the float16 row scales. Not counted: a byte an input for sign and factor,
-    which is 8 / d_out bits here but shared by all matrices of a site in a checkpoint, and the
-    universal codebooks, which are part of the package."""
+    which is 8 / d_out bits here but shared by all matrices of an input group in a checkpoint, and
+    the universal codebooks, which are part of the package."""
     return 16 / d_in

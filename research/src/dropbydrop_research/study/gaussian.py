@@ -22,7 +22,7 @@ import torch
 
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import FormatError
-from dropbydrop.models.block_runner import Walk
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop_research.theory.gaussian import BINS, GaussianFit, fit_gaussian, massive_activations
 
 from .data import GramFolder, Progress, finite, linear_modules, read_weight
@@ -62,17 +62,17 @@ def run(
         where a fit holds the fields of `theory.GaussianFit`.
 
     Raises:
-        FormatError, UnsupportedModelError: as `Walk.open`; a module the model lacks.
+        FormatError, UnsupportedModelError: as `BlockRunner.open`; a module the model lacks.
         ValueError: an unknown rotation.
     """
-    walk = Walk.open(folder)
-    names = linear_modules(walk) if modules is None else list(modules)
+    runner = BlockRunner.open(folder)
+    names = linear_modules(runner) if modules is None else list(modules)
     matrices: list[dict[str, Any]] = []
     skipped: list[str] = []
     for i, name in enumerate(names):
         if progress:
             progress(i, len(names), name)
-        weight = read_weight(walk, name)
+        weight = read_weight(runner, name)
         if not bool(weight.any()):
             skipped.append(name)
             continue
@@ -98,13 +98,13 @@ def run(
 
 
 def massive(grams: GramFolder) -> list[dict[str, Any]]:
-    """Massive activations of every site with cached token energies, worst first."""
+    """Massive activations of every input group with cached token energies, worst first."""
     found = []
-    for site in grams:
-        if site.energies is not None:
-            report = asdict(massive_activations(site.energies))
+    for input_group in grams:
+        if input_group.energies is not None:
+            report = asdict(massive_activations(input_group.energies))
             report["max_over_median"] = finite(report["max_over_median"])
-            found.append({"site": site.name, **report})
+            found.append({"site": input_group.name, **report})
     return sorted(found, key=lambda r: -(r["max_over_median"] or float("inf")))
 
 

@@ -145,7 +145,7 @@ def _negentropy(histogram: Tensor, tails: tuple[float, float], n: int) -> float:
 
 @dataclass(frozen=True)
 class MassiveActivations:
-    """Tokens whose energy ||x||^2 at one site dwarfs the median token's."""
+    """Tokens whose energy ||x||^2 at one input group dwarfs the median token's."""
 
     tokens: int
     max_over_median: float
@@ -155,7 +155,7 @@ class MassiveActivations:
 
 
 def massive_activations(energies: Tensor, threshold: float = 100.0) -> MassiveActivations:
-    """Summarise token energies ||x||^2 [n_windows, T] (or [T], one window) of a site.
+    """Summarise token energies ||x||^2 [n_windows, T] (or [T], one window) of an input group.
 
     A few such tokens make H nearly rank one; the weighted error then measures little else.
     Source of the phenomenon: Sun et al., Massive Activations in Large Language Models (2024).

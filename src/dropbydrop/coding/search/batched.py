@@ -79,12 +79,12 @@ def _beam(
     return codes[:, 0].T, cost[:, 0]
 
 
-def _prefixes(codes: Tensor, tables: Tensor, levels: Sequence[int]) -> Tensor:
+def _prefixes(codes: Tensor, entries: Tensor, levels: Sequence[int]) -> Tensor:
     """Partial sums [L, n, g] of codes [M, n] at the supervised levels; tables [M, K, g]."""
-    total = torch.zeros(codes.shape[1], GROUP, device=tables.device)
+    total = torch.zeros(codes.shape[1], GROUP, device=entries.device)
     out = []
     for m in range(codes.shape[0]):
-        total = total + tables[m][codes[m].long()]
+        total = total + entries[m][codes[m].long()]
         if m + 1 in levels:
             out.append(total)
     return torch.stack(out)
@@ -117,7 +117,7 @@ class Visits:
         rows, d_in = part.shape
         self.groups, self.device = d_in // GROUP, part.device
         self.schedule = _schedule(codebooks.shape[0], levels, lambdas, lookahead)
-        self.tables = torch.cat([codebooks, -codebooks], dim=1)
+        self.entries = torch.cat([codebooks, -codebooks], dim=1)
         self.weights = torch.tensor(self.lambdas, device=self.device)
         self.error = part.expand(len(levels), -1, -1).clone()
         shape = (codebooks.shape[0], rows, self.groups)
@@ -167,7 +167,7 @@ class Visits:
 
     def _subtract(self, j: int) -> None:
         inputs = slice(j * GROUP, (j + 1) * GROUP)
-        found = _prefixes(self.chosen[:, :, j], self.tables, self.levels)
+        found = _prefixes(self.chosen[:, :, j], self.entries, self.levels)
         self.error[:, :, inputs] = self.part[:, inputs] - found
 
 

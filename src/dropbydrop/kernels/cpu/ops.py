@@ -6,18 +6,20 @@
         -> [n, rows]
     dropbydrop::site(x, signs, odd, block, codebooks, entries, planes, scales, biases, rows, kernel)
         -> [n * sum(rows)], one [n, rows[i]] after the other
-    dropbydrop::bound_site(x, job, width, kernel) -> [n * width], the same
+    dropbydrop::prepared_group(x, job, width, kernel) -> [n * width], the same
     dropbydrop::decode(planes, tiled, codebooks, scales, rows, groups, first, last, dtype, kernel)
         -> rows first..last of the weight, [last - first, 8 * groups]
 
 Tables are values: a function of x and the codebooks alone, so q/k/v share them, and a table belongs
-to the kernel that built it. `site` does the three steps in one native call by one team of threads,
-for all matrices of an input. P = len(codebooks), and `planes` lists the first P planes of one
-matrix after the other. Threads follow torch.get_num_threads().
+to the kernel that built it. `input group` does the three steps in one native call by one team of
+threads, for all matrices of an input. P = len(codebooks), and `planes` lists the first P planes of
+one matrix after the other. Threads follow torch.get_num_threads().
 
-`bound_site` is `site` with everything but x and its result described beforehand (`describe_site`)
+`prepared_group` is `input_group` with everything but x and its result described beforehand
+(`describe_group`)
 in one small tensor of addresses: passing 20 tensors through the dispatcher costs several times
-what a small product does. It is for this process only; a graph that is to be saved uses `site`.
+what a small product does. It is for this process only; a graph that is to be saved uses `input
+group`.
 
 Operators are defined with torch.library.Library rather than `custom_op`, whose checks on every call
 cost more than a small product does. Tensors must be contiguous and on the CPU; the callers in this
@@ -72,7 +74,9 @@ def native_library() -> Any:
 def done(status: int) -> None:
     """Raise when a native function reports that it did nothing."""
     if status:
-        raise RuntimeError("kernel not supported by this processor, or a site job that is none")
+        raise RuntimeError(
+            "kernel not supported by this processor, or an input group job that is none"
+        )
 
 
 class _Matrix(ctypes.Structure):
@@ -89,7 +93,7 @@ class _Matrix(ctypes.Structure):
 _MAGIC = 0x65746973706F7264  # DROP_SITE_MAGIC
 
 
-class Site(ctypes.Structure):
+class GroupStruct(ctypes.Structure):
     """DropSite of drop_kernels.h."""
 
     _fields_ = (
@@ -227,10 +231,10 @@ def _(tables, planes, scales, bias, rows, groups, entries, kernel, dtype):  # ty
 
 
 @operator(
-    "site(Tensor x, Tensor? signs, Tensor? odd, int block, Tensor[] codebooks, int entries, "
+    "input_group(Tensor x, Tensor? signs, Tensor? odd, int block, Tensor[] codebooks, int entries, "
     "Tensor[] planes, Tensor[] scales, Tensor?[] biases, int[] rows, str kernel) -> Tensor"
 )
-def site(
+def input_group(
     x: Tensor,
     signs: Tensor | None,
     odd: Tensor | None,
@@ -247,12 +251,12 @@ def site(
     described, keep = _matrices(planes, scales, biases, rows, len(codebooks))
     books = pointers(codebooks)
     job = _site(x.shape[1], signs, odd, block, books, entries, described)
-    out = run_site(x, ctypes.addressof(job), x.shape[1], sum(rows), registry.index(kernel))
+    out = run_group(x, ctypes.addressof(job), x.shape[1], sum(rows), registry.index(kernel))
     del keep
     return out
 
 
-@fake("site")
+@fake("input_group")
 def _(x, signs, odd, block, codebooks, entries, planes, scales, biases, rows, kernel):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0] * sum(rows),))
 
@@ -265,8 +269,8 @@ def _site(
     books: ctypes.Array,
     entries: int,
     described: ctypes.Array,
-) -> Site:
-    return Site(
+) -> GroupStruct:
+    return GroupStruct(
         _MAGIC,
         d,
         block,
@@ -280,7 +284,7 @@ def _site(
     )
 
 
-def run_site(x: Tensor, address: int, d: int, width: int, kernel: int) -> Tensor:
+def run_group(x: Tensor, address: int, d: int, width: int, kernel: int) -> Tensor:
     """Run the C structure at `address` on contiguous x [..., d] -> [n * width], n rows."""
     n = x.numel() // d
     kind = TYPES[x.dtype]
@@ -293,8 +297,8 @@ def run_site(x: Tensor, address: int, d: int, width: int, kernel: int) -> Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class SiteJob:
-    """A `site` call without its input. Holds every tensor whose address it contains."""
+class GroupJob:
+    """An `input_group` call without its input. Holds every tensor whose address it contains."""
 
     job: Tensor  # uint8: the C structure
     address: int  # of `job`
@@ -303,7 +307,7 @@ class SiteJob:
     keep: tuple[object, ...]
 
 
-def describe_site(
+def describe_group(
     d: int,
     signs: Tensor | None,
     odd: Tensor | None,
@@ -315,27 +319,27 @@ def describe_site(
     biases: Sequence[Tensor | None],
     rows: Sequence[int],
     kernel: str,
-) -> SiteJob:
-    """The arguments of `site`, but x, prepared for `bound_site`."""
+) -> GroupJob:
+    """The arguments of `input_group`, but x, prepared for `prepared_group`."""
     tensors = (signs, odd, *codebooks, *planes, *scales, *biases)
     for tensor in tensors:
         if tensor is not None and not (tensor.is_contiguous() and tensor.is_cpu):
-            raise ValueError("a site's tensors must be contiguous and on the CPU")
+            raise ValueError("an input group's tensors must be contiguous and on the CPU")
     described, addresses = _matrices(planes, scales, biases, rows, len(codebooks))
     books = pointers(codebooks)
     job = _site(d, signs, odd, block, books, entries, described)
     blob = torch.frombuffer(bytearray(bytes(job)), dtype=torch.uint8).clone()
     keep = (tensors, described, addresses, books)
-    return SiteJob(blob, blob.data_ptr(), sum(rows), registry.index(kernel), keep)
+    return GroupJob(blob, blob.data_ptr(), sum(rows), registry.index(kernel), keep)
 
 
-@operator("bound_site(Tensor x, Tensor job, int width, int kernel) -> Tensor")
-def bound_site(x: Tensor, job: Tensor, width: int, kernel: int) -> Tensor:
-    """`site` as described by a `SiteJob` that the caller keeps alive."""
-    return run_site(x, job.data_ptr(), x.shape[1], width, kernel)
+@operator("prepared_group(Tensor x, Tensor job, int width, int kernel) -> Tensor")
+def prepared_group(x: Tensor, job: Tensor, width: int, kernel: int) -> Tensor:
+    """`input_group` as described by a `GroupJob` that the caller keeps alive."""
+    return run_group(x, job.data_ptr(), x.shape[1], width, kernel)
 
 
-@fake("bound_site")
+@fake("prepared_group")
 def _(x, job, width, kernel):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0] * width,))
 

@@ -1,7 +1,7 @@
 """Products with packed matrices: the choice between tables and a dense matrix, in one place.
 
     rows of x       native kernel, CPU                     otherwise
-    few             one `site` operator: rotate,           decode to a dense matrix,
+    few             one `input group` operator: rotate,           decode to a dense matrix,
                     build tables, multiply                 torch's product
     more            decode slabs of the matrix,            the same
                     torch's product with each
@@ -163,8 +163,8 @@ def _dense(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-class Bound:
-    """The matrices of one input site at one precision, ready to be called.
+class PreparedGroup:
+    """The matrices of one input group at one precision, ready to be called.
 
     What does not depend on the input (addresses, shapes, the kernel) is worked out once; a call
     with few rows is then a single operator with two tensor arguments.
@@ -191,13 +191,13 @@ class Bound:
             )
         self.few = few(self.kernel, prefix)
         tiled = all(matrix.packed.tiled for matrix in matrices)
-        self.job: ops.SiteJob | None = None
+        self.job: ops.GroupJob | None = None
         if self.kernel.native and tiled:
             self.job = self._describe()
 
-    def _describe(self) -> ops.SiteJob:
+    def _describe(self) -> ops.GroupJob:
         rotation, prefix = self.rotation, self.prefix
-        return ops.describe_site(
+        return ops.describe_group(
             self.d_in,
             rotation.signs,
             rotation.odd,
@@ -219,9 +219,9 @@ class Bound:
         x, shape = x.contiguous(), x.shape[:-1]
         if torch.compiler.is_compiling():  # tracing must see the operator
             flat = x.reshape(n, self.d_in)
-            y = torch.ops.dropbydrop.bound_site(flat, job.job, job.width, job.kernel)
+            y = torch.ops.dropbydrop.prepared_group(flat, job.job, job.width, job.kernel)
         else:  # without the dispatcher, which costs as much as a small product
-            y = ops.run_site(x, job.address, self.d_in, job.width, job.kernel)
+            y = ops.run_group(x, job.address, self.d_in, job.width, job.kernel)
         if len(self.rows) == 1:
             return (y.view(*shape, job.width),)
         if n == 1:
@@ -261,7 +261,8 @@ def linears(
     prefix: int,
     kernel: str | None = None,
 ) -> Sequence[Tensor]:
-    """Products of one input with all matrices that read it. `Bound` does the same repeatedly.
+    """Products of one input with all matrices that read it. `PreparedGroup` does the same
+    repeatedly.
 
     Args:
         x: [..., d_in], not rotated; float32, bfloat16 or float16 for the native kernels.
@@ -278,8 +279,8 @@ def linears(
     chosen = registry.select(kernel, x.device.type)
     if chosen.gpu:
         tables = cuda.device_tables(books.tables, x.device)
-        return cuda.DeviceSite(matrices, tables, rotation, prefix, chosen.name)(x)
-    return Bound(matrices, books, rotation, prefix, chosen.name)(x)
+        return cuda.CudaGroup(matrices, tables, rotation, prefix, chosen.name)(x)
+    return PreparedGroup(matrices, books, rotation, prefix, chosen.name)(x)
 
 
 def linear(

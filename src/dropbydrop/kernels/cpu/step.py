@@ -1,6 +1,6 @@
 """Decoding a token natively: all blocks of a Llama-like model in one call.
 
-    step = DecodeStep(decoder, bound_of)      # bound_of(module) -> the module's `Bound`
+    step = DecodeStep(decoder, bound_of)      # bound_of(module) -> the module's `PreparedGroup`
     states = step(embedded, position, caches)
 
 With every product at memory speed, half of a token's time on a 135M model is spent between the
@@ -29,7 +29,7 @@ from dropbydrop.errors import UnsupportedModelError
 
 from .. import registry
 from . import ops
-from .products import Bound, Matrix
+from .products import Matrix, PreparedGroup
 
 MOST = 16  # tokens a call
 TYPES = ("llama", "mistral", "qwen2", "qwen3")  # config.model_type
@@ -43,10 +43,10 @@ class _Block(ctypes.Structure):
         ("post_norm", ctypes.c_void_p),
         ("q_norm", ctypes.c_void_p),
         ("k_norm", ctypes.c_void_p),
-        ("qkv", ops.Site),
-        ("output", ops.Site),
-        ("gate_up", ops.Site),
-        ("down", ops.Site),
+        ("qkv", ops.GroupStruct),
+        ("output", ops.GroupStruct),
+        ("gate_up", ops.GroupStruct),
+        ("down", ops.GroupStruct),
     )
 
 
@@ -97,14 +97,15 @@ class DecodeStep:
     def __init__(
         self,
         inner: Any,
-        bound_of: Callable[[nn.Module], Bound],
+        prepared_group_of: Callable[[nn.Module], PreparedGroup],
         kernel: str | None = None,
     ) -> None:
         """Describe the blocks of a decoder.
 
         Args:
             inner: a decoder of transformers (`LlamaModel`) on the CPU.
-            bound_of: gives each quantized linear's `Bound`, of that one matrix, tiled.
+            prepared_group_of: gives each quantized linear's `PreparedGroup`, of that one matrix,
+                tiled.
             kernel: a name to force; see `registry.select`.
 
         Raises:
@@ -124,7 +125,7 @@ class DecodeStep:
         self.kv_heads = config.num_key_value_heads
         self.blocks = (_Block * len(inner.layers))()
         for i, layer in enumerate(inner.layers):
-            self.blocks[i] = self._block(layer, bound_of)
+            self.blocks[i] = self._block(layer, prepared_group_of)
         self.hidden = config.hidden_size
         self._decoder = _Decoder(
             _MAGIC,
@@ -151,22 +152,24 @@ class DecodeStep:
         self._keep.append(values)
         return values.data_ptr()
 
-    def _site(self, bounds: list[Bound]) -> ops.Site:
+    def _site(self, bounds: list[PreparedGroup]) -> ops.GroupStruct:
         """Several matrices of one input as one site."""
         first = bounds[0]
         for other in bounds[1:]:
             same = other.prefix == first.prefix and other.books is first.books
             if not same or other.rotation is not first.rotation:
                 raise _refuse("matrices of one input with different codebooks or precisions")
-        matrices: list[Matrix] = [matrix for bound in bounds for matrix in bound.matrices]
-        whole = Bound(matrices, first.books, first.rotation, first.prefix, self.kernel.name)
+        matrices: list[Matrix] = [matrix for prepared in bounds for matrix in prepared.matrices]
+        whole = PreparedGroup(matrices, first.books, first.rotation, first.prefix, self.kernel.name)
         job = whole.job
         if job is None:
             raise _refuse("matrices that are not packed for the native kernels")
         self._keep.append(whole)
-        return ops.Site.from_buffer_copy(ctypes.string_at(job.address, ctypes.sizeof(ops.Site)))
+        return ops.GroupStruct.from_buffer_copy(
+            ctypes.string_at(job.address, ctypes.sizeof(ops.GroupStruct))
+        )
 
-    def _block(self, layer: Any, bound_of: Callable[[nn.Module], Bound]) -> _Block:
+    def _block(self, layer: Any, prepared_group_of: Callable[[nn.Module], PreparedGroup]) -> _Block:
         attention, mlp = layer.self_attn, layer.mlp
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         return _Block(
@@ -174,11 +177,11 @@ class DecodeStep:
             self._floats(layer.post_attention_layernorm.weight),
             self._floats(None if q_norm is None else q_norm.weight),
             self._floats(None if k_norm is None else k_norm.weight),
-            self._site([bound_of(attention.q_proj), bound_of(attention.k_proj),
-                        bound_of(attention.v_proj)]),
-            self._site([bound_of(attention.o_proj)]),
-            self._site([bound_of(mlp.gate_proj), bound_of(mlp.up_proj)]),
-            self._site([bound_of(mlp.down_proj)]),
+            self._site([prepared_group_of(attention.q_proj), prepared_group_of(attention.k_proj),
+                        prepared_group_of(attention.v_proj)]),
+            self._site([prepared_group_of(attention.o_proj)]),
+            self._site([prepared_group_of(mlp.gate_proj), prepared_group_of(mlp.up_proj)]),
+            self._site([prepared_group_of(mlp.down_proj)]),
         )  # fmt: skip
 
     def _positions(self, count: int) -> None:

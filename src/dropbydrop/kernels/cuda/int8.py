@@ -1,7 +1,8 @@
 """The kernel "cuda-i8": products in 8-bit integers, from codebooks in shared memory (int8.cu).
 
     steps, units = rotate_rows(x, rotation)      one launch: Q x, rounded to bytes
-    y = product(steps, units, planes, ...)       one launch for up to MOST matrices of a site
+    y = product(steps, units, planes, ...)       one launch for up to MOST matrices of an input
+    group
 
 Inputs are rounded to 255 steps of their block of 128, codebooks to 255 steps of the largest entry
 of a plane; the integer sums are exact. Both errors are uniform roundings: about 0.7 % of the inputs
@@ -104,7 +105,7 @@ def plan(
 
 
 def check_fits(rotation: Rotation, prefix: int) -> None:
-    """KernelError where a site's inputs or matrices cannot be placed."""
+    """KernelError where an input group's inputs or matrices cannot be placed."""
     plan(1, 1, rotation.d_in // GROUP, prefix)
     if rotation.block > LARGEST_BLOCK:
         raise KernelError(

@@ -1,18 +1,20 @@
-"""The matrices of one input site on a GPU: rotation, then a product of few rows or a dense matrix.
+"""The matrices of one input group on a GPU: rotation, then a product of few rows or a dense matrix.
 
     rows of x   launches, for up to 3 (triton) or 4 (cuda-i8) matrices together
     up to 16    triton   rotate, multiply; one more to add the parts of matrices with few rows
                 cuda-i8  rotate and round, multiply
     more        rotate (one or two); for each matrix: decode to the type of x, vendor's product
 
-The counterpart of `kernels.linear.Bound`. The planes are those of the module, row major as on disk:
-nothing is packed, copied or padded; scales and biases are copied, in float32, below each other. A
+The counterpart of `kernels.linear.PreparedGroup`. The planes are those of the module, row major as
+on disk: nothing is packed, copied or padded; scales and biases are copied, in float32, below each
+    other. A
 row of the result does not depend on how many rows are computed together, as long as they are few.
 
-Few rows are one operator, dropbydrop::gpu_site(x, site, width) -> [n, width], which names its site
-by a number. Planes as arguments would become inputs of a compiled graph: a guard each, and torch's
-CUDA graphs copy inputs that are no parameters before every replay, all planes for every token. For
-the same reason the tensors that the dense path passes to operators are marked as never moving.
+Few rows are one operator, dropbydrop::gpu_group(x, group, width) -> [n, width], which names
+its input group by a number. Planes as arguments would become inputs of a compiled graph: a guard
+each, and torch's CUDA graphs copy inputs that are no parameters before every replay, all planes for
+every token. For the same reason the tensors that the dense path passes to operators are marked as
+never moving.
 
 Differentiable in x: an input that requires a gradient takes the dense path, whose backward decodes
 the matrix again instead of keeping it. float64 takes plain torch.
@@ -38,14 +40,14 @@ from ..layout import Codebooks, Packed
 from . import int8, ops
 from .ops import FEW, TYPES, fake, operator
 
-_numbers = itertools.count()  # never given twice: a compiled graph cannot reach another site
-_sites: WeakValueDictionary[int, DeviceSite] = WeakValueDictionary()
+_numbers = itertools.count()  # never given twice: a compiled graph cannot reach another input group
+_input_groups: WeakValueDictionary[int, CudaGroup] = WeakValueDictionary()
 
 
-@operator("gpu_site(Tensor x, int site, int width) -> Tensor")
-def few_rows(x: Tensor, site: int, width: int) -> Tensor:
-    """x [n, d_in], n <= 16 -> [n, width], the rows of all matrices of a site in their order."""
-    found = _sites.get(site)
+@operator("gpu_group(Tensor x, int group, int width) -> Tensor")
+def few_rows(x: Tensor, group: int, width: int) -> Tensor:
+    """x [n, d_in], n <= 16 -> [n, width], the rows of all matrices of a group in their order."""
+    found = _input_groups.get(group)
     if found is None:
         raise KernelError(
             "compiled code refers to a part of a model that no longer exists; compile the model "
@@ -54,8 +56,8 @@ def few_rows(x: Tensor, site: int, width: int) -> Tensor:
     return found.few(x)
 
 
-@fake("gpu_site")
-def _(x, site, width):  # type: ignore[no-untyped-def]
+@fake("gpu_group")
+def _(x, input_group, width):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], width))
 
 
@@ -98,7 +100,7 @@ def _check_row_major(packed: Packed) -> None:
         )
 
 
-class DeviceSite:
+class CudaGroup:
     """See the module's note."""
 
     def __init__(
@@ -146,7 +148,7 @@ class DeviceSite:
             if tensor is not None:
                 torch._dynamo.mark_static_address(tensor)
         self.number = next(_numbers)
-        _sites[self.number] = self
+        _input_groups[self.number] = self
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """x [..., d_in] -> [..., d_out] of each matrix, in the dtype of x."""
@@ -155,7 +157,7 @@ class DeviceSite:
         if n > FEW or x.dtype not in TYPES or training:
             return self.dense(x)
         flat = x.reshape(n, self.d_in)
-        y = torch.ops.dropbydrop.gpu_site(flat, self.number, self.width)
+        y = torch.ops.dropbydrop.gpu_group(flat, self.number, self.width)
         y = y.view(*x.shape[:-1], self.width)
         return (y,) if len(self.rows) == 1 else torch.split_with_sizes(y, self.rows, -1)
 
