@@ -50,7 +50,7 @@ def draw(found: dict, picture: Path) -> None:
         figure.suptitle(
             f"{found['title']}; {found['text']}, {found['windows']} windows of "
             f"{found['context']:,} tokens; no method fine-tuned",
-            fontsize=10,
+            fontsize=9.5,
         )
         figure.legend(loc="outside right center", frameon=False, fontsize=8.5)
         figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
