@@ -35,7 +35,7 @@ def script(name: str) -> ModuleType:
 
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub and the site make them."""
-    found: set[str] = set()
+    found = set(re.findall(r'<a id="([\w-]+)"></a>', page.read_text()))
     for title in re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.MULTILINE):
         plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).strip().lower()
         found.add(re.sub(r"[^\w\- ]", "", plain).replace(" ", "-"))
