@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 #   make demo [PRESET=balanced] [TEXT=file]   quantize SmolLM2-135M once, evaluate every level
 #   make test [JOBS=2]                        lint, types and tests (make quick: without the slow)
+#   make docs                                 the site of the documentation, in build/site
 #   make dev                                  editable install for work on the code
 PYTHON ?= python3
 VENV ?= .venv
@@ -45,6 +46,13 @@ test: lint
 
 quick: $(VENV)/tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+.PHONY: docs  # there is a folder of that name
+docs:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) mkdocs-material
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python scripts/check_site.py build/site
 
 dev:
 	$(PYTHON) -m venv $(VENV)
