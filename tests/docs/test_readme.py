@@ -1,7 +1,7 @@
 """The commands of the README, run on a tiny model, so that an option that is renamed fails here.
 
-The blocks are taken from README.md as they are. What a tiny model on a small machine needs is put in
-by the two tables below, which hold every change that is made to a line.
+The blocks are taken from README.md as they are. What a tiny model on a small machine needs is put
+in by the three tables below, which hold every change that is made to a line.
 """
 
 from __future__ import annotations
