@@ -24,7 +24,7 @@ HEAD = """\
 <!-- Written by scripts/generate_cli_docs.py; do not edit. -->
 
 Every command takes `--help`, and `--json`: the last line of stdout is then one JSON object, while
-tables and progress go to stderr. The exit status is 0; 2 after an error that the user can mend, with
+tables and progress go to stderr. The exit status is 0; 2 after an error that a user can mend, with
 its text on stderr ([troubleshooting](troubleshooting.md)); 130 after Ctrl-C or SIGTERM.
 
 MODEL is a Hugging Face folder, a `.gguf` file that transformers reads, a hub id (`owner/name`), or
