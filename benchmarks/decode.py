@@ -90,13 +90,13 @@ def our_rows(args: argparse.Namespace, path: Path) -> list[Row]:
     top = dropbydrop.load(path, bits=max(levels), dtype=getattr(torch, args.dtype))
     rows = []
     for bits in levels:
-        view = dropbydrop.at(top, bits)
+        view = dropbydrop.view(top, bits)
         print(f"{bits} bits: {fused_decode.how(view)}")
         decode = lambda v=view: bench.decode_seconds(v, args.prompt, args.tokens)  # noqa: E731
         prefill = lambda v=view: bench.prefill_seconds(v, args.prefill)  # noqa: E731
         rows.append(Row(f"{bits} bits", decode, prefill, bench.read_bytes(view)))
         if args.eager:
-            eager = Eager(dropbydrop.at(top, bits))
+            eager = Eager(dropbydrop.view(top, bits))
             call = lambda e=eager, d=decode: e(  # noqa: E731
                 lambda: bench.decode_seconds(e.model, args.prompt, args.tokens)
             )

@@ -210,7 +210,7 @@ def levels_of(b: Models, folder: Path, text: Path | None) -> dict[str, Any]:
     ids, described = text_windows(text, load_tokenizer(folder), b.seq_len, b.windows)
     reference = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     base = dropbydrop.load(folder, bits=LEVELS[-1], dtype=torch.float32, device=b.device)
-    models = {str(p): dropbydrop.at(base, p) for p in LEVELS}
+    models = {str(p): dropbydrop.view(base, p) for p in LEVELS}
     found = evaluate(models, reference.to(b.device).eval(), ids.to(b.device), progress=False)
     for figures in found["bits"].values():
         del figures["per_window"]

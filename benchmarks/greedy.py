@@ -47,7 +47,7 @@ def main() -> int:
     print("bits   tokens   ties  differences  smallest gap of a difference")
     failed = False
     for bits in levels:
-        view = dropbydrop.at(top, bits)
+        view = dropbydrop.view(top, bits)
         if not fused_decode.native(view):
             print(f"{bits} bits: {fused_decode.how(view)}", file=sys.stderr)
             return 2

@@ -26,6 +26,7 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.data.text_files import text_windows
 from dropbydrop.evaluation.perplexity import evaluate
 from dropbydrop.models.sources import load_tokenizer, resolve
+from dropbydrop.planning.precision import Precision
 from dropbydrop.planning.sensitivity import known_sensitivity
 from dropbydrop.runtime.load import load_views
 from dropbydrop.system.quiet import quiet_transformers
@@ -80,7 +81,9 @@ def main() -> None:
     checkpoint = Checkpoint.open(args.out)
     known = known_sensitivity(checkpoint)
     wanted = sorted({*map(float, checkpoint.levels), *map(float, args.averages.split(","))})
-    chosen = {f"{b:g}": int(b) if b.is_integer() else b for b in wanted}
+    chosen = {
+        f"{b:g}": Precision(int(b)) if b.is_integer() else Precision(avg_bits=b) for b in wanted
+    }
     ids, described = text_windows(args.text, load_tokenizer(args.out), args.seq_len, args.windows)
     started = time.perf_counter()
     with quiet_transformers():

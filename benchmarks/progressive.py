@@ -110,7 +110,7 @@ def progressive(
     for level in levels:
         if not handle.wait(level, 600):
             raise SystemExit(f"level {level} did not arrive")
-        token = first_token(model if level == levels[0] else dropbydrop.at(model, level))
+        token = first_token(model if level == levels[0] else dropbydrop.view(model, level))
         seconds, sent = link.now()
         rows.append({"bits": level, "seconds": seconds, "bytes": sent, "token": token})
     fetching.wait()

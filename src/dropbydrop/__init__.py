@@ -2,7 +2,7 @@
 
     import dropbydrop
     model = dropbydrop.load("out", bits=3)      # reads planes 1..3 only
-    two = dropbydrop.at(model, bits=2)          # an immutable view on the same storage
+    two = dropbydrop.view(model, bits=2)        # an immutable view on the same storage
 
 Importing the package also teaches transformers to read these folders (`from_pretrained`).
 """
@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .planning.plan import Plan, make_plan
 from .runtime.hf import register
-from .runtime.load import at, extend, load, plan_of, precision, upgrade
+from .runtime.load import load, upgrade
+from .runtime.views import load_planes, plan_of, precision, view
 
 try:
     __version__ = version("dropbydrop")
@@ -23,11 +24,11 @@ register()
 __all__ = [
     "Plan",
     "__version__",
-    "at",
-    "extend",
     "load",
+    "load_planes",
     "make_plan",
     "plan_of",
     "precision",
     "upgrade",
+    "view",
 ]

@@ -43,7 +43,7 @@ def test_command(
     model = dropbydrop.load(out)
     for bits in (2, 3, 4):
         row = result["bits"][str(bits)]
-        assert row["held_bytes"] == held_bytes(dropbydrop.at(model, bits))
+        assert row["held_bytes"] == held_bytes(dropbydrop.view(model, bits))
         assert [len(row["seconds"][x]) for x in ("decode", "prefill")] == [2, 2]
         assert row["decode_tokens_per_second"] == 1 / min(row["seconds"]["decode"])
         assert row["prefill_tokens_per_second"] == 20 / min(row["seconds"]["prefill"])

@@ -315,7 +315,7 @@ def test_levels_of_a_checkpoint_beside_the_original(
     assert "4 bits" in captured.err
     assert "±" in captured.err
     top, ids = dropbydrop.load(out, dtype=torch.float32), torch.arange(5, 25)[None]
-    low = dropbydrop.at(top, 2)
+    low = dropbydrop.view(top, 2)
     with torch.no_grad():
         before = low(ids).logits, top(ids).logits
         run({"2": low}, load_tokenizer(model), ["piqa"], data=data, limit=2, progress=False)

@@ -280,7 +280,7 @@ def test_a_model_runs_on_the_kernel(tmp_path, monkeypatch):
         assert (got - want).abs().max() < 2e-3 * want.abs().max()
         short = model(ids[:, :4].to(model.device)).logits.cpu()
         assert (short - want[:, :4]).abs().max() < 2e-3 * want.abs().max()
-        two = dropbydrop.at(model, 2)
+        two = dropbydrop.view(model, 2)
         assert not torch.equal(two(ids.to(model.device)).logits.cpu(), got)
 
 
@@ -361,7 +361,7 @@ class TestTogether:
     def test_sites_are_multiplied_together(self, on_device, monkeypatch):
         seen, logits = self.calls(on_device, monkeypatch)
         assert seen == [3, 1, 2, 1]
-        view = dropbydrop.at(on_device, 2)
+        view = dropbydrop.view(on_device, 2)
         again, same = self.calls(view, monkeypatch)
         assert again == seen
         assert torch.equal(same, logits)

@@ -75,7 +75,7 @@ def check_levels(source: Path, out: Path) -> None:
         model = dropbydrop.load(out, bits=p, dtype=torch.float32)
         found = logits(model)
         torch.testing.assert_close(found, logits(dense_twin(source, model)), rtol=2e-4, atol=2e-4)
-        torch.testing.assert_close(found, logits(dropbydrop.at(whole, p)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, logits(dropbydrop.view(whole, p)), rtol=1e-5, atol=1e-5)
         seen.append(found)
     original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     errors = [float((x - logits(original)).square().mean()) for x in seen]
@@ -269,11 +269,11 @@ def test_lora_on_a_view(tmp_path: Path, text: Path, family: str) -> None:
     out = quantize.quantize(source, tmp_path / "out", calibration=text, **QUICK).out
     base = dropbydrop.load(out, dtype=torch.float32)
     before = logits(base)
-    view = dropbydrop.at(base, 2)
+    view = dropbydrop.view(base, 2)
     start = logits(view)
     config = peft.LoraConfig(r=4, target_modules=["o_proj", "down_proj"], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match="NestedLinear"):  # by name, not some wrong adapter
-        peft.get_peft_model(dropbydrop.at(base, 2), copy.copy(config))
+        peft.get_peft_model(dropbydrop.view(base, 2), copy.copy(config))
     model = peft.get_peft_model(view, lora.adapt(config))
     torch.testing.assert_close(logits(model), start, rtol=1e-5, atol=1e-5)  # adapters start at 0
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -292,7 +292,7 @@ def test_lora_on_a_view(tmp_path: Path, text: Path, family: str) -> None:
     model.save_pretrained(saved)
     after = logits(model.eval())
     stored = lora.adapt(peft.LoraConfig.from_pretrained(saved))
-    again = peft.PeftModel.from_pretrained(dropbydrop.at(base, 2), saved, config=stored)
+    again = peft.PeftModel.from_pretrained(dropbydrop.view(base, 2), saved, config=stored)
     torch.testing.assert_close(logits(again.eval()), after, rtol=1e-5, atol=1e-5)
     with pytest.raises(DropError, match="cannot be merged"):
         model.merge_and_unload()

@@ -30,8 +30,8 @@ from dropbydrop.planning.sensitivity import (
     measure,
     self_windows,
 )
-from dropbydrop.runtime.load import plan_of, store_of
 from dropbydrop.runtime.modules import NestedLinear
+from dropbydrop.runtime.views import plan_of, store_of
 from helpers import VOCAB, decoded_reference, tiny_llama, write_checkpoint
 
 IDS = torch.randint(3, VOCAB, (3, 24), generator=torch.Generator().manual_seed(5))
@@ -172,8 +172,8 @@ def test_planes_are_held_once(checkpoint: Checkpoint, out: Path) -> None:
     """Also after products of one row and of many, decoding, and views of every level."""
     plan = mixed(checkpoint, 4)
     before = byte_storages()
-    model = dropbydrop.load(out, plan)
-    views = [model, dropbydrop.at(model, 2)]
+    model = dropbydrop.load(out, plan=plan)
+    views = [model, dropbydrop.view(model, 2)]
     for view in views:
         view.generate(IDS[:1, :4], max_new_tokens=2, do_sample=False, pad_token_id=0)
         logits(view)
@@ -222,8 +222,8 @@ def test_plans_that_do_not_fit(out: Path, model: Any, tmp_path: Path) -> None:
     other = Checkpoint.open(write_checkpoint(tmp_path / "other", seed=1))
     for use in (
         lambda: plan.check(other),
-        lambda: dropbydrop.load(other.path, plan),
-        lambda: dropbydrop.at(model, Plan.uniform(other, 3)),
+        lambda: dropbydrop.load(other.path, plan=plan),
+        lambda: dropbydrop.view(model, plan=Plan.uniform(other, 3)),
     ):
         with pytest.raises(FormatError, match="made for another checkpoint"):
             use()
@@ -258,7 +258,7 @@ def test_several_plans_are_views_of_one_store(out: Path, model: Any) -> None:
     plans = [mixed(checkpoint, seed) for seed in range(3)]
     before = codes_in_memory(model)
     for plan in plans:
-        view = dropbydrop.at(model, plan)
+        view = dropbydrop.view(model, plan=plan)
         assert plan_of(view) == plan
         assert dropbydrop.precision(view) == pytest.approx(plan.average_bits(checkpoint))
         reference = decoded_reference(tiny_llama(), view)
@@ -266,12 +266,12 @@ def test_several_plans_are_views_of_one_store(out: Path, model: Any) -> None:
         for module in linears(view):
             assert module.prefix == plan.by_module(checkpoint)[module.name]
             assert module.codes[1].data_ptr() == store_of(model).codes(module.name, 1).data_ptr()
-        assert torch.equal(logits(view), logits(dropbydrop.load(out, plan)))
+        assert torch.equal(logits(view), logits(dropbydrop.load(out, plan=plan)))
     assert codes_in_memory(model) == before
-    uniform = dropbydrop.at(model, Plan.uniform(checkpoint, 3))
-    assert torch.equal(logits(uniform), logits(dropbydrop.at(model, 3)))
+    uniform = dropbydrop.view(model, plan=Plan.uniform(checkpoint, 3))
+    assert torch.equal(logits(uniform), logits(dropbydrop.view(model, 3)))
     assert dropbydrop.precision(uniform) == 3
-    assert torch.equal(logits(dropbydrop.at(view, 4)), logits(model))  # and back
+    assert torch.equal(logits(dropbydrop.view(view, 4)), logits(model))  # and back
 
 
 def linears(model: Any) -> list[NestedLinear]:
@@ -300,7 +300,7 @@ def test_bytes_are_as_predicted(tmp_path: Path, variant: str) -> None:
     out = write_checkpoint(tmp_path / "out", tiny_llama(**base), **settings)
     checkpoint = Checkpoint.open(out)
     for plan in (mixed(checkpoint, 3), Plan.uniform(checkpoint, 2), Plan.uniform(checkpoint, 4)):
-        model = dropbydrop.load(out, plan, dtype=dtype)
+        model = dropbydrop.load(out, plan=plan, dtype=dtype)
         need = plan.memory(checkpoint, dtype)
         assert held_bytes(model) == need.weights - need.shared
         assert codes_in_memory(model) == need.codes  # nothing is read that is not used
@@ -324,35 +324,35 @@ def test_key_value_cache(out: Path, model: Any) -> None:
 def test_loading_by_budget(out: Path, known: Sensitivity, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(out)
     plan = make_plan(checkpoint, 2.6)
-    model = dropbydrop.load(out, bits=2.6)
+    model = dropbydrop.load(out, avg_bits=2.6)
     assert plan_of(model) == plan
     assert model.config.quantization_config.bits == plan.highest
     least = Plan.uniform(checkpoint, 2).memory(checkpoint, context=100).total
     by_memory = dropbydrop.load(out, memory=least + 8000, context=100)
     assert 2 < dropbydrop.precision(by_memory) < 4
-    with pytest.raises(PrecisionError, match="not both"):
+    with pytest.raises(PrecisionError, match="at most one of"):
         dropbydrop.load(out, 3, memory="1GiB")
     with pytest.raises(PrecisionError, match="smallest feasible average is 2"):
-        dropbydrop.load(out, 1.5)
+        dropbydrop.load(out, avg_bits=1.5)
     # a plan asks for planes that a base does not hold
     base = dropbydrop.load(out, 2)
-    with pytest.raises(MissingPlaneError, match=r"dropbydrop.extend\(model, plan\)"):
-        dropbydrop.at(base, plan)
+    with pytest.raises(MissingPlaneError, match=r"dropbydrop.load_planes\(model, plan=plan\)"):
+        dropbydrop.view(base, plan=plan)
     with pytest.raises(MissingPlaneError, match=r"2\.6 bits on average need more planes"):
-        dropbydrop.at(base, 2.6)
-    dropbydrop.extend(base, plan)
-    assert torch.equal(logits(dropbydrop.at(base, plan)), logits(model))
+        dropbydrop.view(base, avg_bits=2.6)
+    dropbydrop.load_planes(base, plan=plan)
+    assert torch.equal(logits(dropbydrop.view(base, plan=plan)), logits(model))
     assert codes_in_memory(base) == plan.memory(checkpoint).codes
-    dropbydrop.extend(base, 4)
-    assert plan_of(dropbydrop.at(base, 2.6)) == plan
+    dropbydrop.load_planes(base, 4)
+    assert plan_of(dropbydrop.view(base, avg_bits=2.6)) == plan
     # partial folders: their own planes suffice for their own budgets
     three = slice_checkpoint(out, tmp_path / "three", 3).path
     assert (three / SIDECAR).is_file()
-    assert plan_of(dropbydrop.load(three, 2.6)).highest <= 3
+    assert plan_of(dropbydrop.load(three, avg_bits=2.6)).highest <= 3
     with pytest.raises(MissingPlaneError, match="need more planes"):
-        dropbydrop.load(three, 3.5)
+        dropbydrop.load(three, avg_bits=3.5)
     with pytest.raises(MissingPlaneError, match="plane 4 is needed"):
-        dropbydrop.load(three, Plan.uniform(checkpoint, 4))
+        dropbydrop.load(three, plan=Plan.uniform(checkpoint, 4))
     copied = pull(three, tmp_path / "copy", 2, progress=False).path
     assert Sensitivity.load(Checkpoint.open(copied)) == Sensitivity.load(checkpoint)
 
@@ -365,7 +365,7 @@ def naive_forms(model: Any, ids: torch.Tensor) -> dict[str, dict[int, float]]:
     store = store_of(model)
     plain = decoded_reference(tiny_llama(), model)
     dense = {
-        p: {m.name: m.dense_weight() for m in linears(dropbydrop.at(model, p))} for p in (2, 3, 4)
+        p: {m.name: m.dense_weight() for m in linears(dropbydrop.view(model, p))} for p in (2, 3, 4)
     }
     generator = torch.Generator().manual_seed(0)
     result: dict[str, dict[int, float]] = {
@@ -403,9 +403,9 @@ def _watch(module: Any, name: str, seen: dict[str, Any]) -> Any:
 def test_losses_against_a_naive_computation(model: Any, known: Sensitivity) -> None:
     before = logits(model)
     naive = naive_forms(model, IDS)
-    full = dropbydrop.at(model, 4)
+    full = dropbydrop.view(model, 4)
     figures = evaluate(
-        {str(p): dropbydrop.at(model, p) for p in (2, 3)}, full, IDS, progress=False
+        {str(p): dropbydrop.view(model, p) for p in (2, 3)}, full, IDS, progress=False
     )["bits"]
     for p in (2, 3):
         assert known.kl[p] == pytest.approx(figures[str(p)]["kl"], rel=1e-4)
@@ -474,10 +474,10 @@ def test_sidecar(out: Path, known: Sensitivity, tmp_path: Path) -> None:
     other = Checkpoint.open(write_checkpoint(tmp_path / "other", seed=1))
     assert Sensitivity.load(other) is None
     with pytest.raises(DropError, match=r"neither sensitivity\.json nor quantize-log"):
-        dropbydrop.load(other.path, 2.5)
+        dropbydrop.load(other.path, avg_bits=2.5)
     (other.path / SIDECAR).write_bytes((out / SIDECAR).read_bytes())
     with pytest.raises(FormatError, match="measured on another checkpoint"):
-        dropbydrop.load(other.path, 2.5)
+        dropbydrop.load(other.path, avg_bits=2.5)
     good = json.loads((out / SIDECAR).read_bytes())
     first = next(iter(good["losses"]))
     for change, message in [
@@ -508,7 +508,7 @@ def test_the_log_serves_without_a_sidecar(tmp_path: Path) -> None:
     input_group = checkpoint.quantization.input_groups[0]
     assert found.losses[input_group.name][2] == pytest.approx(sum(0.09 + i for i in range(3)))
     assert found.losses[input_group.name][4] == 0
-    model = dropbydrop.load(out, 2.5)
+    model = dropbydrop.load(out, avg_bits=2.5)
     assert 2.3 < dropbydrop.precision(model) <= 2.5
     (out / "quantize-log.jsonl").write_text(log[:50])
     assert from_log(checkpoint) is None
@@ -542,7 +542,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     plan = Plan.load(file)
     assert result["prefixes"] == dict(plan.prefixes)
     assert result["memory"] == plan.memory(Checkpoint.open(out), context=256).to_dict()
-    assert plan_of(dropbydrop.load(out, bits=plan)) == plan
+    assert plan_of(dropbydrop.load(out, plan=plan)) == plan
     code, stdout, _ = run(out, "--memory", "1GiB", "--context", 64)
     assert code == 0
     assert "model.layers.1" in stdout

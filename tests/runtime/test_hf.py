@@ -139,7 +139,7 @@ def test_bare_decoder_and_other_heads(out: Path, tmp_path: Path) -> None:
         assert torch.equal(bare(IDS).last_hidden_state, expected)
         classifier = AutoModelForSequenceClassification.from_pretrained(out)
         assert torch.equal(classifier.model(IDS).last_hidden_state, expected)
-    assert dropbydrop.precision(dropbydrop.at(bare, 2)) == 2
+    assert dropbydrop.precision(dropbydrop.view(bare, 2)) == 2
     untied = write_checkpoint(tmp_path / "untied", tiny_llama(tie_word_embeddings=False))
     AutoModel.from_pretrained(untied)
     AutoModelForSequenceClassification.from_pretrained(untied)
@@ -240,7 +240,7 @@ def test_config_value(out: Path) -> None:
     data = _quantization(out)
     config = DropByDropConfig.from_dict(data)
     assert config.to_dict() == dict(config) == data
-    assert config.at(2).bits == 2
+    assert config.with_bits(2).bits == 2
     assert config.bits == 4
     assert json.loads(config.to_json_string()) == data
     assert config.update(bits=2, other=1) == {"bits": 2, "other": 1}

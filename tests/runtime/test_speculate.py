@@ -16,7 +16,6 @@ from dropbydrop.cli import main as cli
 from dropbydrop.errors import DropError, PrecisionError
 from dropbydrop.planning.plan import Plan
 from dropbydrop.runtime import speculate
-from dropbydrop.runtime.load import store_of
 from dropbydrop.runtime.speculate import (
     MAX_DRAFT,
     PLAIN,
@@ -28,6 +27,7 @@ from dropbydrop.runtime.speculate import (
     acceptance_needed,
     speedup,
 )
+from dropbydrop.runtime.views import store_of
 from helpers import VOCAB, tiny_llama, write_checkpoint
 
 PROMPTS = torch.randint(3, VOCAB, (4, 1, 7), generator=torch.Generator().manual_seed(5))
@@ -96,9 +96,9 @@ def test_a_plan_can_draft_and_be_verified(model: Any) -> None:
     base = Plan.uniform(checkpoint, 2)
     draft = Plan(base.checkpoint, {n: 2 + (i % 2) for i, n in enumerate(names)})
     full = Plan(base.checkpoint, {n: 4 - (i % 3 == 0) for i, n in enumerate(names)})
-    view = dropbydrop.at(model, full)
+    view = dropbydrop.view(model, plan=full)
     plain = view.generate(PROMPTS[2], max_new_tokens=30, **GREEDY)
-    fast = Speculator(view, draft, draft_tokens=4)
+    fast = Speculator(view, plan=draft, draft_tokens=4)
     assert torch.equal(fast.generate(PROMPTS[2], max_new_tokens=30, **GREEDY), plain)
     assert fast.report.bits == pytest.approx(full.average_bits(checkpoint))
 
@@ -130,7 +130,7 @@ def distance(values: torch.Tensor) -> float:
 def test_sampling_keeps_the_distribution(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """P(statistic > 2.2) = 1.3e-4 for the right distribution; the draft alone is far above."""
     monkeypatch.setattr(speculate, "PLAIN", 0)
-    draft, temperature, length = dropbydrop.at(model, 2), 0.3, 200
+    draft, temperature, length = dropbydrop.view(model, 2), 0.3, 200
     settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     settings |= {"max_new_tokens": length, "min_new_tokens": length, "eos_token_id": None}
     fast = Speculator(model, 2, draft_tokens=3)
@@ -236,7 +236,7 @@ def test_it_switches_itself_off_in_a_generation(
 def test_views_are_left_alone(model: Any) -> None:
     settings = dict(vars(model.generation_config))
     plain = model.generate(PROMPTS[0], max_new_tokens=24, **GREEDY)
-    one, two = Speculator(model, 2, 4), Speculator(model, 3, 2)
+    one, two = Speculator(model, 2, draft_tokens=4), Speculator(model, 3, draft_tokens=2)
     results: list[bool] = []
 
     def work(run: Any) -> None:
@@ -260,7 +260,7 @@ def test_views_are_left_alone(model: Any) -> None:
 def test_what_cannot_be_drafted(model: Any) -> None:
     for bits in (4, 3):
         with pytest.raises(PrecisionError, match="the draft must have fewer bits"):
-            Speculator(dropbydrop.at(model, 3), bits)
+            Speculator(dropbydrop.view(model, 3), bits)
     with pytest.raises(PrecisionError, match="it has 2, 3, 4"):
         Speculator(model, 1)
     with pytest.raises(DropError, match="1 to 12"):

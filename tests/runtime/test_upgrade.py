@@ -17,7 +17,7 @@ from dropbydrop.checkpoint import origins as origin
 from dropbydrop.checkpoint.pull import pull, slice_checkpoint
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.runtime import plane_store as store
-from dropbydrop.runtime.load import store_of
+from dropbydrop.runtime.views import store_of
 from file_server import Server, flip
 from helpers import VOCAB, write_checkpoint
 
@@ -35,7 +35,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(out: Path) -> dict[int, torch.Tensor]:
     """Logits of every level of a model loaded the ordinary way."""
     model = dropbydrop.load(out)
-    return {bits: logits(dropbydrop.at(model, bits)) for bits in (2, 3, 4)}
+    return {bits: logits(dropbydrop.view(model, bits)) for bits in (2, 3, 4)}
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_upgrade_from_a_whole_folder(out: Path, whole: dict[int, torch.Tensor]) 
     assert handle.wait(4, WAIT)
     assert handle.level == 4
     for bits in (2, 3, 4):
-        assert torch.equal(logits(dropbydrop.at(model, bits)), whole[bits])
+        assert torch.equal(logits(dropbydrop.view(model, bits)), whole[bits])
     assert torch.equal(logits(model), whole[2])  # the model itself stays what it was
     with pytest.raises(PrecisionError, match="it has 2, 3, 4"):
         handle.wait(5)
@@ -97,7 +97,7 @@ def test_a_slow_server(server: Server, tmp_path: Path, whole: dict[int, torch.Te
     assert not handle.wait(3, 0.2)
     assert (handle.level, handle.done) == (2, False)
     with pytest.raises(MissingPlaneError):
-        dropbydrop.at(model, 3)
+        dropbydrop.view(model, 3)
     plane = codes_in_memory(model) // 2
     alone = model.generate(IDS, **SETTINGS)
     answers: list[torch.Tensor] = []
@@ -111,12 +111,12 @@ def test_a_slow_server(server: Server, tmp_path: Path, whole: dict[int, torch.Te
     running.start()
     server.gate["plane-3.safetensors"].set()
     assert handle.wait(3, WAIT)
-    assert torch.equal(logits(dropbydrop.at(model, 3)), whole[3])
+    assert torch.equal(logits(dropbydrop.view(model, 3)), whole[3])
     assert codes_in_memory(model) == 3 * plane
     assert not handle.wait(4, 0.2)
     server.gate["plane-4.safetensors"].set()
     assert handle.wait(4, WAIT)
-    view = dropbydrop.at(model, 4)
+    view = dropbydrop.view(model, 4)
     stop.set()
     running.join()
     fetching.join()
@@ -154,14 +154,14 @@ def test_a_pull_that_breaks_off(
     with pytest.raises(MissingPlaneError, match="plane 4 is needed"):
         handle.wait(4, WAIT)
     assert handle.done
-    assert torch.equal(logits(dropbydrop.at(model, 3)), whole[3])
+    assert torch.equal(logits(dropbydrop.view(model, 3)), whole[3])
     # the transfer is resumed, and so is the upgrade, under the same model
     server.gate.clear()
     pull(server.url, dest, 4, progress=False)
     again = dropbydrop.upgrade(model)
     assert again is not handle
     assert again.wait(4, WAIT)
-    assert torch.equal(logits(dropbydrop.at(model, 4)), whole[4])
+    assert torch.equal(logits(dropbydrop.view(model, 4)), whole[4])
 
 
 def test_a_damaged_plane_does_not_get_in(out: Path, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_damaged_plane_does_not_get_in(out: Path, tmp_path: Path) -> None:
         handle.wait(3, WAIT)
     assert store_of(model).loaded == 2
     with pytest.raises(MissingPlaneError):
-        dropbydrop.at(model, 3)
+        dropbydrop.view(model, 3)
     logits(model)
 
 
@@ -199,8 +199,8 @@ def test_nothing_more_to_come(out: Path, tmp_path: Path) -> None:
         dropbydrop.upgrade(model).wait(3, WAIT)
     with pytest.raises(MissingPlaneError, match="plane 3 is needed"):
         dropbydrop.load(two, bits=3, upgrade=True)
-    with pytest.raises(PrecisionError, match="as a whole number"):
-        dropbydrop.load(out, bits=2.5, upgrade=True)
+    with pytest.raises(PrecisionError, match="begins at a level"):
+        dropbydrop.load(out, avg_bits=2.5, upgrade=True)
 
 
 def test_an_upgrade_can_be_stopped(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

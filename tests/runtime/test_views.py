@@ -19,8 +19,8 @@ from dropbydrop import kernels
 from dropbydrop.checkpoint import Checkpoint, CheckpointWriter
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.runtime import fused_decode
-from dropbydrop.runtime.load import store_of
 from dropbydrop.runtime.modules import NestedEmbedding, NestedHead, NestedLinear
+from dropbydrop.runtime.views import store_of
 from helpers import VOCAB, decoded_reference, tiny_llama, tiny_model_folder, write_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -77,7 +77,7 @@ def test_logits_equal_those_of_the_decoded_weights(tmp_path: Path, variant: str)
         assert not model.training
         found, expected = logits(model), logits(decoded_reference(base, model))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        assert torch.equal(found, logits(dropbydrop.at(whole, bits)))
+        assert torch.equal(found, logits(dropbydrop.view(whole, bits)))
         seen.append(found)
     assert (seen[0] - seen[1]).abs().max() > 0.01 < (seen[1] - seen[2]).abs().max()
 
@@ -103,7 +103,7 @@ def test_dense_weight_against_a_naive_decoder(out: Path, model: Any) -> None:
                     entry = books[m - 1][code & 127].double() * (-1 if code & 128 else 1)
                     rotated[r, 8 * j : 8 * j + 8] += entry
         rotated *= scales.double()[:, None]
-        view = dropbydrop.at(model, bits)
+        view = dropbydrop.view(model, bits)
         weight = view.get_submodule(name).dense_weight()
         torch.testing.assert_close(weight.double(), rotated @ q, atol=1e-5, rtol=0)
 
@@ -197,7 +197,7 @@ def test_load_to_a_gpu(out: Path) -> None:
     assert {t.device.type for t in model.state_dict().values()} == {"cuda"}
     for bits in (4, 2):
         expected = logits(dropbydrop.load(out, bits=bits))
-        found = logits(dropbydrop.at(model, bits), IDS.cuda()).cpu()
+        found = logits(dropbydrop.view(model, bits), IDS.cuda()).cpu()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -215,7 +215,7 @@ def test_view_shares_every_byte_and_leaves_the_base_alone(out: Path) -> None:
     before = logits(base)
     pointers = {name: t.data_ptr() for name, t in tensors(base).items()}
     config = base.config.to_json_string()
-    view = dropbydrop.at(base, 2)
+    view = dropbydrop.view(base, 2)
     assert dropbydrop.precision(view) == 2
     assert view.config.quantization_config.bits == 2
     found = tensors(view)
@@ -229,7 +229,7 @@ def test_view_shares_every_byte_and_leaves_the_base_alone(out: Path) -> None:
     assert torch.equal(logits(base), before)
     assert base.config.to_json_string() == config
     # a view of a view, upwards again
-    again = dropbydrop.at(view, 4)
+    again = dropbydrop.view(view, 4)
     assert {name: t.data_ptr() for name, t in tensors(again).items()} == pointers
     assert torch.equal(logits(again), before)
     assert store_of(again) is store_of(base)
@@ -237,7 +237,7 @@ def test_view_shares_every_byte_and_leaves_the_base_alone(out: Path) -> None:
 
 def test_moving_a_view_does_not_move_the_base(out: Path) -> None:
     base = dropbydrop.load(out)
-    view = dropbydrop.at(base, 2)
+    view = dropbydrop.view(base, 2)
     view.to(torch.bfloat16)
     view.model.norm.weight.data.zero_()
     assert base.dtype == torch.float32
@@ -245,10 +245,10 @@ def test_moving_a_view_does_not_move_the_base(out: Path) -> None:
     kinds = {name.rpartition(".")[2]: t.dtype for name, t in view.state_dict().items()}
     assert kinds["scales"] == kinds["row_scales"] == torch.float16  # not rounded to bfloat16
     assert kinds["1"] == torch.uint8
-    assert logits(dropbydrop.at(base, 2)).dtype == torch.float32
+    assert logits(dropbydrop.view(base, 2)).dtype == torch.float32
     # moved to another device (meta stands for it), the base stays and still works
     before = logits(base)
-    other = dropbydrop.at(base, 3).to("meta")
+    other = dropbydrop.view(base, 3).to("meta")
     assert {t.device.type for t in other.state_dict().values()} == {"meta"}
     assert torch.equal(logits(base), before)
 
@@ -267,9 +267,9 @@ def test_casting_a_model(out: Path) -> None:
 def test_precision_cannot_be_set(model: Any) -> None:
     module = model.model.layers[0].self_attn.q_proj
     assert module.prefix == 4
-    with pytest.raises(PrecisionError, match=r"fixed at 4; .* dropbydrop.at\(model, 2\)"):
+    with pytest.raises(PrecisionError, match=r"fixed at 4; .* dropbydrop.view\(model, 2\)"):
         module.prefix = 2
-    with pytest.raises(PrecisionError, match=r"dropbydrop.at\(model, 2\)"):
+    with pytest.raises(PrecisionError, match=r"dropbydrop.view\(model, 2\)"):
         model.config.quantization_config.bits = 2
     assert dropbydrop.precision(model) == 4
 
@@ -277,23 +277,25 @@ def test_precision_cannot_be_set(model: Any) -> None:
 def test_planes_that_are_not_in_memory(out: Path) -> None:
     base = dropbydrop.load(out, bits=2)
     before = {name: t.data_ptr() for name, t in tensors(base).items()}
-    with pytest.raises(MissingPlaneError, match=r"dropbydrop.extend\(model, 4\), or load .*bits=4"):
-        dropbydrop.at(base, 4)
+    with pytest.raises(
+        MissingPlaneError, match=r"dropbydrop.load_planes\(model, 4\), or load .*bits=4"
+    ):
+        dropbydrop.view(base, 4)
     with pytest.raises(PrecisionError, match="it has 2, 3, 4"):
-        dropbydrop.at(base, 5)
+        dropbydrop.view(base, 5)
     with pytest.raises(PrecisionError, match="it has 2, 3, 4"):
-        dropbydrop.extend(base, 1)
-    dropbydrop.extend(base, 3)
-    three = dropbydrop.at(base, 3)
+        dropbydrop.load_planes(base, 1)
+    dropbydrop.load_planes(base, 3)
+    three = dropbydrop.view(base, 3)
     assert torch.equal(logits(three), logits(dropbydrop.load(out, bits=3)))
     with pytest.raises(MissingPlaneError):
-        dropbydrop.at(base, 4)
-    dropbydrop.extend(three, 4)
-    dropbydrop.extend(three, 2)  # already there: nothing to do
-    assert torch.equal(logits(dropbydrop.at(base, 4)), logits(dropbydrop.load(out)))
+        dropbydrop.view(base, 4)
+    dropbydrop.load_planes(three, 4)
+    dropbydrop.load_planes(three, 2)  # already there: nothing to do
+    assert torch.equal(logits(dropbydrop.view(base, 4)), logits(dropbydrop.load(out)))
     assert dropbydrop.precision(base) == 2  # views keep their prefix
     assert {name: t.data_ptr() for name, t in tensors(base).items()} == before
-    assert dropbydrop.at(base, 4).model.layers[0].mlp.up_proj.codes[3].data_ptr() == (
+    assert dropbydrop.view(base, 4).model.layers[0].mlp.up_proj.codes[3].data_ptr() == (
         three.model.layers[0].mlp.up_proj.codes[3].data_ptr()
     )
 
@@ -303,16 +305,16 @@ def test_extend_to_a_plane_that_is_absent(out: Path, tmp_path: Path) -> None:
     (partial / "plane-3.safetensors").unlink()
     base = dropbydrop.load(partial, bits=2)
     with pytest.raises(MissingPlaneError, match="plane 3 is needed"):
-        dropbydrop.extend(base, 4)
+        dropbydrop.load_planes(base, 4)
     assert store_of(base).loaded == 2
     shutil.copy(out / "plane-3.safetensors", partial)  # it arrives
-    dropbydrop.extend(base, 4)
-    assert torch.equal(logits(dropbydrop.at(base, 4)), logits(dropbydrop.load(out)))
+    dropbydrop.load_planes(base, 4)
+    assert torch.equal(logits(dropbydrop.view(base, 4)), logits(dropbydrop.load(out)))
 
 
 def test_two_threads_at_two_precisions(out: Path) -> None:
     base = dropbydrop.load(out)
-    views = {bits: dropbydrop.at(base, bits) for bits in (2, 3, 4)}
+    views = {bits: dropbydrop.view(base, bits) for bits in (2, 3, 4)}
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "min_new_tokens": 12}
     alone = {bits: view.generate(IDS, **settings) for bits, view in views.items()}
     assert not torch.equal(alone[2], alone[4])
@@ -331,7 +333,7 @@ def test_two_threads_at_two_precisions(out: Path) -> None:
         for _ in range(4):
             for bits in (2, 3):
                 if not torch.equal(
-                    dropbydrop.at(base, bits).generate(IDS, **settings), alone[bits]
+                    dropbydrop.view(base, bits).generate(IDS, **settings), alone[bits]
                 ):
                     wrong.append(-bits)
 
@@ -351,10 +353,10 @@ def test_planes_arrive_while_a_view_generates(out: Path) -> None:
     results = []
     thread = threading.Thread(target=lambda: results.append(base.generate(IDS, **settings)))
     thread.start()
-    dropbydrop.extend(base, 4)
+    dropbydrop.load_planes(base, 4)
     thread.join()
     assert torch.equal(results[0], alone)
-    assert torch.equal(logits(dropbydrop.at(base, 4)), logits(dropbydrop.load(out)))
+    assert torch.equal(logits(dropbydrop.view(base, 4)), logits(dropbydrop.load(out)))
 
 
 def test_sites_are_shared_values(model: Any) -> None:
@@ -367,7 +369,7 @@ def test_sites_are_shared_values(model: Any) -> None:
         attention.q_proj.input_group.entries is mlp.up_proj.input_group.entries
     )  # one codebook set
     assert (
-        dropbydrop.at(model, 2).model.layers[0].self_attn.q_proj.input_group
+        dropbydrop.view(model, 2).model.layers[0].self_attn.q_proj.input_group
         is attention.q_proj.input_group
     )
 
@@ -389,9 +391,9 @@ def test_derived_values_are_built_once(model: Any) -> None:
 
 
 def test_a_view_does_not_inherit_compiled_code(model: Any) -> None:
-    base = dropbydrop.at(model, 3)
+    base = dropbydrop.view(model, 3)
     base._compiled_call = lambda *a, **k: "compiled for 3 bits"
-    assert not hasattr(dropbydrop.at(base, 2), "_compiled_call")
+    assert not hasattr(dropbydrop.view(base, 2), "_compiled_call")
     assert base._compiled_call() == "compiled for 3 bits"
 
 
@@ -404,7 +406,7 @@ def test_copies_and_pickles(model: Any, tmp_path: Path) -> None:
 
 
 def test_only_our_models_have_views() -> None:
-    for function in (dropbydrop.precision, lambda model: dropbydrop.at(model, 2)):
+    for function in (dropbydrop.precision, lambda model: dropbydrop.view(model, 2)):
         with pytest.raises(DropError, match="LlamaForCausalLM was not loaded from a dropbydrop"):
             function(tiny_llama())
 
@@ -426,13 +428,13 @@ def test_parameters_per_level(out: Path, tmp_path: Path) -> None:
         path = write_checkpoint(tmp_path / "levels", base)
     model = dropbydrop.load(path)
     for bits, factor in ((4, 3), (3, 2), (2, 1)):
-        view = dropbydrop.at(model, bits)
+        view = dropbydrop.view(model, bits)
         plain = logits(dropbydrop.load(out, bits=bits))
         torch.testing.assert_close(logits(view), plain * factor, rtol=1e-4, atol=1e-4)
         assert torch.equal(logits(dropbydrop.load(path, bits=bits)), logits(view))
     assert torch.equal(model.model.norm.weight, rows[2])
     pointer = model.model.norm.weight.data_ptr()
-    assert dropbydrop.at(model, 4).model.norm.weight.data_ptr() == pointer
+    assert dropbydrop.view(model, 4).model.norm.weight.data_ptr() == pointer
     assert dropbydrop.precision(model) == 4
 
 
@@ -467,7 +469,7 @@ def test_planes_have_one_form_in_memory_and_another_on_disk(out: Path, model: An
     twin = dropbydrop.load(out)
     twin.load_state_dict(saved)
     assert torch.equal(logits(twin), logits(model))
-    moved = dropbydrop.at(model, 2).to("meta").get_submodule(name).codes
+    moved = dropbydrop.view(model, 2).to("meta").get_submodule(name).codes
     assert moved[2].shape == checkpoint.read_codes(name, 2).shape
     assert codes[2].dim() == (1 if native else 2)  # the base stays
 
@@ -492,7 +494,7 @@ def test_tokens_are_decoded_natively_and_equal_the_reference_path(out: Path) -> 
     base = dropbydrop.load(out)
     settings = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
     for bits in (2, 3, 4):
-        view = dropbydrop.at(base, bits)
+        view = dropbydrop.view(base, bits)
         assert fused_decode.native(view) == kernels.select().native
         found = [
             view.generate(IDS[:1], cache_implementation=kind, **settings)

@@ -357,7 +357,7 @@ def test_lower_levels_are_prefixes_of_higher_ones(made: dict[str, TuneReport], m
     highest = dropbydrop.load(folder, bits=4)
     with torch.no_grad():
         for level in LEVELS:
-            view, alone = dropbydrop.at(highest, level), dropbydrop.load(folder, bits=level)
+            view, alone = dropbydrop.view(highest, level), dropbydrop.load(folder, bits=level)
             assert torch.equal(view(ids).logits, alone(ids).logits)
     checkpoint = Checkpoint.open(folder)
     input_group = checkpoint.quantization.input_groups[0]

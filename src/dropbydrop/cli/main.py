@@ -29,7 +29,7 @@ from .options import Bits, Json, console, finish, parse_bits, parse_dtype, parse
 from .tasks import BatchSize, Limit, Tasks, TasksData, evaluate_tasks
 
 if TYPE_CHECKING:
-    from dropbydrop.planning.plan import Plan
+    from dropbydrop.planning.precision import Precision
 
 app = typer.Typer(
     add_completion=False,
@@ -215,7 +215,7 @@ def evaluate(
 def run_evaluation(
     out: Path,
     text: Path,
-    chosen: Mapping[str, int | float | Plan] | None,
+    chosen: Mapping[str, Precision] | None,
     seq_len: int,
     windows: int | None,
     reference: str | None,
@@ -225,7 +225,7 @@ def run_evaluation(
     """Evaluate views of one loaded checkpoint; the JSON object of `dropbydrop eval`.
 
     Args:
-        chosen: name -> level, average or plan; by default all levels whose planes are here.
+        chosen: name -> precision; by default all levels whose planes are here.
 
     Raises:
         DropError: text, levels, checkpoint or reference are not usable.
@@ -289,7 +289,7 @@ def generate(
     from dropbydrop.system.quiet import quiet_transformers
 
     with quiet_transformers():
-        model = load(out, bits=None if bits is None else parse_precision(bits))
+        model = load(out) if bits is None else load(out, **vars(parse_precision(bits)))
         result = run(
             model,
             load_tokenizer(out),
@@ -298,7 +298,7 @@ def generate(
             chat=chat,
             temperature=temperature,
             seed=seed,
-            draft_bits=None if draft_bits is None else parse_precision(draft_bits),
+            draft=None if draft_bits is None else parse_precision(draft_bits),
         )
     if not as_json:
         typer.echo(result.text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from dropbydrop.errors import DropError, PrecisionError
 
 if TYPE_CHECKING:
-    from dropbydrop.planning.plan import Plan
+    from dropbydrop.planning.precision import Precision
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")
@@ -33,22 +34,22 @@ def parse_bits(text: str) -> list[int]:
         raise PrecisionError(f"--bits {text!r}: give whole numbers, such as 2,3,4.") from None
 
 
-def parse_precision(text: str) -> int | float | Plan:
-    """ "3" -> 3, a level; "2.5" -> 2.5, an average; anything else is the file of a plan.
+def parse_precision(text: str) -> Precision:
+    """ "3" is a level; "2.5" is an average; anything else is the file of a plan.
 
     Raises:
         PrecisionError: no number, and no such file.
         FormatError: the file is no plan.
     """
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    if Path(text).is_file():
-        from dropbydrop.planning.plan import Plan
+    from dropbydrop.planning.plan import Plan
+    from dropbydrop.planning.precision import Precision
 
-        return Plan.load(text)
+    with suppress(ValueError):
+        return Precision(bits=int(text))
+    with suppress(ValueError):
+        return Precision(avg_bits=float(text))
+    if Path(text).is_file():
+        return Precision(plan=Plan.load(text))
     raise PrecisionError(
         f"--bits {text!r}: give a level (3), an average (2.5), or the file of a plan that "
         "`dropbydrop plan OUT --save FILE` wrote."

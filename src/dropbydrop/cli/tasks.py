@@ -17,7 +17,7 @@ from dropbydrop.errors import PrecisionError
 from .options import parse_dtype
 
 if TYPE_CHECKING:
-    from dropbydrop.planning.plan import Plan
+    from dropbydrop.planning.precision import Precision
 
 Tasks = Annotated[
     str | None,
@@ -36,7 +36,7 @@ TasksData = Annotated[
 def evaluate_tasks(
     out: Path,
     tasks: str,
-    chosen: Mapping[str, int | float | Plan] | None,
+    chosen: Mapping[str, Precision] | None,
     reference: str | None,
     limit: int | None,
     data: Path | None,

@@ -28,7 +28,7 @@ from dropbydrop.errors import DropError
 from dropbydrop.kernels._native import library
 from dropbydrop.planning.memory import held_bytes
 from dropbydrop.runtime import fused_decode
-from dropbydrop.runtime.load import at, store_of
+from dropbydrop.runtime.views import store_of, view
 
 _STREAM_BYTES = 256 << 20  # more than the last cache of most machines
 
@@ -142,15 +142,15 @@ def bench(
             f"{len(levels)} levels: give at least one of each (prefill may be 0)."
         )
     checkpoint, threads = store_of(model).checkpoint, torch.get_num_threads()
-    views = {str(p): at(model, p) for p in sorted(levels)}
+    views = {str(p): view(model, p) for p in sorted(levels)}
     read, speeds = stream(threads), []
     times: dict[str, dict[str, list[float]]] = {p: {"decode": [], "prefill": []} for p in views}
     for _ in range(rounds):
-        for p, view in views.items():
+        for p, model_at in views.items():
             speeds.append(read())
-            times[p]["decode"].append(decode_seconds(view, prompt, tokens))
+            times[p]["decode"].append(decode_seconds(model_at, prompt, tokens))
             if prefill:
-                times[p]["prefill"].append(prefill_seconds(view, prefill))
+                times[p]["prefill"].append(prefill_seconds(model_at, prefill))
     result: dict[str, Any] = {
         "topology": topology(),
         "threads": threads,
@@ -163,17 +163,17 @@ def bench(
         "rounds": rounds,
         "bits": {},
     }
-    for p, view in views.items():
-        seconds, size = min(times[p]["decode"]), read_bytes(view)
+    for p, model_at in views.items():
+        seconds, size = min(times[p]["decode"]), read_bytes(model_at)
         result["bits"][p] = {
-            "decoding": fused_decode.how(view),
+            "decoding": fused_decode.how(model_at),
             "true_bits": checkpoint.true_bits(int(p)),
             "true_bits_whole": checkpoint.true_bits_whole(int(p)),
             "decode_tokens_per_second": 1 / seconds,
             "prefill_tokens_per_second": prefill / min(times[p]["prefill"]) if prefill else None,
             "read_bytes": size,
             "of_stream": size / seconds / max(speeds) if max(speeds) else None,
-            "held_bytes": held_bytes(view),
+            "held_bytes": held_bytes(model_at),
             "seconds": times[p],
         }
     return result

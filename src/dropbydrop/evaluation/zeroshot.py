@@ -117,11 +117,11 @@ def run(
 def _dense(model: Any) -> Any:
     """A view as a dense model: thousands of short requests would decode it thousands of times."""
     from dropbydrop.runtime.hf import DropByDropQuantizer
-    from dropbydrop.runtime.load import at, plan_of
+    from dropbydrop.runtime.views import plan_of, view
 
     if not isinstance(getattr(model, "hf_quantizer", None), DropByDropQuantizer):
         return model
-    return at(model, plan_of(model)).dequantize()
+    return view(model, plan=plan_of(model)).dequantize()
 
 
 def _harness() -> tuple[Any, Any]:

@@ -266,7 +266,7 @@ def _check_average(bits: float, here: tuple[int, ...], levels: tuple[int, ...]) 
         raise MissingPlaneError(
             f"{bits} bits on average need more planes than are here (1..{here[-1]}). Fetch more "
             f"(dropbydrop pull SOURCE DEST --bits {levels[-1]}), read more "
-            f"(dropbydrop.extend(model, {levels[-1]})), or ask for at most {here[-1]}."
+            f"(dropbydrop.load_planes(model, {levels[-1]})), or ask for at most {here[-1]}."
         )
     if not here[0] <= bits <= levels[-1]:
         raise PrecisionError(

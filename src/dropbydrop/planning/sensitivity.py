@@ -198,7 +198,7 @@ def measure(
         PrecisionError: the model is not at its checkpoint's highest level.
         CalibrationError: no windows, or a pass that gave values that are not finite.
     """
-    from dropbydrop.runtime.load import at, precision, store_of
+    from dropbydrop.runtime.views import precision, store_of, view
 
     store = store_of(model)
     checkpoint = store.checkpoint
@@ -215,8 +215,8 @@ def measure(
         input_group.name: dict.fromkeys(levels, 0.0)
         for input_group in checkpoint.quantization.input_groups
     }
-    views = {p: at(model, p) for p in lower}
-    probe = _Probe(at(model, levels[-1]), views)
+    views = {p: view(model, p) for p in lower}
+    probe = _Probe(view(model, levels[-1]), views)
     generator = torch.Generator().manual_seed(seed)
     with progress_bar(progress) as bar:
         task = bar.add_task("sensitivity", total=ids.shape[0])
@@ -226,8 +226,8 @@ def measure(
             bar.advance(task)
     kl = dict.fromkeys(levels, 0.0)
     if lower:
-        named = {str(p): view for p, view in views.items()}
-        figures = evaluate(named, at(model, levels[-1]), ids, progress=progress)["bits"]
+        named = {str(p): low for p, low in views.items()}
+        figures = evaluate(named, view(model, levels[-1]), ids, progress=progress)["bits"]
         kl |= {p: max(0.0, figures[str(p)]["kl"]) for p in lower}
     for p in lower:
         total = sum(row[p] for row in forms.values())

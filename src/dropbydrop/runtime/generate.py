@@ -18,7 +18,7 @@ from dropbydrop.system.quiet import quiet_transformers
 from . import fused_decode
 
 if TYPE_CHECKING:
-    from dropbydrop.planning.plan import Plan
+    from dropbydrop.planning.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     stream: bool = False,
-    draft_bits: int | float | Plan | None = None,
+    draft: Precision | None = None,
 ) -> Generated:
     """Continue `prompt`, or with `chat` answer it as a user's message.
 
     Args:
         temperature: 0 takes the likeliest token; above, samples with `seed`.
         stream: print tokens to stdout as they come.
-        draft_bits: draft with this lower precision of the same model and verify (speculate.py):
+        draft: draft with this lower precision of the same model and verify (speculate.py):
             the same tokens, or samples of the same distribution, possibly sooner.
 
     Raises:
@@ -75,7 +75,7 @@ def generate(
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     if tokenizer.pad_token_id is None:
         settings["pad_token_id"] = tokenizer.eos_token_id
-    if draft_bits is None and fused_decode.native(model):
+    if draft is None and fused_decode.native(model):
         # A cache of fixed size is written in place by the native decode step.
         settings["cache_implementation"] = "static"
     if stream:
@@ -83,10 +83,10 @@ def generate(
 
         settings["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     speculator = None
-    if draft_bits is not None:
+    if draft is not None:
         from .speculate import Speculator
 
-        speculator = Speculator(model, draft_bits)
+        speculator = Speculator(model, **vars(draft))
     start = time.perf_counter()
     with quiet_transformers():
         run = (speculator or model).generate

@@ -65,10 +65,10 @@ class DropByDropConfig(QuantizationConfigMixin):
     def bits(self, value: object) -> None:
         raise PrecisionError(
             f"the precision of a loaded model is fixed at {self.bits}; make a view of another "
-            f"precision with dropbydrop.at(model, {value})."
+            f"precision with dropbydrop.view(model, {value})."
         )
 
-    def at(self, bits: int) -> DropByDropConfig:
+    def with_bits(self, bits: int) -> DropByDropConfig:
         """The same description with another precision."""
         return DropByDropConfig(**{**self.to_dict(), "bits": bits})
 

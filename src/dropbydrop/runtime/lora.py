@@ -1,6 +1,6 @@
 """LoRA adapters on a view: train with peft on top of codes that stay as they are.
 
-    view = dropbydrop.at(model, 2)
+    view = dropbydrop.view(model, 2)
     adapted = peft.get_peft_model(view, lora.adapt(peft.LoraConfig(r=8, target_modules=["o_proj"])))
 
     y = W_P x + (alpha / r) B A x        (LoRA, Hu et al. 2021), W_P decoded from P planes

@@ -5,7 +5,7 @@
 A module registers the codes of its own P planes as parameters (uint8, so never trained by
 accident) and its scales as buffers; their names are the tensors' names in the checkpoint. The
 codebooks, the rotation and all other planes are in the shared `PlaneStore`. P never changes after
-construction: another precision is another view (`dropbydrop.at`).
+construction: another precision is another view (`dropbydrop.view`).
 
 Numerics. Activations may be float64, float32, bfloat16 or float16. The rotation runs in float32
 for the 16-bit types and its result is rounded once to the activation's type: each Hadamard stage
@@ -136,14 +136,14 @@ class NestedLinear(_FixedScales):
 
     @property
     def prefix(self) -> int:
-        """P, the number of planes this module reads. Read-only; see `dropbydrop.at`."""
+        """P, the number of planes this module reads. Read-only; see `dropbydrop.view`."""
         return self._prefix
 
     @prefix.setter
     def prefix(self, value: object) -> None:
         raise PrecisionError(
             f"the precision of a loaded model is fixed at {self._prefix}; make a view of another "
-            f"precision with dropbydrop.at(model, {value})."
+            f"precision with dropbydrop.view(model, {value})."
         )
 
     @property
@@ -176,7 +176,7 @@ class NestedLinear(_FixedScales):
         return _multiply(self, x)
 
     def _set_prefix(self, prefix: int) -> None:
-        """Turn a fresh copy into a view of `prefix` planes; for `dropbydrop.at` only."""
+        """Turn a fresh copy into a view of `prefix` planes; for `dropbydrop.view` only."""
         codes, device = self.codes, self.codes[1].device
         planes = codes.tensors()[:prefix]
         for m in range(self._prefix + 1, prefix + 1):

@@ -106,7 +106,7 @@ class PlaneStore:
             self._modules[module], self._held[module] = planes[0].device, len(planes)
 
     def extend(self, bits: int, stop: Callable[[], bool] = lambda: False) -> None:
-        """Read further planes, so that `at(model, bits)` can serve them. Thread-safe.
+        """Read further planes, so that `view(model, bits)` can serve them. Thread-safe.
 
         Memory grows by the new planes only. They become available together at the end: views
         that run meanwhile never see a plane that some modules lack.

@@ -42,9 +42,10 @@ from transformers.generation import AssistedCandidateGenerator
 
 from dropbydrop.errors import DropError, PrecisionError
 from dropbydrop.planning.plan import Plan
+from dropbydrop.planning.precision import Precision
 from dropbydrop.system.quiet import quiet_transformers
 
-from .load import at, plan_of, precision, store_of
+from .views import plan_of, precision, store_of, view
 
 MAX_DRAFT = 12  # few enough rows for the kernels' batch-invariant path
 PLAIN = 3  # rounds without a draft that time the plain step
@@ -255,7 +256,7 @@ class _Drafter(AssistedCandidateGenerator):
 class Speculator:
     """Generates with a model, drafting with a view of fewer planes of the same store.
 
-        fast = Speculator(model, draft_bits=2)
+        fast = Speculator(model, 2)
         ids = fast.generate(**tokenizer("…", return_tensors="pt"), max_new_tokens=100)
         print(fast.report)
 
@@ -263,7 +264,7 @@ class Speculator:
 
     Args:
         model: a loaded model or view; it is not touched.
-        draft_bits: level, average or `Plan` of the draft: fewer bits than the model has.
+        bits, avg_bits, plan: precision of the draft: fewer bits than the model has.
         draft_tokens: always draft so many, instead of choosing by measurement.
 
     Raises:
@@ -272,20 +273,27 @@ class Speculator:
     """
 
     def __init__(
-        self, model: Any, draft_bits: int | float | Plan, draft_tokens: int | None = None
+        self,
+        model: Any,
+        bits: int | None = None,
+        *,
+        avg_bits: float | None = None,
+        plan: Plan | None = None,
+        draft_tokens: int | None = None,
     ) -> None:
+        draft = Precision(bits, avg_bits, plan)
         if draft_tokens is not None and not 1 <= draft_tokens <= MAX_DRAFT:
             raise DropError(f"{draft_tokens} draft tokens; give 1 to {MAX_DRAFT}, or none.")
-        checkpoint, asked = store_of(model).checkpoint, draft_bits
-        if isinstance(asked, Plan):
-            asked = asked.check(checkpoint).average_bits(checkpoint)
-        if asked >= precision(model):
+        checkpoint, asked = store_of(model).checkpoint, bits or avg_bits
+        if plan is not None:
+            asked = plan.check(checkpoint).average_bits(checkpoint)
+        if asked is not None and asked >= precision(model):
             raise PrecisionError(
                 f"a draft of {asked} bits for a model of {precision(model)}: the draft must have "
                 "fewer bits, or it saves nothing."
             )
-        self.draft = at(model, draft_bits)
-        self.model = at(model, plan_of(model))
+        self.draft = view(model, **vars(draft))
+        self.model = view(model, plan=plan_of(model))
         self.draft_tokens = draft_tokens
         self.report = SpeculationReport(precision(self.draft), precision(model))
         self._lock = threading.Lock()

@@ -2,7 +2,7 @@
 
 `dropbydrop.load(path, bits=2, upgrade=True)` returns a model at 2 bits and starts one background
 thread, which reads the planes of the next level into the store, then those of the level after,
-until the checkpoint's highest. Every level that is complete can be had with `at(model, bits)` at
+until the checkpoint's highest. Every level that is complete can be had with `view(model, bits)` at
 once; nothing that runs is stopped or changed. Memory grows by the new planes only.
 
 The folder may still be filling: while a `pull` works on it, the thread waits for files to appear
@@ -42,7 +42,7 @@ class Upgrade:
 
     @property
     def level(self) -> int:
-        """The highest precision that `at` can serve now."""
+        """The highest precision that `view` can serve now."""
         return self._level
 
     @property

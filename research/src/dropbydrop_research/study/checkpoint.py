@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop import at, load
+from dropbydrop import load, view
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.errors import DropError, FormatError
 from dropbydrop.models.block_runner import BlockRunner
@@ -62,7 +62,7 @@ def reconstruction(path: Path, levels: Sequence[int]) -> Callable[[str, int], Te
     """reconstruct(module, level) -> W^ float32 [d_out, d_in], from views of one loaded model."""
     with quiet_transformers():
         top = load(path, bits=max(levels), dtype=torch.float32)
-    views = {p: at(top, p) for p in levels}
+    views = {p: view(top, p) for p in levels}
 
     @torch.no_grad()
     def reconstruct(module: str, level: int) -> Tensor:

@@ -1,0 +1,181 @@
+"""Views: the same loaded model at other precisions, on the same storage.
+
+    two = view(model, 2)                 planes 1..2, already in memory: immediate
+    load_planes(model, 4)                reads planes 3 and 4 into the store that both share
+    four = view(model, 4)
+
+A view is a model of the same class whose parameters and buffers share their memory with the model
+it was made from, or with its `PlaneStore`. Nothing that exists is changed by making one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from dropbydrop.errors import DropError, MissingPlaneError
+from dropbydrop.planning.plan import Plan, fingerprint
+from dropbydrop.planning.precision import Precision
+
+from .hf import DropByDropConfig, set_level_parameters
+from .modules import NestedLinear
+from .plane_store import PlaneStore
+
+_CACHES = ("_compiled_call", "_cache")  # bound to the precision of the model that has them
+
+
+def view(
+    model: Any,
+    bits: int | None = None,
+    *,
+    avg_bits: float | None = None,
+    plan: Plan | None = None,
+) -> Any:
+    """A view of a loaded model at another precision. Immutable, immediate, on the same storage.
+
+    Every parameter and buffer of the view shares its memory with the base or its store; the base
+    is not touched, and both can run at the same time in different threads. Tensors are shared,
+    Parameter objects are not: `view.to(device)` moves the view alone. Exactly one precision is
+    given, and its planes must be in memory.
+
+    Args:
+        model: what `load`, `from_pretrained` or `view` returned.
+        bits: a level of the checkpoint.
+        avg_bits: average planes a weight; planned with the planes that are in memory.
+        plan: a level for every input group.
+
+    Returns:
+        A model of the same class.
+
+    Raises:
+        DropError: not a model of ours.
+        PrecisionError: not a level of the checkpoint, or not exactly one precision.
+        MissingPlaneError: a precision whose planes are not in memory.
+        FormatError: a plan for another checkpoint.
+    """
+    store, asked = store_of(model), Precision(bits, avg_bits, plan)
+    resolved = asked.resolve(store.checkpoint, planes=store.loaded)
+    prefixes = _prefixes_in_memory(store, resolved, asked)
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach()
+    for name in _CACHES:
+        if name in model.__dict__:
+            memo[id(model.__dict__[name])] = None
+    made = copy.deepcopy(model, memo)
+    for name in _CACHES:
+        made.__dict__.pop(name, None)
+    for module in made.modules():
+        if isinstance(module, NestedLinear):
+            module._set_prefix(prefixes[module.name])
+    set_level_parameters(made, store, _nearest_level(store, prefixes))
+    for config in {id(m.config): m.config for m in made.modules() if hasattr(m, "config")}.values():
+        if isinstance(getattr(config, "quantization_config", None), DropByDropConfig):
+            config.quantization_config = config.quantization_config.with_bits(resolved.highest)
+    made.hf_quantizer.quantization_config = made.config.quantization_config
+    return made
+
+
+def load_planes(model: Any, bits: int | None = None, *, plan: Plan | None = None) -> None:
+    """Read the planes of a precision into the store of a loaded model, so that `view` can use them.
+
+    The model and its views keep their precision; this may run while they do.
+
+    Args:
+        bits: a level: planes 1..bits of every matrix.
+        plan: only the planes that it uses.
+
+    Raises:
+        DropError: not a model of ours.
+        PrecisionError: not a level of the checkpoint, or neither or both are given.
+        MissingPlaneError, FormatError: a plane is not in the folder, or damaged.
+    """
+    store = store_of(model)
+    resolved = Precision(bits, plan=plan).resolve(store.checkpoint)
+    store.fill(resolved.by_module(store.checkpoint))
+
+
+def precision(model: Any) -> int | float:
+    """The precision of a loaded model or view: its level P, or the average planes of its plan.
+
+    It cannot be set; see `view`.
+
+    Raises:
+        DropError: not a model of ours.
+    """
+    store = store_of(model)
+    found = _prefixes_of(model)
+    levels = set(found.values())
+    return levels.pop() if len(levels) == 1 else _average(store, found)
+
+
+def plan_of(model: Any) -> Plan:
+    """The level of every input group of a loaded model or view.
+
+    Raises:
+        DropError: not a model of ours.
+    """
+    checkpoint, found = store_of(model).checkpoint, _prefixes_of(model)
+    input_groups = checkpoint.quantization.input_groups
+    # a model without some of the modules (a bare decoder) still has a level for the others
+    levels = {s.name: next((found[m] for m in s.modules if m in found), 0) for s in input_groups}
+    rest = max(levels.values())
+    return Plan(fingerprint(checkpoint), {name: p or rest for name, p in levels.items()})
+
+
+def store_of(model: Any) -> PlaneStore:
+    """The store that a loaded model shares with its views.
+
+    Raises:
+        DropError: not a model of ours.
+    """
+    for module in model.modules():
+        if isinstance(module, NestedLinear):
+            return module.store
+    raise DropError(
+        f"{type(model).__name__} was not loaded from a dropbydrop checkpoint; load one with "
+        "dropbydrop.load(folder, bits=…)."
+    )
+
+
+def _prefixes_of(model: Any) -> dict[str, int]:
+    """Planes that every module of a model reads."""
+    return {m.name: m.prefix for m in model.modules() if isinstance(m, NestedLinear)}
+
+
+def _prefixes_in_memory(store: PlaneStore, plan: Plan, asked: Precision) -> dict[str, int]:
+    """Planes of every module, all of them in memory (else MissingPlaneError)."""
+    prefixes = plan.by_module(store.checkpoint)
+    lacking = [name for name, p in prefixes.items() if p > store.held(name, p)]
+    if not lacking:
+        return prefixes
+    if asked.bits is not None:
+        raise MissingPlaneError(
+            f"{asked.bits} bits need planes 1..{asked.bits}, but only 1..{store.loaded} are in "
+            f"memory. Read the others with dropbydrop.load_planes(model, {asked.bits}), or load "
+            f"the model again with dropbydrop.load({str(store.checkpoint.path)!r}, "
+            f"bits={asked.bits})."
+        )
+    raise MissingPlaneError(
+        f"the plan needs plane {prefixes[lacking[0]]} of {lacking[0]}"
+        f"{f' and {len(lacking) - 1} more' if lacking[1:] else ''}, which is not in memory. Read "
+        "it with dropbydrop.load_planes(model, plan=plan)."
+    )
+
+
+def _average(store: PlaneStore, prefixes: Mapping[str, int]) -> float:
+    """Planes a weight, averaged over the weights of these modules."""
+    shapes = store.checkpoint.shapes
+    weights = {name: shapes[name][0] * shapes[name][1] for name in prefixes}
+    return sum(p * weights[name] for name, p in prefixes.items()) / sum(weights.values())
+
+
+def _nearest_level(store: PlaneStore, prefixes: Mapping[str, int]) -> int:
+    """The level nearest to the average of a plan: for parameters that are stored per level."""
+    average = _average(store, prefixes)
+    return min(store.checkpoint.levels, key=lambda level: (abs(level - average), level))
