@@ -103,7 +103,7 @@ def default(parameter: Any) -> str:
     value = parameter.default
     if parameter.required:
         return "required"
-    if value is None or callable(value) or str(value) in ("", "Sentinel.UNSET"):
+    if value in (None, (), []) or callable(value) or str(value) in ("", "Sentinel.UNSET"):
         return ""
     if isinstance(value, bool):
         if parameter.secondary_opts:

@@ -125,10 +125,8 @@ def test_documented_signatures_are_those_of_the_source(name: str) -> None:
     assert isinstance(written, ast.FunctionDef)
     arguments = written.args
     names = [a.arg for a in arguments.posonlyargs + arguments.args + arguments.kwonlyargs]
-    if arguments.kwarg is None:  # with **options the page points to the command line
-        assert names == list(inspect.signature(thing).parameters)
-    else:
-        assert set(names) <= set(inspect.signature(thing).parameters)
+    names += [arguments.kwarg.arg] if arguments.kwarg else []
+    assert names == list(inspect.signature(thing).parameters)
 
 
 # the page of errors
