@@ -43,7 +43,7 @@ from dropbydrop.evaluation.perplexity import bootstrap_interval, evaluate
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.quantization.config import WINDOWS
 from dropbydrop.quantization.pipeline import quantize
-from dropbydrop.system.quiet import quiet_transformers
+from dropbydrop.system.console import quiet_transformers
 
 IN_DOMAIN = "in-domain"
 VARIANTS = [

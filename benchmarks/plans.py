@@ -29,7 +29,7 @@ from dropbydrop.models.sources import load_tokenizer, resolve
 from dropbydrop.planning.precision import Precision
 from dropbydrop.planning.sensitivity import known_sensitivity
 from dropbydrop.runtime.load import load_views
-from dropbydrop.system.quiet import quiet_transformers
+from dropbydrop.system.console import quiet_transformers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -28,7 +28,7 @@ from dropbydrop_research.study.style import new_figure, save, series, styled
 
 import dropbydrop
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.system.quiet import quiet_transformers
+from dropbydrop.system.console import quiet_transformers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

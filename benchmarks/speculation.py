@@ -27,7 +27,7 @@ from dropbydrop.data.text_files import text_windows
 from dropbydrop.kernels import select
 from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.runtime.speculate import Speculator, acceptance_needed
-from dropbydrop.system.quiet import quiet_transformers
+from dropbydrop.system.console import quiet_transformers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

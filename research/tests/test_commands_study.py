@@ -22,10 +22,11 @@ from dropbydrop.coding.codebooks import default_lambdas, train
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import CalibrationError, FormatError
 from dropbydrop.models.block_runner import BlockRunner
-from dropbydrop.models.sources import Source, cache_dir, load_tokenizer
+from dropbydrop.models.sources import Source, load_tokenizer
 from dropbydrop.models.statistics import CLIP
 from dropbydrop.quantization import config as order
 from dropbydrop.quantization import pipeline as quantize
+from dropbydrop.system.cache import cache_dir
 from tiny import save_tiny
 
 SIZES = ("--windows", "8", "--seq-len", "64")

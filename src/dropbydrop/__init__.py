@@ -7,17 +7,11 @@
 Importing the package also teaches transformers to read these folders (`from_pretrained`).
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from .planning.plan import Plan, make_plan
 from .runtime.hf import register
 from .runtime.load import load, upgrade
 from .runtime.views import load_planes, plan_of, precision, view
-
-try:
-    __version__ = version("dropbydrop")
-except PackageNotFoundError:  # run from a source tree
-    __version__ = "0.1.0"
+from .system.version import __version__
 
 register()
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from dropbydrop.errors import CalibrationError, FormatError, UnsupportedModelError
 from dropbydrop.models.block_runner import BlockRunner
-from dropbydrop.models.statistics import add_gram, group_name, mirror, token_weights
+from dropbydrop.models.input_groups import group_name
+from dropbydrop.models.statistics import add_gram, mirror, token_weights
 from dropbydrop.models.weight_files import WeightFiles
 
 N, T = 5, 23  # windows; the last batch is shorter than the others

@@ -19,10 +19,11 @@ from dropbydrop.checkpoint.export import export
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import DropError, UnsupportedModelError
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.embeddings import output_scale
 from dropbydrop.quantization import config as order
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.runtime import lora
-from dropbydrop.runtime.modules import NestedEmbedding, NestedHead, NestedLinear, output_scale
+from dropbydrop.runtime.modules import NestedEmbedding, NestedHead, NestedLinear
 from tiny import FAMILIES, OTHERS, VOCAB, save_tiny
 
 QUICK: dict[str, Any] = {"windows": 3, "seq_len": 32, "progress": False}

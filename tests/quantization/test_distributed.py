@@ -14,7 +14,8 @@ from dropbydrop.coding.search import backends
 from dropbydrop.errors import DropError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.quantization.pipeline import quantize
-from dropbydrop.system.distributed import SHARDS, Partition, Ranks, assign_by_cost, pick_device
+from dropbydrop.system.accelerator import pick_device
+from dropbydrop.system.distributed import SHARDS, Partition, Ranks, assign_by_cost
 from tiny import save_tiny
 
 OPTIONS = {"bits": (2, 3, 4), "preset": "fast", "windows": 3, "seq_len": 16, "progress": False}

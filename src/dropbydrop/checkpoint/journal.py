@@ -38,11 +38,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from dropbydrop import __version__
 from dropbydrop.coding.search import backends
 from dropbydrop.data.calibration import SELF, Calibration
 from dropbydrop.errors import DropError, FormatError
 from dropbydrop.system.native_library import built_libraries
+from dropbydrop.system.version import __version__
 
 from .atomic_folder import full_disk, sync_folder
 from .config import MANIFEST_FILE

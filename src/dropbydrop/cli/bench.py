@@ -35,7 +35,7 @@ def run(
 
     from dropbydrop import load
     from dropbydrop.evaluation.bench import bench
-    from dropbydrop.system.quiet import quiet_transformers
+    from dropbydrop.system.console import quiet_transformers
 
     levels = parse_bits(bits)
     if threads is not None:

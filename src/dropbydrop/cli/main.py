@@ -235,14 +235,15 @@ def run_evaluation(
     from dropbydrop.checkpoint import Checkpoint
     from dropbydrop.data.text_files import text_windows
     from dropbydrop.evaluation.perplexity import evaluate as run
+    from dropbydrop.models.model_config import context_length
     from dropbydrop.models.sources import load_tokenizer, resolve
     from dropbydrop.runtime.load import load_views
-    from dropbydrop.system.quiet import quiet_transformers
+    from dropbydrop.system.console import quiet_transformers
 
     checkpoint, kind = Checkpoint.open(out), parse_dtype(dtype)
     tokenizer = load_tokenizer(out)
     ids, described = text_windows(text, tokenizer, seq_len, windows)
-    context = checkpoint.config.get("max_position_embeddings")
+    context = context_length(checkpoint.config)
     if context is not None and seq_len > context:
         raise CalibrationError(
             f"--seq-len {seq_len} is longer than the model's context of {context} tokens."
@@ -286,7 +287,7 @@ def generate(
     from dropbydrop.models.sources import load_tokenizer
     from dropbydrop.runtime.fused_decode import how
     from dropbydrop.runtime.generate import generate as run
-    from dropbydrop.system.quiet import quiet_transformers
+    from dropbydrop.system.console import quiet_transformers
 
     with quiet_transformers():
         model = load(out) if bits is None else load(out, **vars(parse_precision(bits)))

@@ -87,11 +87,12 @@ def run_measurement(
 
     from dropbydrop import load
     from dropbydrop.data.text_files import text_windows
+    from dropbydrop.models.model_config import context_length
     from dropbydrop.models.sources import load_tokenizer
     from dropbydrop.planning.sensitivity import measure, self_windows
-    from dropbydrop.system.quiet import quiet_transformers
+    from dropbydrop.system.console import quiet_transformers
 
-    longest = checkpoint.config.get("max_position_embeddings") or seq_len
+    longest = context_length(checkpoint.config) or seq_len
     if windows < 1 or not 2 <= seq_len <= longest:
         raise DropError(
             f"{windows} windows of {seq_len} tokens: give 1 or more, of 2 to {longest} tokens."

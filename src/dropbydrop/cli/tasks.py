@@ -60,7 +60,7 @@ def evaluate_tasks(
     from dropbydrop.evaluation.zeroshot import parse_tasks, run
     from dropbydrop.models.sources import load_tokenizer, resolve
     from dropbydrop.runtime.load import load_views
-    from dropbydrop.system.quiet import quiet_transformers
+    from dropbydrop.system.console import quiet_transformers
 
     names, kind = parse_tasks(tasks), parse_dtype(dtype)
     models: dict[str, Any] = {}

@@ -38,8 +38,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dropbydrop.system.console import progress_bar
-from dropbydrop.system.quiet import quiet_transformers
+from dropbydrop.system.accelerator import multiplies_bfloat16
+from dropbydrop.system.console import progress_bar, quiet_transformers
 
 from .calibration import Writing, leading_bos
 
@@ -183,14 +183,6 @@ def open_model(folder: Path, device: torch.device | str = "cpu") -> Any:
     if place.type == "cpu":
         fold_attention(model)
     return model.to(place).eval()
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for products in bfloat16."""
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def fold_attention(model: Any) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dropbydrop.errors import CalibrationError
-from dropbydrop.system.quiet import quiet_transformers
+from dropbydrop.system.console import quiet_transformers
 
 
 def raw_rows(text: str) -> str:

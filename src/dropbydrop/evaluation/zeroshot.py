@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from dropbydrop.errors import DropError
-from dropbydrop.system.quiet import quiet_transformers
+from dropbydrop.system.console import quiet_transformers
 
 from .task_files import TASKS, describe, read_items, write_tasks
 

@@ -27,6 +27,7 @@ from importlib.util import find_spec
 import torch
 
 from dropbydrop.errors import KernelError
+from dropbydrop.system.accelerator import triton_interpreted
 
 from ._native import PATH, library, log
 
@@ -83,13 +84,6 @@ def table() -> tuple[Kernel, ...]:
         Kernel("torch", "decodes to a dense matrix in torch; any device", -1, True, "", "any")
     )
     return tuple(rows)
-
-
-def triton_interpreted() -> bool:
-    """Whether Triton kernels run on CPU tensors in this process (TRITON_INTERPRET=1; for tests)."""
-    from .cuda.ops import interpreted
-
-    return interpreted()
 
 
 def _gpu_rows() -> list[Kernel]:

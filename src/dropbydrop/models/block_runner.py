@@ -38,11 +38,13 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dropbydrop.errors import FormatError, UnsupportedModelError
+from dropbydrop.system.console import quiet_transformers
 from dropbydrop.system.distributed import SHARDS, Partition, Ranks
-from dropbydrop.system.quiet import quiet_transformers
 
 from .block_inputs import BlockInputs
-from .statistics import CLIP, BlockStatistics, InputGroup, Recorder, check_uncovered
+from .embeddings import embedding_name, head_name
+from .input_groups import InputGroup
+from .statistics import CLIP, BlockStatistics, Recorder, check_uncovered
 from .weight_files import WeightFiles
 
 BATCH_TOKENS = 4096
@@ -70,10 +72,9 @@ class BlockRunner:
         self.batch_tokens = batch_tokens
         self.blocks_name, self._blocks = _find_blocks(model)
         self.num_blocks = len(self._blocks)
-        names = {id(module): name for name, module in model.named_modules()}
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        self.embedding_modules = [names[id(embedding)]]
-        self.head_modules = [] if head is None else [names[id(head)]]
+        head = head_name(model)
+        self.embedding_modules = [embedding_name(model)]
+        self.head_modules = [] if head is None else [head]
         self._ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self.tied = any(f"{name}.weight" in self._ties for name in self.head_modules)
         self._outer_loaded: set[str] = set()

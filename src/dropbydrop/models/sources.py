@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from dropbydrop.errors import DropError, FormatError, UnsupportedModelError
-from dropbydrop.system.quiet import quiet_transformers
+from dropbydrop.system.cache import cache_dir
+from dropbydrop.system.console import quiet_transformers
 
 from .weight_files import INDEX, SINGLE
 
@@ -137,13 +138,6 @@ def check_folder(folder: Path) -> None:
 
 
 # ---- GGUF ----------------------------------------------------------------------------------
-
-
-def cache_dir() -> Path:
-    """DROPBYDROP_CACHE, or `dropbydrop` in the user's cache folder."""
-    if chosen := os.environ.get("DROPBYDROP_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dropbydrop"
 
 
 def convert_gguf(file: Path) -> Path:

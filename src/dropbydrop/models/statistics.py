@@ -38,21 +38,14 @@ from torch import Tensor, nn
 
 from dropbydrop.errors import CalibrationError, UnsupportedModelError
 
+from .input_groups import InputGroup, group_name
+
 if TYPE_CHECKING:
     from dropbydrop.system.distributed import Partition
 
 CLIP = 20.0
 MAX_UNCOVERED = 0.05  # share of a block's matrices that may stay outside of called linears
 _COLUMNS = 256  # width of the column blocks of a Gram product
-
-
-@dataclass(frozen=True)
-class InputGroup:
-    """Linear layers that share one input."""
-
-    name: str  # unique: common parent and leaf names, "model.layers.0.self_attn.q_proj+k_proj"
-    modules: tuple[str, ...]  # full names, in the order of their calls
-    d_in: int
 
 
 @dataclass
@@ -74,15 +67,6 @@ class BlockStatistics:
     energy_ratio: dict[str, float]
     tokens: int
     hidden: Tensor
-
-
-def group_name(modules: list[str]) -> str:
-    """Common parent of the modules, then their distinct tails joined by "+"."""
-    parts = [module.split(".") for module in modules]
-    common = 0
-    while all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
-        common += 1
-    return ".".join([*parts[0][:common], "+".join(".".join(p[common:]) for p in parts)])
 
 
 def token_weights(energy: Tensor, clip: float) -> Tensor:

@@ -29,6 +29,7 @@ from dropbydrop.coding.code import GROUP
 from dropbydrop.errors import DropError
 from dropbydrop.kernels.layout import STRIP
 from dropbydrop.kernels.registry import select
+from dropbydrop.models.model_config import context_length, text_settings
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -133,7 +134,7 @@ def plane_bytes(shape: tuple[int, int]) -> int:
 
 def kv_cache(config: Mapping[str, Any], context: int, width: int) -> int:
     """Bytes of keys and values of `context` tokens, `width` bytes a value."""
-    text = _text(config)
+    text = text_settings(config)
     layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
     dim = int(text.get("head_dim") or text["hidden_size"] // heads)
     kv_heads = int(text.get("num_key_value_heads") or heads)
@@ -152,7 +153,7 @@ def default_context(checkpoint: Checkpoint, context: int | None) -> int:
     Raises:
         DropError: more than the model takes, or none.
     """
-    longest = int(_text(checkpoint.config).get("max_position_embeddings") or 1 << 30)
+    longest = context_length(checkpoint.config) or 1 << 30
     if context is None:
         return min(2048, longest)
     if not 0 < context <= longest:
@@ -168,7 +169,7 @@ def activation_type(checkpoint: Checkpoint, dtype: torch.dtype | str | None) -> 
     """
     if isinstance(dtype, torch.dtype):
         return dtype
-    name = dtype if dtype not in (None, "auto") else _text(checkpoint.config).get("dtype")
+    name = dtype if dtype not in (None, "auto") else text_settings(checkpoint.config).get("dtype")
     name = name or checkpoint.config.get("dtype") or "float32"
     kind = getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
@@ -186,7 +187,7 @@ def held_bytes(model: Any) -> int:
 
 
 def _activations(checkpoint: Checkpoint, context: int, width: int) -> int:
-    text = _text(checkpoint.config)
+    text = text_settings(checkpoint.config)
     shapes = checkpoint.shapes.values()
     hidden, vocab = int(text["hidden_size"]), int(text["vocab_size"])
     inner = max(max(shape) for shape in shapes)  # the widest intermediate result
@@ -194,11 +195,6 @@ def _activations(checkpoint: Checkpoint, context: int, width: int) -> int:
     matrix = max(d_out * d_in for d_out, d_in in shapes) * (4 + 4 + width)
     head = min(vocab, _HEAD_SLAB) * hidden * width
     return context * token + max(matrix, head) + 4 * vocab
-
-
-def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    nested = config.get("text_config")
-    return nested if isinstance(nested, Mapping) else config
 
 
 def _item(dtype: str) -> int:

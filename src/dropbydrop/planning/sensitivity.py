@@ -320,7 +320,7 @@ class _Recorded(torch.autograd.Function):
 
 def self_windows(model: Any, windows: int, seq_len: int, seed: int = 0) -> Tensor:
     """Text that the model writes itself, sampled from its own distribution: int64 [n, T]."""
-    from dropbydrop.system.quiet import quiet_transformers
+    from dropbydrop.system.console import quiet_transformers
 
     config = model.generation_config
     first = next(

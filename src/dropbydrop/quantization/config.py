@@ -19,9 +19,10 @@ from dropbydrop.coding.encoder import EFFORTS, Effort
 from dropbydrop.data.calibration import Calibration
 from dropbydrop.errors import CalibrationError, DropError, PrecisionError, UnsupportedModelError
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.embeddings import output_scale
+from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, resolve
-from dropbydrop.runtime.modules import output_scale
-from dropbydrop.system.distributed import pick_device
+from dropbydrop.system.accelerator import pick_device
 from dropbydrop.system.memory import map_large_allocations
 
 MAX_BITS = 8
@@ -106,7 +107,7 @@ def prepare(
         seed,
         head_bits,
         windows or WINDOWS[preset],
-        min(seq_len, context_length(runner)),
+        min(seq_len, context_length(runner.model.config) or SEQ_LEN),
         backend,
     )
 
@@ -117,10 +118,11 @@ def _check_windows(
     """Number and length of ready windows that this model can run."""
     ids, vocab = calibration.ids, runner.model.config.get_text_config().vocab_size
     good = ids.ndim == 2 and ids.dtype == torch.int64 and ids.shape[0] > 0
-    if not good or not 2 <= ids.shape[1] <= context_length(runner):
+    longest = context_length(runner.model.config) or SEQ_LEN
+    if not good or not 2 <= ids.shape[1] <= longest:
         raise CalibrationError(
             f"calibration windows {ids.dtype} of shape {list(ids.shape)}: give int64 [n, T], with "
-            f"T from 2 to the {context_length(runner):,} tokens of the model's context."
+            f"T from 2 to the {longest:,} tokens of the model's context."
         )
     if windows not in (None, ids.shape[0]):
         raise CalibrationError(f"{ids.shape[0]} ready windows, but {windows} are asked for.")
@@ -153,9 +155,3 @@ def check_model(runner: BlockRunner, head_bits: int) -> None:
                 f"{name} has {linear.in_features} inputs, which is not a multiple of {GROUP}, and "
                 f"codes cover groups of {GROUP} inputs. This version cannot quantize this model."
             )
-
-
-def context_length(runner: BlockRunner) -> int:
-    """Longest window the model takes."""
-    text = runner.model.config.get_text_config()
-    return int(getattr(text, "max_position_embeddings", None) or SEQ_LEN)

@@ -26,7 +26,8 @@ from dropbydrop.coding.encoder import Effort, Encoded, encode_group, group_rotat
 from dropbydrop.coding.learned_codebooks import learn_group
 from dropbydrop.coding.rotation import Rotation, odd_factor, split_odd
 from dropbydrop.models.block_runner import BlockRunner
-from dropbydrop.models.statistics import BlockStatistics, InputGroup
+from dropbydrop.models.input_groups import InputGroup
+from dropbydrop.models.statistics import BlockStatistics
 from dropbydrop.system.distributed import Ranks, assign_by_cost
 
 

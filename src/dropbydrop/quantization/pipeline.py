@@ -24,18 +24,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from dropbydrop import __version__
 from dropbydrop.checkpoint import CheckpointWriter, PlaneSpec, QuantizationConfig
 from dropbydrop.coding.codebooks import UNIVERSAL, universal_set
 from dropbydrop.coding.search import backends
 from dropbydrop.data.calibration import SELF, Calibration, load_windows
 from dropbydrop.errors import DropError
+from dropbydrop.system.accelerator import pick_device
 from dropbydrop.system.console import progress_bar
-from dropbydrop.system.distributed import Ranks, pick_device
-from dropbydrop.system.memory import peak_memory
+from dropbydrop.system.distributed import Ranks
+from dropbydrop.system.memory import device_peak, peak_memory
+from dropbydrop.system.version import __version__
 
 from .config import SEQ_LEN, Job, check_levels, prepare
 from .encode_blocks import Report, Run, Tally
@@ -305,8 +305,3 @@ def _report(job: Job, out: Path, tally: Tally, resumed: int, started: float) -> 
         resumed,
         tally.log,
     )
-
-
-def device_peak(device: torch.device) -> int:
-    """Peak bytes that this process held on a GPU so far; 0 for the CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -34,10 +34,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dropbydrop.checkpoint import Checkpoint, QuantizationConfig
 from dropbydrop.checkpoint.config import FORMAT, LEVELS_SUFFIX
 from dropbydrop.errors import DropError, FormatError, PrecisionError, UnsupportedModelError
+from dropbydrop.models.embeddings import output_scale
 
 from .fused_decode import attach
 from .fused_groups import multiply_together
-from .modules import NestedEmbedding, NestedHead, NestedLinear, output_scale, prepared_group_of
+from .modules import NestedEmbedding, NestedHead, NestedLinear, prepared_group_of
 from .plane_store import PlaneStore
 
 logger = logging.get_logger(__name__)

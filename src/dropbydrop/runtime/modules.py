@@ -275,18 +275,6 @@ def _prepared_group(module: NestedLinear) -> kernels.PreparedGroup:
     return cast(kernels.PreparedGroup, store.derived(key, build))
 
 
-def output_scale(embedding: nn.Module) -> float | None:
-    """Factor between an embedding's rows and its output: 1, or that of Gemma's scaled embeddings.
-
-    None for a subclass that computes something else than a look-up, as far as one can tell.
-    """
-    if type(embedding) is nn.Embedding:
-        return 1.0
-    scale = getattr(embedding, "scalar_embed_scale", None)
-    known = type(embedding).__name__.endswith("ScaledWordEmbedding")
-    return float(scale) if known and isinstance(scale, (int, float)) else None
-
-
 class NestedEmbedding(_FixedScales):
     """Eight-bit token embedding: w = rows * row_scales. rows int8 [vocab, d], row_scales [vocab].
 

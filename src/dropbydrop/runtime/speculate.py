@@ -43,7 +43,7 @@ from transformers.generation import AssistedCandidateGenerator
 from dropbydrop.errors import DropError, PrecisionError
 from dropbydrop.planning.plan import Plan
 from dropbydrop.planning.precision import Precision
-from dropbydrop.system.quiet import quiet_transformers
+from dropbydrop.system.console import quiet_transformers
 
 from .views import plan_of, precision, store_of, view
 

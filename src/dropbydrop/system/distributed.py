@@ -48,32 +48,6 @@ def rank_of_process() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def pick_device(device: str) -> str:
-    """ "auto" -> "cuda" where there is a CUDA device, else "cpu"; "cuda" -> that of this process.
-
-    Raises:
-        DropError: a CUDA device that this machine does not have.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind, index = torch.device(device).type, torch.device(device).index
-    except RuntimeError as error:
-        raise DropError(f"--device {device}: choose auto, cpu, cuda or cuda:N.") from error
-    if kind != "cuda":
-        return device
-    count = torch.cuda.device_count()
-    if index is None:
-        index = int(os.environ.get("LOCAL_RANK", 0))
-    if index >= count:
-        raise DropError(
-            f"--device {device}: process {index} of this machine needs CUDA device {index}, but "
-            f"{count} were found. Start at most {count} processes (--nproc-per-node), or use "
-            "--device cpu."
-        )
-    return f"cuda:{index}"
-
-
 @dataclass(frozen=True)
 class Ranks:
     """The ranks of a run; of one process by default."""

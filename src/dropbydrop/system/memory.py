@@ -7,6 +7,8 @@ import resource
 import sys
 from pathlib import Path
 
+import torch
+
 _M_MMAP_THRESHOLD = -3  # <malloc.h>
 
 
@@ -32,3 +34,8 @@ def peak_memory() -> int:
     except (OSError, IndexError, ValueError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_peak(device: torch.device) -> int:
+    """Peak bytes that this process held on a GPU so far; 0 for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -18,15 +18,15 @@ import torch
 import transformers
 from transformers import AutoConfig
 
-from dropbydrop import __version__
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import MANIFEST_FILE
 from dropbydrop.data.calibration import SELF
-from dropbydrop.data.self_generated import multiplies_bfloat16
 from dropbydrop.errors import CalibrationError, DropError, FormatError
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, resolve
-from dropbydrop.system.distributed import pick_device
+from dropbydrop.system.accelerator import multiplies_bfloat16, pick_device
+from dropbydrop.system.version import __version__
 
 from .student import TRAINED, Student, refuse_experts
 from .writer import check_intact
@@ -109,7 +109,7 @@ def prepare(
     source = _original(opened, model)
     teacher = BlockRunner.open(source.folder, device=pick_device(device))
     refuse_experts(teacher)
-    context = getattr(teacher.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(teacher.model.config)
     return Job(
         opened, source, teacher, levels, method, calibration, train, windows,
         min(seq_len, context or seq_len), epochs, rate, together, seed,

@@ -27,13 +27,12 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dropbydrop import __version__
 from dropbydrop.checkpoint.atomic_folder import AtomicFolder, full_disk
 from dropbydrop.data.calibration import SELF, load_windows
 from dropbydrop.errors import DropError
-from dropbydrop.quantization.pipeline import device_peak
 from dropbydrop.system.console import progress_bar
-from dropbydrop.system.memory import peak_memory
+from dropbydrop.system.memory import device_peak, peak_memory
+from dropbydrop.system.version import __version__
 
 from .blocks import tune_block
 from .config import Job, check_like, fingerprint, prepare

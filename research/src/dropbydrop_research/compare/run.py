@@ -43,11 +43,11 @@ from dropbydrop.data.text_files import text_windows
 from dropbydrop.errors import CalibrationError, DropError
 from dropbydrop.evaluation.perplexity import evaluate
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.quantization.config import SEQ_LEN, check_levels, check_model
-from dropbydrop.system.console import progress_bar
+from dropbydrop.system.console import progress_bar, quiet_transformers
 from dropbydrop.system.memory import map_large_allocations, peak_memory
-from dropbydrop.system.quiet import quiet_transformers
 from dropbydrop_research.baselines import GroupProblem, Method, Suite, choose
 from dropbydrop_research.sources import files_of
 
@@ -112,7 +112,7 @@ def prepare(
     if not 1 <= count <= runner.num_blocks:
         raise DropError(f"--blocks {blocks}: this model has 1 to {runner.num_blocks} blocks.")
     ids, described = text_windows(text, source.tokenizer(), seq_len, windows)
-    context = getattr(runner.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(runner.model.config)
     if context is not None and seq_len > context:
         raise CalibrationError(
             f"--seq-len {seq_len} is longer than the model's context of {context} tokens."
@@ -197,8 +197,7 @@ def _capture(order: Order, folder: Folder, progress: bool) -> tuple[dict[str, An
     """Gram matrices of the first blocks, unless they are there; their text, and seconds."""
     runner, blocks = order.runner, range(order.blocks)
     if not all(folder.has_grams(i) for i in blocks):
-        config = runner.model.config.get_text_config()
-        context = int(getattr(config, "max_position_embeddings", None) or SEQ_LEN)
+        context = context_length(runner.model.config) or SEQ_LEN
         text = load_windows(
             order.calibration,
             order.source.tokenizer(),

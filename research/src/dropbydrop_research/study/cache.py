@@ -20,14 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dropbydrop.data.calibration import SELF, load_windows
 from dropbydrop.errors import CalibrationError
 from dropbydrop.models.block_runner import BlockRunner
-from dropbydrop.models.sources import Source, cache_dir
+from dropbydrop.models.model_config import context_length
+from dropbydrop.models.sources import Source
 from dropbydrop.models.statistics import CLIP
+from dropbydrop.system.cache import cache_dir
 
 from .data import GramFolder, Progress, collect, fingerprint
 
@@ -107,7 +108,8 @@ def _file_hash(path: Path) -> str:
 def _tokens(source: Source, options: Statistics) -> tuple[Tensor, Tensor]:
     """Calibration ids [n, T] and held-out ids [m, T]."""
     tokenizer = source.tokenizer()
-    seq_len = min(options.seq_len, _context(source.folder))
+    config = json.loads((source.folder / "config.json").read_text())
+    seq_len = min(options.seq_len, context_length(config) or options.seq_len)
 
     def draw(spec: str, windows: int, seed: int) -> Tensor:
         return load_windows(spec, tokenizer, windows, seq_len, seed, source=source).ids
@@ -128,9 +130,3 @@ def _tokens(source: Source, options: Statistics) -> tuple[Tensor, Tensor]:
             "name another text with --held-out."
         )
     return ids, held
-
-
-def _context(folder: Path) -> int:
-    config = json.loads((folder / "config.json").read_text())
-    found = config.get("text_config", config).get("max_position_embeddings")
-    return int(found) if found else torch.iinfo(torch.int64).max

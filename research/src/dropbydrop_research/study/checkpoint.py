@@ -14,7 +14,7 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.errors import DropError, FormatError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import Source, resolve
-from dropbydrop.system.quiet import quiet_transformers
+from dropbydrop.system.console import quiet_transformers
 
 from .data import linear_modules
 

@@ -12,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dropbydrop import __version__
 from dropbydrop.coding.codebooks import default_lambdas, ships, train, universal_set
 from dropbydrop.coding.encoder import EFFORTS, encode_group, group_rotation
 from dropbydrop.coding.refit import prefixes
-from dropbydrop.models.sources import cache_dir
+from dropbydrop.system.cache import cache_dir
+from dropbydrop.system.version import __version__
 
 from .refinement import Encode
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dropbydrop.coding.objective import Metric
 from dropbydrop.errors import KernelError
-from dropbydrop.kernels.cuda.ops import interpreted
+from dropbydrop.system.accelerator import triton_interpreted
 
 from . import batched as torch_search
 from . import cpu as native
@@ -35,7 +35,7 @@ def backends(device: torch.device | str = "cpu") -> list[str]:
     if torch.device(device).type != "cpu":
         triton = torch.device(device).type == "cuda" and find_spec("triton") is not None
         return ["triton", "torch"] if triton else ["torch"]
-    return [*native.backends(), "torch", *(["triton"] if interpreted() else [])]
+    return [*native.backends(), "torch", *(["triton"] if triton_interpreted() else [])]
 
 
 def search(

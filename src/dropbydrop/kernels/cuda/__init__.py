@@ -9,13 +9,12 @@ nvrtc.py compiles at run time. Importing this package imports neither Triton nor
 """
 
 from .cuda_group import CudaGroup, decode_dense
-from .ops import device_tables, interpreted, rows_linear, takes_rows
+from .ops import device_tables, rows_linear, takes_rows
 
 __all__ = [
     "CudaGroup",
     "decode_dense",
     "device_tables",
-    "interpreted",
     "rows_linear",
     "takes_rows",
 ]

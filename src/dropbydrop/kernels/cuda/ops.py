@@ -14,10 +14,8 @@ CPU, which is how they are tested without a GPU: the operators then take CPU ten
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from torch import Tensor
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.rotation import Rotation, hadamard_on
 from dropbydrop.errors import KernelError
+from dropbydrop.system.accelerator import triton_interpreted
 
 FEW = 16  # rows of x a product takes
 MOST = 3  # matrices of a launch
@@ -36,13 +35,6 @@ _ROWS = 32  # of W, in the tile of a product
 _GROUPS = 32  # the inputs are split into multiples of this
 _PROGRAMS = 512  # programs a product is split into: about 4 for each multiprocessor of a large GPU
 _library = torch.library.Library("dropbydrop", "FRAGMENT")
-
-
-@lru_cache(maxsize=1)
-def interpreted() -> bool:
-    """Whether Triton interprets kernels on the CPU in this process (TRITON_INTERPRET=1)."""
-    asked = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "y", "yes")
-    return asked and find_spec("triton") is not None
 
 
 @lru_cache(maxsize=1)
@@ -65,7 +57,7 @@ def operator(schema: str) -> Callable[[Callable], Callable]:
                 return function(*args)
 
         def on_cpu(*args: Any) -> Any:
-            if not interpreted():
+            if not triton_interpreted():
                 raise KernelError(
                     f"dropbydrop::{name} needs CUDA tensors. Move the model to a GPU, choose "
                     "another kernel, or set TRITON_INTERPRET=1 to test it on the CPU."
@@ -194,7 +186,7 @@ def product(
         x, *[plane for own in [*planes, *[planes[0]] * spare] for plane in _padded(own)],
         tables, scales, scales if bias is None else bias, to, n, *counts, *[0] * spare,
         groups, length, P=len(planes[0]), R=_ROWS, B=width(len(planes[0]), x.dtype),
-        MATRICES=len(planes), WHOLE=whole, BIAS=biased, WIDE=interpreted(),
+        MATRICES=len(planes), WHOLE=whole, BIAS=biased, WIDE=triton_interpreted(),
         num_stages=1,  # see the note of triton_kernels.py
     )  # fmt: skip
     if not whole:
@@ -253,7 +245,7 @@ def rows(x: Tensor, rows: Tensor, row_scales: Tensor, bias: Tensor | None) -> Te
     r = 64
     _triton().rows[(-(-count // r),)](
         x.contiguous(), rows.contiguous(), row_scales, row_scales if bias is None else bias, out,
-        n, count, d, BIAS=bias is not None, R=r, D=128, WIDE=interpreted(),
+        n, count, d, BIAS=bias is not None, R=r, D=128, WIDE=triton_interpreted(),
     )  # fmt: skip
     return out
 
