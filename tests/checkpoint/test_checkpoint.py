@@ -19,10 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dropbydrop.checkpoint import Checkpoint, CheckpointWriter, PlaneSpec, StoredGroup
-from dropbydrop.checkpoint import atomic_folder as folder_module
 from dropbydrop.checkpoint.files import METADATA
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
+from dropbydrop.system import atomic_folder as folder_module
 from helpers import group_turn, llama_groups, tiny_llama, write_checkpoint
 
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dropbydrop
-from dropbydrop.checkpoint import atomic_folder as folder_module
 from dropbydrop.checkpoint.export import export
 from dropbydrop.cli import main as cli
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import DropError, MissingPlaneError, PrecisionError
 from dropbydrop.quantization import config as order
 from dropbydrop.quantization import pipeline as quantize
+from dropbydrop.system import atomic_folder as folder_module
 from helpers import VOCAB, tiny_llama, write_checkpoint
 from tiny import save_tiny
 

@@ -279,7 +279,7 @@ def test_bad_arguments_are_refused():
 def test_libraries_of_an_editable_install(tmp_path, monkeypatch):
     """Sources in one folder, what was built in another: both are on the package's path."""
     import dropbydrop
-    from dropbydrop.checkpoint.journal import code_digest
+    from dropbydrop.system.digest import code_digest
     from dropbydrop.system.native_library import built_libraries, library_path
 
     suffix = library_path("drop_search").suffix

@@ -24,13 +24,14 @@ import pytest
 import torch
 
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.checkpoint import atomic_folder as folder_module
 from dropbydrop.checkpoint import journal as resume
 from dropbydrop.checkpoint.staging import StagingFile
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import DropError
 from dropbydrop.quantization import config as order
+from dropbydrop.quantization import fingerprint
 from dropbydrop.quantization import pipeline as quantize
+from dropbydrop.system import atomic_folder as folder_module
 from tiny import save_tiny
 
 BLOCKS = 3
@@ -99,7 +100,7 @@ def die_at(count: int, operations: tuple[str, ...]) -> None:
 
 
 def child(place: Path, out: Path, kill: int, changes: dict[str, Any]) -> None:
-    resume.code_digest = lambda: "the same code"  # others may be editing it
+    fingerprint.code_digest = lambda *rooms: "the same code"  # others may be editing it
     if kill:
         die_at(kill, ("fsync", "rename", "mkdir", "unlink", "rmdir"))
     run_here(place, out, **changes)
@@ -229,7 +230,7 @@ def test_overwriting_keeps_the_old_checkpoint_until_the_end(
 
 def exchange_child(place: Path, out: Path, kill: int) -> None:
     """Killed at the `kill`-th operation after the assembled folder is announced."""
-    resume.code_digest = lambda: "the same code"
+    fingerprint.code_digest = lambda *rooms: "the same code"
     announce = resume.Journal.publishing
 
     def announced(self: resume.Journal, record: Any) -> None:
@@ -463,7 +464,7 @@ def test_other_files_are_refused(
     (other / "text.txt").write_text("something else")
     with pytest.raises(DropError, match=r"what differs: calibration \("):
         run_here(place, half, calibration=other / "text.txt")
-    monkeypatch.setattr(resume, "code_digest", lambda: "edited")
+    monkeypatch.setattr(fingerprint, "code_digest", lambda *rooms: "edited")
     with pytest.raises(DropError, match=r"what differs: dropbydrop \("):
         run_here(place, half)
 

@@ -18,7 +18,7 @@ from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import DropError
 from dropbydrop.quantization import config as order
 from dropbydrop.quantization import pipeline as quantize
-from dropbydrop.tuning import TuneReport, tune
+from dropbydrop.tuning import TuneReport, config, tune
 from dropbydrop.tuning import pipeline as life
 from tiny import save_tiny
 
@@ -83,7 +83,7 @@ def run_here(place: Path, out: Path, method: str, **changes: Any) -> TuneReport:
 
 def child(place: Path, out: Path, method: str, kill: int) -> None:
     """A run that is killed right before its `kill`-th file operation; 0 lets it live."""
-    resume.code_digest = lambda: "the same code"  # others may be editing it
+    config.code_digest = lambda *rooms: "the same code"  # others may be editing it
     left = [kill]
 
     def wrap(name: str) -> None:
@@ -192,7 +192,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(
     monkeypatch: pytest.MonkeyPatch,
     method: str,
 ) -> None:
-    from dropbydrop.checkpoint import atomic_folder as folder_module
+    from dropbydrop.system import atomic_folder as folder_module
 
     write = folder_module.AtomicFolder.write
 

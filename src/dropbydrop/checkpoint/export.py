@@ -29,12 +29,11 @@ from torch import Tensor
 from dropbydrop.coding.code import decode, expand_codebook
 from dropbydrop.errors import DropError
 from dropbydrop.models.weight_files import INDEX, SINGLE
-from dropbydrop.quantization.report import CARD_FILE, LOG_FILE
+from dropbydrop.system.atomic_folder import AtomicFolder
 from dropbydrop.system.console import progress_bar
 
 from . import Checkpoint
-from .atomic_folder import AtomicFolder
-from .config import CONFIG_FILE, LEVELS_SUFFIX, RESERVED_PREFIXES
+from .config import CARD_FILE, CONFIG_FILE, LEVELS_SUFFIX, LOG_FILE, RESERVED_PREFIXES
 from .files import DTYPE_NAMES, DTYPES, TensorInfo, dump_json, encode_header
 from .writer import SHARD_BYTES
 
@@ -99,15 +98,15 @@ def export(
     checkpoint = Checkpoint.open(source)
     prefix = checkpoint.require(checkpoint.levels[-1] if bits is None else bits)
     tensors = list(_plan(checkpoint, prefix, EXPORT_DTYPES[dtype]))
-    folder = AtomicFolder(Path(os.path.abspath(out)))
-    try:
-        with folder.disk_errors(), progress_bar(progress) as bar:
-            task = bar.add_task(f"export {prefix} bits", total=len(tensors))
-            _write_weights(folder, tensors, shard_bytes, lambda: bar.advance(task))
-            _write_side_files(folder, checkpoint, prefix, dtype)
-            folder.publish()
-    finally:
-        folder.discard()
+    with (
+        AtomicFolder(Path(os.path.abspath(out))) as folder,
+        folder.disk_errors(),
+        progress_bar(progress) as bar,
+    ):
+        task = bar.add_task(f"export {prefix} bits", total=len(tensors))
+        _write_weights(folder, tensors, shard_bytes, lambda: bar.advance(task))
+        _write_side_files(folder, checkpoint, prefix, dtype)
+        folder.publish()
     return {
         "out": str(folder.out),
         "bits": prefix,

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from dropbydrop.errors import FormatError
+from dropbydrop.errors import DropError, FormatError
+from dropbydrop.system.digest import FileEntry
 
 from .config import (
     FORMAT,
@@ -76,6 +77,19 @@ def dump_json(data: Any) -> bytes:
     """The one JSON form that is written: sorted keys, two spaces, final newline, UTF-8."""
     text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode()
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises DropError unless `folder` is a checkpoint, which `overwrite` may replace."""
+    try:
+        ours = read_json(folder / MANIFEST_FILE).get("format") == FORMAT
+    except (FormatError, AttributeError):
+        ours = False
+    if not ours:
+        raise DropError(
+            f"{folder} exists and is not a dropbydrop checkpoint, so it is not overwritten. "
+            "Choose another name, or remove it yourself."
+        )
 
 
 # ----------------------------------------------------------------------------- safetensors
@@ -155,14 +169,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 # -------------------------------------------------------------------------------- manifest
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """Size in bytes and SHA-256 (hex) of a file of the full checkpoint."""
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ Layout of `.<name>.resume` beside OUT:
 
     journal.jsonl     line 1: the fingerprint; then one line for each finished step
     hidden-<k>.raw    the hidden states after step k: the activation chain
-    *.raw             tensors of the finished blocks (checkpoint/spill.py)
+    *.raw             tensors of the finished blocks (staging.py)
+    *.safetensors     other tensors that later steps need (`keep`)
     checkpoint/, old/ the final files while they are assembled, and an OUT that is being replaced
 
 Step 0 is the calibration (its windows, embedded), step k the encoding of block k - 1. A step is
@@ -23,33 +24,24 @@ Limits: one machine and build. With another number of threads sums may be rounde
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import transformers
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dropbydrop.coding.search import backends
-from dropbydrop.data.calibration import SELF, Calibration
 from dropbydrop.errors import DropError, FormatError
-from dropbydrop.system.native_library import built_libraries
-from dropbydrop.system.version import __version__
+from dropbydrop.system.atomic_folder import full_disk, lock, sync, sync_folder
+from dropbydrop.system.digest import file_digest
 
-from .atomic_folder import full_disk, sync_folder
 from .config import MANIFEST_FILE
 from .files import DTYPE_NAMES, DTYPES
-
-if TYPE_CHECKING:
-    from dropbydrop.quantization.config import Job
 
 JOURNAL = "journal.jsonl"
 _CHUNK = 64 << 20
@@ -82,7 +74,11 @@ class Journal:
         if not out.parent.is_dir():
             raise DropError(f"{out.parent} is not a folder; create it first.")
         self._journal = self.path / JOURNAL
-        self._lock = self._open_locked()
+        busy = DropError(
+            f"another process is working on {out} (it holds {self.path}); wait for it, or choose "
+            "another name."
+        )
+        self._lock = lock(self.path, busy)
         try:
             records = self._read(json.loads(json.dumps(fingerprint)))
         except BaseException:
@@ -92,24 +88,6 @@ class Journal:
         self._announced = [record for record in records if "manifest" in record][-1:]
 
     # ---- the journal -----------------------------------------------------------------------
-
-    def _open_locked(self) -> int:
-        while True:
-            self.path.mkdir(exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                raise DropError(
-                    f"another process is working on {self.out} (it holds {self.path}); wait for "
-                    "it, or choose another name."
-                ) from None
-            # A run that finished meanwhile has removed the folder that was just locked.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(self.path), os.fstat(descriptor)):
-                    return descriptor
-            os.close(descriptor)
 
     def _read(self, fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
         """Finished steps of a journal that fits; a fresh journal if there are none."""
@@ -135,23 +113,18 @@ class Journal:
         return []
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        names = sorted(k for k in before | now if before.get(k) != now.get(k))
-        if names:
-            changes = [
-                f"{k} ({_short(before.get(k))} then, {_short(now.get(k))} now)" for k in names
-            ]
+        if changes := differences(before, now):
             raise DropError(
                 f"{self.path} holds the work of an interrupted run that cannot be continued like "
-                f"this; what differs: {', '.join(changes)}. Give the same command again, or "
-                "remove the folder to start from the beginning."
+                f"this; what differs: {changes}. Give the same command again, or remove the folder "
+                "to start from the beginning."
             )
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        with full_disk(self.out, "{free} in {parent}. Free some space.", lambda: None):
+        with full_disk(self.out):
             with open(self._journal, "ab") as file:
                 file.write(json.dumps(record).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)
             sync_folder(self.path)
 
     def commit(self, record: dict[str, Any], hidden: Tensor | None) -> None:
@@ -164,8 +137,7 @@ class Journal:
         """
         file = self.path / f"hidden-{len(self.steps)}.raw"
         if hidden is not None:
-            advice = "{free} in {parent}. Free some space."
-            with full_disk(self.out, advice, lambda: file.unlink(missing_ok=True)):
+            with full_disk(self.out, cleanup=lambda: file.unlink(missing_ok=True)):
                 _write(file, hidden)
             shape, dtype = list(hidden.shape), DTYPE_NAMES[hidden.dtype]
             record = {**record, "hidden": [file.name, shape, dtype]}
@@ -196,6 +168,24 @@ class Journal:
             )
         return hidden
 
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors that later steps need to the file `name`, and make them durable.
+
+        Raises:
+            DropError: the disk is full.
+        """
+        path, data = self.path / name, save({n: t.contiguous() for n, t in tensors.items()})
+        with (
+            full_disk(self.out, cleanup=lambda: path.unlink(missing_ok=True)),
+            open(path, "wb") as file,
+        ):
+            file.write(data)
+            sync(file)
+
+    def kept(self, name: str) -> dict[str, Tensor]:
+        """What `keep` wrote under this name."""
+        return load_file(self.path / name)
+
     # ---- the end ---------------------------------------------------------------------------
 
     def publishing(self, record: Mapping[str, Any]) -> None:
@@ -205,8 +195,8 @@ class Journal:
     def published(self) -> dict[str, Any] | None:
         """The last record given to `publishing`, if OUT is what it announced: all is done."""
         for record in self._announced:
-            with contextlib.suppress(OSError), open(self.out / MANIFEST_FILE, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == record["manifest"]:
+            with contextlib.suppress(OSError):
+                if file_digest(self.out / MANIFEST_FILE) == record["manifest"]:
                     return record
         return None
 
@@ -256,67 +246,15 @@ def _write(path: Path, tensor: Tensor) -> None:
         done = 0
         while done < len(view):
             done += file.write(view[done : done + _CHUNK])
-        os.fsync(file.fileno())
+        sync(file)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two fingerprints (in their JSON form), by name; "" if nothing does."""
+    names = sorted(k for k in {**before, **now} if before.get(k) != now.get(k))
+    return ", ".join(f"{k} ({_short(before.get(k))} then, {_short(now.get(k))} now)" for k in names)
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:36] + " …"
-
-
-# ---- fingerprint ---------------------------------------------------------------------------
-
-
-def fingerprint(job: Job) -> dict[str, Any]:
-    """Everything that the bytes of the result depend on; by the names of the options."""
-    return {
-        "model": model_digest(job.source.folder),
-        "bits": job.levels,
-        "calibration": _calibration_digest(job.calibration),
-        "preset": job.preset,
-        "effort": asdict(job.effort),
-        "codebooks": job.codebooks,
-        "seed": job.seed,
-        "head-bits": job.head_bits,
-        "windows": job.windows,
-        "seq-len": job.seq_len,
-        "device": str(job.runner.device),
-        "backend": job.backend or backends(job.runner.device)[0],
-        "dropbydrop": [__version__, code_digest()],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _calibration_digest(calibration: str | Path | Calibration) -> list[Any]:
-    """How the text is named, and the SHA-256 of what is read; None where the rest decides it."""
-    if isinstance(calibration, Calibration):
-        content = calibration.ids.contiguous().numpy().tobytes()
-        return [calibration.description, hashlib.sha256(content).hexdigest()]
-    text = Path(calibration).expanduser()
-    is_file = str(calibration) != SELF and text.is_file()
-    return [str(calibration), digest(text) if is_file else None]
-
-
-def digest(*paths: Path) -> str:
-    """SHA-256 over names and contents of files."""
-    total = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        total.update(f"{path.name} {content}\n".encode())
-    return total.hexdigest()
-
-
-def model_digest(folder: Path) -> str:
-    """SHA-256 over config, weights and tokenizer of a Hugging Face folder."""
-    names = (".json", ".safetensors", ".model", ".txt", ".jinja")
-    return digest(*sorted(p for p in folder.iterdir() if p.suffix in names and p.is_file()))
-
-
-def code_digest() -> str:
-    """SHA-256 over this package: sources, native libraries, shipped codebooks."""
-    kinds = (".py", ".cu", ".safetensors")
-    sources = Path(__file__).parents[1].rglob("*")
-    files = sorted(p for p in sources if p.suffix in kinds and p.is_file())
-    return digest(*files, *built_libraries())

@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from dropbydrop.errors import FormatError
+from dropbydrop.system.atomic_folder import AtomicFolder, is_locked, lock, sync, write_whole
+from dropbydrop.system.digest import FileEntry, file_digest
 
 from . import Checkpoint, Manifest, QuantizationConfig
-from .atomic_folder import AtomicFolder
 from .config import CONFIG_FILE, MANIFEST_FILE
-from .files import FileEntry, read_json
+from .files import check_replaceable, read_json
 from .origins import CHUNK, CutError, FolderOrigin, Origin, TransferError, origin
 
 T = TypeVar("T")
@@ -90,28 +91,25 @@ def slice_checkpoint(
     checkpoint.require(bits)
     target = Path(os.path.abspath(dest))
     done, start = Transfer(target, bits), FolderOrigin(checkpoint.path)
-    folder = AtomicFolder(target, overwrite)
-    try:
-        with folder.disk_errors():
-            for name in files_for(checkpoint.manifest, bits):
-                entry = checkpoint.manifest.files[name]
-                path = checkpoint.path / name
-                if not path.is_file():
-                    raise FormatError(f"{path} is missing. Fetch it again.")
-                folder.write(name, start.open(name, 0, path.stat().st_size).chunks)
-                if folder.files[name] != entry:
-                    if _is_tensors(name):
-                        raise _differs(str(path), folder.files[name].sha256, entry)
-                    done.edited.append(name)
-                done.fetched.append(name)
-                done.bytes += folder.files[name].size
-            for name in SIDECARS:
-                if (data := start.read(name, _MAX_TEXT)) is not None:
-                    folder.write(name, [data])
-            folder.write(MANIFEST_FILE, [(checkpoint.path / MANIFEST_FILE).read_bytes()])
-            folder.publish()
-    finally:
-        folder.discard()
+    replace = check_replaceable if overwrite else None
+    with AtomicFolder(target, replace) as folder, folder.disk_errors():
+        for name in files_for(checkpoint.manifest, bits):
+            entry = checkpoint.manifest.files[name]
+            path = checkpoint.path / name
+            if not path.is_file():
+                raise FormatError(f"{path} is missing. Fetch it again.")
+            folder.write(name, start.open(name, 0, path.stat().st_size).chunks)
+            if folder.files[name] != entry:
+                if _is_tensors(name):
+                    raise _differs(str(path), folder.files[name].sha256, entry)
+                done.edited.append(name)
+            done.fetched.append(name)
+            done.bytes += folder.files[name].size
+        for name in SIDECARS:
+            if (data := start.read(name, _MAX_TEXT)) is not None:
+                folder.write(name, [data])
+        folder.write(MANIFEST_FILE, [(checkpoint.path / MANIFEST_FILE).read_bytes()])
+        folder.publish()
     return done
 
 
@@ -165,7 +163,7 @@ def pull(
         with _lock(target):
             _check_dest(target, manifest)  # another pull may have begun in between
             if not (target / MANIFEST_FILE).is_file():
-                _write_whole(target / MANIFEST_FILE, raw)
+                write_whole(target / MANIFEST_FILE, raw)
             created = False
             return _Pull(here, target, manifest, bits, attempts).run(progress)
     finally:
@@ -200,7 +198,7 @@ class _Pull:
             with suppress(TransferError):  # nobody needs them; whoever reads them checks them
                 data = None if (self.target / name).exists() else self.here.read(name, _MAX_TEXT)
                 if data is not None:
-                    _write_whole(self.target / name, data)
+                    write_whole(self.target / name, data)
         Checkpoint.open(self.target).require(self.done.bits)
         return self.done
 
@@ -220,7 +218,7 @@ class _Pull:
     def _file(self, name: str, advance: Callable[[int], None]) -> None:
         entry, final = self.manifest.files[name], self.target / name
         if final.is_file():
-            if final.stat().st_size == entry.size and _hash(final).hexdigest() == entry.sha256:
+            if final.stat().st_size == entry.size and file_digest(final) == entry.sha256:
                 self.done.kept.append(name)
                 return advance(entry.size)
             if not _is_tensors(name):  # edited, here or there: what is here stays
@@ -242,7 +240,7 @@ class _Pull:
             raise TransferError(f"{self.here.name} lacks {name}, which its manifest lists.")
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             self.done.edited.append(name)
-        _write_whole(final, data)
+        write_whole(final, data)
         self.done.bytes += len(data)
         advance(len(data))
 
@@ -291,8 +289,7 @@ class _Pull:
                 start += len(chunk)
                 self.done.bytes += len(chunk)
                 advance(len(chunk))
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         if start < entry.size:
             raise CutError(
                 f"{name} ended after {start:,} of {entry.size:,} bytes. Run the command again to "
@@ -318,38 +315,18 @@ class _Pull:
 def _lock(target: Path) -> Iterator[None]:
     """Hold the folder's lock; refuse while another process pulls into it."""
     path = target / LOCK_FILE
-    with open(path, "wb") as file:
-        if not _try_lock(file.fileno(), exclusive=True):
-            raise TransferError(f"another pull into {target} is running; wait until it is done.")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    busy = TransferError(f"another pull into {target} is running; wait until it is done.")
+    descriptor = lock(path, busy, folder=False)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def is_pulling(folder: Path) -> bool:
     """Whether a `pull` into this folder is running at this moment."""
-    try:
-        with open(folder / LOCK_FILE, "rb") as file:
-            return not _try_lock(file.fileno(), exclusive=False)
-    except OSError:
-        return False
-
-
-def _try_lock(descriptor: int, *, exclusive: bool) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this platform: the file alone says that a pull runs
-        return exclusive
-    for _ in range(5):  # a reader that looks holds the lock for an instant
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            if not exclusive:
-                return False
-            time.sleep(0.02)
-    return False
+    return is_locked(folder / LOCK_FILE)
 
 
 def _check_dest(target: Path, manifest: Manifest) -> None:
@@ -379,12 +356,6 @@ def _parse(raw: bytes, name: str) -> object:
         return json.loads(raw)
     except ValueError as error:
         raise FormatError(f"{name}: not JSON ({error}); not a dropbydrop checkpoint.") from error
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    part = path.with_name(path.name + _PART)
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 def _is_tensors(name: str) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.rotation import Rotation, split_odd
 from dropbydrop.errors import FormatError, MissingPlaneError
+from dropbydrop.system.digest import file_digest
 
 from .config import (
     CONFIG_FILE,
@@ -41,7 +42,7 @@ from .config import (
     odd_name,
     signs_name,
 )
-from .files import Manifest, TensorInfo, read_header, read_json
+from .files import Manifest, TensorInfo, dump_json, read_header, read_json
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,12 @@ class Checkpoint:
     def level_index(self, bits: int) -> int:
         """Row of a precision in level_scales and in `.levels` tensors (PrecisionError)."""
         return self.levels.index(self.quantization.check_level(bits))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of a checkpoint, whichever of its planes are present: SHA-256 (hex) of its
+        manifest's canonical form."""
+        return hashlib.sha256(dump_json(self.manifest.to_dict())).hexdigest()
 
     # -- what it costs --------------------------------------------------------------------
 
@@ -278,7 +285,7 @@ class Checkpoint:
                     f"{path} has {size} bytes, the manifest says {entry.size}: cut off, or edited."
                 )
                 findings.append(Finding(name, "size", text))
-            elif hashes and (found := _sha256(path)) != entry.sha256:
+            elif hashes and (found := file_digest(path)) != entry.sha256:
                 text = (
                     f"{path} has SHA-256 {found[:16]}…, the manifest says {entry.sha256[:16]}…: "
                     "damaged or edited. Fetch it again."
@@ -387,8 +394,3 @@ class Checkpoint:
             if file not in self._handles:
                 self._handles[file] = safe_open(self.path / file, framework="pt")
             return self._handles[file]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -36,8 +36,8 @@ from torch import Tensor
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import DropError, FormatError
+from dropbydrop.system.atomic_folder import AtomicFolder
 
-from .atomic_folder import AtomicFolder
 from .config import (
     CONFIG_FILE,
     LEVELS_SUFFIX,
@@ -53,7 +53,7 @@ from .config import (
     plain_name,
     signs_name,
 )
-from .files import DTYPES, Manifest, dump_json, encode_header, plane_file
+from .files import DTYPES, Manifest, check_replaceable, dump_json, encode_header, plane_file
 from .int8_rows import half, quantize_rows
 from .staging import StagingFile
 
@@ -89,7 +89,9 @@ class CheckpointWriter:
     ) -> None:
         if sys.byteorder != "little":  # raw bytes are spilled as they lie in memory
             raise DropError("writing checkpoints needs a little-endian machine.")
-        self._folder = AtomicFolder(Path(os.path.abspath(out)), overwrite, work)
+        self._folder = AtomicFolder(
+            Path(os.path.abspath(out)), check_replaceable if overwrite else None, work
+        )
         self._shard_bytes, self._work = shard_bytes, work
         self._planes: list[StagingFile] = []
         self._linears: dict[str, tuple[int, int]] = {}  # module -> (d_out, d_in)

@@ -17,21 +17,21 @@ A conversion is written to a temporary folder and renamed, so an interrupted one
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import json
 import os
 import re
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dropbydrop.errors import DropError, FormatError, UnsupportedModelError
+from dropbydrop.system.atomic_folder import full_disk, replacing
 from dropbydrop.system.cache import cache_dir
 from dropbydrop.system.console import quiet_transformers
+from dropbydrop.system.digest import file_digest
 
 from .weight_files import INDEX, SINGLE
 
@@ -147,26 +147,20 @@ def convert_gguf(file: Path) -> Path:
         FormatError: not a GGUF that transformers reads.
         DropError: the `gguf` package is missing.
     """
-    with open(file, "rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    target = cache_dir() / f"gguf-{file.stat().st_size}-{digest}"
+    target = cache_dir() / f"gguf-{file.stat().st_size}-{file_digest(file)}"
     if target.is_dir():  # complete, since it appears by a rename
         return target
     if importlib.util.find_spec("gguf") is None:
         raise DropError("reading .gguf files needs the gguf package: pip install 'gguf>=0.10'")
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     print(f"dequantizing {file.name} to {target} (once)", file=sys.stderr)
     try:
-        partial.mkdir(parents=True)
-        _write_dequantized(file, partial)
-        _default_modes(partial)
-        try:
-            partial.rename(target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process was faster: use its result
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with full_disk(target), replacing(target) as partial:
+            partial.mkdir()
+            _write_dequantized(file, partial)
+            _default_modes(partial)
+    except OSError:
+        if not target.is_dir():  # otherwise another process was faster: use its result
+            raise
     return target
 
 

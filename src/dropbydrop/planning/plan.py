@@ -21,7 +21,6 @@ is refused by any other.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -48,11 +47,6 @@ PLAN_FORMAT = "dropbydrop-plan"
 _MAX_UNITS = 1 << 16
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Identity of a checkpoint, whichever of its planes are present: SHA-256 of its manifest."""
-    return hashlib.sha256(dump_json(checkpoint.manifest.to_dict())).hexdigest()
-
-
 @dataclass(frozen=True)
 class Plan:
     """Site name -> level. Immutable; comparable; belongs to one checkpoint.
@@ -76,7 +70,7 @@ class Plan:
         """Level `bits` everywhere (PrecisionError if it is none)."""
         level = checkpoint.quantization.check_level(bits)
         names = (input_group.name for input_group in checkpoint.quantization.input_groups)
-        return Plan(fingerprint(checkpoint), dict.fromkeys(names, level))
+        return Plan(checkpoint.fingerprint, dict.fromkeys(names, level))
 
     @property
     def lowest(self) -> int:
@@ -94,10 +88,10 @@ class Plan:
         Raises:
             FormatError: made for another checkpoint, or not one level for each of its sites.
         """
-        if self.checkpoint != fingerprint(checkpoint):
+        if self.checkpoint != checkpoint.fingerprint:
             raise FormatError(
                 f"this plan was made for another checkpoint than {checkpoint.path} (fingerprint "
-                f"{self.checkpoint[:12]}…, here {fingerprint(checkpoint)[:12]}…). Make one for it: "
+                f"{self.checkpoint[:12]}…, here {checkpoint.fingerprint[:12]}…). Make one for it: "
                 "dropbydrop plan OUT --avg-bits 2.6"
             )
         names = {input_group.name for input_group in checkpoint.quantization.input_groups}

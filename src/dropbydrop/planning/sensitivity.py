@@ -40,18 +40,16 @@ import torch
 from torch import Tensor
 
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.checkpoint.config import Fields, check_version
+from dropbydrop.checkpoint.config import LOG_FILE, Fields, check_version
 from dropbydrop.checkpoint.files import dump_json, read_json
 from dropbydrop.errors import CalibrationError, DropError, FormatError, PrecisionError
 from dropbydrop.evaluation.perplexity import evaluate
 from dropbydrop.runtime.modules import NestedLinear
+from dropbydrop.system.atomic_folder import write_whole
 from dropbydrop.system.console import progress_bar
-
-from .plan import fingerprint
 
 SIDECAR = "sensitivity.json"
 SIDECAR_FORMAT = "dropbydrop-sensitivity"
-LOG_FILE = "quantize-log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,8 @@ class Sensitivity:
             "description": dict(self.description),
         }
         target = folder / SIDECAR
-        part = target.with_name(f".{SIDECAR}.part")
         try:
-            part.write_bytes(dump_json(data))
-            part.replace(target)
+            write_whole(target, dump_json(data))
         except OSError as error:
             raise DropError(
                 f"{target} cannot be written ({error.strerror}); copy the checkpoint to a folder "
@@ -115,7 +111,7 @@ class Sensitivity:
             raise FormatError(f"{path} is no table of sensitivities. {again}")
         check_version(fields.data.pop("format_version", None), str(path))
         found = fields.take("checkpoint", str)
-        if found != fingerprint(checkpoint):
+        if found != checkpoint.fingerprint:
             raise FormatError(f"{path} was measured on another checkpoint. {again}")
         try:
             losses = {
@@ -177,7 +173,7 @@ def from_log(checkpoint: Checkpoint) -> Sensitivity | None:
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Sensitivity(fingerprint(checkpoint), losses, "log")
+    return Sensitivity(checkpoint.fingerprint, losses, "log")
 
 
 def measure(
@@ -239,7 +235,7 @@ def measure(
             row[p] *= kl[p] / total if total > 0 and kl[p] > 0 else 1.0
     about = {"windows": ids.shape[0], "seq_len": ids.shape[1], "seed": seed}
     return Sensitivity(
-        fingerprint(checkpoint), forms, "measured", kl, {**(description or {}), **about}
+        checkpoint.fingerprint, forms, "measured", kl, {**(description or {}), **about}
     )
 
 

@@ -22,11 +22,13 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from dropbydrop.checkpoint import CheckpointWriter, PlaneSpec, QuantizationConfig
+from dropbydrop.checkpoint.config import CARD_FILE, LOG_FILE
+from dropbydrop.checkpoint.journal import Journal
 from dropbydrop.coding.codebooks import UNIVERSAL, universal_set
 from dropbydrop.coding.search import backends
 from dropbydrop.data.calibration import SELF, Calibration, load_windows
@@ -39,10 +41,8 @@ from dropbydrop.system.version import __version__
 
 from .config import SEQ_LEN, Job, check_levels, prepare
 from .encode_blocks import Report, Run, Tally
-from .report import CARD_FILE, LOG_FILE, model_card
-
-if TYPE_CHECKING:
-    from dropbydrop.checkpoint.journal import Journal
+from .fingerprint import fingerprint
+from .report import model_card
 
 __all__ = ["Job", "Report", "check_levels", "prepare", "quantize"]
 
@@ -152,11 +152,6 @@ def _write(
         with CheckpointWriter(place, overwrite=overwrite) as writer:
             tally = _carry_out(job, writer, None, progress, ranks)
         return _report(job, place, tally, 0, started)
-    from dropbydrop.checkpoint.journal import (  # needs file locks, which not every platform has
-        Journal,
-        fingerprint,
-    )
-
     with Journal(place, fingerprint(job)) as work:
         blocks = sum("block" in step for step in work.steps)
         if (record := work.published()) is not None:

@@ -14,9 +14,6 @@ from dropbydrop.checkpoint import Checkpoint, QuantizationConfig
 if TYPE_CHECKING:
     from .pipeline import Report
 
-CARD_FILE = "README.md"
-LOG_FILE = "quantize-log.jsonl"  # one line a matrix
-
 
 def model_card(base: str, quantization: QuantizationConfig, errors: Mapping[int, float]) -> str:
     """README.md of a checkpoint: how it was made and how to load it. Deterministic."""

@@ -26,6 +26,7 @@ from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.system.accelerator import multiplies_bfloat16, pick_device
+from dropbydrop.system.digest import CODING_ROOMS, code_digest, digest, model_digest
 from dropbydrop.system.version import __version__
 
 from .student import TRAINED, Student, refuse_experts
@@ -161,8 +162,6 @@ def check_like(student: Student, teacher: BlockRunner) -> None:
 
 def fingerprint(job: Job) -> dict[str, Any]:
     """Everything that the bytes of the result depend on; by the names of the options."""
-    from dropbydrop.checkpoint.journal import code_digest, digest, model_digest
-
     text = Path(job.calibration).expanduser()
     content = digest(text) if job.calibration != SELF and text.is_file() else None
     return {
@@ -179,7 +178,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "together": job.together,
         "seed": job.seed,
         "device": str(job.teacher.device),
-        "dropbydrop": [__version__, code_digest()],
+        "dropbydrop": [__version__, code_digest(*CODING_ROOMS, "tuning")],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

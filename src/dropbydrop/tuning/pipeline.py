@@ -21,15 +21,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dropbydrop.checkpoint.atomic_folder import AtomicFolder, full_disk
+from dropbydrop.checkpoint.files import check_replaceable
+from dropbydrop.checkpoint.journal import Journal
 from dropbydrop.data.calibration import SELF, load_windows
 from dropbydrop.errors import DropError
+from dropbydrop.system.atomic_folder import AtomicFolder
 from dropbydrop.system.console import progress_bar
 from dropbydrop.system.memory import device_peak, peak_memory
 from dropbydrop.system.version import __version__
@@ -40,9 +41,6 @@ from .distill import Windows, last_hidden, measure, schedule
 from .distill import train as distill
 from .student import Student
 from .writer import with_sets, write_tuned
-
-if TYPE_CHECKING:
-    from dropbydrop.checkpoint.journal import Journal
 
 KEEP = 4  # steps of distillation between two states that are kept for `resume`
 _WINDOWS = "windows.safetensors"
@@ -154,10 +152,6 @@ def tune(
     )
     if not resume:
         return _report(job, place, _carry_out(job, place, overwrite, None, progress), started)
-    from dropbydrop.checkpoint.journal import (
-        Journal,
-    )  # needs file locks, which not every platform has
-
     with Journal(place, fingerprint(job)) as work:
         resumed = sum(len(step.get("log", ())) for step in work.steps)
         if (record := work.published()) is not None:
@@ -187,8 +181,8 @@ def _carry_out(
     job: Job, place: Path, overwrite: bool, work: Journal | None, progress: bool
 ) -> Result:
     """Steps 2 to 4 of the module's note, from where `work` was left."""
-    folder = AtomicFolder(place, overwrite, None if work is None else work.path)
-    try:
+    replace = check_replaceable if overwrite else None
+    with AtomicFolder(place, replace, None if work is None else work.path) as folder:
         student = Student(
             job.checkpoint, job.source.folder, job.train, job.levels, job.teacher.device, job.half
         )
@@ -196,8 +190,6 @@ def _carry_out(
         run = _distill if job.method == "distill" else _blocks
         result = run(job, student, work, progress)
         _publish(job, student, folder, result, work)
-    finally:
-        folder.discard()
     return result
 
 
@@ -224,7 +216,7 @@ def _distill(job: Job, student: Student, work: Journal | None, progress: bool) -
     with progress_bar(progress) as bar:
         if fresh is None:
             assert work is not None
-            kept = load_file(work.path / _WINDOWS)
+            kept = work.kept(_WINDOWS)
             windows = Windows(kept["ids"], kept["hidden"], job.held)
             calibration, before = steps[0]["calibration"], steps[0]["before"]
         else:
@@ -234,7 +226,7 @@ def _distill(job: Job, student: Student, work: Journal | None, progress: bool) -
             windows = Windows(ids, hidden, job.held)
             before = _named(measure(student, job.teacher, values.leaves, windows))
             if work is not None:
-                _keep(work, _WINDOWS, {"ids": ids, "hidden": hidden})
+                work.keep(_WINDOWS, {"ids": ids, "hidden": hidden})
                 work.commit({"calibration": calibration, "before": before}, None)
         for step in steps[1:]:
             log += step["log"]
@@ -270,7 +262,7 @@ def _blocks(job: Job, student: Student, work: Journal | None, progress: bool) ->
         assert work is not None
         calibration = steps[0]["calibration"]
         for line in log:
-            tensors |= load_file(work.path / _block_file(line["block"]))
+            tensors |= work.kept(_block_file(line["block"]))
         hidden = work.hidden() if len(log) < teacher.num_blocks else None
     else:
         ids, calibration = _draw(job)
@@ -290,7 +282,7 @@ def _blocks(job: Job, student: Student, work: Journal | None, progress: bool) ->
             log.append(line)
             tensors |= tuned
             if work is not None:
-                _keep(work, _block_file(i), tuned)
+                work.keep(_block_file(i), tuned)
                 more = i + 1 < teacher.num_blocks
                 work.commit({"block": i, "log": [line]}, hidden if more else None)
             bar.advance(task)
@@ -314,19 +306,6 @@ def _block_file(i: int) -> str:
 
 def _named(losses: Mapping[int, float]) -> dict[str, float]:
     return {str(p): value for p, value in losses.items()}
-
-
-def _keep(work: Journal, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors to the work folder and make them durable."""
-    path = work.path / name
-    data = save({n: t.contiguous() for n, t in tensors.items()})
-    with (
-        full_disk(work.out, "{free} in {parent}. Free some space.", path.unlink),
-        open(path, "wb") as file,
-    ):
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _publish(

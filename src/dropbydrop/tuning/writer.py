@@ -3,7 +3,7 @@
 The planes are copied from the checkpoint that was tuned, byte by byte, and compared with its
 manifest on the way. `model.safetensors` is written anew with the tuned tensors in their places, in
 the order that every writer of this format uses. Other files are copied; the log of tuning is added
-and the model card says what was done. The folder appears by a rename (checkpoint/folder.py).
+and the model card says what was done. The folder appears by a rename (system/atomic_folder.py).
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ import torch
 from torch import Tensor
 
 from dropbydrop.checkpoint import Checkpoint, Manifest, QuantizationConfig
-from dropbydrop.checkpoint.atomic_folder import AtomicFolder
-from dropbydrop.checkpoint.config import CONFIG_FILE, MANIFEST_FILE, REST_FILE, codebook_name
+from dropbydrop.checkpoint.config import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    REST_FILE,
+    codebook_name,
+)
 from dropbydrop.checkpoint.files import DTYPE_NAMES, DTYPES, TensorInfo, dump_json, encode_header
 from dropbydrop.errors import FormatError
-from dropbydrop.quantization.report import CARD_FILE
+from dropbydrop.system.atomic_folder import AtomicFolder
 
 TUNE_LOG = "tune-log.jsonl"  # one line a step or block
 _CHUNK = 8 << 20

@@ -31,9 +31,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dropbydrop.checkpoint.atomic_folder import full_disk
-from dropbydrop.checkpoint.journal import digest
+from dropbydrop.checkpoint.journal import differences
 from dropbydrop.errors import DropError, FormatError
+from dropbydrop.system.atomic_folder import full_disk, lock, replacing
+from dropbydrop.system.digest import digest
 from dropbydrop_research.baselines import Method
 
 COMMON = "compare.json"
@@ -89,18 +90,11 @@ class Folder:
         self.common = json.loads(json.dumps(common))
 
     def __enter__(self) -> Folder:
-        import fcntl  # not every platform has file locks
-
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path, os.O_RDONLY)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        busy = f"another process is comparing in {self.path}; wait for it, or name another --out."
+        self._lock = lock(self.path, DropError(busy))
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._check()
-        except BlockingIOError:
-            os.close(self._lock)
-            raise DropError(
-                f"another process is comparing in {self.path}; wait for it, or name another --out."
-            ) from None
         except BaseException:
             os.close(self._lock)
             raise
@@ -124,13 +118,9 @@ class Folder:
                 )
             self.write_json(self.path / COMMON, self.common)
             return
-        names = sorted(before.keys() | self.common.keys())
-        changes = [k for k in names if before.get(k) != self.common.get(k)]
-        if changes:
-            told = ", ".join(f"{k} ({before.get(k)} then, {self.common.get(k)} now)"
-                             for k in changes)  # fmt: skip
+        if changes := differences(before, self.common):
             raise DropError(
-                f"{self.path} holds another comparison; what differs: {told}. Give the same "
+                f"{self.path} holds another comparison; what differs: {changes}. Give the same "
                 "options again, or name a new folder with --out."
             )
 
@@ -139,19 +129,12 @@ class Folder:
     @contextlib.contextmanager
     def _replacing(self, path: Path) -> Iterator[Path]:
         """A name to write to; it becomes `path` when all went well."""
-        partial = path.with_name(f".{path.name}.partial")
         advice = "{free} in {parent}. Free some space and give the same command again."
-        with full_disk(path, advice, lambda: partial.unlink(missing_ok=True)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+        try:
+            with full_disk(path, advice), replacing(path) as partial:
                 yield partial
-                with open(partial, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(partial, path)
-            except SafetensorError as error:  # how its writer reports a full disk
-                raise DropError(f"{path} could not be written: {error}.") from error
-            finally:
-                partial.unlink(missing_ok=True)
+        except SafetensorError as error:  # how its writer reports a full disk
+            raise DropError(f"{path} could not be written: {error}.") from error
 
     def write_json(self, path: Path, value: Any) -> None:
         with self._replacing(path) as partial:

@@ -35,7 +35,6 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dropbydrop.checkpoint.journal import digest, model_digest
 from dropbydrop.coding.encoder import EFFORTS
 from dropbydrop.coding.objective import weighted_errors
 from dropbydrop.data.calibration import SELF, load_windows
@@ -47,6 +46,7 @@ from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.quantization.config import SEQ_LEN, check_levels, check_model
 from dropbydrop.system.console import progress_bar, quiet_transformers
+from dropbydrop.system.digest import digest, model_digest
 from dropbydrop.system.memory import map_large_allocations, peak_memory
 from dropbydrop_research.baselines import GroupProblem, Method, Suite, choose
 from dropbydrop_research.sources import files_of

@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from dropbydrop.errors import FormatError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.statistics import CLIP
+from dropbydrop.system.atomic_folder import replacing
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what is next)."""
@@ -175,14 +175,10 @@ def collect(
     """
     if folder.exists() and any(p not in GramFolder(folder).files for p in folder.iterdir()):
         raise FormatError(f"{folder} holds other files than cached statistics; name a new folder.")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with replacing(folder) as partial:
+        partial.mkdir()
         _collect(runner, ids, held_ids, clip, GramFolder(partial), progress)
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return GramFolder(folder)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,7 @@ from torch import Tensor
 from dropbydrop.coding.codebooks import default_lambdas, ships, train, universal_set
 from dropbydrop.coding.encoder import EFFORTS, encode_group, group_rotation
 from dropbydrop.coding.refit import prefixes
+from dropbydrop.system.atomic_folder import replacing
 from dropbydrop.system.cache import cache_dir
 from dropbydrop.system.version import __version__
 
@@ -40,13 +41,9 @@ def codebooks_for(levels: Sequence[int], lambdas: Sequence[float] | None = None)
         return load_file(path)["codebooks"].to(torch.float32)
     except (OSError, SafetensorError, KeyError):
         codebooks = universal_set(levels) if usual else train(levels, weights)
-    partial = path.with_name(f".{name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    # a cache that cannot be written costs time, nothing else
+    with suppress(OSError, SafetensorError), replacing(path) as partial:
         save_file({"codebooks": codebooks.contiguous()}, partial)
-        partial.rename(path)
-    except (OSError, SafetensorError):  # a cache that cannot be written costs time, nothing else
-        partial.unlink(missing_ok=True)
     return codebooks
 
 
