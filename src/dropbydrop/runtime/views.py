@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from dropbydrop.errors import DropError, MissingPlaneError
-from dropbydrop.planning.plan import Plan, fingerprint
+from dropbydrop.planning.plan import Plan
 from dropbydrop.planning.precision import Precision
 
 from .hf import DropByDropConfig, set_level_parameters
@@ -125,7 +125,7 @@ def plan_of(model: Any) -> Plan:
     # a model without some of the modules (a bare decoder) still has a level for the others
     levels = {s.name: next((found[m] for m in s.modules if m in found), 0) for s in input_groups}
     rest = max(levels.values())
-    return Plan(fingerprint(checkpoint), {name: p or rest for name, p in levels.items()})
+    return Plan(checkpoint.fingerprint, {name: p or rest for name, p in levels.items()})
 
 
 def store_of(model: Any) -> PlaneStore:
