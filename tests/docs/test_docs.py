@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 TEXTS = [*PAGES, *sorted(ROOT.glob("*.md")), ROOT / "research" / "README.md"]
+HISTORY = {DOCS / "log.md", ROOT / "CHANGELOG.md"}  # as things were called in their day
 FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -78,6 +80,37 @@ def test_the_readme_is_short() -> None:
 def test_the_page_of_the_command_line_is_the_generated_one() -> None:
     made = script("generate_cli_docs").page()
     assert (DOCS / "cli.md").read_text() == made, "run: python scripts/generate_cli_docs.py"
+
+
+def options_of(command: Any) -> dict[str, set[str]]:
+    """Command, also "study bound" -> its options."""
+    found = {}
+    for name, child in getattr(command, "commands", {}).items():
+        written = {option for p in child.params for option in [*p.opts, *p.secondary_opts]}
+        found[name] = written | {"--help"}
+        found |= {f"{name} {deeper}": options for deeper, options in options_of(child).items()}
+    return found
+
+
+def test_commands_in_the_pages_have_options_that_exist() -> None:
+    known = options_of(script("generate_cli_docs").main_command())
+    if "study bound" not in known:  # the research distribution is not installed
+        del known["study"], known["compare"]
+    for page in set(TEXTS) - HISTORY:
+        text = page.read_text().replace("\\\n", " ")
+        for name, deeper, rest in re.findall(r"dropbydrop (\w+)( \w+)?([^`\n|]*)", text):
+            command = next((c for c in (name + deeper, name) if c in known), None)
+            if command is None:
+                continue
+            line = rest.partition(" #")[0].partition("dropbydrop")[0]
+            used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", line))
+            assert used <= known[command], f"{page.name}: dropbydrop {command}{rest}"
+
+
+def test_python_in_the_pages_has_names_that_exist() -> None:
+    for page in set(TEXTS) - HISTORY:
+        for name in re.findall(r"\bdropbydrop\.(\w+)\(", page.read_text()):
+            assert name in dropbydrop.__all__, f"{page.name}: dropbydrop.{name}"
 
 
 def test_the_figures_of_the_picture_are_in_the_results(tmp_path: Path) -> None:
@@ -161,18 +194,20 @@ def literal(node: ast.expr) -> str:
     return "…"
 
 
-def rows_of_errors() -> list[re.Pattern[str]]:
-    """First cells of docs/troubleshooting.md as patterns; … stands for anything."""
+def rows_of_errors() -> dict[str, re.Pattern[str]]:
+    """First cells of docs/troubleshooting.md, and as patterns; … stands for anything."""
     page = (DOCS / "troubleshooting.md").read_text()
     cells = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
     texts = [cell for cell in cells if not re.fullmatch(r"\w+Error", cell)]  # not the classes
-    return [re.compile(".*".join(map(re.escape, text.split("…"))), re.DOTALL) for text in texts]
+    return {
+        text: re.compile(".*".join(map(re.escape, text.split("…"))), re.DOTALL) for text in texts
+    }
 
 
 def test_every_error_has_a_row() -> None:
     rows, found = rows_of_errors(), messages()
     assert len(found) > 100
-    lost = {at: text for at, text in found.items() if not any(row.match(text) for row in rows)}
+    lost = {at: text for at, text in found.items() if not any(r.match(text) for r in rows.values())}
     assert not lost, "docs/troubleshooting.md lacks:\n" + "\n".join(map(str, lost.items()))
-    stale = [row.pattern for row in rows if not any(map(row.match, found.values()))]
+    stale = [row for row, pattern in rows.items() if not any(map(pattern.match, found.values()))]
     assert not stale, "docs/troubleshooting.md has rows for no error:\n" + "\n".join(stale)
