@@ -1,5 +1,5 @@
 #!/bin/sh
-# Every figure of the README's table on CPU inference, in about ten minutes on a quiet machine.
+# Every figure of the tables of CPU inference in docs/results.md, in about ten minutes on a quiet machine.
 #
 #   sh benchmarks/cpu.sh FOLDER [SMOLLM2.gguf]
 #
@@ -30,11 +30,11 @@ step() {
 kernels=$($python -c 'from dropbydrop import kernels
 print(",".join([kernels.select().name] + [k.name for k in kernels.available()
       if k.name in ("avx2-u8", "neon-u8")]))')
-step products "$here/matvec.py" --threads 1 --kernels "$kernels" --rounds 7
-step products-2-threads "$here/matvec.py" --threads 2 --rounds 5
-step errors "$here/matvec.py" --errors --shapes 4096x4096
+step products "$here/cpu/matvec.py" --threads 1 --kernels "$kernels" --rounds 7
+step products-2-threads "$here/cpu/matvec.py" --threads 2 --rounds 5
+step errors "$here/cpu/matvec.py" --errors --shapes 4096x4096
 # shellcheck disable=SC2086
-step decode-1gb "$here/decode.py" --size 1gb --folder "$folder" $peers
+step decode-1gb "$here/cpu/decode.py" --size 1gb --folder "$folder" $peers
 # shellcheck disable=SC2086
-step decode-smollm2 "$here/decode.py" --size smollm2 --folder "$folder" --rounds 9 --eager $file
-step memory-1gb "$here/memory.py" "$folder/random-1gb"
+step decode-smollm2 "$here/cpu/decode.py" --size smollm2 --folder "$folder" --rounds 9 --eager $file
+step memory-1gb "$here/cpu/memory.py" "$folder/random-1gb"

@@ -37,20 +37,19 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import Unavailable, generate, quantize, smollm2, tuned
-from gpu_products import copy, decode, matvec, prefill
-from gpu_timing import REAL, SMOKE, Bench
 
-STEPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+from gpu.models import ModelBench, Unavailable, generate, quantize, smollm2, tuned
+from gpu.products import copy, decode, matvec, prefill
+from gpu.timing import Bench
+
+STEPS: dict[str, Callable[[Any], dict[str, Any]]] = {
     step.__name__: step
     for step in (copy, matvec, prefill, decode, quantize, generate, smollm2, tuned)
 }
@@ -60,27 +59,6 @@ SECONDS = {
     "smollm2": 150, "tuned": 120,
 }  # fmt: skip
 _STARTED = "DROPBYDROP_BENCHMARK_STARTED"  # when, for a script that started itself again
-
-
-class Models(Bench):
-    """A bench that knows the model of the last two steps."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        sizes, megabytes = (SMOKE, 0.01) if args.smoke else (REAL, args.megabytes)
-        super().__init__(args.device, sizes, megabytes)
-        self.model, self.text, self._work = args.model, args.text, args.work
-        self.windows, self.seq_len = (2, 32) if args.smoke else (16, 2048)
-        self.preset, self.calibration = ("fast", 2) if args.smoke else ("best", None)
-
-    @cached_property
-    def _temporary(self) -> tempfile.TemporaryDirectory[str]:
-        return tempfile.TemporaryDirectory()
-
-    def folder(self, name: str) -> Path:
-        """Where a checkpoint goes."""
-        root = Path(self._temporary.name) if self._work is None else self._work
-        root.mkdir(parents=True, exist_ok=True)
-        return root / name
 
 
 def targets(results: dict[str, Any]) -> dict[str, Any]:
@@ -229,7 +207,7 @@ def run_step(b: Bench, name: str, state: State, started: float) -> None:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     started = float(os.environ.pop(_STARTED, time.time()))
-    b = Models(args)
+    b = ModelBench(args)
     if args.plan:
         print(json.dumps(result := plan(b, args.steps), indent=1))
         return result

@@ -1,12 +1,15 @@
-"""Tiny random models of several families, and a tiny tokenizer, for tests.
+"""Tiny random models of several families, checkpoints of them, and a tiny tokenizer, for tests.
 
-`save_tiny(folder, family)` writes a complete Hugging Face folder in well under a second. Weights
-are drawn wide enough that every layer matters, and vectors (norms, biases), which transformers
-initialises to ones or zeros, are drawn too: a forgotten bias or norm shows.
+`save_tiny(folder, family)` writes a complete Hugging Face folder in well under a second,
+`write_checkpoint(folder)` a checkpoint with random codes. Weights are drawn wide enough that every
+layer matters, and vectors (norms, biases), which transformers initialises to ones or zeros, are
+drawn too: a forgotten bias or norm shows.
 """
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,9 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+
+from random_model import random_checkpoint
 
 VOCAB = 384
 
@@ -104,8 +110,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {  # families that must be refus
 }
 
 
-def tiny_model(family: str, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
-    """A random model, float32, in eval mode."""
+def tiny_model(
+    family: str, seed: int = 0, *, gain: float = 1.5, **overrides: Any
+) -> transformers.PreTrainedModel:
+    """A random model, float32, in eval mode: matrices N(0, gain^2 / d_in), vectors off by 0.2."""
     name, extra = {**FAMILIES, **OTHERS}[family]
     common = {} if name == "GPT2Config" else _COMMON
     config = getattr(transformers, name)(**{**common, **extra, **overrides})
@@ -115,10 +123,16 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> transformers.Pre
         for _, p in sorted(model.named_parameters()):
             noise = torch.randn(p.shape, generator=generator)
             if p.ndim >= 2:
-                p.copy_(noise * (1.5 / p.shape[-1] ** 0.5))
+                p.copy_(noise * (gain / p.shape[-1] ** 0.5))
             else:
                 p.add_(noise, alpha=0.2)
     return model
+
+
+def tiny_llama(seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
+    """A tied Llama of two blocks, hidden 64, intermediate 96 (odd factor 3), with soft logits."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    return tiny_model("llama-tied", seed, gain=0.64, **{**shape, **changes})
 
 
 @lru_cache(maxsize=1)
@@ -179,3 +193,46 @@ def save_tiny(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer(bos, chat).save_pretrained(folder)
     return Path(folder)
+
+
+def write_checkpoint(
+    out: Path,
+    model: transformers.PreTrainedModel | None = None,
+    *,
+    extra_files: Mapping[str, bytes | Path] | None = None,
+    tokenizer: bool = True,
+    seed: int = 0,
+    **settings: Any,
+) -> Path:
+    """Write a valid checkpoint of `model` (default `tiny_llama(seed)`) with random codes.
+
+    Everything but the linears of the blocks is the model's, and every second input group has input
+    scales. `settings` are those of `random_checkpoint`, and what they leave those of
+    `CheckpointWriter`. The same arguments give the same bytes.
+    """
+    model = tiny_llama(seed) if model is None else model
+    files = dict(extra_files or {}) | (_tokenizer_files() if tokenizer else {})
+    return random_checkpoint(out, model, scaled_inputs=True, files=files, seed=seed, **settings)
+
+
+def _tokenizer_files() -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_tokenizer().save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def decoded_reference(model: nn.Module, loaded: nn.Module) -> nn.Module:
+    """A plain Llama with the dense weights that `loaded` decodes to: the reference for logits."""
+    from dropbydrop.runtime.modules import NestedEmbedding, NestedHead, NestedLinear
+
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, module in loaded.named_modules():
+        if isinstance(module, (NestedLinear, NestedEmbedding, NestedHead)):
+            state[f"{name}.weight"] = module.dense_weight()
+            if getattr(module, "bias", None) is not None:
+                state[f"{name}.bias"] = module.bias.detach().float()
+        elif isinstance(module, (nn.Embedding, nn.Linear)):
+            state[f"{name}.weight"] = module.weight.detach().float()
+    plain = transformers.LlamaForCausalLM(model.config).eval()
+    plain.load_state_dict(state)
+    return plain

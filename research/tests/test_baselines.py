@@ -8,6 +8,11 @@ from functools import lru_cache
 
 import pytest
 import torch
+from torch import Tensor
+
+from dropbydrop.coding import codebooks as universal
+from dropbydrop.coding.objective import weighted_errors
+from dropbydrop.errors import CalibrationError, DropError
 from dropbydrop_research import baselines
 from dropbydrop_research.baselines import METHODS, GroupProblem, choose
 from dropbydrop_research.baselines import any_precision as entries
@@ -29,11 +34,6 @@ from dropbydrop_research.baselines.gptq import gptq
 from dropbydrop_research.baselines.grid import fit_grid, from_codes, to_codes
 from dropbydrop_research.baselines.paper import paper
 from dropbydrop_research.baselines.rtn import rtn
-from torch import Tensor
-
-from dropbydrop.coding import codebooks as universal
-from dropbydrop.coding.objective import weighted_errors
-from dropbydrop.errors import CalibrationError, DropError
 
 SHORT = Training(kmeans_iterations=20, steps=20, epochs=4)
 

@@ -7,12 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from dropbydrop_research.study import cache, encode, gaussian, paper
-from dropbydrop_research.study.cache import Statistics, find_grams, grams_for
-from dropbydrop_research.study.checkpoint import reconstruction
-from dropbydrop_research.study.data import fingerprint, read_weight
-from dropbydrop_research.study.rows import read_results
-from dropbydrop_research.theory import weighted_distortion
 from torch import Tensor
 
 import dropbydrop
@@ -27,6 +21,12 @@ from dropbydrop.models.statistics import CLIP
 from dropbydrop.quantization import config as order
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system.cache import cache_dir
+from dropbydrop_research.study import cache, encode, gaussian, paper
+from dropbydrop_research.study.cache import Statistics, find_grams, grams_for
+from dropbydrop_research.study.checkpoint import reconstruction
+from dropbydrop_research.study.data import fingerprint, read_weight
+from dropbydrop_research.study.rows import read_results
+from dropbydrop_research.theory import weighted_distortion
 from tiny import save_tiny
 
 SIZES = ("--windows", "8", "--seq-len", "64")

@@ -10,14 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from dropbydrop_research import baselines
-from dropbydrop_research.baselines import METHODS
-from dropbydrop_research.baselines.additive import Training
-from dropbydrop_research.cli import compare as command
-from dropbydrop_research.compare import run as module
-from dropbydrop_research.compare.folder import Folder, Record
-from dropbydrop_research.compare.run import Substituted, compare, prepare
-from dropbydrop_research.study.style import SERIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +19,14 @@ from dropbydrop.coding.codebooks import default_lambdas
 from dropbydrop.errors import DropError, FormatError
 from dropbydrop.evaluation.perplexity import evaluate
 from dropbydrop.quantization.pipeline import quantize
+from dropbydrop_research import baselines
+from dropbydrop_research.baselines import METHODS
+from dropbydrop_research.baselines.additive import Training
+from dropbydrop_research.cli import compare as command
+from dropbydrop_research.compare import run as module
+from dropbydrop_research.compare.folder import Folder, Record
+from dropbydrop_research.compare.run import Substituted, compare, prepare
+from dropbydrop_research.study.style import SERIES
 from tiny import save_tiny
 
 SHORT = Training(kmeans_iterations=5, steps=5, epochs=2)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from dropbydrop_research.compare.price import paired_ratio, price_of_nesting
 
 BASE = [3.0, 2.0, 2.5]

@@ -6,6 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dropbydrop.errors import FormatError
+from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop_research.study import bound, gaussian
 from dropbydrop_research.study.data import (
     GramFolder,
@@ -14,11 +19,6 @@ from dropbydrop_research.study.data import (
     linear_modules,
     read_weight,
 )
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from dropbydrop.errors import FormatError
-from dropbydrop.models.block_runner import BlockRunner
 from naive_codes import bit_planes
 from tiny import save_tiny
 

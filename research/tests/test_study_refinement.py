@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from dropbydrop_research.study import bound, bound_plots, encode, gaussian, paper, refinement, style
-from dropbydrop_research.study.data import collect
-from dropbydrop_research.theory import Case
 from torch import Tensor
 
 from dropbydrop.coding.codebooks import default_lambdas, train
 from dropbydrop.errors import DropError
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop_research.study import bound, bound_plots, encode, gaussian, paper, refinement, style
+from dropbydrop_research.study.data import collect
+from dropbydrop_research.theory import Case
 from naive_codes import bit_planes
 from tiny import save_tiny
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from dropbydrop_research.theory import (
     E8_SECOND_MOMENT,
     Case,

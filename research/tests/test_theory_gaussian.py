@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from dropbydrop_research.theory import fit_gaussian, massive_activations
 from dropbydrop_research.theory.gaussian import expected_max
 

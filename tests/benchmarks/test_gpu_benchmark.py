@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers import tiny_model_folder
+from gpu.timing import REAL
+from tiny import save_tiny
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
@@ -15,10 +16,8 @@ PATH = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 def bench():
     spec = importlib.util.spec_from_file_location("gpu_benchmark", PATH)
     module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(PATH.parent)
-        spec.loader.exec_module(module)
-        yield module
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_plan_covers_the_targets(bench, capsys):
@@ -27,9 +26,7 @@ def test_the_plan_covers_the_targets(bench, capsys):
     assert found["steps"] == list(bench.STEPS)
     assert {"8192x28672", "4096x4096"} <= set(found["shapes"])
     assert {2, 4} <= set(found["bits"])
-    for count, (d_out, d_in) in zip(
-        found["matrices_of_a_shape_in_bf16"], bench.REAL.matvec, strict=True
-    ):
+    for count, (d_out, d_in) in zip(found["matrices_of_a_shape_in_bf16"], REAL.matvec, strict=True):
         assert count * 2 * d_out * d_in > 200e6
 
 
@@ -37,7 +34,7 @@ def test_the_plan_covers_the_targets(bench, capsys):
 def test_every_step_runs_and_is_not_repeated(bench, tmp_path, capsys, monkeypatch):
     state, text = tmp_path / "state.json", tmp_path / "text.txt"
     text.write_text("plain words " * 100)
-    model = tiny_model_folder(tmp_path / "model")
+    model = save_tiny(tmp_path / "model")
     argv = ["--smoke", "--device", "cpu", "--state", str(state), "--model", str(model)]
     argv += ["--text", str(text), "--work", str(tmp_path / "work")]
     results = bench.main(argv)

@@ -23,7 +23,8 @@ from dropbydrop.checkpoint.files import METADATA
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.system import atomic_folder as folder_module
-from helpers import group_turn, llama_groups, tiny_llama, write_checkpoint
+from random_model import group_rotation, llama_groups
+from tiny import tiny_llama, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_reads_back_what_was_written(pristine: Path) -> None:
     model = tiny_llama()
     for index, (_, modules) in enumerate(llama_groups(model)):
         d_in = model.get_submodule(modules[0]).in_features
-        turn = group_turn(index, d_in)
+        turn = group_rotation(index, d_in, scaled_inputs=True)
         stored = checkpoint.read_rotation(index)
         x = torch.randn(3, d_in)
         assert torch.equal(stored.apply(x), turn.apply(x))
@@ -60,7 +61,7 @@ def test_reads_back_what_was_written(pristine: Path) -> None:
             for m in range(1, 5):
                 codes = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
                 assert torch.equal(checkpoint.read_codes(module, m), codes)
-            scales = 0.05 + 0.05 * torch.rand(shape[0], generator=generator)
+            scales = 0.4 * (1 + torch.rand(shape[0], generator=generator)) / d_in**0.5
             assert torch.equal(checkpoint.read(f"{module}.scales"), scales.half())
     assert torch.equal(checkpoint.read("model.norm.weight"), model.model.norm.weight)
     assert checkpoint.levels == (2, 3, 4)

@@ -25,8 +25,7 @@ from dropbydrop.errors import DropError, MissingPlaneError, PrecisionError
 from dropbydrop.quantization import config as order
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system import atomic_folder as folder_module
-from helpers import VOCAB, tiny_llama, write_checkpoint
-from tiny import save_tiny
+from tiny import VOCAB, save_tiny, tiny_llama, write_checkpoint
 
 IDS = torch.randint(5, VOCAB, (2, 17), generator=torch.Generator().manual_seed(5))
 

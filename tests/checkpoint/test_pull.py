@@ -23,7 +23,7 @@ from dropbydrop.checkpoint.pull import pull, slice_checkpoint
 from dropbydrop.cli import main as cli
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from file_server import Server, flip
-from helpers import VOCAB, write_checkpoint
+from tiny import VOCAB, write_checkpoint
 
 IDS = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(5))
 PLANE = "plane-2.safetensors"

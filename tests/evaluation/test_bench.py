@@ -16,7 +16,7 @@ from dropbydrop.errors import DropError
 from dropbydrop.evaluation import bench
 from dropbydrop.planning.memory import held_bytes
 from dropbydrop.runtime import fused_decode
-from helpers import tiny_llama, write_checkpoint
+from tiny import tiny_llama, write_checkpoint
 
 
 @pytest.fixture(scope="module")

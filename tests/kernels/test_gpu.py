@@ -26,7 +26,7 @@ from dropbydrop.kernels import layout, registry
 from dropbydrop.kernels.cuda import ops
 from dropbydrop.runtime import fused_groups as together
 from dropbydrop.runtime.modules import NestedHead
-from helpers import write_checkpoint
+from tiny import write_checkpoint
 
 triton_row = next(row for row in registry.table() if row.name == "triton")
 needs_triton = pytest.mark.skipif(

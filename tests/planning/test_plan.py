@@ -32,7 +32,7 @@ from dropbydrop.planning.sensitivity import (
 )
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import plan_of, store_of
-from helpers import VOCAB, decoded_reference, tiny_llama, write_checkpoint
+from tiny import VOCAB, decoded_reference, tiny_llama, write_checkpoint
 
 IDS = torch.randint(3, VOCAB, (3, 24), generator=torch.Generator().manual_seed(5))
 
@@ -420,12 +420,12 @@ def test_losses_against_a_naive_computation(model: Any, known: Sensitivity) -> N
 
 def test_the_form_predicts_small_divergences(tmp_path: Path) -> None:
     """Uncalibrated, on planes that shrink fast, form and measured KL agree within sampling."""
-    import helpers
+    import random_model
 
     with pytest.MonkeyPatch.context() as patch:
-        make = helpers.random_codebooks
+        make = random_model.random_codebooks
         patch.setattr(
-            helpers,
+            random_model,
             "random_codebooks",
             lambda planes, seed=0: [
                 b if m == 0 else (b.float() * 0.02**m).half()

@@ -13,7 +13,7 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.cli.options import parse_precision
 from dropbydrop.errors import PrecisionError
 from dropbydrop.planning.precision import Precision
-from helpers import write_checkpoint
+from tiny import write_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from dropbydrop.checkpoint.files import METADATA
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.runtime.hf import DropByDropConfig, DropByDropQuantizer, register
 from dropbydrop.runtime.modules import NestedHead, NestedLinear
-from helpers import VOCAB, tiny_llama, write_checkpoint
+from tiny import VOCAB, tiny_llama, write_checkpoint
 
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5))
 

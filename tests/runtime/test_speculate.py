@@ -28,7 +28,7 @@ from dropbydrop.runtime.speculate import (
     speedup,
 )
 from dropbydrop.runtime.views import store_of
-from helpers import VOCAB, tiny_llama, write_checkpoint
+from tiny import VOCAB, tiny_llama, write_checkpoint
 
 PROMPTS = torch.randint(3, VOCAB, (4, 1, 7), generator=torch.Generator().manual_seed(5))
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
@@ -37,19 +37,19 @@ GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Codebooks that shrink fast: 2 bits are near enough to 4 to be accepted often, not always."""
-    import helpers
+    import random_model
 
-    make = helpers.random_codebooks
+    make = random_model.random_codebooks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            helpers,
+            random_model,
             "random_codebooks",
             lambda planes, seed=0: [
                 b if m < 2 else (b.float() * 0.3).half() for m, b in enumerate(make(planes, seed))
             ],
         )
         out = write_checkpoint(
-            tmp_path_factory.mktemp("speculate") / "out", tiny_llama(max_position_embeddings=512)
+            tmp_path_factory.mktemp("speculate") / "out", tiny_llama(2, max_position_embeddings=512)
         )
     return dropbydrop.load(out)
 

@@ -19,7 +19,7 @@ from dropbydrop.errors import DropError, FormatError, MissingPlaneError, Precisi
 from dropbydrop.runtime import plane_store as store
 from dropbydrop.runtime.views import store_of
 from file_server import Server, flip
-from helpers import VOCAB, write_checkpoint
+from tiny import VOCAB, write_checkpoint
 
 IDS = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(5))
 SETTINGS: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}

@@ -21,7 +21,7 @@ from dropbydrop.errors import DropError, FormatError, MissingPlaneError, Precisi
 from dropbydrop.runtime import fused_decode
 from dropbydrop.runtime.modules import NestedEmbedding, NestedHead, NestedLinear
 from dropbydrop.runtime.views import store_of
-from helpers import VOCAB, decoded_reference, tiny_llama, tiny_model_folder, write_checkpoint
+from tiny import VOCAB, decoded_reference, save_tiny, tiny_llama, write_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IDS = torch.randint(3, VOCAB, (2, 17), generator=torch.Generator().manual_seed(5))
@@ -132,7 +132,7 @@ def test_load_gives_an_ordinary_model(out: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(out)
     batch = tokenizer(["hello"], return_tensors="pt")
     texts = model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert texts.shape == (1, 9)
+    assert texts.shape == (1, batch.input_ids.shape[1] + 4)
     # with a cache and token by token, as by one forward pass over everything
     step = logits(model, texts[:, :-1]).argmax(-1)
     assert torch.equal(step[:, -4:], texts[:, -4:])
@@ -442,13 +442,13 @@ def test_loading_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="is not a folder"):
         dropbydrop.load(tmp_path / "nothing")
     with pytest.raises(FormatError, match="dropbydrop quantize MODEL OUT"):
-        dropbydrop.load(tiny_model_folder(tmp_path / "plain"))
+        dropbydrop.load(save_tiny(tmp_path / "plain"))
 
 
 def test_modules_have_a_readable_form(model: Any) -> None:
     text = repr(model)
     assert "in_features=64, out_features=32, prefix=4, bias=False" in text
-    assert "NestedHead(in_features=64, out_features=300, tied=True)" in text
+    assert "NestedHead(in_features=64, out_features=384, tied=True)" in text
     assert isinstance(model.model.layers[0].mlp.up_proj, NestedLinear)
 
 

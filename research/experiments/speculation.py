@@ -20,7 +20,6 @@ from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from dropbydrop_research.study.style import new_figure, save, series, styled
 
 import dropbydrop
 from dropbydrop.data.text_files import text_windows
@@ -28,6 +27,7 @@ from dropbydrop.kernels import select
 from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.runtime.speculate import Speculator, acceptance_needed
 from dropbydrop.system.console import quiet_transformers
+from dropbydrop_research.study.style import new_figure, save, series, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

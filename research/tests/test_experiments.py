@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from dropbydrop_research.baselines.additive import Training
 from transformers import AutoModelForCausalLM
 
 from dropbydrop.coding.encoder import EFFORTS, Effort
 from dropbydrop.data.calibration import Writing
 from dropbydrop.errors import DropError
 from dropbydrop.quantization import pipeline as quantize
+from dropbydrop_research.baselines.additive import Training
 from tiny import save_tiny
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -1,12 +1,12 @@
 """What a model takes, against what its plan predicts.
 
-    python benchmarks/memory.py OUT --bits 2,2.5,3,4
+    python benchmarks/cpu/memory.py OUT --bits 2,2.5,3,4
 
-OUT should be of some size, for the interpreter's own ups and downs count too; models.py makes a
-random checkpoint, and random codes weigh what real ones weigh. Every precision runs in a process of
-its own: imports and a first product are done, the resident set is noted, the model is
-loaded, reads a prompt of --context tokens less 8, and generates 8. Reported beside the prediction
-of `Plan.memory`:
+OUT should be of some size, for the interpreter's ups and downs count too; `python
+benchmarks/random_model.py OUT` makes a random checkpoint, and random codes weigh what real ones
+weigh. Every precision runs in a process of its own: imports and a first product are done, the
+resident set is noted, the model is loaded, reads a prompt of --context tokens less 8, and generates
+8. Reported beside the prediction of `Plan.memory`:
 
     held       unique tensor bytes, which must be the predicted weights exactly
     resident   growth of the resident set once it has generated, without what the allocator keeps

@@ -1,6 +1,6 @@
 """Greedy decoding by the native kernels against the reference path, token for token.
 
-    python benchmarks/greedy.py CHECKPOINT [--bits 2,3,4] [--tokens 128]
+    python benchmarks/cpu/greedy.py CHECKPOINT [--bits 2,3,4] [--tokens 128]
 
 Every prompt is continued by the native step, one token at a time. The reference is the dense model
 of the same level, reading the whole sequence at once: at every position its largest logit must be

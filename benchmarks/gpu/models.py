@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 import pydoc_data.topics
 import tempfile
 import time
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 import dropbydrop
-from dropbydrop.checkpoint import (
-    CheckpointWriter,
-    Embeddings,
-    PlaneSpec,
-    QuantizationConfig,
-    StoredGroup,
-)
+from dropbydrop.checkpoint import CheckpointWriter
 from dropbydrop.coding.codebooks import UNIVERSAL, universal_set
 from dropbydrop.coding.rotation import Rotation
+from random_model import LEVELS, llama_shape, random_checkpoint, random_llama
 
-if TYPE_CHECKING:
-    from gpu import Models
-    from gpu_timing import Bench
-
-LEVELS = (2, 3, 4)
+from .timing import REAL, SMOKE, Bench
 
 
 class Unavailable(Exception):
@@ -39,63 +32,39 @@ class Measured(Exception):
     """Leaves a checkpoint that is only written to be timed."""
 
 
-def llama(b: Bench, blocks: int, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A transformers Llama of the run's shape with random weights, on the run's device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+class ModelBench(Bench):
+    """A bench that also knows the model of the last two steps."""
 
-    s = b.sizes
-    config = LlamaConfig(
-        vocab_size=s.vocab,
-        hidden_size=s.hidden,
-        intermediate_size=s.inner,
+    def __init__(self, args: argparse.Namespace) -> None:
+        sizes, megabytes = (SMOKE, 0.01) if args.smoke else (REAL, args.megabytes)
+        super().__init__(args.device, sizes, megabytes)
+        self.model, self.text, self._work = args.model, args.text, args.work
+        self.windows, self.seq_len = (2, 32) if args.smoke else (16, 2048)
+        self.preset, self.calibration = ("fast", 2) if args.smoke else ("best", None)
+
+    @cached_property
+    def _temporary(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory()
+
+    def folder(self, name: str) -> Path:
+        """Where a checkpoint goes."""
+        root = Path(self._temporary.name) if self._work is None else self._work
+        root.mkdir(parents=True, exist_ok=True)
+        return root / name
+
+
+def config_of(b: Bench, blocks: int) -> LlamaConfig:
+    """A Llama of the run's shape."""
+    return LlamaConfig(
+        vocab_size=b.sizes.vocab,
+        hidden_size=b.sizes.hidden,
+        intermediate_size=b.sizes.inner,
         num_hidden_layers=blocks,
-        num_attention_heads=s.heads,
-        num_key_value_heads=s.heads,
+        num_attention_heads=b.sizes.heads,
+        num_key_value_heads=b.sizes.heads,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
     )
-    with torch.device(b.device):
-        return LlamaForCausalLM(config).to(dtype).eval()
-
-
-@torch.no_grad()
-def random_checkpoint(b: Bench, folder: Path, blocks: int) -> Path:
-    """A checkpoint of the run's shape with random codes: what loading and decoding need."""
-    model = llama(b, blocks).cpu()
-    planes = [PlaneSpec() for _ in range(LEVELS[-1])]
-    input_groups: list[StoredGroup] = []
-    with CheckpointWriter(folder) as writer:
-        writer.add_codebook_set(UNIVERSAL, list(universal_set(LEVELS)))
-        for i in range(blocks):
-            place = f"model.layers.{i}"
-            for kind, parts in (("self_attn", "q k v"), ("self_attn", "o"),
-                                ("mlp", "gate up"), ("mlp", "down")):  # fmt: skip
-                names = [f"{place}.{kind}.{part}_proj" for part in parts.split()]
-                d_in = model.get_submodule(names[0]).in_features
-                turn = Rotation.make(d_in, seed=len(input_groups))
-                input_groups.append(
-                    StoredGroup(names[0], tuple(names), d_in, UNIVERSAL, turn.spec())
-                )
-                writer.add_group(input_groups[-1], turn)
-                for name in names:
-                    rows = model.get_submodule(name).out_features
-                    codes = [
-                        torch.randint(0, 256, (rows, d_in // 8), dtype=torch.uint8) for _ in planes
-                    ]
-                    writer.add_linear(name, codes, torch.full((rows,), 0.02))
-        outer = ("model.embed_tokens", "lm_head")
-        for name in outer:
-            writer.add_embedding(name, model.get_submodule(name).weight, 8)
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                writer.add_tensor(name, parameter.detach())
-        quantization = QuantizationConfig(
-            LEVELS[-1], LEVELS, tuple(planes), tuple(input_groups), Embeddings(8, outer, False), {}
-        )
-        config = json.loads(model.config.to_json_string(use_diff=False))
-        config["architectures"] = [type(model).__name__]
-        total = sum(parameter.numel() for parameter in model.parameters())
-        return writer.finish(config, quantization, {}, {"total": total})
 
 
 @torch.no_grad()
@@ -126,10 +95,11 @@ def generate(b: Bench) -> dict[str, Any]:
             spent = []
             for blocks in (few, more):
                 if label == "bf16":
-                    model = llama(b, blocks)
+                    model = random_llama(config_of(b, blocks), torch.bfloat16, b.device)
                 else:
-                    place = random_checkpoint(b, Path(folder) / str(blocks), blocks)
-                    model = dropbydrop.load(place, bits=2, device=b.device)
+                    shape = llama_shape(config_of(b, blocks))
+                    place = random_checkpoint(Path(folder) / str(blocks), shape)
+                    model = dropbydrop.load(place, bits=2, dtype=torch.bfloat16, device=b.device)
                 spent.append(token(model))
                 del model
                 torch._dynamo.reset()  # this model's graphs and their memory
@@ -162,7 +132,9 @@ def quantize(b: Bench) -> dict[str, Any]:
     b.synchronize()
     warm = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
-        llama(b, 1).cpu().save_pretrained(Path(folder) / "model")
+        small_model = random_llama(config_of(b, 1), torch.bfloat16)
+        small_model.save_pretrained(Path(folder) / "model")
+        del small_model
         if b.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -194,7 +166,7 @@ def quantize(b: Bench) -> dict[str, Any]:
     }
 
 
-def levels_of(b: Models, folder: Path, text: Path | None) -> dict[str, Any]:
+def levels_of(b: ModelBench, folder: Path, text: Path | None) -> dict[str, Any]:
     """Perplexity and KL of every level of a checkpoint, as `dropbydrop eval` has them."""
     from transformers import AutoModelForCausalLM
 
@@ -217,7 +189,7 @@ def levels_of(b: Models, folder: Path, text: Path | None) -> dict[str, Any]:
     return {"text": described, "original_ppl": found["reference"]["ppl"], "bits": found["bits"]}
 
 
-def smollm2(b: Models) -> dict[str, Any]:
+def smollm2(b: ModelBench) -> dict[str, Any]:
     """`--model` quantized with --preset best on the device: seconds, memory, table of levels."""
     from dropbydrop.quantization.pipeline import quantize as run
 
@@ -229,7 +201,7 @@ def smollm2(b: Models) -> dict[str, Any]:
     return {"model": b.model, "report": report.to_dict()} | levels_of(b, folder, b.text)
 
 
-def tuned(b: Models) -> dict[str, Any]:
+def tuned(b: ModelBench) -> dict[str, Any]:
     """The checkpoint of `smollm2` fine-tuned on the device, and its table of levels."""
     try:
         from dropbydrop.tuning import tune

@@ -1,9 +1,9 @@
 """Matrix-vector products at every prefix, against named baselines of the same run.
 
-    python benchmarks/matvec.py                        # shapes and prefixes of the README table
-    python benchmarks/matvec.py --threads 2 --kernels avx512vbmi,avx2-u8 --shapes 4096x4096
-    python benchmarks/matvec.py --crossover            # rows of x: tables against a dense matrix
-    python benchmarks/matvec.py --errors               # output error of every kernel; not timed
+    python benchmarks/cpu/matvec.py                # shapes and prefixes of docs/results.md
+    python benchmarks/cpu/matvec.py --threads 2 --kernels avx512vbmi,avx2-u8 --shapes 4096x4096
+    python benchmarks/cpu/matvec.py --crossover    # rows of x: tables against a dense matrix
+    python benchmarks/cpu/matvec.py --errors       # output error of every kernel; not timed
 
 Every product reads codes that are not in any cache: the matrices of a sweep total more than
 --megabytes (600; more than the last cache), and each is used once a sweep. A time is a whole call

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from dropbydrop_research.study.style import new_figure, save, series, styled
 from transformers import AutoModelForCausalLM
 
 from dropbydrop.checkpoint import Checkpoint
@@ -30,6 +29,7 @@ from dropbydrop.planning.precision import Precision
 from dropbydrop.planning.sensitivity import known_sensitivity
 from dropbydrop.runtime.load import load_views
 from dropbydrop.system.console import quiet_transformers
+from dropbydrop_research.study.style import new_figure, save, series, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

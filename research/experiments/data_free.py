@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dropbydrop_research.compare.price import paired_ratio
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -44,6 +43,7 @@ from dropbydrop.models.sources import Source, resolve
 from dropbydrop.quantization.config import WINDOWS
 from dropbydrop.quantization.pipeline import quantize
 from dropbydrop.system.console import quiet_transformers
+from dropbydrop_research.compare.price import paired_ratio
 
 IN_DOMAIN = "in-domain"
 VARIANTS = [

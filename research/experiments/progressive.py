@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from dropbydrop_research.study.style import new_figure, save, series, styled
 
 import dropbydrop
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.system.console import quiet_transformers
+from dropbydrop_research.study.style import new_figure, save, series, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_timing import Bench, Dense
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dropbydrop import kernels
+
+from .timing import Bench, Dense
 
 Make = Callable[[Sequence[int], int], nn.Module]  # (rows of each matrix, d_in) -> x -> products
 
@@ -89,8 +90,8 @@ def prefill(b: Bench) -> dict[str, Any]:
                 kernels.decode_dense, packed, books, scales, prefix, torch.bfloat16, name
             )
         else:  # without making the tables anew
-            input_group: Any = b.input_group(shape[:1], shape[1], prefix, name)._call
-            run = partial(input_group.weight, 0, torch.bfloat16)
+            group: Any = b.input_group(shape[:1], shape[1], prefix, name)._call
+            run = partial(group.weight, 0, torch.bfloat16)
         spent, whole = 1e6 * b.seconds([run] * 2), product_us[shape]
         return {"decode_us": spent, "product_us": whole, "share": spent / whole}
 

@@ -33,8 +33,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from dropbydrop_research.baselines.additive import Training, train
-from dropbydrop_research.theory import GaussianSource
 from torch import Tensor
 
 from dropbydrop.coding.code import GROUP
@@ -45,6 +43,8 @@ from dropbydrop.coding.refit import prefixes
 from dropbydrop.data.text_files import text_windows
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import resolve
+from dropbydrop_research.baselines.additive import Training, train
+from dropbydrop_research.theory import GaussianSource
 
 LEVELS = (2, 3, 4)
 WINDOWS, SEQ_LEN = 64, 1024

@@ -1,14 +1,15 @@
 """Tokens a second of one sequence, at every level, against named baselines of the same run.
 
-    python benchmarks/decode.py                          # a random Llama of 1 GB in bfloat16
-    python benchmarks/decode.py --size smollm2           # the shapes of SmolLM2-135M, random
-    python benchmarks/decode.py --model OUT              # a checkpoint
-    python benchmarks/decode.py --llama Q4_0,Q4_K_M,Q2_K # llama.cpp quantizes a model of that shape
-    python benchmarks/decode.py --gguf Q4_1=FILE         # llama.cpp on a file
+    python benchmarks/cpu/decode.py                       # a random Llama of 1 GB in bfloat16
+    python benchmarks/cpu/decode.py --size smollm2        # the shapes of SmolLM2-135M, random
+    python benchmarks/cpu/decode.py --model OUT           # a checkpoint
+    python benchmarks/cpu/decode.py --llama Q4_0,Q2_K     # llama.cpp quantizes that shape
+    python benchmarks/cpu/decode.py --gguf Q4_1=FILE      # llama.cpp on a file
 
-Random models have random codes or weights (models.py): speed does not depend on them; embedding and
-head are eight-bit rows. Greedy, --tokens tokens from position --prompt on. All rows are measured in
-turn, --rounds times, so that a busy machine slows them alike; figures are the best round. Rows:
+Random models have random codes or weights (random_model.py): speed does not depend on them;
+embedding and head are eight-bit rows. Greedy, --tokens tokens from position --prompt on. All rows
+are measured in turn, --rounds times, so that a busy machine slows them alike; figures are the best
+round. Rows:
 
     P bits       `dropbydrop.load`, a static cache, the native step
     P bits, eager       the same modules one by one
@@ -24,7 +25,6 @@ tokens a second of a prompt of --prefill tokens. "stream" is a plain sequential 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
 import tempfile
@@ -35,13 +35,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llama_cpp_peer import Counts, LlamaCpp, quantized_gguf, random_gguf
 
 import dropbydrop
-import models
 from dropbydrop import kernels
 from dropbydrop.evaluation import bench
 from dropbydrop.runtime import fused_decode
 from dropbydrop.runtime.fused_decode import decoder_of
+
+sys.path.append(str(Path(__file__).parents[1]))  # a script sees the modules of its folder alone
+import random_model
 
 
 @dataclass
@@ -120,7 +123,8 @@ def dense_rows(args: argparse.Namespace) -> list[Row]:
 
     rows = []
     for name in filter(None, args.torch.split(",")):
-        model = models.dense_model(args.size, getattr(torch, name))
+        config = random_model.llama_config(args.size)
+        model = random_model.random_llama(config, getattr(torch, name))
         rows.append(
             Row(
                 f"torch {name}",
@@ -132,68 +136,17 @@ def dense_rows(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-class LlamaCpp:
-    """A GGUF file in llama.cpp, through the C interface: no Python but the loop."""
-
-    def __init__(self, path: Path, args: argparse.Namespace) -> None:
-        import llama_cpp
-
-        self.api, self.args = llama_cpp, args
-        self.api.llama_backend_init()
-        models.silence(self.api)
-        model = self.api.llama_model_default_params()
-        self.model = self.api.llama_model_load_from_file(str(path).encode(), model)
-        if not self.model:
-            raise RuntimeError(f"llama.cpp could not load {path}")
-        context = self.api.llama_context_default_params()
-        context.n_ctx = max(args.prompt + args.tokens, args.prefill) + 8
-        context.n_batch = context.n_ubatch = max(512, args.prompt)
-        context.n_threads = context.n_threads_batch = args.threads
-        self.context = self.api.llama_init_from_model(self.model, context)
-        self.vocab = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
-        self.read = path.stat().st_size
-
-    def feed(self, ids: list[int]) -> None:
-        array = (ctypes.c_int32 * len(ids))(*ids)
-        if self.api.llama_decode(self.context, self.api.llama_batch_get_one(array, len(ids))):
-            raise RuntimeError("llama_decode failed")
-
-    def clear(self) -> None:
-        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
-
-    def best(self) -> int:
-        logits = ctypes.cast(
-            self.api.llama_get_logits(self.context),
-            ctypes.POINTER(ctypes.c_float * self.vocab),
-        ).contents
-        return int(torch.frombuffer(logits, dtype=torch.float32).argmax())
-
-    def decode(self) -> float:
-        self.clear()
-        self.feed(list(range(1, self.args.prompt + 1)))
-        start = time.perf_counter()
-        for _ in range(self.args.tokens):
-            self.feed([self.best()])
-        self.best()
-        return (time.perf_counter() - start) / self.args.tokens
-
-    def prefill(self) -> float:
-        self.clear()
-        start = time.perf_counter()
-        self.feed(list(range(1, self.args.prefill + 1)))
-        self.best()
-        return time.perf_counter() - start
-
-
 def llama_rows(args: argparse.Namespace, folder: Path) -> list[Row]:
     files = {}
     for kind in filter(None, args.llama.split(",")):
-        source = models.random_gguf(folder / f"{args.size}-f16.gguf", args.size)
-        files[f"llama.cpp {kind}"] = models.quantized_gguf(source, kind)
+        config = random_model.llama_config(args.size)
+        source = random_gguf(folder / f"{args.size}-f16.gguf", config)
+        files[f"llama.cpp {kind}"] = quantized_gguf(source, kind)
     files |= {name: Path(path) for name, path in (pair.split("=", 1) for pair in args.gguf)}
+    counts = Counts(args.prompt, args.tokens, args.prefill, args.threads)
     rows = []
     for name, path in files.items():
-        llama = LlamaCpp(path, args)
+        llama = LlamaCpp(path, counts)
         llama.read -= unread_bytes(path)
         rows.append(Row(name, llama.decode, llama.prefill, llama.read))
     return rows
@@ -214,15 +167,14 @@ def weights_of(size: str, model: Path | None) -> int:
         blocks = sum(d_out * d_in for d_out, d_in in checkpoint.shapes.values())
         head = checkpoint.config["vocab_size"] * checkpoint.config["hidden_size"]
         return blocks + int(head)
-    config = models.config_of(size)
-    with torch.device("meta"):
-        dense = models.LlamaForCausalLM(config)
+    config = random_model.llama_config(size)
+    dense = random_model.llama_shape(config)
     blocks = sum(p.numel() for p in dense.model.layers.parameters() if p.dim() == 2)
     return blocks + config.vocab_size * config.hidden_size
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    path = args.model or models.random_checkpoint(folder / f"random-{args.size}", args.size)
+    path = args.model or random_model.sized_checkpoint(folder / f"random-{args.size}", args.size)
     rows = our_rows(args, path) + dense_rows(args) + llama_rows(args, folder)
     read, speeds = bench.stream(args.threads), []
     for number in range(args.rounds):
@@ -246,7 +198,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=models.SIZES, default="1gb", help="of random models")
+    parser.add_argument("--size", choices=random_model.SIZES, default="1gb", help="random shape")
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead of a random one")
     parser.add_argument("--bits", default="2,3,4")
     parser.add_argument("--dtype", default="bfloat16", help="of our activations, and of prefill")

@@ -1,0 +1,1 @@
+"""The steps of benchmarks/gpu.py: `products` of random planes, `models`, and their `timing`."""
