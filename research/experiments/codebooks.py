@@ -1,6 +1,6 @@
 """Universal codebooks against learned ones: error, true bits and time, an input group at a time.
 
-    python benchmarks/codebooks.py [MODEL --text FILE --blocks 0,2] [--random 2048x2048,2048x8192]
+    python research/experiments/codebooks.py [MODEL --text FILE --blocks 0,2] [--random 2048x2048,2048x8192]
         [--preset fast] [--threads 1]
 
 Encodes the input groups of some blocks twice, with the universal set and with a set of the input

@@ -1,6 +1,6 @@
 """Calibrating on text that the model writes itself, against in-domain text, on a third text.
 
-    python benchmarks/data_free.py MODEL --in-domain FILE --text EVAL_FILE --folder FOLDER
+    python research/experiments/data_free.py MODEL --in-domain FILE --text EVAL_FILE --folder FOLDER
         [--variants temperature=0.8 text_tokens=256,conversations=0 ...]
 
 Every variant is one quantization at levels 2, 3 and 4 that differs from the others in its

@@ -1,6 +1,6 @@
 """Matrix by matrix: one nested code against AQLM dedicated to each level, in the same run.
 
-    python benchmarks/layers.py smollm2 --text FILE --out ROWS.jsonl [--anchors FILE]
+    python research/experiments/layers.py smollm2 --text FILE --out ROWS.jsonl [--anchors FILE]
         [--matrices "15 q,28 down"] [--preset balanced] [--no-aqlm]
 
 Every matrix is encoded once for levels 2, 3, 4; AQLM trains a code of its own for each level, as

@@ -1,6 +1,6 @@
 """Which rotation: none, small blocks, large blocks, full mixing, or outlier columns kept apart.
 
-    python benchmarks/rotations.py MODEL --text FILE [--blocks 0,15] [--whole EVAL_TEXT]
+    python research/experiments/rotations.py MODEL --text FILE [--blocks 0,15] [--whole EVAL_TEXT]
 
     none       Q = 1
     block 64   signs and a Hadamard matrix over each 64 inputs

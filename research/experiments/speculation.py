@@ -1,6 +1,6 @@
 """Self-speculative decoding: acceptance, costs, and speed over draft length, against the formula.
 
-    python benchmarks/speculation.py OUT --text FILE [--picture docs/images/speculation]
+    python research/experiments/speculation.py OUT --text FILE [--picture docs/images/speculation]
 
 Prompts are the first --prompt tokens of windows spread over FILE; each is continued greedily by
 --tokens tokens, plainly and with every draft and draft length, interleaved, so that all see the

@@ -1,4 +1,4 @@
-"""The studies in benchmarks/ run from end to end on tiny models, and go on where they were."""
+"""The scripts in research/experiments run end to end on tiny models, and go on where they were."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dropbydrop.quantization import pipeline as quantize
 from dropbydrop_research.baselines.additive import Training
 from tiny import save_tiny
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+FOLDER = Path(__file__).parents[1] / "experiments"
 
 
 def load(name: str) -> ModuleType:
