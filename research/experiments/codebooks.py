@@ -1,7 +1,7 @@
 """Universal codebooks against learned ones: error, true bits and time, an input group at a time.
 
-    python research/experiments/codebooks.py [MODEL --text FILE --blocks 0,2] [--random 2048x2048,2048x8192]
-        [--preset fast] [--threads 1]
+    python research/experiments/codebooks.py [MODEL --text FILE --blocks 0,2]
+        [--random 2048x2048,2048x8192] [--preset fast] [--threads 1]
 
 Encodes the input groups of some blocks twice, with the universal set and with a set of the input
 group's own, and with --random matrices of these sizes (d_out x d_in) with independent Gaussian

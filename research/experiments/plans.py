@@ -1,6 +1,6 @@
 """KL against average bits: plans, uniform levels, and the straight line between them.
 
-    python research/experiments/plans.py OUT --text FILE --reference MODEL [--picture docs/images/plans]
+    python research/experiments/plans.py OUT --text FILE --reference MODEL [--picture PATH]
 
 OUT needs sensitivities (`dropbydrop plan OUT --avg-bits 2.5` measures them, on text that the model
 writes itself unless another is named), or the log of its quantization serves. Everything is

@@ -1,6 +1,6 @@
 """Time to the first token while a checkpoint arrives, against waiting for all of it.
 
-    python research/experiments/progressive.py OUT [--mb-per-s 10] [--picture docs/images/progressive]
+    python research/experiments/progressive.py OUT [--mb-per-s 10] [--picture PATH]
 
 A local HTTP server hands out OUT at a fixed rate. `dropbydrop pull` (another process) fetches it;
 this process calls `load(dest, bits=<lowest>, upgrade=True)` as soon as the manifest is there,

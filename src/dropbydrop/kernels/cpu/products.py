@@ -7,8 +7,8 @@
                     torch's product with each
 
 "Few" is 16 rows, or more while rows times planes stay below what the kernel was measured to win
-(`_WINS`; benchmarks/cpu/matvec.py --crossover). The result of a row does not depend on how many of them
-are computed together, bit for bit, nor on the number of threads or the instruction set.
+(`_WINS`; benchmarks/cpu/matvec.py --crossover). The result of a row does not depend on how many of
+them are computed together, bit for bit, nor on the number of threads or the instruction set.
 
 Dense products run in float32 where an x86 processor has no instructions for the 16-bit type (for
 bfloat16 AMX or AVX512-BF16, for float16 AMX-FP16).
