@@ -1,27 +1,44 @@
-"""What a run shows on stderr: progress bars of one look, and nothing of other libraries.
+"""What a run shows on stderr: progress of one look, and nothing of other libraries.
 
-A bar has description, count, elapsed time and ETA; stdout stays free for results.
+stdout stays free for results. Progress is a bar on a terminal. Elsewhere (a log, a pipe, CI) it is
+plain lines: one when a task begins, one every 30 seconds even where a single step takes longer, and
+one when it ends:
+
+    quantize 12/30, 40 %, 0:02:10, ETA 0:03:15
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
+EVERY = 30.0  # seconds from one plain line to the next
+_SPEED_PERIOD = 600.0  # steps may take minutes; rich's own 30 seconds would give them no ETA
+
 
 def progress_bar(enabled: bool = True) -> Progress:
-    """A rich Progress to use as a context manager."""
+    """The progress of tasks, to use as a context manager: a bar, or lines without a terminal."""
+    console = Console(file=sys.stderr)  # of now: some work redirects stderr while it runs
+    if enabled and not (console.is_interactive or console.is_jupyter):
+        return ProgressLines(sys.stderr)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -29,9 +46,123 @@ def progress_bar(enabled: bool = True) -> Progress:
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
+        speed_estimate_period=_SPEED_PERIOD,
         disable=not enabled,
     )
+
+
+@contextmanager
+def phase(description: str, enabled: bool = True) -> Iterator[None]:
+    """Progress of work that cannot be counted: what it is, and for how long it runs."""
+    with progress_bar(enabled) as bar:
+        task = bar.add_task(description, total=None)
+        yield
+        bar.update(task, total=1, completed=1)
+
+
+class ProgressLines(Progress):
+    """Progress for a log: takes the calls of rich's Progress and writes lines to `file`.
+
+    Args:
+        get_time: a clock in seconds.
+        every: seconds from one line of a running task to the next.
+    """
+
+    def __init__(
+        self, file: TextIO, get_time: Callable[[], float] = time.monotonic, every: float = EVERY
+    ) -> None:
+        super().__init__(
+            console=Console(file=file), auto_refresh=False, get_time=get_time, disable=True
+        )
+        self._file, self._every = file, every
+        self._already: dict[TaskID, float] = {}  # completed when a task began, as after --resume
+        self._ended: set[TaskID] = set()
+        self._stopped = threading.Event()
+        self._timer: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to write a line for every running task every `every` seconds."""
+        self._timer = threading.Thread(target=self._repeat, daemon=True)
+        self._timer.start()
+
+    def stop(self) -> None:
+        """Write how far the tasks came that have not ended."""
+        self._stopped.set()
+        if self._timer is not None:
+            self._timer.join()
+        self.write_lines()
+
+    def write_lines(self) -> None:
+        """Write one line for every task that has not ended."""
+        with self._lock:
+            for task in self.tasks:
+                if task.id not in self._ended:
+                    self._write(task)
+
+    def add_task(
+        self,
+        description: str,
+        start: bool = True,
+        total: float | None = 100.0,
+        completed: int = 0,
+        visible: bool = True,
+        **fields: Any,
+    ) -> TaskID:
+        """As rich's; writes the first line of the task."""
+        with self._lock:
+            number = super().add_task(description, start, total, completed, visible, **fields)
+            self._already[number] = completed
+            self._write(self._tasks[number])
+        return number
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """As rich's; the step that completes a task writes its last line."""
+        with self._lock:
+            super().advance(task_id, advance)
+            self._end(task_id)
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """As rich's; the step that completes a task writes its last line."""
+        with self._lock:
+            super().update(task_id, **changes)
+            self._end(task_id)
+
+    def _repeat(self) -> None:
+        while not self._stopped.wait(self._every):
+            self.write_lines()
+
+    def _end(self, number: TaskID) -> None:
+        if _finished(self._tasks[number]) and number not in self._ended:
+            self._write(self._tasks[number])
+
+    def _write(self, task: Task) -> None:
+        if _finished(task):
+            self._ended.add(task.id)
+        with suppress(OSError, ValueError):  # a log that was closed must not end a run of hours
+            self._file.write(self._line(task) + "\n")
+            self._file.flush()
+
+    def _line(self, task: Task) -> str:
+        """`description done/total, percent, elapsed, ETA remaining`, without what is not known."""
+        elapsed = task.elapsed or 0.0
+        if task.total is None:
+            return f"{task.description} ..., {_clock(elapsed)}"
+        line = f"{task.description} {task.completed:.0f}/{task.total:.0f}, {task.percentage:.0f} %"
+        line += f", {_clock(elapsed)}"
+        done = task.completed - self._already[task.id]
+        if _finished(task) or done <= 0:
+            return line
+        return f"{line}, ETA {_clock(elapsed * (task.total - task.completed) / done)}"
+
+
+def _finished(task: Task) -> bool:
+    return task.total is not None and task.completed >= task.total
+
+
+def _clock(seconds: float) -> str:
+    """h:mm:ss"""
+    return str(timedelta(seconds=round(seconds)))
 
 
 @contextmanager
