@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-#   make demo [PRESET=balanced] [TEXT=file]   quantize SmolLM2-135M once, evaluate every level
+#   make demo [PRESET=balanced] [TEXT=file]   quantize SmolLM2-135M once, run and measure every level
 #   make test [JOBS=2]                        lint, types and tests (make quick: without the slow)
 #   make docs                                 the site of the documentation, in build/site
 #   make dev                                  editable install for work on the code
@@ -22,7 +22,7 @@ $(VENV)/torch:
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(PIP) . ./research
+	$(PIP) ".[plot]" ./research
 	@touch $@
 
 $(VENV)/tools: $(VENV)/torch $(SOURCES)
