@@ -57,6 +57,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(file), f"{page.name}: {target}"
 
 
+PATH = re.compile(r"\b(?:benchmarks|native|research|scripts|tests)/[\w/]+\.(?:py|sh|cpp|h|md|txt)\b")
+
+
+def test_files_named_in_the_pages_exist() -> None:
+    for page in set(TEXTS) - HISTORY:
+        lost = [path for path in PATH.findall(page.read_text()) if not (ROOT / path).is_file()]
+        assert not lost, f"{page.name}: {lost}"
+
+
 def nav(entries: list[object]) -> Iterator[str]:
     """All pages of the navigation."""
     for entry in entries:
