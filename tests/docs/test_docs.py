@@ -57,7 +57,9 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(file), f"{page.name}: {target}"
 
 
-PATH = re.compile(r"\b(?:benchmarks|native|research|scripts|tests)/[\w/]+\.(?:py|sh|cpp|h|md|txt)\b")
+PATH = re.compile(
+    r"\b(?:benchmarks|native|research|scripts|tests)/[\w/]+\.(?:py|sh|cpp|h|md|txt)\b"
+)
 
 
 def test_files_named_in_the_pages_exist() -> None:
