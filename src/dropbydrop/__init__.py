@@ -7,7 +7,8 @@
 Importing the package also teaches transformers to read these folders (`from_pretrained`).
 """
 
-from .planning.plan import Plan, make_plan
+from .planning.plan import Plan
+from .planning.solver import make_plan
 from .runtime.hf import register
 from .runtime.load import load, upgrade
 from .runtime.views import load_planes, plan_of, precision, view

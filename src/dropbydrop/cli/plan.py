@@ -46,8 +46,8 @@ def plan(
     """A level for every input group, of the least loss that fits the budget."""
     from dropbydrop.checkpoint import Checkpoint
     from dropbydrop.planning.memory import default_context
-    from dropbydrop.planning.plan import make_plan
     from dropbydrop.planning.sensitivity import Sensitivity, known_sensitivity
+    from dropbydrop.planning.solver import make_plan
 
     if (avg_bits is None) == (memory is None):
         raise DropError("give one budget: --avg-bits 2.6, or --memory 1.5GiB.")
@@ -87,9 +87,9 @@ def run_measurement(
 
     from dropbydrop import load
     from dropbydrop.data.text_files import text_windows
+    from dropbydrop.evaluation.sensitivity_probe import measure, self_windows
     from dropbydrop.models.model_config import context_length
     from dropbydrop.models.sources import load_tokenizer
-    from dropbydrop.planning.sensitivity import measure, self_windows
     from dropbydrop.system.console import quiet_transformers
 
     longest = context_length(checkpoint.config) or seq_len

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.errors import PrecisionError
 
-from .plan import Plan, make_plan
+from .plan import Plan
+from .solver import make_plan
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import torch
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.errors import FormatError, PrecisionError
-from dropbydrop.planning.plan import Plan, levels_here, make_plan
+from dropbydrop.planning.plan import Plan
 from dropbydrop.planning.precision import Precision
+from dropbydrop.planning.solver import levels_here, make_plan
 
 from . import upgrade as upgrades
 from .hf import register

@@ -1,0 +1,171 @@
+"""Budgets into levels: the plan of least predicted loss within average bits or bytes.
+
+With b[s, p] the code bytes of input group s at level p and L[s, p] the loss it causes there
+(sensitivity.py), minimise sum_s L[s, p_s] under sum_s b[s, p_s] <= B: a multiple-choice knapsack.
+Plane sizes have large common divisors (13,824 bytes on SmolLM2, so 1,920 units in all), which makes
+dynamic programming over the units cheap: it is the optimum, also where losses are not convex in
+bytes. The greedy path along the convex hulls was tried first and loses up to a step. Above 65,536
+units, sizes are rounded up to coarser ones: still feasible, within one unit an input group of the
+optimum.
+
+Budgets are average bits (sum_s p_s * weights_s / sum_s weights_s, so that the uniform plan at level
+P has average P) or bytes (memory.py: weights of every kind, cache, activations).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.coding.code import GROUP
+from dropbydrop.errors import MissingPlaneError, PrecisionError
+
+from .memory import default_context, parse_bytes, plane_bytes
+from .plan import Plan
+from .sensitivity import Sensitivity, known_sensitivity
+
+_MAX_UNITS = 1 << 16
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    avg_bits: float | None = None,
+    memory: str | int | None = None,
+    *,
+    context: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    sensitivity: Sensitivity | None = None,
+    planes: int | None = None,
+) -> Plan:
+    """The plan of least predicted loss within a budget. Exactly one budget must be given.
+
+    Args:
+        avg_bits: average planes a weight, between the lowest and the highest level.
+        memory: bytes, or text such as "1.5GiB": weights, cache for `context` tokens, activations.
+        context: tokens; by default 2,048 or what the model takes.
+        dtype: type of the activations, as given to `load`.
+        sensitivity: by default that of the sidecar, or else of the quantization log.
+        planes: plan with the first so many only; by default with those that are in the folder.
+
+    Raises:
+        PrecisionError: an infeasible budget; the message names the smallest feasible one.
+        MissingPlaneError: the budget needs planes that are absent.
+        DropError: no sensitivities are known.
+    """
+    if (avg_bits is None) == (memory is None):
+        raise PrecisionError("give one budget: average bits, or memory.")
+    levels = levels_here(checkpoint, planes)
+    known = sensitivity or known_sensitivity(checkpoint)
+    if avg_bits is not None:
+        weights = sum(d_out * d_in for d_out, d_in in checkpoint.shapes.values())
+        _check_average(avg_bits, levels, checkpoint.levels)
+        budget, costs = math.floor(avg_bits * weights / GROUP + 1e-6), _plane_costs(checkpoint)
+    else:
+        tokens = default_context(checkpoint, context)
+        budget = _bytes_for_codes(checkpoint, levels[0], parse_bytes(memory or 0), dtype, tokens)
+        costs = _plane_costs(checkpoint, held=True)
+    names = [input_group.name for input_group in checkpoint.quantization.input_groups]
+    losses = [known.losses[name] for name in names]
+    chosen = allocate(losses, costs, levels, budget)
+    return Plan(checkpoint.fingerprint, dict(zip(names, chosen, strict=True)))
+
+
+def _bytes_for_codes(
+    checkpoint: Checkpoint, lowest: int, wanted: int, dtype: torch.dtype | str | None, tokens: int
+) -> int:
+    """What `wanted` bytes of memory leave for codes (PrecisionError: less than level `lowest`)."""
+    least = Plan.uniform(checkpoint, lowest).memory(checkpoint, dtype, tokens)
+    if wanted < least.total:
+        raise PrecisionError(
+            f"{wanted:,} bytes are too few: {lowest} bits everywhere and {tokens:,} tokens of "
+            f"context need {least.total:,} ({least.total / 2**20:.1f} MiB: weights "
+            f"{least.weights:,}, key-value cache {least.kv_cache:,}, activations "
+            f"{least.activations:,}). Give at least that, or a shorter context."
+        )
+    return wanted - (least.total - least.codes)
+
+
+def _plane_costs(checkpoint: Checkpoint, held: bool = False) -> list[int]:
+    """Bytes of one plane of every input group: weights over 8, or as memory holds them (padded)."""
+    size = {
+        name: plane_bytes(shape) if held else shape[0] * shape[1] // GROUP
+        for name, shape in checkpoint.shapes.items()
+    }
+    return [
+        sum(size[m] for m in input_group.modules)
+        for input_group in checkpoint.quantization.input_groups
+    ]
+
+
+def levels_here(checkpoint: Checkpoint, planes: int | None = None) -> tuple[int, ...]:
+    """Levels that the first `planes` planes, or those in the folder, suffice for."""
+    here = range(1, planes + 1) if planes is not None else checkpoint.planes_present()
+    levels = tuple(p for p in checkpoint.levels if set(range(1, p + 1)) <= set(here))
+    if not levels:
+        checkpoint.require(checkpoint.levels[0])  # names the file
+    return levels
+
+
+def _check_average(bits: float, here: tuple[int, ...], levels: tuple[int, ...]) -> None:
+    if here[-1] < bits <= levels[-1]:
+        raise MissingPlaneError(
+            f"{bits} bits on average need more planes than are here (1..{here[-1]}). Fetch more "
+            f"(dropbydrop pull SOURCE DEST --bits {levels[-1]}), read more "
+            f"(dropbydrop.load_planes(model, {levels[-1]})), or ask for at most {here[-1]}."
+        )
+    if not here[0] <= bits <= levels[-1]:
+        raise PrecisionError(
+            f"{bits} bits on average cannot be met: this checkpoint's levels are "
+            f"{', '.join(map(str, levels))}, so the smallest feasible average is {levels[0]} and "
+            f"the largest {levels[-1]}."
+        )
+
+
+def allocate(
+    losses: Sequence[Mapping[int, float]],
+    planes: Sequence[int],
+    levels: Sequence[int],
+    budget: int,
+) -> list[int]:
+    """The level of every input group of least total loss for at most `budget` bytes.
+
+    Args:
+        losses: for every input group, level -> loss.
+        planes: bytes of one plane of every input group.
+        levels: ascending; the lowest everywhere fits the budget.
+        budget: bytes of codes.
+    """
+    lowest, highest = levels[0], levels[-1]
+    spare = min(budget - lowest * sum(planes), (highest - lowest) * sum(planes))
+    if spare == (highest - lowest) * sum(planes):
+        return [highest] * len(planes)  # whatever rounding to units says
+    unit = math.gcd(*planes)
+    if spare // unit > _MAX_UNITS:
+        unit = -(-spare // _MAX_UNITS)
+    count = spare // unit
+    # costs[s][k]: units of level k beyond the lowest
+    costs = [[-(-(level - lowest) * plane // unit) for level in levels] for plane in planes]
+    # best[c]: least loss of the input groups so far for exactly c units beyond the lowest level
+    best = np.full(count + 1, np.inf)
+    best[0] = 0.0
+    choices = np.zeros((len(planes), count + 1), dtype=np.uint8)
+    for s, row in enumerate(losses):
+        total = best + row[lowest]
+        for k, level in enumerate(levels[1:], 1):
+            cost = costs[s][k]
+            if cost <= count:
+                other = np.full_like(best, np.inf)
+                other[cost:] = best[: count + 1 - cost] + row[level]
+                better = other < total
+                total[better], choices[s][better] = other[better], k
+        best = total
+    chosen, c = [lowest] * len(planes), int(np.argmin(best))
+    for s in reversed(range(len(planes))):
+        k = int(choices[s][c])
+        chosen[s] = levels[k]
+        c -= costs[s][k]
+    return chosen
