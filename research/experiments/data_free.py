@@ -35,7 +35,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import dropbydrop
-from dropbydrop.data.calibration import SELF, Calibration, Writing, load_windows
+from dropbydrop.data.calibration import SELF, Calibration, load_windows
+from dropbydrop.data.self_generated import Writing
 from dropbydrop.data.text_files import text_windows
 from dropbydrop.errors import DropError
 from dropbydrop.evaluation.perplexity import bootstrap_interval, evaluate

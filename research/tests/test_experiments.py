@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dropbydrop.coding.encoder import EFFORTS, Effort
-from dropbydrop.data.calibration import Writing
+from dropbydrop.data.self_generated import Writing
 from dropbydrop.errors import DropError
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop_research.baselines.additive import Training

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from dropbydrop.data import self_generated as selfgen
-from dropbydrop.data.calibration import Writing, leading_bos, load_windows
-from dropbydrop.data.text_files import raw_rows, read_text, text_windows
+from dropbydrop.data.calibration import load_windows
+from dropbydrop.data.self_generated import Writing
+from dropbydrop.data.text_files import leading_bos, raw_rows, read_text, text_windows
 from dropbydrop.errors import CalibrationError
 from dropbydrop.models.sources import Source
 from tiny import FAMILIES, save_tiny

@@ -1,7 +1,7 @@
 """Calibration: the token windows that Gram matrices are measured on.
 
-`load_windows(spec, ...)`, where `spec` is a file (see texts.py), a hub dataset `hub:NAME[:SPLIT]`
-(hub_text.py), or `self`, text that the model writes itself (selfgen.py), which needs no data; how
+`load_windows(spec, ...)`, where `spec` is a file (text_files.py), a hub dataset `hub:NAME[:SPLIT]`
+(hub.py), or `self`, text that the model writes itself (self_generated.py), which needs no data; how
 it writes can be changed from Python (`Writing`).
 
 From a file, windows of `seq_len` tokens are drawn at random, without overlap, and kept in the order
@@ -28,7 +28,8 @@ from dropbydrop.errors import CalibrationError
 from dropbydrop.models.sources import Source
 
 from .hub import is_hub_text, read_hub_text
-from .text_files import cut, read_text, text_hash, tokenize, too_short
+from .self_generated import Writing, write_windows
+from .text_files import cut, leading_bos, read_text, text_hash, tokenize, too_short
 
 SELF = "self"
 _MIN_CHARS = 16 << 20
@@ -46,39 +47,6 @@ class Calibration:
 
     ids: Tensor
     description: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Writing:
-    """How a model writes its calibration text.
-
-    Attributes:
-        temperature: of the sampling, above 0.
-        text_tokens: longest text; a window is filled by as many as it takes.
-        conversations: share of the texts that are conversations, where the tokenizer has a template
-            for them; 0 to 1. The others are bare text.
-        user_tokens: longest turn of a user in a conversation.
-
-    Raises:
-        ValueError: out of these ranges.
-    """
-
-    temperature: float = 1.0
-    text_tokens: int = 512
-    conversations: float = 0.5
-    user_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        if not (self.temperature > 0 and 0 <= self.conversations <= 1):
-            raise ValueError(
-                f"temperature {self.temperature} must be positive, and the share of "
-                f"conversations {self.conversations} between 0 and 1"
-            )
-        if self.text_tokens < 2 or self.user_tokens < 1:
-            raise ValueError(
-                f"texts of {self.text_tokens} tokens and turns of {self.user_tokens}: a text needs "
-                "at least 2, a turn at least 1"
-            )
 
 
 def load_windows(
@@ -111,8 +79,6 @@ def load_windows(
     if str(spec) == SELF:
         if source is None:
             raise ValueError("calibration 'self' needs the model's source")
-        from .self_generated import write_windows
-
         writing = writing or Writing()
         ids = write_windows(
             source.folder, tokenizer, n_windows, seq_len, seed, writing, device=device
@@ -139,13 +105,6 @@ def load_windows(
         picked = torch.cat([torch.full((n_windows, 1), bos), picked], dim=1)
     description = {"kind": "text", "text": name, "sha256": text_hash(text), "seed": seed}
     return Calibration(picked, description | _numbers(picked) | {"bos": bos is not None})
-
-
-def leading_bos(tokenizer: Any) -> int | None:
-    """The BOS that the tokenizer puts before a text by itself, or None."""
-    ids = tokenize("a", tokenizer)
-    bos = tokenizer.bos_token_id
-    return int(bos) if bos is not None and ids.numel() > 1 and int(ids[0]) == bos else None
 
 
 def _numbers(ids: Tensor) -> dict[str, Any]:

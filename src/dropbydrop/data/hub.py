@@ -4,7 +4,7 @@
     hub:NAME:CONFIG:SPLIT      hub:Salesforce/wikitext:wikitext-2-raw-v1:train
 
 The rows are streamed and only the beginning that is needed is read, so a dataset may be larger than
-the disk. They are joined by a blank line, as in texts.py: WikiText's rows give the usual recipe.
+the disk. They are joined by a blank line (text_files.py): WikiText's rows give the usual recipe.
 Offline (HF_HUB_OFFLINE=1) the library's own cache is used. Rows need a column "text"; datasets that
 run code to load are refused by the library itself.
 """

@@ -4,7 +4,7 @@ All texts are sampled at once, one token a step, with a key/value cache; a step 
 matrix product of 128 rows, so a token costs a small part of what it costs in `generate`. A window
 is filled by texts of at most 512 tokens: half the attention and the same matrix products as one
 long text, and more topics. That length and the other figures below are those of `Writing`
-(calibration.py) unless the caller gives another.
+unless the caller gives another.
 
 Two kinds of text:
 - bare text: [BOS if the tokenizer adds one,] a random ordinary token of the vocabulary, then
@@ -28,6 +28,7 @@ of texts; batches are chosen to stay below `CACHE_BYTES`.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +42,58 @@ from transformers.masking_utils import sdpa_mask
 from dropbydrop.system.accelerator import multiplies_bfloat16
 from dropbydrop.system.console import progress_bar, quiet_transformers
 
-from .calibration import Writing, leading_bos
+from .text_files import leading_bos
 
 CACHE_BYTES = 3 << 29  # 1.5 GiB
 _MARK = "DROPBYDROP"
 _FOLDED = "dropbydrop_folded"  # name of our attention function in transformers
 
 
-class _Slots(DynamicLayer):
-    """A key/value layer that writes into room made once; concatenating would copy it every step."""
+@dataclass(frozen=True)
+class Writing:
+    """How a model writes its calibration text.
+
+    Attributes:
+        temperature: of the sampling, above 0.
+        text_tokens: longest text; a window is filled by as many as it takes.
+        conversations: share of the texts that are conversations, where the tokenizer has a template
+            for them; 0 to 1. The others are bare text.
+        user_tokens: longest turn of a user in a conversation.
+
+    Raises:
+        ValueError: out of these ranges.
+    """
+
+    temperature: float = 1.0
+    text_tokens: int = 512
+    conversations: float = 0.5
+    user_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and 0 <= self.conversations <= 1):
+            raise ValueError(
+                f"temperature {self.temperature} must be positive, and the share of "
+                f"conversations {self.conversations} between 0 and 1"
+            )
+        if self.text_tokens < 2 or self.user_tokens < 1:
+            raise ValueError(
+                f"texts of {self.text_tokens} tokens and turns of {self.user_tokens}: a text needs "
+                "at least 2, a turn at least 1"
+            )
+
+
+class KVSlots(DynamicLayer):
+    """Keys and values of one layer, written into room for `room` tokens that is made once.
+
+    Concatenating, as transformers does, would copy all of them every step.
+    """
 
     room = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append [b, heads, new, head_dim]; returns views of all slots written so far."""
+        """Append [b, heads, new, head_dim]; returns views [b, heads, so far, head_dim]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             b, heads, _, d = key_states.shape
@@ -68,6 +105,20 @@ class _Slots(DynamicLayer):
         self._values[:, :, low:high] = value_states
         self.keys, self.values = self._keys[:, :, :high], self._values[:, :, :high]
         return self.keys, self.values
+
+    def seek(self, tokens: int) -> None:
+        """Go on as if `tokens` tokens were written, whatever their slots hold."""
+        self.keys, self.values = self._keys[:, :, :tokens], self._values[:, :, :tokens]
+
+    def clear(self) -> None:
+        """Zeros in all slots: the room is as resident as it will be."""
+        self._keys.zero_()
+        self._values.zero_()
+
+
+def cache_with_room(tokens: int) -> Cache:
+    """An empty key/value cache for texts of `tokens` tokens; its layers are `KVSlots`."""
+    return Cache(layer_class_to_replicate=type("_Room", (KVSlots,), {"room": tokens}))
 
 
 def _folded_attention(
@@ -96,10 +147,6 @@ class _Ungrouped:
     num_key_value_groups = 1
     is_causal = False
     training = False
-
-
-AttentionInterface.register(_FOLDED, _folded_attention)
-AttentionMaskInterface.register(_FOLDED, sdpa_mask)
 
 
 class _Writer:
@@ -157,7 +204,7 @@ def write_windows(
     generator = torch.Generator().manual_seed(seed)
     pieces, length = texts_of(seq_len, writing)
     writers = _writers(model, tokenizer, n * pieces, writing, generator)
-    size = _batch_size(model, n * pieces, length)
+    size = batch_size(model, n * pieces, length)
     batches = [writers[low : low + size] for low in range(0, n * pieces, size)]
     with progress_bar(progress) as bar:
         task = bar.add_task("writing calibration text", total=length * len(batches))
@@ -189,12 +236,14 @@ def fold_attention(model: Any) -> bool:
     """Let a model attend as above, if it uses sdpa (others have their reasons). Whether it does."""
     if model.config._attn_implementation != "sdpa":
         return False
+    AttentionInterface.register(_FOLDED, _folded_attention)
+    AttentionMaskInterface.register(_FOLDED, sdpa_mask)
     model.set_attn_implementation(_FOLDED)
     return True
 
 
-def _batch_size(model: Any, texts: int, length: int) -> int:
-    """Texts sampled together: equal batches whose cache fits."""
+def batch_size(model: Any, texts: int, length: int) -> int:
+    """How many texts of `length` tokens are sampled together: equal batches whose cache fits."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -212,8 +261,8 @@ def _sample(
     generator: torch.Generator,
     advance: Any,
 ) -> Tensor:
-    layer = type("_Room", (_Slots,), {"room": seq_len})
-    cache = Cache(layer_class_to_replicate=layer)
+    """One batch of texts, int64 [texts, seq_len]."""
+    cache = cache_with_room(seq_len)
     out = torch.empty(len(writers), seq_len, dtype=torch.int64)
     drawn = [0] * len(writers)  # ignored: every text begins with a given token
     for position in range(seq_len):

@@ -89,6 +89,13 @@ def tokenize(text: str, tokenizer: Any) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
+def leading_bos(tokenizer: Any) -> int | None:
+    """The BOS that the tokenizer puts before a text by itself, or None."""
+    ids = tokenize("a", tokenizer)
+    bos = tokenizer.bos_token_id
+    return int(bos) if bos is not None and ids.numel() > 1 and int(ids[0]) == bos else None
+
+
 def cut(ids: Tensor, seq_len: int) -> Tensor:
     """[tokens] -> [tokens // seq_len, seq_len]; the rest is dropped."""
     n = ids.numel() // seq_len

@@ -1,4 +1,4 @@
-"""Walk over the decoder blocks of any dense causal LM, one block in memory at a time.
+"""Run the decoder blocks of any dense causal LM one after the other, one in memory at a time.
 
 How it works, without a list of architectures:
 
@@ -14,7 +14,7 @@ How it works, without a list of architectures:
 3. `block(i)` loads the weights of block i from safetensors in `dtype`; `release(i)` puts them
    back on the meta device. Between the two, a caller may change `linear.weight.data`.
 4. `collect_statistics` runs a block over all windows, batch by batch, and in the same pass
-   accumulates the Gram matrices of its input groups (capture.py) and the block's output.
+   accumulates the Gram matrices of its input groups (statistics.py) and the block's output.
 
 Layout: ids [n, T] int64; hidden [n, T, d] in `dtype`, n windows of T tokens without padding. Both
 live where the caller put them (CPU); batches of about `batch_tokens` tokens go to `device`.
@@ -44,7 +44,7 @@ from dropbydrop.system.distributed import SHARDS, Partition, Ranks
 from .block_inputs import BlockInputs
 from .embeddings import embedding_name, head_name
 from .input_groups import InputGroup
-from .statistics import CLIP, BlockStatistics, Recorder, check_uncovered
+from .statistics import CLIP, BlockStatistics, InputRecorder, check_uncovered
 from .weight_files import WeightFiles
 
 BATCH_TOKENS = 4096
@@ -55,8 +55,8 @@ class BlockRunner:
 
     Attributes:
         model: the causal LM; parameters on the meta device unless materialised.
-        num_blocks, blocks_name: how many blocks, and the name of their list ("model.layers").
-        embedding_modules, head_modules: full module names.
+        blocks, blocks_name, num_blocks: the list of blocks, its name ("model.layers"), its length.
+        embedding_modules, head_modules: full module names, at most one of each.
         tied: whether the head shares the embedding's weights.
     """
 
@@ -70,8 +70,8 @@ class BlockRunner:
     ) -> None:
         self.model, self.files, self.dtype, self.device = model, files, dtype, device
         self.batch_tokens = batch_tokens
-        self.blocks_name, self._blocks = _find_blocks(model)
-        self.num_blocks = len(self._blocks)
+        self.blocks_name, self.blocks = _find_blocks(model)
+        self.num_blocks = len(self.blocks)
         head = head_name(model)
         self.embedding_modules = [embedding_name(model)]
         self.head_modules = [] if head is None else [head]
@@ -80,7 +80,7 @@ class BlockRunner:
         self._outer_loaded: set[str] = set()
         self._check()
         self._block_inputs = BlockInputs(
-            model, self.blocks_name, self._blocks, self._load_outer, device
+            model, self.blocks_name, self.blocks, self._load_outer, device
         )
 
     @classmethod
@@ -99,7 +99,7 @@ class BlockRunner:
 
         Raises:
             FormatError: config or weights missing or damaged.
-            UnsupportedModelError: a structure that cannot be walked (see the module's note).
+            UnsupportedModelError: a structure beyond the limits of the module's note.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
@@ -129,6 +129,13 @@ class BlockRunner:
         """Full name of block i, "model.layers.0"."""
         return f"{self.blocks_name}.{i}"
 
+    def linear_sizes(self) -> list[int]:
+        """Number of weights in the linear layers of each block; needs no weights in memory."""
+        return [
+            sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+            for block in self.blocks
+        ]
+
     def outer_names(self) -> list[str]:
         """Stored parameters and buffers outside of the blocks (tied copies left out)."""
         return [n for n in self._state_names(self.model) if self._is_outer(n)]
@@ -151,7 +158,7 @@ class BlockRunner:
         """Structure and weights fit, as far as that shows without running anything."""
         prefix = self.model.base_model_prefix
         names = [n for n in self._state_names(self.model) if n not in self._ties]
-        for i, block in enumerate(self._blocks):
+        for i, block in enumerate(self.blocks):
             inside = {
                 f"{where}.weight" for where, m in block.named_modules() if isinstance(m, nn.Linear)
             }
@@ -204,14 +211,14 @@ class BlockRunner:
 
     def block(self, i: int) -> nn.Module:
         """Block i with its weights in memory (loaded unless they already are)."""
-        block = self._blocks[i]
+        block = self.blocks[i]
         on_meta = [n for n, v in block.state_dict(keep_vars=True).items() if v.is_meta]
         self._load(block, f"{self.block_prefix(i)}.", on_meta)
         return block
 
     def release(self, i: int) -> None:
         """Free the weights of block i; the next `block(i)` loads the original ones again."""
-        for module in self._blocks[i].modules():
+        for module in self.blocks[i].modules():
             for name, p in module._parameters.items():
                 if p is not None:
                     module._parameters[name] = nn.Parameter(p.to("meta"), requires_grad=False)
@@ -244,7 +251,7 @@ class BlockRunner:
         return out[0] if isinstance(out, tuple) else out
 
     def shards(self, n: int, t: int) -> list[list[slice]]:
-        """Batches of n windows of t tokens, in at most LANES contiguous runs (see team.py)."""
+        """Batches of n windows of t tokens, in at most SHARDS contiguous runs (distributed.py)."""
         batches = list(self._batches(n, t))
         count = min(SHARDS, len(batches))
         edges = [len(batches) * shard // count for shard in range(count + 1)]
@@ -272,9 +279,12 @@ class BlockRunner:
         return out
 
     def input_groups(self, i: int, block: nn.Module, hidden: Tensor) -> list[InputGroup]:
-        """Which linear layers of block i share an input, found on the first window."""
+        """Which linear layers of block i share an input, found on the first window.
+
+        hidden: input of the block, [n, T, d].
+        """
         x = hidden[:1].to(self.device)
-        with Recorder(block, self.block_prefix(i), grams=False) as recorder:
+        with InputRecorder(block, self.block_prefix(i), grams=False) as recorder:
             recorder.batch((1, x.shape[1]))
             self._run(i, block, x)
             recorder.end()
@@ -297,11 +307,14 @@ class BlockRunner:
         Args:
             hidden: [n, T, d], input of the block.
             clip: tokens count at most as much as `clip` times the median token of their window
-                (encoding of the weights in capture.py); infinity switches it off.
+                (see statistics.py); infinity switches it off.
             raw: also return the unclipped, unweighted matrices.
             weights: [n, T], importance of each token, multiplied into the clip weights.
             out: where to write the output [n, T, d]; may be `hidden` itself.
             partition: of this process in a run of several; `hidden` has its windows alone.
+
+        Returns:
+            H [d_in, d_in] of each input group, the output [n, T, d] and what `raw` asks for.
 
         Raises:
             UnsupportedModelError: too much of the block is in no called linear, or a linear is
@@ -310,7 +323,7 @@ class BlockRunner:
         """
         to = torch.empty_like(hidden) if out is None else out
         own = partition or Ranks().partition(self.shards(*hidden.shape[:2]))
-        with Recorder(block, self.block_prefix(i), clip, raw) as recorder:
+        with InputRecorder(block, self.block_prefix(i), clip, raw) as recorder:
 
             def run() -> None:
                 for shard in own.shards:
@@ -322,7 +335,7 @@ class BlockRunner:
                         recorder.end()
                     recorder.fold(keep=own.ranks.size > 1)
 
-            own.ranks.together(run)
+            own.ranks.on_all_ranks(run)
             return recorder.result(to, own, own.count * hidden.shape[1])
 
     def finish(self, hidden: Tensor) -> Tensor:
@@ -341,11 +354,11 @@ class BlockRunner:
         ]
         return torch.cat(parts)
 
-    # ---- with values and gradients of the caller's ---------------------------------------------
+    # ---- with the caller's values, and with gradients -----------------------------------------
 
     def state_names(self, i: int) -> list[str]:
         """Parameters and persistent buffers of block i, by their names in the block."""
-        return self._state_names(self._blocks[i])
+        return self._state_names(self.blocks[i])
 
     def apply_block(self, i: int, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Block i with other values of all its parameters, by their names in the block.
@@ -354,7 +367,7 @@ class BlockRunner:
         weights of the block need not be loaded.
         """
         rest, named = self._block_inputs.arguments(i, x.shape[0], x.shape[1])
-        out = functional_call(self._blocks[i], dict(values), (x, *rest), named)
+        out = functional_call(self.blocks[i], dict(values), (x, *rest), named)
         return out[0] if isinstance(out, tuple) else out
 
     def apply_head(self, hidden: Tensor, values: Mapping[str, Tensor]) -> Tensor:

@@ -19,9 +19,9 @@ by names:
 
 Layout: H is float32 [d_in, d_in], symmetric. Only the lower block triangle is computed (a third
 less work) and mirrored at the end. Sums run in float32: 1e5 tokens leave a relative error near
-1e-6, far below what the damping hides; factorise it in float64. Batches are added up in lanes
-(`fold`), and lanes in their order, so that several processes get the same bits as one (team.py);
-that takes room for H twice.
+1e-6, far below what the damping hides; factorise it in float64. Batches are added up in shards
+(`fold`), and shards in their order, so that several processes get the same bits as one
+(system/distributed.py); that takes room for H twice.
 
 Limits: a linear that is called twice in one forward, or that sees a subset of the tokens (routed
 experts), is refused by name.
@@ -53,7 +53,7 @@ class BlockStatistics:
     """What one pass over a block yields.
 
     Attributes:
-        input groups: in the order of their calls.
+        input_groups: in the order of their calls.
         grams: input group name -> H, float32 [d_in, d_in], tokens clipped and weighted.
         raw: input group name -> H without clipping or weights; empty unless asked for.
         energy_ratio: input group name -> largest ||x||^2 over the median one, maximum over windows.
@@ -74,7 +74,7 @@ def token_weights(energy: Tensor, clip: float) -> Tensor:
 
     An infinite `clip` gives ones.
     """
-    median = energy.median(dim=-1, keepdim=True).values
+    median = energy.median(dim=-1, keepdim=True).values  # [b, 1]
     limit = torch.where(median > 0, clip * median, torch.inf)
     return (limit / energy.clamp_min(torch.finfo(energy.dtype).tiny)).clamp(max=1.0)
 
@@ -89,7 +89,10 @@ def add_gram(total: Tensor, y: Tensor) -> None:
 
 
 def mirror(total: Tensor, scale: float) -> Tensor:
-    """The symmetric matrix whose lower triangle is that of `total`, times `scale`; in place."""
+    """The symmetric matrix whose lower triangle is that of `total` [d, d], times `scale`.
+
+    `total` is scaled in place; the result is new, [d, d].
+    """
     total.mul_(scale)
     upper = torch.ones_like(total, dtype=torch.bool).triu_(1)
     return torch.where(upper, total.T, total)
@@ -101,23 +104,23 @@ class _Entry:
 
     modules: list[str]
     d_in: int
-    gram: Tensor | None = None  # of the lane that is running
+    gram: Tensor | None = None  # of the shard that is running
     raw: Tensor | None = None
     ratio: float = 0.0
-    grams: list[Tensor] = field(default_factory=list)  # of the lanes that are over
+    grams: list[Tensor] = field(default_factory=list)  # of the shards that are over
     raws: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
-class Recorder:
+class InputRecorder:
     """Watches the linear layers of one block; use as a context manager around its forwards.
 
     Call `batch(shape, weights)` before and `end()` after each forward of the block, and `fold()`
-    after each lane of batches.
+    after each shard of batches.
 
     Args:
         block: the block; `prefix` is its full name in the model.
-        clip, raw: see the module's note. `grams=False` only finds the sites.
+        clip, raw: see the module's note. `grams=False` only finds the input groups.
 
     Raises:
         UnsupportedModelError: a linear called twice, or with a subset of the tokens.
@@ -135,7 +138,7 @@ class Recorder:
     _weights: Tensor | None = None
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> InputRecorder:
         for name, module in self.block.named_modules():
             if isinstance(module, nn.Linear):
                 full = f"{self.prefix}.{name}"
@@ -162,7 +165,7 @@ class Recorder:
         self._seen.clear()
 
     def fold(self, keep: bool = False) -> None:
-        """A lane is over: add its sums to those of the lanes before it, or `keep` them apart."""
+        """A shard is over: add its sums to those of the shards before it, or `keep` them apart."""
         for entry in self._input_groups.values():
             for shard, over in ((entry.gram, entry.grams), (entry.raw, entry.raws)):
                 if shard is None:
@@ -195,22 +198,23 @@ class Recorder:
         entry = self._input_groups.setdefault(full, _Entry([full], x.shape[-1]))
         self._calls.append((x, x._version, entry))
         if self.grams:
-            self._add(entry, x.detach().reshape(b, t, -1).to(torch.float32))
+            self._add(entry, x.detach().reshape(b, t, -1).to(torch.float32))  # [b, T, d_in]
 
     def _add(self, entry: _Entry, x: Tensor) -> None:
+        """Add inputs x [b, T, d_in] to the sums of their input group."""
         d = entry.d_in
         if entry.gram is None:
             entry.gram = torch.zeros(d, d, device=x.device)
             entry.raw = torch.zeros(d, d, device=x.device) if self.raw else None
         energy = torch.linalg.vector_norm(x, dim=-1).square()  # [b, T]
-        median = energy.median(dim=-1).values.clamp_min(torch.finfo(energy.dtype).tiny)
+        median = energy.median(dim=-1).values.clamp_min(torch.finfo(energy.dtype).tiny)  # [b]
         entry.ratio = max(entry.ratio, float((energy.amax(-1) / median).max()))
         weights = token_weights(energy, self.clip)
         if self._weights is not None:
             weights = weights * self._weights.to(weights)
-        add_gram(entry.gram, (x * weights.sqrt()[..., None]).view(-1, d))
+        add_gram(entry.gram, (x * weights.sqrt()[..., None]).view(-1, d))  # [b * T, d_in]
         if entry.raw is not None:
-            add_gram(entry.raw, x.reshape(-1, d))
+            add_gram(entry.raw, x.reshape(-1, d))  # [b * T, d_in]
 
     def _check_coverage(self) -> None:
         """More than MAX_UNCOVERED of the block's matrices in no called linear: refuse."""
@@ -242,16 +246,17 @@ class Recorder:
         ]
 
     def result(self, hidden: Tensor, partition: Partition, tokens: int) -> BlockStatistics:
-        """Sum over the lanes of all processes, normalise, hand over; empties the recorder.
+        """Sum over the shards of all processes, normalise, hand over; empties the recorder.
 
         Args:
-            hidden: the block's output for this process's windows.
-            tokens: of all processes.
+            hidden: the block's output [n, T, d] for this process's windows.
+            partition: which windows this process has.
+            tokens: number of tokens of all processes.
 
         Raises:
             CalibrationError: activations that are not finite.
         """
-        input_groups = partition.ranks.together(self.input_groups)
+        input_groups = partition.ranks.on_all_ranks(self.input_groups)
         entries = list(self._input_groups.values())
         largest = partition.ranks.largest([entry.ratio for entry in entries])
         grams: dict[str, Tensor] = {}
@@ -278,14 +283,14 @@ def check_uncovered(left: dict[str, int], total: int) -> None:
     Raises:
         UnsupportedModelError: names the parameters and their share.
     """
-    partition = sum(left.values()) / max(total, 1)
-    if total and partition <= MAX_UNCOVERED:
+    share = sum(left.values()) / max(total, 1)
+    if total and share <= MAX_UNCOVERED:
         return
     names = sorted(left, key=lambda name: -left[name])
     shown = ", ".join(f"{name} ({left[name]:,} weights)" for name in names[:4])
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     raise UnsupportedModelError(
-        f"{partition:.0%} of a block's weights are in no linear layer that its forward calls: "
+        f"{share:.0%} of a block's weights are in no linear layer that its forward calls: "
         f"{shown or 'it has no matrices at all'}{more}. Quantizing the rest would not be the "
         "model that was asked for. Fused or routed experts (mixture-of-experts) and unusual "
         "layers are not supported; use a dense decoder."

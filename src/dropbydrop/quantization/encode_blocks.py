@@ -11,16 +11,14 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dropbydrop.checkpoint import CheckpointWriter, Embeddings, StoredGroup
-from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.codebooks import UNIVERSAL, default_lambdas
 from dropbydrop.coding.encoder import Effort, Encoded, encode_group, group_rotation
 from dropbydrop.coding.learned_codebooks import learn_group
@@ -160,7 +158,7 @@ class Run:
         self.lambdas = default_lambdas(levels)
         self.tally = Tally(levels)
         self.ranks = ranks or Ranks()
-        self._input_groups = self.ranks.number(0 if writer is None else len(writer.input_groups))
+        self._input_groups = self.ranks.broadcast(0 if writer is None else len(writer.input_groups))
 
     @property
     def writer(self) -> CheckpointWriter:
@@ -181,7 +179,7 @@ class Run:
         costs = [m.weight.numel() * (2000.0 + m.weight.shape[1]) for m in modules.values()]
         owners = dict(zip(modules, assign_by_cost(costs, self.ranks.size), strict=True))
         own = {name for name, owner in owners.items() if owner == self.ranks.rank}
-        encoded, own_books = self.ranks.together(
+        encoded, own_books = self.ranks.on_all_ranks(
             lambda: self._encode_groups(statistics, modules, rotations, own)
         )
         done: set[str] = set()
@@ -198,8 +196,7 @@ class Run:
                 self.writer.add_group(spec, rotation)
             for name in input_group.modules:
                 done |= {f"{name}.weight", f"{name}.bias"}
-                weight = modules[name].weight
-                result = self._collect(encoded.pop(name, None), owners[name], weight)
+                result = self._collect(encoded.pop(name, None), owners[name])
                 if result is not None:
                     self._add(
                         name, modules[name], *result, statistics.energy_ratio[input_group.name]
@@ -223,16 +220,14 @@ class Run:
             if not self.ranks.root:
                 return None
             weights = {name: modules[name].weight.detach() for name in input_group.modules}
-            packed = group_rotation(weights, statistics.grams[input_group.name], seed).packed()
-            assert packed is not None
-            return packed.to(torch.int64)[None]
+            return group_rotation(weights, statistics.grams[input_group.name], seed).packed()
 
         found = {}
         for input_group in statistics.input_groups:
             seed = self.seed * 1_000_003 + self._input_groups
             self._input_groups += 1
-            packed = self.ranks.together(partial(balanced, input_group, seed))
-            stored = self.ranks.integers(packed)[0].to(torch.uint8)
+            packed = self.ranks.on_all_ranks(partial(balanced, input_group, seed))
+            stored = self.ranks.broadcast(packed)
             odd = split_odd(input_group.d_in)[1]
             rotation = Rotation.from_stored(
                 {"kind": "full", "scaled": True}, input_group.d_in, stored, odd_factor(odd)
@@ -274,29 +269,15 @@ class Run:
         return out, books
 
     def _collect(
-        self, result: tuple[Encoded, float] | None, owner: int, weight: Tensor
+        self, result: tuple[Encoded, float] | None, owner: int
     ) -> tuple[Encoded, float] | None:
         """A matrix's code on the root, None elsewhere; `result` is its owner's."""
         if owner == 0:
             return result
-        code, spent = result if result is not None else (None, 0.0)
-        d_out, d_in = weight.shape
-        planes, levels = self.codebooks.shape[0], len(self.levels)
-        shapes = {
-            "codes": torch.empty(planes, d_out, d_in // GROUP, dtype=torch.uint8, device="meta"),
-            "scales": torch.empty(d_out, dtype=torch.float16, device="meta"),
-            "numbers": torch.empty(levels + 1, dtype=torch.float64, device="meta"),
-        }
-        sent: dict[str, Tensor | None] = dict.fromkeys(shapes)
-        if code is not None:
-            numbers = torch.tensor([*code.errors, spent], dtype=torch.float64)
-            sent = {"codes": code.codes, "scales": code.scales, "numbers": numbers}
-        got = {kind: self.ranks.to_root(sent[kind], owner, like) for kind, like in shapes.items()}
-        codes, scales, numbers_got = got["codes"], got["scales"], got["numbers"]
-        if codes is None or scales is None or numbers_got is None:
-            return None
-        *errors, seconds = numbers_got.tolist()
-        return Encoded(codes, scales, errors), seconds
+        if result is not None:
+            code, spent = result
+            result = replace(code, codes=code.codes.cpu(), scales=code.scales.cpu()), spent
+        return self.ranks.to_root(result, owner)
 
     def _add(
         self, name: str, module: Any, code: Encoded, seconds: float, energy_ratio: float

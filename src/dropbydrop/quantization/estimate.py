@@ -49,7 +49,8 @@ from dropbydrop.coding.codebooks import HALF, UNIVERSAL, default_lambdas, univer
 from dropbydrop.coding.encoder import encode_group, group_rotation
 from dropbydrop.coding.learned_codebooks import learn_group
 from dropbydrop.coding.rotation import split_odd
-from dropbydrop.data.calibration import SELF, Calibration, Writing, load_windows
+from dropbydrop.data.calibration import SELF, Calibration, load_windows
+from dropbydrop.data.self_generated import Writing
 from dropbydrop.models.statistics import BlockStatistics
 from dropbydrop.system.memory import peak_memory
 
@@ -192,10 +193,7 @@ class _Block:
         self.statistics, self.input_groups = statistics, statistics.input_groups
         self.working = peak_memory()
         self.encode = sum(self._time_group(input_group) for input_group in statistics.input_groups)
-        weights = [
-            sum(m.weight.numel() for m in b.modules() if isinstance(m, nn.Linear))
-            for b in runner._blocks
-        ]
+        weights = runner.linear_sizes()
         self.blocks = sum(weights) / weights[0]  # in blocks like the first
         runner.release(0)
         del self.block, self.statistics
@@ -268,7 +266,7 @@ class _Shapes:
 
     def __init__(self, job: Job, input_groups: list[Any]) -> None:
         self.job, runner = job, job.runner
-        linears = [m for b in runner._blocks for m in b.modules() if isinstance(m, nn.Linear)]
+        linears = [m for b in runner.blocks for m in b.modules() if isinstance(m, nn.Linear)]
         self.weights = sum(m.in_features * m.out_features for m in linears)
         self.rows = sum(m.out_features for m in linears)
         self.inputs = runner.num_blocks * sum(input_group.d_in for input_group in input_groups)
@@ -314,17 +312,21 @@ class _Shapes:
 
 def _time_self(job: Job) -> tuple[float, int]:
     """Seconds and peak bytes of writing the calibration text."""
-    from transformers.cache_utils import Cache
-
-    from dropbydrop.data.self_generated import _batch_size, _Slots, draw, open_model, texts_of
+    from dropbydrop.data.self_generated import (
+        batch_size,
+        cache_with_room,
+        draw,
+        open_model,
+        texts_of,
+    )
 
     _reset_peak()
     model: Any
     loading, model = _clock(lambda: open_model(job.source.folder, job.runner.device))
     pieces, length = texts_of(job.seq_len, Writing())
     texts = job.windows * pieces
-    size = _batch_size(model, texts, length)
-    cache: Any = Cache(layer_class_to_replicate=type("_Room", (_Slots,), {"room": length}))
+    size = batch_size(model, texts, length)
+    cache: Any = cache_with_room(length)
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocab, (size, 1)).to(model.device)
@@ -332,8 +334,7 @@ def _time_self(job: Job) -> tuple[float, int]:
     @torch.inference_mode()
     def step(position: int) -> float:
         for layer in cache.layers:
-            layer.keys = layer._keys[:, :, :position]
-            layer.values = layer._values[:, :, :position]
+            layer.seek(position)
 
         def run() -> None:
             logits = model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
@@ -344,8 +345,7 @@ def _time_self(job: Job) -> tuple[float, int]:
     step(0)
     with torch.inference_mode():
         for layer in cache.layers:  # as resident as they will be
-            layer._keys.zero_()
-            layer._values.zero_()
+            layer.clear()
     first, middle, last = (
         sum(step(p) for _ in range(3)) / 3 for p in (0, length // 2, max(0, length - 1))
     )

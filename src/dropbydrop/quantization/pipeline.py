@@ -8,7 +8,7 @@ Steps:
     3. write what stays (embeddings and head in 8 or 16 bits, norms and biases as they are),
        config, log, model card, manifest; rename the folder into place.
 In memory at a time: the hidden states of the windows, one block, its Gram matrices; with a GPU, in
-the GPU's memory. Several processes (torchrun) share the windows and the matrices (team.py).
+the GPU's memory. Several processes (torchrun) share the windows and the matrices (distributed.py).
 
 Nothing is visible under OUT before the last step: bad input, an error, Ctrl-C or a full disk leave
 no trace. With `resume`, finished blocks are kept beside OUT until it is there (resume.py); the
@@ -117,7 +117,7 @@ def quantize(
                 "codebooks are fitted to all its matrices together; run one process, or take the "
                 "universal set."
             )
-        job = ranks.together(
+        job = ranks.on_all_ranks(
             lambda: prepare(
                 model,
                 bits,
@@ -155,7 +155,7 @@ def _write(
     with Journal(place, fingerprint(job)) as work:
         blocks = sum("block" in step for step in work.steps)
         if (record := work.published()) is not None:
-            ranks.number(_DONE)
+            ranks.broadcast(_DONE)
             tally = Tally(job.levels)
             tally.restore([*(step["run"] for step in work.steps), record["run"]])
         else:
@@ -172,10 +172,10 @@ def _carry_out(
 ) -> Tally:
     """Steps 1 to 3 of the module's note, from where `work` was left; the root has the writer."""
     runner = job.runner
-    steps = ranks.number(0 if work is None else len(work.steps))
+    steps = ranks.broadcast(0 if work is None else len(work.steps))
     if steps == _DONE:  # the root found the checkpoint in place
         return Tally(job.levels)
-    kept = bool(ranks.number(work is not None))  # whether steps are kept for --resume
+    kept = bool(ranks.broadcast(work is not None))  # whether steps are kept for --resume
     mark = time.perf_counter()
     universal, learned = universal_set(job.levels), job.codebooks != UNIVERSAL
     trained = time.perf_counter() - mark  # a while, for levels whose set does not ship
@@ -187,8 +187,8 @@ def _carry_out(
     hidden: Tensor | None = None
     if steps == 0:
         with tally.timed("calibrate"):
-            text = ranks.together(lambda: _calibrate(job) if ranks.root else None)
-            ids = ranks.integers(None if text is None else text.ids)
+            text = ranks.on_all_ranks(lambda: _calibrate(job) if ranks.root else None)
+            ids = ranks.broadcast(None if text is None else text.ids.cpu())
         partition = ranks.partition(runner.shards(*ids.shape))
         hidden = runner.embed(ids[partition.windows(ranks.rank)].to(runner.device))
         if text is not None:
@@ -204,7 +204,7 @@ def _carry_out(
             calibration = work.steps[0]["calibration"]
         if first < runner.num_blocks:
             whole = None if work is None else work.hidden()
-            hidden = partition.scatter(whole, runner.dtype).to(runner.device)
+            hidden = partition.scatter(whole).to(runner.device)
     with progress_bar(progress) as bar:
         task = bar.add_task("quantize", total=runner.num_blocks, completed=first)
         for i in range(first, runner.num_blocks):

@@ -1,22 +1,22 @@
 """Several processes on one run: torchrun --nproc-per-node N -m dropbydrop quantize ...
 
 Who does what, for each block:
-    1. every rank runs its own windows through the block. Windows are dealt in lanes: the batches of
-       a run form LANES contiguous lanes whatever the number of ranks, and a rank has whole lanes;
-    2. H of an input group is the sum of its lanes, added in their order. Lanes are broadcast one
+    1. every rank runs its windows through the block. The batches of a run form SHARDS contiguous
+       shards, whatever the number of ranks, and a rank has whole shards (`Partition`);
+    2. H of an input group is the sum of its shards, added in their order. Shards are broadcast one
        after the other, so every rank adds the same float32 matrices in the same order as a single
-       process
-       does: H, and with it every code, is the same bit for bit, for any number of ranks with the
-       same kind of device and number of threads;
-    3. matrices are dealt to ranks by estimated work (`assign_by_cost`); rank 0 collects codes,
-        writes them.
+       process does: H, and with it every code, is the same bit for bit, for any number of ranks
+       with the same kind of device and number of threads;
+    3. matrices are assigned to ranks by estimated work (`assign_by_cost`); rank 0 collects codes,
+       writes them.
 
 Rank 0 alone touches OUT, keeps the journal of --resume (with the hidden states of all ranks, so a
 run may be resumed with another number of them) and prints. A failure of any rank stops all, with
-its message (`together`).
+its message (`on_all_ranks`).
 
-Tensors on the CPU travel by gloo, those on GPUs by NCCL. Nothing is pickled.
-Limits: at most LANES ranks. H travels once a lane; the traffic is LANES times its size a block.
+Tensors on the CPU travel by gloo, those on GPUs by NCCL; small values and codes as pickled objects,
+between processes of one run only.
+Limits: at most SHARDS ranks. H travels once a shard; the traffic is SHARDS times its size a block.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class Ranks:
     @staticmethod
     @contextmanager
     def join(device: str) -> Iterator[Ranks]:
-        """The team that torchrun started this process in, for as long as the context lasts.
+        """The ranks that torchrun started this process among, for as long as the context lasts.
 
         Raises:
-            DropError: more ranks than LANES.
+            DropError: more ranks than SHARDS.
         """
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
@@ -74,7 +74,7 @@ class Ranks:
             return
         if size > SHARDS:
             raise DropError(
-                f"{size} processes: a run is dealt to at most {SHARDS}. Start fewer "
+                f"{size} processes: a run is shared by at most {SHARDS}. Start fewer "
                 "(--nnodes times --nproc-per-node)."
             )
         cuda = torch.device(device).type == "cuda"
@@ -86,10 +86,8 @@ class Ranks:
         finally:
             dist.destroy_process_group()
 
-    # ---- errors ----------------------------------------------------------------------------
-
-    def together(self, work: Callable[[], _T]) -> _T:
-        """Do local work (no communication); if it fails anywhere, fail everywhere.
+    def on_all_ranks(self, work: Callable[[], _T]) -> _T:
+        """Do local work (no communication); if it fails on one rank, fail on all.
 
         Raises:
             PeerError: on all ranks but the first that failed, with its rank and message.
@@ -101,47 +99,22 @@ class Ranks:
             result = work()
         except Exception as error:
             failure = error
-        first = torch.tensor([self.size if failure is None else self.rank])
-        dist.all_reduce(first, dist.ReduceOp.MIN)
-        who = int(first)
-        if who == self.size:
+        messages: list[str | None] = [None] * self.size
+        dist.all_gather_object(messages, None if failure is None else str(failure))
+        first = next((rank for rank, text in enumerate(messages) if text is not None), None)
+        if first is None:
             return result  # type: ignore[return-value]
-        message = self._text(str(failure) if who == self.rank else "", who)
-        if who == self.rank and failure is not None:
+        if first == self.rank and failure is not None:
             raise failure
-        raise PeerError(f"rank {who} failed: {message}")
+        raise PeerError(f"rank {first} failed: {messages[first]}")
 
-    def _text(self, text: str, source: int) -> str:
-        """A text of one rank, on all."""
-        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        size = torch.tensor([data.numel()])
-        dist.broadcast(size, source)
-        if self.rank != source:
-            data = torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(data, source)
-        return bytes(data.tolist()).decode()
-
-    # ---- values ----------------------------------------------------------------------------
-
-    def number(self, value: int) -> int:
-        """The root's integer, on all ranks."""
-        if self.size == 1:
-            return value
-        shared = torch.tensor([value])
-        dist.broadcast(shared, 0)
-        return int(shared)
-
-    def integers(self, values: Tensor | None) -> Tensor:
-        """The root's int64 [n, T], on the CPU of all ranks."""
-        if self.size == 1:
-            assert values is not None
-            return values
-        shape = torch.tensor([0, 0] if values is None else list(values.shape))
-        dist.broadcast(shape, 0)
-        shared = torch.empty(*shape.tolist(), dtype=torch.int64) if values is None else values.cpu()
-        shared = shared.contiguous()
-        dist.broadcast(shared, 0)
-        return shared
+    def broadcast(self, value: _T | None) -> _T:
+        """The root's value, on all ranks; what the others pass is ignored. Tensors: on the CPU."""
+        held = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(held, 0)
+        assert held[0] is not None
+        return held[0]
 
     def largest(self, values: Sequence[float]) -> list[float]:
         """The maximum over ranks, one by one."""
@@ -151,37 +124,20 @@ class Ranks:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return shared.tolist()
 
-    def to_root(self, tensor: Tensor | None, owner: int, like: Tensor) -> Tensor | None:
-        """A tensor of rank `owner` on the root's CPU (None elsewhere); `like` has its shape."""
-        if owner == 0:
-            return None if tensor is None else tensor.cpu()
-        if self.rank == owner:
-            assert tensor is not None
-            dist.send(tensor.cpu().contiguous(), 0)
-        elif self.root:
-            received = torch.empty(like.shape, dtype=like.dtype)
-            dist.recv(received, owner)
-            return received
-        return None
-
-    def from_root(self, tensor: Tensor | None, owner: int, like: Tensor) -> Tensor | None:
-        """A tensor of the root's on the CPU of rank `owner`, None elsewhere."""
-        if owner == 0:
-            return tensor if self.root else None
-        if self.root:
-            assert tensor is not None
-            dist.send(tensor.cpu().contiguous(), owner)
-        elif self.rank == owner:
-            received = torch.empty(like.shape, dtype=like.dtype)
-            dist.recv(received, 0)
-            return received
-        return None
+    def to_root(self, value: _T | None, owner: int) -> _T | None:
+        """A value of rank `owner` on the root, None elsewhere. Tensors in it: whole, on the CPU."""
+        held = [value]
+        if owner != 0 and self.rank == owner:
+            dist.send_object_list(held, 0)
+        elif owner != 0 and self.root:
+            dist.recv_object_list(held, owner)
+        return held[0] if self.root else None
 
     def partition(self, shards: Sequence[list[slice]]) -> Partition:
-        """This rank's part of a run whose batches of windows form these lanes.
+        """This rank's part of a run whose batches of windows form these shards.
 
         Raises:
-            DropError: fewer lanes than ranks.
+            DropError: fewer shards than ranks.
         """
         if len(shards) < self.size:
             raise DropError(
@@ -194,7 +150,12 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Partition:
-    """Lanes, of windows counted over the whole run, and the rank of each."""
+    """Which windows of a run each rank has.
+
+    Attributes:
+        all_shards: batches of each shard, as slices of the windows of the whole run.
+        owners: rank of each shard, ascending.
+    """
 
     ranks: Ranks
     all_shards: tuple[list[slice], ...]
@@ -216,7 +177,7 @@ class Partition:
 
     @property
     def shards(self) -> list[list[slice]]:
-        """Own lanes, relative to this rank's first window."""
+        """The shards of this rank, relative to its first window."""
         first = self.windows(self.ranks.rank).start
         return [
             [slice(part.start - first, part.stop - first) for part in shard]
@@ -225,9 +186,9 @@ class Partition:
         ]
 
     def total(self, own: Sequence[Tensor]) -> Tensor:
-        """The sum of all lanes in their order, on every rank; `own` are this rank's.
+        """The sum of all shards in their order, on every rank; `own` are this rank's, of one shape.
 
-        One process folds lanes as it goes (`own` is then their sum already).
+        One process adds shards as it goes (`own` is then their sum already).
         """
         if self.ranks.size == 1:
             (only,) = own
@@ -245,33 +206,37 @@ class Partition:
         return total
 
     def gather(self, hidden: Tensor) -> Tensor | None:
-        """Hidden states [own windows, T, d] of all ranks on the root's CPU, in order."""
-        if self.ranks.size == 1:
-            return hidden.cpu()
-        parts = []
-        for rank in range(self.ranks.size):
-            span = self.windows(rank)
-            like = hidden.new_empty((span.stop - span.start, *hidden.shape[1:]), device="meta")
-            parts.append(
-                self.ranks.to_root(hidden if rank == self.ranks.rank else None, rank, like)
-            )
-        return torch.cat([part for part in parts if part is not None]) if self.ranks.root else None
+        """Hidden states [windows of this rank, T, d] of all ranks on the root's CPU, in order.
 
-    def scatter(self, hidden: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The root's hidden states [all windows, T, d] of `dtype`, each rank its own windows."""
+        Returns:
+            [windows of the run, T, d] on the root, None elsewhere.
+        """
+        mine = hidden.cpu()
+        if self.ranks.size == 1:
+            return mine
+        if not self.ranks.root:
+            dist.send(mine.contiguous(), 0)
+            return None
+        whole = mine.new_empty(self.count, *mine.shape[1:])
+        whole[self.windows(0)] = mine
+        for rank in range(1, self.ranks.size):
+            dist.recv(whole[self.windows(rank)], rank)
+        return whole
+
+    def scatter(self, hidden: Tensor | None) -> Tensor:
+        """The root's hidden states [windows of the run, T, d], each rank its part of them."""
         if self.ranks.size == 1:
             assert hidden is not None
             return hidden
-        shape = [self.ranks.number(0 if hidden is None else hidden.shape[i]) for i in (1, 2)]
-        own = None
-        for rank in range(self.ranks.size):
-            span = self.windows(rank)
-            like = torch.empty(span.stop - span.start, *shape, dtype=dtype, device="meta")
-            part = None if hidden is None else hidden[span]
-            got = self.ranks.from_root(part, rank, like)
-            own = got if rank == self.ranks.rank else own
-        assert own is not None
-        return own
+        form = self.ranks.broadcast(None if hidden is None else (hidden.shape[1:], hidden.dtype))
+        own = self.windows(self.ranks.rank)
+        if hidden is not None:
+            for rank in range(1, self.ranks.size):
+                dist.send(hidden[self.windows(rank)].cpu().contiguous(), rank)
+            return hidden[own]
+        received = torch.empty(own.stop - own.start, *form[0], dtype=form[1])
+        dist.recv(received, 0)
+        return received
 
 
 def assign_by_cost(costs: Sequence[float], size: int) -> list[int]:
