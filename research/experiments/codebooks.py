@@ -55,15 +55,13 @@ def model_groups(args: argparse.Namespace) -> Iterator[InputGroup]:
         block = runner.block(i)
         if i in blocks:
             one, two = (runner.collect_statistics(i, block, h) for h in hidden.split(args.windows))
-            for input_group in one.input_groups:
-                weights = {
-                    m: runner.read(f"{m}.weight", torch.float32) for m in input_group.modules
-                }
+            for group in one.input_groups:
+                weights = {m: runner.read(f"{m}.weight", torch.float32) for m in group.modules}
                 yield (
-                    input_group.name,
+                    group.name,
                     weights,
-                    one.grams[input_group.name],
-                    two.grams[input_group.name],
+                    one.grams[group.name],
+                    two.grams[group.name],
                 )
         hidden = runner.forward_block(i, block, hidden, out=hidden)
         runner.release(i)
@@ -123,7 +121,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     universal, lambdas, rows = universal_set(LEVELS), default_lambdas(LEVELS), []
     effort = EFFORTS[args.preset]
-    print("site | bits | universal error; ratios to it: swept, learned; the same held out |")
+    print("input group | bits | universal error; ratios to it: swept, learned; the same held out |")
     print("     | bits that the set costs, and is worth | seconds: universal, swept, learned")
     for n, (name, weights, h, other) in enumerate(all_groups(args)):
         rotation = Rotation.make(h.shape[0], seed=n)
@@ -144,7 +142,7 @@ def main() -> None:
         slope = -math.log2(plain[0][-1] / plain[0][0]) / (LEVELS[-1] - LEVELS[0])
         for i, p in enumerate(LEVELS):
             row = {
-                "site": name,
+                "input_group": name,
                 "weights": count,
                 "level": p,
                 "universal": plain[0][i],

@@ -80,9 +80,9 @@ def statistics(runner: BlockRunner, windows: Tensor, wanted: set[str]) -> dict[s
         b = runner.collect_statistics(
             i, block, held, clip=math.inf, weights=later, raw=True, out=held
         )
-        for input_group in a.input_groups:
-            for module in wanted.intersection(input_group.modules):
-                name = input_group.name
+        for group in a.input_groups:
+            for module in wanted.intersection(group.modules):
+                name = group.name
                 found[module] = Statistics(a.raw[name], a.grams[name], b.raw[name], b.grams[name])
         runner.release(i)
     return found

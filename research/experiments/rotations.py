@@ -120,9 +120,9 @@ def main() -> None:
             continue
         halves = hidden.split(args.windows)
         one, two = (runner.collect_statistics(i, block, half, out=half) for half in halves)
-        for n, input_group in enumerate(one.input_groups):
-            h, other = one.grams[input_group.name], two.grams[input_group.name]
-            for module in input_group.modules:
+        for n, group in enumerate(one.input_groups):
+            h, other = one.grams[group.name], two.grams[group.name]
+            for module in group.modules:
                 weight = runner.read(f"{module}.weight", torch.float32)
                 share = ((weight @ h) * weight).sum(0)
                 outlier = float(share.max() / share.sum()) > SHARE

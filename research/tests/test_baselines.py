@@ -14,7 +14,7 @@ from dropbydrop.coding import codebooks as universal
 from dropbydrop.coding.objective import weighted_errors
 from dropbydrop.errors import CalibrationError, DropError
 from dropbydrop_research import baselines
-from dropbydrop_research.baselines import METHODS, GroupProblem, choose
+from dropbydrop_research.baselines import METHODS, Problem, choose
 from dropbydrop_research.baselines import any_precision as entries
 from dropbydrop_research.baselines import matryoshka as integers
 from dropbydrop_research.baselines.additive import (
@@ -38,7 +38,7 @@ from dropbydrop_research.baselines.rtn import rtn
 SHORT = Training(kmeans_iterations=20, steps=20, epochs=4)
 
 
-def problem(d_out: int = 6, d_in: int = 144, seed: int = 0) -> tuple[Tensor, Tensor]:
+def matrix_and_gram(d_out: int = 6, d_in: int = 144, seed: int = 0) -> tuple[Tensor, Tensor]:
     """W, and H of correlated inputs with unequal energies (full rank)."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(d_out, d_in, generator=generator) * 0.05
@@ -72,7 +72,7 @@ def rtn_ref(weight: Tensor, bits: int) -> Tensor:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_rtn_takes_the_nearest_point_of_its_group(bits: int) -> None:
-    weight, h = problem()  # 144 inputs: groups of 64, 64 and 16
+    weight, h = matrix_and_gram()  # 144 inputs: groups of 64, 64 and 16
     suite = rtn(weight, h, [bits])
     torch.testing.assert_close(suite.levels[bits].weight, rtn_ref(weight, bits))
     groups = 6 * 3
@@ -131,7 +131,7 @@ def gptq_ref(weight: Tensor, gram: Tensor, bits: int, act_order: bool) -> Tensor
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_gptq_is_the_textbook_column_loop(bits: int, act_order: bool) -> None:
-    weight, h = problem()
+    weight, h = matrix_and_gram()
     found = gptq(weight, h, [bits], act_order).levels[bits].weight
     expected = gptq_ref(weight, h, bits, act_order)
     # float32 against float64: a value half-way between two points may go either way
@@ -141,7 +141,7 @@ def test_gptq_is_the_textbook_column_loop(bits: int, act_order: bool) -> None:
 
 
 def test_gptq_with_inputs_that_are_always_zero() -> None:
-    weight, h = problem()
+    weight, h = matrix_and_gram()
     h[7], h[:, 7] = 0, 0
     found = gptq(weight, h, [3]).levels[3].weight
     assert torch.equal(found[:, 7], torch.zeros(6))
@@ -149,7 +149,7 @@ def test_gptq_with_inputs_that_are_always_zero() -> None:
 
 
 def test_useless_statistics_are_refused() -> None:
-    weight, _ = problem()
+    weight, _ = matrix_and_gram()
     with pytest.raises(CalibrationError, match="calibrate on more"):
         gptq(weight, torch.full((144, 144), -1.0), [3])
 
@@ -171,7 +171,7 @@ def test_slices_of_every_code(bits: int, level: int) -> None:
 
 
 def test_matryoshka_is_the_column_loop_with_averaged_feedback() -> None:
-    weight, h = problem(d_in=80)
+    weight, h = matrix_and_gram(d_in=80)
     levels = [2, 3, 4]
     grids: dict[int, tuple[Tensor, Tensor]] = {}
     expected = torch.empty(6, 80, dtype=torch.int64)
@@ -194,9 +194,9 @@ def test_matryoshka_is_the_column_loop_with_averaged_feedback() -> None:
 
 
 def test_matryoshka_levels_are_slices_of_one_file() -> None:
-    weight, h = problem()
+    weight, h = matrix_and_gram()
     master = integers.encode(weight, h, [2, 3, 4])
-    suite = METHODS["matryoshka"].encode(GroupProblem({"w": weight}, h), [2, 3, 4])["w"]
+    suite = METHODS["matryoshka"].encode(Problem({"w": weight}, h), [2, 3, 4])["w"]
     for level, served in suite.levels.items():
         codes = torch.tensor([[slice_ref(int(q), 4, level) for q in row] for row in master.codes])
         group = torch.arange(144) // 64
@@ -220,7 +220,7 @@ def spread(values: Tensor, f: Tensor) -> float:
 
 
 def test_any_precision_splits_every_cluster_at_its_best_place() -> None:
-    weight, h = problem(d_in=64)
+    weight, h = matrix_and_gram(d_in=64)
     f = h.diagonal().double()
     parent = entries.encode(weight, f, [3]).codes
     child = entries.encode(weight, f, [3, 4])
@@ -240,7 +240,7 @@ def test_any_precision_splits_every_cluster_at_its_best_place() -> None:
 
 
 def test_any_precision_nests_bit_for_bit() -> None:
-    weight, h = problem()
+    weight, h = matrix_and_gram()
     f = h.diagonal()
     top = entries.encode(weight, f, [3, 4, 5])
     for level in (3, 4):
@@ -251,7 +251,7 @@ def test_any_precision_nests_bit_for_bit() -> None:
 
 
 def test_any_precision_seed_is_a_fixed_point_of_kmeans() -> None:
-    weight, h = problem()
+    weight, h = matrix_and_gram()
     f = h.diagonal().double()
     found = entries.encode(weight, f, [3])
     assert found.values[3].diff(dim=1).min() >= 0
@@ -307,7 +307,7 @@ def test_an_iteration_of_kmeans_is_that_of_a_loop_over_clusters(n: int) -> None:
 
 
 def test_residual_kmeans_starts_from_what_the_last_codebook_left() -> None:
-    weight, _ = problem(32, 64)
+    weight, _ = matrix_and_gram(32, 64)
     state = residual_kmeans(weight, 3, Training(), torch.Generator().manual_seed(0))
     rest = (weight / weight.norm(dim=1, keepdim=True)).reshape(-1, 8)
     for book, codes in zip(state.codebooks, state.codes, strict=True):
@@ -343,7 +343,7 @@ def random_state(weight: Tensor, planes: int) -> Additive:
 
 @pytest.mark.parametrize(("levels", "lambdas"), [([3], [1.0]), ([1, 3], [0.7, 0.2])])
 def test_gradients_are_those_of_autograd(levels: list[int], lambdas: list[float]) -> None:
-    weight, h = problem(5, 32)
+    weight, h = matrix_and_gram(5, 32)
     state = random_state(weight, 3)
     value, by_book, by_scale = loss_and_gradients(weight, h, state, levels, lambdas)
     books, scales = state.codebooks.clone().requires_grad_(), state.scales.clone().requires_grad_()
@@ -359,7 +359,7 @@ def test_greedy_pass_takes_the_best_entry_every_time(
     levels: list[int], lambdas: list[float]
 ) -> None:
     """Code by code in the same random order, each by trying all 256 entries."""
-    weight, h = problem(2, 16)
+    weight, h = matrix_and_gram(2, 16)
     state = random_state(weight, 2)
     found = beam_search(weight, h, state, levels, lambdas, 1, torch.Generator().manual_seed(4))
     w, big = weight.double(), h.double()
@@ -382,7 +382,7 @@ def test_greedy_pass_takes_the_best_entry_every_time(
 
 @pytest.mark.parametrize(("levels", "lambdas"), [([3], [1.0]), ([2, 3], [0.5, 0.5])])
 def test_a_pass_never_loses_and_a_wider_beam_gains(levels: list[int], lambdas: list[float]) -> None:
-    weight, h = problem(96, 64)
+    weight, h = matrix_and_gram(96, 64)
     state = residual_kmeans(weight, 3, SHORT, torch.Generator().manual_seed(0))
 
     def after(beam: int) -> float:
@@ -397,7 +397,7 @@ def test_a_pass_never_loses_and_a_wider_beam_gains(levels: list[int], lambdas: l
 
 
 def test_training_lowers_the_loss_and_stops_below_one_percent() -> None:
-    weight, h = problem(64, 64)
+    weight, h = matrix_and_gram(64, 64)
     start = residual_kmeans(weight, 2, SHORT, torch.Generator().manual_seed(0))
     before = error(weight, start.decode(2), h)
     errors = [
@@ -414,7 +414,7 @@ def test_training_lowers_the_loss_and_stops_below_one_percent() -> None:
 
 
 def test_what_aqlm_stores_is_what_it_decodes() -> None:
-    weight, h = problem(32, 64)
+    weight, h = matrix_and_gram(32, 64)
     state = train(weight, h, 2, [2], [1.0], SHORT, 0)
     assert torch.equal(state.codebooks, state.codebooks.half().float())
     assert torch.equal(state.scales, state.scales.half().float())
@@ -425,7 +425,7 @@ def test_what_aqlm_stores_is_what_it_decodes() -> None:
 
 
 def test_dropping_codebooks_collapses_and_the_nested_loss_mends_it() -> None:
-    weight, h = problem(64, 96)
+    weight, h = matrix_and_gram(64, 96)
     alone, dropped = aqlm(weight, h, [2, 3], SHORT), aqlm_drop(weight, h, [2, 3], SHORT)
     nested = paper(weight, h, [3, 2], SHORT)
     assert torch.equal(dropped.levels[3].weight, alone.levels[3].weight)
@@ -452,45 +452,45 @@ def test_every_method_serves_a_site(name: str, monkeypatch: pytest.MonkeyPatch) 
     for module in (baselines.aqlm, baselines.aqlm_drop, baselines.paper):
         one = getattr(module, module.__name__.rpartition(".")[2])
         monkeypatch.setattr(one, "__defaults__", (SHORT, 0))
-    weight, h = problem(96, 80)
-    input_group, method = (
-        GroupProblem({"a": weight, "b": weight[:64] * 2}, h, preset="fast"),
+    weight, h = matrix_and_gram(96, 80)
+    problem, method = (
+        Problem({"a": weight, "b": weight[:64] * 2}, h, preset="fast"),
         METHODS[name],
     )
     levels = method.serves([2, 3, 4])
-    suites = method.encode(input_group, levels)
+    suites = method.encode(problem, levels)
     assert list(suites) == ["a", "b"]
     for module, suite in suites.items():
         assert sorted(suite.levels) == levels
         assert len(suite.files) == (1 if method.nested else len(levels))
         assert suite.stored >= suite.levels[4].bytes
         decoded = [suite.levels[p].weight for p in levels]
-        errors = weighted_errors(input_group.weights[module], decoded, h)
+        errors = weighted_errors(problem.weights[module], decoded, h)
         if name != "paper-weights":  # its levels between are what its codes give
             assert errors == sorted(errors, reverse=True)
         assert errors[-1] < min(0.03, errors[0])
         for p in levels:
-            assert suite.levels[p].weight.shape == input_group.weights[module].shape
+            assert suite.levels[p].weight.shape == problem.weights[module].shape
             assert suite.levels[p].true_bits > p
     assert method.sources()
 
 
 def test_bytes_of_our_codes_are_those_of_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines.drop, "codebooks_for", quick_set)
-    weight, h = problem(16, 48)
-    input_group = GroupProblem({"a": weight, "b": weight[:8]}, h, preset="fast")
-    suites = METHODS["drop"].encode(input_group, [1, 2])
+    weight, h = matrix_and_gram(16, 48)
+    problem = Problem({"a": weight, "b": weight[:8]}, h, preset="fast")
+    suites = METHODS["drop"].encode(problem, [1, 2])
     inputs = 48  # signs and factors, once an input group
     assert suites["a"].levels[2].bytes == 2 * 16 * 6 + 2 * 16 + inputs
     assert suites["b"].levels[2].bytes == 2 * 8 * 6 + 2 * 8
     assert suites["b"].levels[1].bytes == 8 * 6 + 2 * 8
     # 128 stored entries of 8 float16 values a plane; odd factors 3 and 5 in float32
     assert METHODS["drop"].shared(2, {48, 96, 80, 64}) == 2 * 128 * 8 * 2 + 4 * (9 + 25)
-    alone = METHODS["dedicated"].encode(input_group, [1, 2])
+    alone = METHODS["dedicated"].encode(problem, [1, 2])
     for p in (1, 2):
         assert alone["a"].levels[p].bytes == suites["a"].levels[p].bytes
     assert torch.equal(alone["a"].levels[1].weight,
-                       METHODS["drop"].encode(input_group, [1])["a"].levels[1].weight)  # fmt: skip
+                       METHODS["drop"].encode(problem, [1])["a"].levels[1].weight)  # fmt: skip
 
 
 def test_weights_of_the_paper_are_on_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -501,14 +501,14 @@ def test_weights_of_the_paper_are_on_the_ends(monkeypatch: pytest.MonkeyPatch) -
         return quick_set(levels, lambdas)
 
     monkeypatch.setattr(baselines.drop, "codebooks_for", remember)
-    weight, h = problem(48, 64)
-    input_group = GroupProblem({"a": weight}, h, preset="fast")
-    suite = METHODS["paper-weights"].encode(input_group, [2, 3, 4])["a"]
+    weight, h = matrix_and_gram(48, 64)
+    problem = Problem({"a": weight}, h, preset="fast")
+    suite = METHODS["paper-weights"].encode(problem, [2, 3, 4])["a"]
     METHODS["paper-weights"].prepare([4, 2, 3])
     assert trained == [((2, 4), (0.5, 0.5))] * 2
     # nested: decoded level 3 lies between the others, one plane apart
     assert [suite.levels[p].bytes - suite.levels[2].bytes for p in (3, 4)] == [48 * 8, 2 * 48 * 8]
-    default = METHODS["drop"].encode(input_group, [2, 3, 4])["a"]
+    default = METHODS["drop"].encode(problem, [2, 3, 4])["a"]
     errors = [weighted_errors(weight, [s.levels[p].weight for p in (2, 3, 4)], h)
               for s in (suite, default)]  # fmt: skip
     assert errors[0][0] < errors[1][0]  # one half on raw errors favours the lowest level

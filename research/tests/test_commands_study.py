@@ -77,11 +77,11 @@ def test_statistics_are_measured_once_and_named_by_what_decides_them(
     source = Source("tiny", root / "llama")
     options = Statistics(str(root / "text.txt"), None, 8, 64, 0)
     first = grams_for(source, options, tmp_path)
-    input_group = next(iter(first))
-    assert input_group.tokens == 8 * 64
-    assert input_group.clip == CLIP
-    assert input_group.held is not None
-    assert not torch.equal(input_group.held, input_group.gram)
+    group = next(iter(first))
+    assert group.tokens == 8 * 64
+    assert group.clip == CLIP
+    assert group.held is not None
+    assert not torch.equal(group.held, group.gram)
     assert find_grams(source.folder, tmp_path).folder == first.folder
     with monkeypatch.context() as patch:
         patch.setattr(cache, "collect", lambda *a, **k: pytest.fail("measured again"))

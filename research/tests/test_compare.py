@@ -143,10 +143,10 @@ def test_figures_are_those_of_the_model_with_the_weights_in_it(root: Path) -> No
     bytes_read = values = 0
     for i in range(runner.num_blocks):
         statistics = runner.collect_statistics(i, runner.block(i), hidden, out=hidden)
-        for input_group in statistics.input_groups:
-            for name in input_group.modules:
+        for group in statistics.input_groups:
+            for name in group.modules:
                 parameter = model.get_parameter(f"{name}.weight")
-                suite = baselines.gptq.gptq(parameter.data, statistics.grams[input_group.name], [3])
+                suite = baselines.gptq.gptq(parameter.data, statistics.grams[group.name], [3])
                 parameter.data = suite.levels[3].weight
                 bytes_read += suite.levels[3].bytes
                 values += parameter.numel()

@@ -208,7 +208,7 @@ def test_codebooks(place: Path, run: Any, small_windows: Any) -> None:
     bench = small_windows(load("codebooks"))
     result, _ = run(bench, place / "model", "--text", place / "one.txt", "--windows", 2,
                     "--random", "64x64,64x128", "--preset", "fast")  # fmt: skip
-    input_groups = list(dict.fromkeys(row["site"] for row in result["rows"]))
+    input_groups = list(dict.fromkeys(row["input_group"] for row in result["rows"]))
     assert input_groups[:2] == ["random 64 x 64", "random 64 x 128"]
     assert len(input_groups) == 6
     for row in result["rows"]:

@@ -46,10 +46,10 @@ def test_collected_statistics_are_those_of_the_inputs(model: Path, grams: GramFo
     g = torch.Generator().manual_seed(0)
     ids, held = torch.randint(5, 300, (2, 6, 64), generator=g)
     whole = AutoModelForCausalLM.from_pretrained(model).eval()
-    input_groups = list(grams)
-    assert len(input_groups) == len(grams) == 3 * 4
-    assert sum(len(input_group.modules) for input_group in input_groups) == 3 * 7
-    down = next(s for s in input_groups if s.name == "model.layers.1.mlp.down_proj")
+    groups = list(grams)
+    assert len(groups) == len(grams) == 3 * 4
+    assert sum(len(group.modules) for group in groups) == 3 * 7
+    down = next(s for s in groups if s.name == "model.layers.1.mlp.down_proj")
     seen: list[Tensor] = []
     module = whole.get_submodule("model.layers.1.mlp.down_proj")
     module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
@@ -67,10 +67,10 @@ def test_collected_statistics_are_those_of_the_inputs(model: Path, grams: GramFo
 
 
 def test_damaged_cache_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "site-00000.safetensors").write_bytes(b"not safetensors")
+    (tmp_path / "group-00000.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(FormatError, match="collect again"):
         list(GramFolder(tmp_path))
-    save_file({"H": torch.eye(8)}, tmp_path / "site-00000.safetensors")  # no metadata
+    save_file({"H": torch.eye(8)}, tmp_path / "group-00000.safetensors")  # no metadata
     with pytest.raises(FormatError, match="collect again"):
         list(GramFolder(tmp_path))
 
@@ -152,8 +152,8 @@ def test_bound_of_white_matrices_is_2_to_the_minus_2r(model: Path, tmp_path: Pat
     """H = I: the bound is 4^-R of the energy; a given error then has its gap in closed form."""
     store = GramFolder(tmp_path)
     modules = ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")
-    input_group = GroupGram("s", modules, 5000, 20.0, torch.eye(48), torch.eye(48), None)
-    store.write(0, input_group)
+    group = GroupGram("s", modules, 5000, 20.0, torch.eye(48), torch.eye(48), None)
+    store.write(0, group)
     errors = {modules[0]: {2: 0.1}}
     seen = []
     result = bound.run(
@@ -198,10 +198,10 @@ def test_bound_study_of_codes(model: Path, grams: GramFolder) -> None:
     assert len(result["matrices"]) == 21
     for m in result["matrices"]:
         w, two, three = read_weight(runner, m["module"]), m["levels"]["2"], m["levels"]["3"]
-        input_group = next(s for s in grams if s.name == m["site"])
+        group = next(s for s in grams if s.name == m["input_group"])
         e = w - reconstruct(m["module"], 2)
-        naive = torch.einsum("ri,ij,rj->", e, input_group.gram, e)
-        naive /= torch.einsum("ri,ij,rj->", w, input_group.gram, w)
+        naive = torch.einsum("ri,ij,rj->", e, group.gram, e)
+        naive /= torch.einsum("ri,ij,rj->", w, group.gram, w)
         assert two["reached"] == pytest.approx(float(naive), rel=1e-3)
         assert two["bound"] < two["reached"]
         assert two["bound"] < two["bound_held_out"]  # 384 tokens for 48 or 80 inputs

@@ -43,12 +43,12 @@ from . import (
 )
 from .suite import Level, Suite
 
-__all__ = ["METHODS", "Level", "Method", "Site", "Suite", "choose"]
+__all__ = ["METHODS", "Level", "Method", "Problem", "Suite", "choose"]
 
 
 @dataclass(frozen=True)
-class GroupProblem:
-    """What a method is given: the matrices that share an input.
+class Problem:
+    """What a method is given: the matrices of an input group, and H of their input.
 
     Attributes:
         weights: module -> float32 [d_out, d_in].
@@ -61,6 +61,9 @@ class GroupProblem:
     gram: Tensor
     seed: int = 0
     preset: str = "balanced"
+
+
+Encode = Callable[[Problem, Sequence[int]], dict[str, Suite]]
 
 
 def _no_bytes(level: int, widths: Collection[int]) -> int:
@@ -78,19 +81,18 @@ class Method:
     Attributes:
         title: for tables and plots.
         nested: one checkpoint for all levels.
-        encode: (input group, levels) -> module -> its suite.
+        encode: (problem, levels) -> module -> its suite.
         code: files of this package, relative to it, that the result depends on.
         lowest: the lowest level that the method has.
         shared: (level, widths of inputs) -> bytes stored once a checkpoint.
-        prepare: called with the levels before the first input group; not part of quantizing a
-            model.
+        prepare: called with the levels before the first problem; not part of quantizing a model.
         uses_preset: the result depends on the search effort.
     """
 
     name: str
     title: str
     nested: bool
-    encode: Callable[[GroupProblem, Sequence[int]], dict[str, Suite]]
+    encode: Encode
     code: tuple[str, ...]
     lowest: int = 1
     shared: Callable[[int, Collection[int]], int] = _no_bytes
@@ -107,27 +109,24 @@ class Method:
         return found + built_libraries() if "coding" in self.code else found
 
 
-def _each(one: Callable[..., Suite]) -> Callable[[GroupProblem, Sequence[int]], dict[str, Suite]]:
-    """An input group of a method that takes one matrix and draws nothing."""
-    return lambda input_group, levels: {
-        n: one(w, input_group.gram, levels) for n, w in input_group.weights.items()
+def _each(one: Callable[..., Suite]) -> Encode:
+    """`encode` of a method that takes one matrix and draws nothing."""
+    return lambda problem, levels: {
+        name: one(w, problem.gram, levels) for name, w in problem.weights.items()
     }
 
 
-def _seeded(one: Callable[..., Suite]) -> Callable[[GroupProblem, Sequence[int]], dict[str, Suite]]:
-    """An input group of a method that takes one matrix and a seed."""
-    return lambda input_group, levels: {
-        n: one(w, input_group.gram, levels, seed=input_group.seed)
-        for n, w in input_group.weights.items()
+def _seeded(one: Callable[..., Suite]) -> Encode:
+    """`encode` of a method that takes one matrix and a seed."""
+    return lambda problem, levels: {
+        name: one(w, problem.gram, levels, seed=problem.seed) for name, w in problem.weights.items()
     }
 
 
-def _own(
-    group_method: Callable[..., dict[str, Suite]],
-) -> Callable[[GroupProblem, Sequence[int]], dict[str, Suite]]:
-    """An input group of this package's own methods."""
-    return lambda input_group, levels: group_method(
-        input_group.weights, input_group.gram, levels, input_group.preset, input_group.seed
+def _grouped(method: Callable[..., dict[str, Suite]]) -> Encode:
+    """`encode` of this package's own methods, which take the matrices of a group together."""
+    return lambda problem, levels: method(
+        problem.weights, problem.gram, levels, problem.preset, problem.seed
     )
 
 
@@ -138,13 +137,13 @@ _SCALAR = ("baselines/grid.py", "baselines/columns.py")
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("drop", "Drop-by-Drop (nested)", True, _own(drop.drop), _ENCODER,
+        Method("drop", "Drop-by-Drop (nested)", True, _grouped(drop.drop), _ENCODER,
                shared=drop.shared_bytes, prepare=drop.prepare, uses_preset=True),
-        Method("dedicated", "ours, dedicated", False, _own(dedicated.dedicated),
+        Method("dedicated", "ours, dedicated", False, _grouped(dedicated.dedicated),
                (*_ENCODER, "baselines/dedicated.py"), shared=drop.shared_bytes,
                prepare=dedicated.prepare, uses_preset=True),
         Method("paper-weights", "ours, the paper's weights", True,
-               _own(paper_weights.paper_weights),
+               _grouped(paper_weights.paper_weights),
                (*_ENCODER, "baselines/paper_weights.py"), shared=drop.shared_bytes,
                prepare=paper_weights.prepare, uses_preset=True),
         Method("paper", "AQLM, nested loss", True, _seeded(paper.paper),

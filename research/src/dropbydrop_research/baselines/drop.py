@@ -1,8 +1,8 @@
 """`drop`: this package's quantizer, one nested code for all levels, as `quantize` runs it.
 
-The matrices of an input group share a rotation, so this method takes an input group rather than a
-matrix. Signs and factors of its inputs are counted with the input group's first matrix; codebooks
-and odd factors are stored once a checkpoint (`shared_bytes`).
+The matrices of an input group share a rotation, so this method takes a group rather than a matrix.
+Signs and input scales are counted with the first matrix of the group; codebooks and odd factors are
+stored once a checkpoint (`shared_bytes`).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def drop(
     Args:
         weights: module -> float32 [d_out, d_in]; gram [d_in, d_in] of their common input.
         preset: search effort: fast, balanced or best.
-        seed: of the rotation.
-        supervision: up to the highest of `levels`; None is the default.
+        seed: seed of the rotation.
+        supervision: levels and weights in J, up to the highest of `levels`; None: the default.
 
     Raises:
         CalibrationError: H is not finite or not positive definite even after damping.

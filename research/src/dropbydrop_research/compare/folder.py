@@ -1,8 +1,9 @@
 """The folder of a comparison: everything that is finished, so that nothing is done twice.
 
     compare.json                    what all methods have in common; another one is refused
-    grams/block-000.safetensors     Gram matrices of the block's input groups; text, input groups in
-    the metadata <method>/method.json            digest of the code that made what lies beside it
+    grams/block-000.safetensors     Gram matrices of the block's input groups, "0", "1", ...; the
+                                    groups' modules and the text in the metadata
+    <method>/method.json            digest of the code that made what lies beside it
     <method>/block-000.safetensors  decoded weights, float16, "<level>/<module>"; a `Record` in the
                                     metadata
     <method>/result.json            the method's evaluation, with what it was evaluated on
@@ -48,7 +49,7 @@ class Record:
     Attributes:
         seconds, peak: of encoding all levels; peak resident bytes of the process meanwhile.
         bytes: level -> bytes read at that level; `files`: bytes of each checkpoint.
-        values: weights coded; `widths`: inputs of the sites.
+        values: weights coded; `widths`: d_in of the input groups.
         errors: level -> sum over matrices of the relative weighted error; `matrices`: how many.
     """
 
@@ -73,7 +74,7 @@ class Record:
         return json.dumps(asdict(self))
 
 
-InputGroups = list[tuple[tuple[str, ...], Tensor]]
+BlockGrams = list[tuple[tuple[str, ...], Tensor]]
 """For each input group of a block, in order: its modules and H [d_in, d_in]."""
 
 
@@ -156,17 +157,17 @@ class Folder:
     def has_grams(self, i: int) -> bool:
         return self._grams(i).is_file()
 
-    def write_grams(self, i: int, input_groups: InputGroups, note: Mapping[str, Any]) -> None:
+    def write_grams(self, i: int, grams: BlockGrams, note: Mapping[str, Any]) -> None:
         """Keep the Gram matrices of a block with a JSON-able note."""
-        tensors = {str(k): h for k, (_, h) in enumerate(input_groups)}
-        names = [modules for modules, _ in input_groups]
-        metadata = {"sites": json.dumps(names), "note": json.dumps(note)}
+        tensors = {str(k): h for k, (_, h) in enumerate(grams)}
+        groups = [modules for modules, _ in grams]
+        metadata = {"input_groups": json.dumps(groups), "note": json.dumps(note)}
         self._write_tensors(self._grams(i), tensors, metadata)
 
-    def grams(self, i: int) -> InputGroups:
+    def grams(self, i: int) -> BlockGrams:
         with _opened(self._grams(i)) as handle:
-            names = json.loads(handle.metadata()["sites"])
-            return [(tuple(m), handle.get_tensor(str(k)).clone()) for k, m in enumerate(names)]
+            groups = json.loads(handle.metadata()["input_groups"])
+            return [(tuple(m), handle.get_tensor(str(k)).clone()) for k, m in enumerate(groups)]
 
     def gram_note(self, i: int) -> dict[str, Any]:
         with _opened(self._grams(i)) as handle:

@@ -2,11 +2,11 @@
 
 Steps:
     1. the unquantized model reads the calibration once, block by block; the Gram matrices of every
-       input group are kept (folder.py). All methods get these: token weights as in capture.py, the
-       activations of the unquantized model, no damping yet;
+       input group are kept (folder.py). All methods get these: token weights as in
+       `models.statistics`, the activations of the unquantized model, no damping yet;
     2. method by method, block by block: encode at all levels, keep decoded weights and costs;
     3. the method's levels are run by the original model with these weights in place, on the same
-       windows; KL and loss are paired with the original's (evaluate.py).
+       windows; KL and loss are paired with the original's (`evaluation.perplexity`).
 With `blocks`, only the first blocks are quantized, for all methods alike; the rest is as it was.
 
 What is counted:
@@ -48,10 +48,10 @@ from dropbydrop.quantization.config import SEQ_LEN, check_levels, check_model
 from dropbydrop.system.console import progress_bar, quiet_transformers
 from dropbydrop.system.digest import digest, model_digest
 from dropbydrop.system.memory import map_large_allocations, peak_memory
-from dropbydrop_research.baselines import GroupProblem, Method, Suite, choose
+from dropbydrop_research.baselines import Method, Problem, Suite, choose
 from dropbydrop_research.sources import files_of
 
-from .folder import RESULT, Folder, InputGroups, Record
+from .folder import RESULT, BlockGrams, Folder, Record
 from .price import price_of_nesting
 
 _PEAK_RESET = Path("/proc/self/clear_refs")
@@ -213,13 +213,13 @@ def _capture(order: Order, folder: Folder, progress: bool) -> tuple[dict[str, An
                 statistics = runner.collect_statistics(i, runner.block(i), hidden, out=hidden)
                 runner.release(i)
                 if not folder.has_grams(i):
-                    input_groups = [
-                        (input_group.modules, statistics.grams[input_group.name])
-                        for input_group in statistics.input_groups
+                    grams = [
+                        (group.modules, statistics.grams[group.name])
+                        for group in statistics.input_groups
                     ]
                     seconds = time.perf_counter() - start
                     note = {"seconds": seconds, "calibration": text.description}
-                    folder.write_grams(i, input_groups, note)
+                    folder.write_grams(i, grams, note)
     notes = [folder.gram_note(i) for i in blocks]
     return notes[0]["calibration"], sum(note["seconds"] for note in notes)
 
@@ -241,17 +241,17 @@ def _encode(order: Order, folder: Folder, method: Method, progress: bool) -> Non
         task = bar.add_task(name, total=order.blocks, completed=order.blocks - len(todo))
         number = 0  # of an input group in the model
         for i in range(order.blocks):
-            input_groups = folder.grams(i)
+            grams = folder.grams(i)
             if i in todo:
-                weights, record = _encode_block(order, method, levels, input_groups, number)
+                weights, record = _encode_block(order, method, levels, grams, number)
                 folder.write_block(method, i, weights, record)
                 bar.advance(task)
-            number += len(input_groups)
+            number += len(grams)
 
 
 @torch.no_grad()
 def _encode_block(
-    order: Order, method: Method, levels: Sequence[int], input_groups: InputGroups, number: int
+    order: Order, method: Method, levels: Sequence[int], grams: BlockGrams, number: int
 ) -> tuple[dict[int, dict[str, Tensor]], Record]:
     """All input groups of a block; `number` of them came before it."""
     runner, device = order.runner, order.runner.device
@@ -259,18 +259,18 @@ def _encode_block(
     errors = dict.fromkeys(levels, 0.0)
     suites: list[Suite] = []
     seconds, peak = 0.0, 0
-    for k, (modules, h) in enumerate(input_groups):
-        input_group = GroupProblem(
+    for k, (modules, h) in enumerate(grams):
+        problem = Problem(
             {name: runner.read(f"{name}.weight", torch.float32).to(device) for name in modules},
             h.to(device),
             order.seed * 1_000_003 + number + k,  # as `quantize` draws it
             order.preset,
         )
-        spent, resident, coded = measured(partial(method.encode, input_group, levels), device)
+        spent, resident, coded = measured(partial(method.encode, problem, levels), device)
         seconds, peak = seconds + spent, max(peak, resident)
         for name, suite in coded.items():
             decoded = [suite.levels[p].weight for p in levels]
-            relative = weighted_errors(input_group.weights[name], decoded, input_group.gram)
+            relative = weighted_errors(problem.weights[name], decoded, problem.gram)
             for p, w, error in zip(levels, decoded, relative, strict=True):
                 weights[p][name] = w
                 errors[p] += error
@@ -281,7 +281,7 @@ def _encode_block(
         {p: sum(suite.levels[p].bytes for suite in suites) for p in levels},
         [sum(sizes) for sizes in zip(*(suite.files for suite in suites), strict=True)],
         sum(w.numel() for w in weights[levels[0]].values()),
-        sorted({h.shape[0] for _, h in input_groups}),
+        sorted({h.shape[0] for _, h in grams}),
         errors,
         len(suites),
     )

@@ -94,24 +94,24 @@ def run(
     runner, model = BlockRunner.open(folder), fingerprint(folder)
     matrices: list[dict[str, Any]] = []
     skipped: list[str] = []
-    for i, input_group in enumerate(grams):
+    for i, group in enumerate(grams):
         if progress:
-            progress(i, len(grams), input_group.name)
-        if input_group.model not in ("", model):
+            progress(i, len(grams), group.name)
+        if group.model not in ("", model):
             raise FormatError(
                 f"the statistics in {grams.folder} are those of another model than {folder}; "
                 "collect them again."
             )
-        lam, vectors = eigenbasis(input_group.gram)
-        cross = None if input_group.held is None else cross_spectrum(vectors, input_group.held)
-        for module in input_group.modules:
+        lam, vectors = eigenbasis(group.gram)
+        cross = None if group.held is None else cross_spectrum(vectors, group.held)
+        for module in group.modules:
             weight = read_weight(runner, module)
             if not bool(weight.any()) or not float(lam[0]) > 0:
                 skipped.append(module)  # nothing to code, or inputs that are always zero
                 continue
-            entry = _matrix(module, weight, input_group, (lam, vectors), cross, rates)
+            entry = _matrix(module, weight, group, (lam, vectors), cross, rates)
             for level, data in entry["levels"].items():
-                _reach(data, entry, weight, input_group, int(level), lam, errors, reconstruct)
+                _reach(data, entry, weight, group, int(level), lam, errors, reconstruct)
             entry["premises"] = _premises(entry)
             matrices.append(entry)
     if progress:
@@ -174,7 +174,7 @@ def _db(ratio: float) -> float:
 def _matrix(
     module: str,
     weight: Tensor,
-    input_group: GroupGram,
+    group: GroupGram,
     basis: tuple[Tensor, Tensor],
     cross: Tensor | None,
     rates: Mapping[int, float],
@@ -185,12 +185,12 @@ def _matrix(
     source = GaussianSource(lam, rows)
     matched = GaussianSource(matched_spectrum(weight, lam, vectors), rows)
     zero = torch.zeros_like(weight)
-    energy = weighted_distortion(weight, zero, input_group.gram)
+    energy = weighted_distortion(weight, zero, group.gram)
     held = None
     held_energy = 0.0
-    if cross is not None and input_group.held is not None:
+    if cross is not None and group.held is not None:
         held = GaussianSource(cross, rows)
-        held_energy = weighted_distortion(weight, zero, input_group.held)
+        held_energy = weighted_distortion(weight, zero, group.held)
     fit = fit_gaussian(weight, by_row=True)
     levels = {}
     for level, bits in rates.items():
@@ -208,9 +208,9 @@ def _matrix(
         }
     return {
         "module": module,
-        "site": input_group.name,
+        "input_group": group.name,
         "shape": list(weight.shape),
-        "tokens": input_group.tokens,
+        "tokens": group.tokens,
         "energy": energy,
         "held_energy": held_energy if held else None,
         "energy_ratio": energy / source.power,
@@ -228,7 +228,7 @@ def _reach(
     data: dict[str, Any],
     entry: dict[str, Any],
     weight: Tensor,
-    input_group: GroupGram,
+    group: GroupGram,
     level: int,
     lam: Tensor,
     errors: Mapping[str, Mapping[int, float]] | None,
@@ -238,9 +238,9 @@ def _reach(
     reached, held = None, None
     if reconstruct is not None:
         w_hat = reconstruct(entry["module"], level)
-        reached = weighted_distortion(weight, w_hat, input_group.gram) / entry["energy"]
-        if input_group.held is not None:
-            held = weighted_distortion(weight, w_hat, input_group.held) / entry["held_energy"]
+        reached = weighted_distortion(weight, w_hat, group.gram) / entry["energy"]
+        if group.held is not None:
+            held = weighted_distortion(weight, w_hat, group.held) / entry["held_energy"]
     elif errors is not None:
         reached = errors.get(entry["module"], {}).get(level)
     data["reached"], data["reached_held_out"] = reached, held

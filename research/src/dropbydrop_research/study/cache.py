@@ -90,7 +90,7 @@ def _default() -> Path:
 
 
 def _key(options: Statistics) -> str:
-    described: dict[str, Any] = asdict(options) | {"clip": CLIP, "version": 1}
+    described: dict[str, Any] = asdict(options) | {"clip": CLIP, "version": 2}
     for name in ("calibration", "held_out"):
         if described[name] not in (None, SELF):
             described[name] = _file_hash(Path(described[name]).expanduser())

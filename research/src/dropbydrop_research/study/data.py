@@ -3,15 +3,14 @@
 A cache folder holds one file an input group, `group-00000.safetensors` and so on, so that
 collecting and reading take the memory of one block, whatever the model. Tensors of a file:
 
-    H         float32 [d_in, d_in]   mean over the calibration tokens, as
-    `BlockRunner.collect_statistics` gives it held      float32 [d_in, d_in]   the same over
-    held-out tokens; may be absent energies  float32 [n, T]         ||x||^2 of the calibration
-    tokens, unclipped; may be absent
+    H         float32 [d_in, d_in]   mean of x x^T over the calibration tokens, as
+                                     `BlockRunner.collect_statistics` gives it
+    held      float32 [d_in, d_in]   the same over held-out tokens; may be absent
+    energies  float32 [n, T]         ||x||^2 of the calibration tokens, unclipped; may be absent
 
-Metadata: `input group` (name), `modules` (JSON list), `tokens`, `clip`, `model` (`fingerprint` of
-    the
-folder they were collected from). Nothing is damped. `collect` fills a folder aside and renames it,
-so a cache is either whole or absent.
+Metadata: `input_group` (name), `modules` (JSON list), `tokens`, `clip`, `model` (`fingerprint` of
+the folder they were collected from). Nothing is damped. `collect` fills a folder aside and renames
+it, so a cache is either whole or absent.
 """
 
 from __future__ import annotations
@@ -68,7 +67,14 @@ def read_weight(runner: BlockRunner, module: str) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class GroupGram:
-    """Statistics of one input group's inputs; see the module's note."""
+    """Statistics of an input group; see the module's note for the tensors.
+
+    Attributes:
+        gram: H, float32 [d_in, d_in]; held: the same over held-out tokens.
+        energies: ||x||^2 of every token, float32 [n, T].
+        tokens: how many H averages; clip: their clipping.
+        model: fingerprint of the model; empty where it is not known.
+    """
 
     name: str
     modules: tuple[str, ...]
@@ -77,7 +83,7 @@ class GroupGram:
     gram: Tensor
     held: Tensor | None
     energies: Tensor | None
-    model: str = ""  # fingerprint; empty: not known
+    model: str = ""
 
 
 class GramFolder:
@@ -88,26 +94,26 @@ class GramFolder:
 
     @property
     def files(self) -> list[Path]:
-        return sorted(self.folder.glob("site-*.safetensors"))
+        return sorted(self.folder.glob("group-*.safetensors"))
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def write(self, index: int, input_group: GroupGram) -> None:
+    def write(self, index: int, group: GroupGram) -> None:
         """Store the statistics of the input group number `index`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            "H": input_group.gram,
-            "held": input_group.held,
-            "energies": input_group.energies,
+            "H": group.gram,
+            "held": group.held,
+            "energies": group.energies,
         }
-        path = self.folder / f"site-{index:05d}.safetensors"
+        path = self.folder / f"group-{index:05d}.safetensors"
         metadata = {
-            "site": input_group.name,
-            "modules": json.dumps(input_group.modules),
-            "tokens": str(input_group.tokens),
-            "clip": str(input_group.clip),
-            "model": input_group.model,
+            "input_group": group.name,
+            "modules": json.dumps(group.modules),
+            "tokens": str(group.tokens),
+            "clip": str(group.clip),
+            "model": group.model,
         }
         present = {k: v.to(torch.float32).contiguous() for k, v in tensors.items() if v is not None}
         save_file(present, path, metadata)
@@ -123,7 +129,7 @@ def _read_group(path: Path) -> GroupGram:
             meta, names = handle.metadata() or {}, set(handle.keys())
             tensors = {name: handle.get_tensor(name).clone() for name in names}
         return GroupGram(
-            name=meta["site"],
+            name=meta["input_group"],
             modules=tuple(json.loads(meta["modules"])),
             tokens=int(meta["tokens"]),
             clip=float(meta["clip"]),
@@ -162,7 +168,7 @@ def collect(
     clip: float = CLIP,
     progress: Progress | None = None,
 ) -> GramFolder:
-    """Run the unquantized model over calibration (and held-out) tokens and cache every site.
+    """Run the unquantized model over calibration (and held-out) tokens and cache every input group.
 
     Args:
         ids: [n, T]; `held_ids` [m, T'] from other text.
@@ -198,7 +204,7 @@ def _collect(
         if progress:
             progress(i, runner.num_blocks, runner.block_prefix(i))
         block = runner.block(i)
-        firsts = [input_group.modules[0] for input_group in runner.input_groups(i, block, hidden)]
+        firsts = [group.modules[0] for group in runner.input_groups(i, block, hidden)]
         with _Energies(block, runner.block_prefix(i), firsts) as energies:
             statistics = runner.collect_statistics(i, block, hidden, clip=clip, out=hidden)
         held: dict[str, Tensor] = {}
@@ -206,15 +212,15 @@ def _collect(
             held = runner.collect_statistics(
                 i, block, held_hidden, clip=clip, out=held_hidden
             ).grams
-        for input_group in statistics.input_groups:
+        for group in statistics.input_groups:
             one = GroupGram(
-                input_group.name,
-                input_group.modules,
+                group.name,
+                group.modules,
                 statistics.tokens,
                 clip,
-                statistics.grams[input_group.name],
-                held.get(input_group.name),
-                energies.of(input_group.modules[0]),
+                statistics.grams[group.name],
+                held.get(group.name),
+                energies.of(group.modules[0]),
                 model,
             )
             store.write(index, one)

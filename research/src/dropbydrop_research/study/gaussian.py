@@ -58,7 +58,7 @@ def run(
          "matrices": [{"module", "shape", "stored": fit, "stored_rows", "rotated",
          "rotated_rows"}], "skipped": [all-zero modules],
          "summary": {fit name: {measure: {"median", "worst", "module"}}},
-         "massive_activations": [{"site", "tokens", "max_over_median", …}] or None}
+         "massive_activations": [{"input_group", "tokens", "max_over_median", …}] or None}
         where a fit holds the fields of `theory.GaussianFit`.
 
     Raises:
@@ -100,11 +100,11 @@ def run(
 def massive(grams: GramFolder) -> list[dict[str, Any]]:
     """Massive activations of every input group with cached token energies, worst first."""
     found = []
-    for input_group in grams:
-        if input_group.energies is not None:
-            report = asdict(massive_activations(input_group.energies))
+    for group in grams:
+        if group.energies is not None:
+            report = asdict(massive_activations(group.energies))
             report["max_over_median"] = finite(report["max_over_median"])
-            found.append({"site": input_group.name, **report})
+            found.append({"input_group": group.name, **report})
     return sorted(found, key=lambda r: -(r["max_over_median"] or float("inf")))
 
 

@@ -65,7 +65,7 @@ def print_gaussian(result: dict[str, Any], console: Console, top: int = 10) -> N
     for row in massive[:top]:
         peak = row["max_over_median"]
         table.add_row(
-            _short(row["site"]),
+            _short(row["input_group"]),
             "infinite" if peak is None else f"{peak:,.0f}",
             f"{row['count']} of {row['tokens']}",
             f"{row['share']:.1%}",
