@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from dropbydrop.cli.tasks import evaluate_tasks, is_checkpoint
 
 import dropbydrop
 from dropbydrop.cli import main as cli
-from dropbydrop.cli.tasks import evaluate_tasks, is_checkpoint
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import DropError
 from dropbydrop.evaluation.task_files import TASKS, read_items

@@ -20,13 +20,13 @@ SCRIPT = """
     import json, resource, sys, torch
     from pathlib import Path
     from dropbydrop.coding.encoder import Effort
-    from dropbydrop.quantization import config as order
+    from dropbydrop.quantization import job as jobs
     from dropbydrop.quantization import pipeline as quantize
     from dropbydrop.system import memory as process
 
     torch.set_num_threads(1)
     model, out, text, limit = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
-    order.EFFORTS = {"balanced": Effort(1, 0, 0)}
+    jobs.EFFORTS = {"balanced": Effort(1, 0, 0)}
     if limit:  # on top of what the libraries take
         small = model.with_name("1")
         quantize.quantize(

@@ -17,10 +17,12 @@ from dropbydrop.coding.encoder import Effort, encode_group
 from dropbydrop.data.calibration import load_windows
 from dropbydrop.errors import DropError
 from dropbydrop.models.block_runner import BlockRunner
-from dropbydrop.quantization import config as order
-from dropbydrop.quantization import encode_blocks as life
-from dropbydrop.quantization import estimate as dry_run
-from dropbydrop.quantization import pipeline as quantize
+from dropbydrop.quantization import estimate as estimates
+from dropbydrop.quantization import job as jobs
+from dropbydrop.quantization import log as logs
+from dropbydrop.quantization import pipeline
+from dropbydrop.quantization.config import QuantizeConfig
+from dropbydrop.quantization.estimate import estimate
 from tiny import save_tiny
 
 
@@ -28,7 +30,7 @@ from tiny import save_tiny
 def small_effort():
     """The presets' search effort is for real models."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(order, "EFFORTS", dict.fromkeys(order.EFFORTS, Effort(2, 1, 0)))
+    patch.setattr(jobs, "EFFORTS", dict.fromkeys(jobs.EFFORTS, Effort(2, 1, 0)))
     yield
     patch.undo()
 
@@ -42,19 +44,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def job(place: Path, name: str = "model", **changes: Any) -> order.Job:
+def job(place: Path, name: str = "model", **changes: Any) -> jobs.Job:
     settings: dict[str, Any] = {
-        "calibration": place / "text.txt",
+        "calibration": str(place / "text.txt"),
         "preset": "fast",
-        "codebooks": "universal",
-        "seed": 0,
-        "head_bits": 8,
         "windows": 16,
         "seq_len": 64,
         "device": "cpu",
-        "backend": None,
     }
-    return order.prepare(place / name, (2, 3, 4), **{**settings, **changes})
+    ready = changes.pop("ready", None)
+    return jobs.prepare(place / name, QuantizeConfig(**{**settings, **changes}), ready=ready)
 
 
 class Clock:
@@ -71,15 +70,15 @@ class Clock:
 def test_extrapolation(place: Path, monkeypatch: pytest.MonkeyPatch, windows: int) -> None:
     """With known costs the estimate is what the whole run would add up to."""
     clock = Clock()
-    monkeypatch.setattr(dry_run, "time", clock)
-    monkeypatch.setattr(dry_run, "_ROWS", 8)
+    monkeypatch.setattr(estimates, "time", clock)
+    monkeypatch.setattr(estimates, "_ROWS", 8)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     per_group, per_row, per_block, per_window = 7.0, 0.25, 3.0, 0.5
     collect_statistics = BlockRunner.collect_statistics
     rows = []
 
-    def timed_capture(self: BlockRunner, i: int, block: Any, hidden: Any, **kw: Any) -> Any:
+    def timed_collect(self: BlockRunner, i: int, block: Any, hidden: Any, **kw: Any) -> Any:
         clock.now += per_block + per_window * hidden.shape[0]
         return collect_statistics(self, i, block, hidden, **kw)
 
@@ -88,30 +87,30 @@ def test_extrapolation(place: Path, monkeypatch: pytest.MonkeyPatch, windows: in
         clock.now += per_group + per_row * len(weights["w"])
         return encode_group(weights, *args)
 
-    monkeypatch.setattr(BlockRunner, "collect_statistics", timed_capture)
-    monkeypatch.setattr(dry_run, "encode_group", timed_group)
+    monkeypatch.setattr(BlockRunner, "collect_statistics", timed_collect)
+    monkeypatch.setattr(estimates, "encode_group", timed_group)
     asked = job(place, windows=windows)
     asked.runner.batch_tokens = 4 * 64  # four windows a batch
     try:
-        estimate = dry_run.dry_run(asked, place / "out")
+        found = estimate(asked, place / "out")
     finally:
         torch.set_num_threads(threads)
     heights = {"qkv": 64 + 32 + 32, "o": 48, "gate_up": 800, "down": 48}
     encode = 5 * sum(per_group + per_row * h for h in heights.values())
-    assert estimate.seconds["encode"] == pytest.approx(encode)
+    assert found.seconds["encode"] == pytest.approx(encode)
     # the constant part of a capture cannot be told from one batch alone
     activations = 5 * (per_block + per_window * windows)
     exact = windows >= 8
-    assert estimate.seconds["activations"] == pytest.approx(activations, rel=1e-6 if exact else 0.3)
+    assert found.seconds["activations"] == pytest.approx(activations, rel=1e-6 if exact else 0.3)
     assert max(rows) <= 24  # it must not encode whole matrices of large models
-    assert estimate.seconds["total"] == pytest.approx(sum(list(estimate.seconds.values())[:-1]))
+    assert found.seconds["total"] == pytest.approx(sum(list(found.seconds.values())[:-1]))
 
 
 @pytest.mark.parametrize("name", ["model", "untied"])
 @pytest.mark.parametrize("head_bits", [8, 16])
 def test_bytes(place: Path, tmp_path: Path, name: str, head_bits: int) -> None:
-    estimate = dry_run.dry_run(job(place, name, head_bits=head_bits, windows=3), tmp_path / "out")
-    made = quantize.quantize(
+    found = estimate(job(place, name, head_bits=head_bits, windows=3), tmp_path / "out")
+    made = pipeline.quantize(
         place / name,
         tmp_path / "out",
         calibration=place / "text.txt",
@@ -121,51 +120,51 @@ def test_bytes(place: Path, tmp_path: Path, name: str, head_bits: int) -> None:
         progress=False,
     )
     size = sum(p.stat().st_size for p in made.out.iterdir())
-    assert estimate.bytes_out == pytest.approx(size, rel=0.15)  # tiny: headers are a third of it
-    assert estimate.bytes_most > estimate.bytes_out
-    kept = dry_run.dry_run(job(place, name, windows=3), tmp_path / "other", resume=True)
+    assert found.bytes_out == pytest.approx(size, rel=0.15)  # tiny: headers are a third of it
+    assert found.bytes_most > found.bytes_out
+    kept = estimate(job(place, name, windows=3), tmp_path / "other", resume=True)
     assert kept.bytes_most >= 2 * kept.bytes_out
-    assert 0.1 < estimate.peak_gib < 4
+    assert 0.1 < found.peak_gib < 4
 
 
 def test_memory_counts_what_the_timed_part_has_not(place: Path) -> None:
     asked = job(place, windows=2, seq_len=16)
-    block = dry_run._Block(asked)
+    block = estimates.FirstBlock(asked)
     small = block.peak()
-    block.job = replace(asked, windows=1_000_000)
+    block.job = replace(asked, config=replace(asked.config, windows=1_000_000))
     assert block.peak() - small == 4 * (1_000_000 - 2) * 16 * 48
 
 
 def test_text_of_the_model_itself(place: Path, tmp_path: Path) -> None:
-    estimate = dry_run.dry_run(job(place, calibration="self", windows=4), tmp_path / "out")
-    assert estimate.seconds["calibrate"] > 0.01
+    found = estimate(job(place, calibration="self", windows=4), tmp_path / "out")
+    assert found.seconds["calibrate"] > 0.01
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ready_windows_take_no_time(place: Path, tmp_path: Path) -> None:
     asked = job(place)
-    text = load_windows(asked.calibration, asked.source.tokenizer(), 5, 48)
-    ready = job(place, calibration=text, windows=None)
-    assert (ready.windows, ready.seq_len) == (5, 48)
-    assert dry_run.dry_run(ready, tmp_path / "out").seconds["calibrate"] == 0
+    text = load_windows(asked.config.calibration, asked.source.tokenizer(), 5, 48)
+    ready = job(place, ready=text, windows=None)
+    assert (ready.config.windows, ready.config.seq_len) == (5, 48)
+    assert estimate(ready, tmp_path / "out").seconds["calibrate"] == 0
 
 
 def test_training_of_a_set_that_does_not_ship(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is part of the search, in the estimate as in the run."""
-    real, clock = dry_run.universal_set, Clock()
+    real, clock = estimates.universal_set, Clock()
 
     def slow(levels: tuple[int, ...]) -> torch.Tensor:
         clock.now += 50
         return real(levels)
 
-    for module in (dry_run, quantize):
+    for module in (estimates, pipeline):
         monkeypatch.setattr(module, "universal_set", slow)
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(life, "time", clock)
-    expected = dry_run.dry_run(job(place, windows=3), tmp_path / "out")
-    found = quantize.quantize(
+    monkeypatch.setattr(logs, "time", clock)
+    expected = estimate(job(place, windows=3), tmp_path / "out")
+    found = pipeline.quantize(
         place / "model", tmp_path / "out", calibration=place / "text.txt", windows=3, seq_len=64,
         progress=False,
     )  # fmt: skip
@@ -179,18 +178,18 @@ def test_refusals_come_first_and_nothing_is_left(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(DropError, match="exists"):
-        dry_run.dry_run(job(place), tmp_path / "out")
+        estimate(job(place), tmp_path / "out")
     with pytest.raises(DropError, match="tokens"):
-        dry_run.dry_run(job(place, windows=9999), tmp_path / "new")
+        estimate(job(place, windows=9999), tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_small_disk_is_said(place: Path, tmp_path: Path) -> None:
-    estimate = dry_run.dry_run(job(place, windows=3), tmp_path / "out")
-    assert "too small" not in str(estimate)
-    assert "busy" not in str(replace(estimate, load=0.1))
-    assert "busy (load 3.0 for each" in str(replace(estimate, load=3.0))
-    assert "too small" in str(replace(estimate, bytes_free=10))
+    found = estimate(job(place, windows=3), tmp_path / "out")
+    assert "too small" not in str(found)
+    assert "busy" not in str(replace(found, load=0.1))
+    assert "busy (load 3.0 for each" in str(replace(found, load=3.0))
+    assert "too small" in str(replace(found, bytes_free=10))
 
 
 def test_the_command(
@@ -203,12 +202,12 @@ def test_the_command(
             place / "text.txt", "--windows", 3, "--seq-len", 64, "--dry-run", "--json"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
     cli.main()
-    statistics = capsys.readouterr()
-    result = json.loads(statistics.out.splitlines()[-1])
+    captured = capsys.readouterr()
+    result = json.loads(captured.out.splitlines()[-1])
     assert result["dry_run"] is True
     assert set(result["seconds"]) == {"calibrate", "activations", "encode", "write", "total"}
     assert result["bytes_out"] > 0
-    assert "free" in statistics.err
+    assert "free" in captured.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import dropbydrop
 from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.checkpoint.config import LOG_FILE
 from dropbydrop.cli import main as cli
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.coding.objective import weighted_errors
@@ -20,7 +21,7 @@ from dropbydrop.data.text_files import text_windows
 from dropbydrop.errors import CalibrationError, DropError, PrecisionError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import load_tokenizer
-from dropbydrop.quantization import config as order
+from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.runtime.modules import NestedLinear
 from tiny import save_tiny
@@ -32,7 +33,7 @@ QUICK = {"windows": 4, "seq_len": 64, "progress": False}
 def small_effort():
     """The presets' search effort is for real models."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(order, "EFFORTS", dict.fromkeys(order.EFFORTS, Effort(4, 1, 1)))
+    patch.setattr(jobs, "EFFORTS", dict.fromkeys(jobs.EFFORTS, Effort(4, 1, 1)))
     yield
     patch.undo()
 
@@ -80,7 +81,7 @@ def test_every_level_is_closer_to_the_original(folder, made):
 
 
 def test_the_log_names_every_matrix_and_its_errors_are_those_of_the_stored_weights(folder, made):
-    lines = [json.loads(s) for s in (made.out / quantize.LOG_FILE).read_text().splitlines()]
+    lines = [json.loads(s) for s in (made.out / LOG_FILE).read_text().splitlines()]
     original = AutoModelForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)
     loaded = dropbydrop.load(made.out, bits=4)
     names = {n for n, m in loaded.named_modules() if isinstance(m, NestedLinear)}

@@ -28,8 +28,8 @@ from dropbydrop.checkpoint import journal as resume
 from dropbydrop.checkpoint.staging import StagingFile
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import DropError
-from dropbydrop.quantization import config as order
 from dropbydrop.quantization import fingerprint
+from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system import atomic_folder as folder_module
 from tiny import save_tiny
@@ -67,13 +67,13 @@ def run_here(place: Path, out: Path, **changes: Any) -> quantize.Report:
         "resume": True,
         "progress": False,
     }
-    before, threads = order.EFFORTS, torch.get_num_threads()
-    order.EFFORTS = dict.fromkeys(before, Effort(2, 1, 1))
+    before, threads = jobs.EFFORTS, torch.get_num_threads()
+    jobs.EFFORTS = dict.fromkeys(before, Effort(2, 1, 1))
     torch.set_num_threads(1)
     try:
         return quantize.quantize(place / "model", out, **{**settings, **changes})
     finally:
-        order.EFFORTS = before
+        jobs.EFFORTS = before
         torch.set_num_threads(threads)
 
 
@@ -389,7 +389,7 @@ def test_the_command_says_how_to_go_on(
 ) -> None:
     from dropbydrop.cli import main as cli
 
-    monkeypatch.setattr(order, "EFFORTS", {"fast": Effort(2, 1, 1)})
+    monkeypatch.setattr(jobs, "EFFORTS", {"fast": Effort(2, 1, 1)})
     argv = ["dropbydrop", "quantize", place / "model", place / "cli", "--preset", "fast",
             "--calibration", place / "text.txt", "--windows", 3, "--seq-len", 32, "--resume",
             "--json"]  # fmt: skip

@@ -13,11 +13,13 @@ that guesses would decode wrong weights without a sign of it. Free-form is `prov
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from dropbydrop.coding.code import ENTRIES, GROUP
@@ -410,3 +412,12 @@ class QuantizationConfig:
             "embeddings": self.embeddings.to_dict(),
             "provenance": dict(self.provenance),
         }
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the config of a folder names our format."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        return bool(config["quantization_config"]["quant_method"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,4 +1,4 @@
-"""Commands beyond the core ones of cli.py, one module a command family.
+"""The command line: one thin module a command.
 
 Each module has `register(app)`, which adds its commands to the typer application. Heavy imports
 stay inside the command functions, so that `dropbydrop --help` is quick.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, console, finish
+from .options import CheckpointFolder, Json, console, finish
 
 
 def register(app: typer.Typer) -> None:
@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    out: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    out: CheckpointFolder,
     dense: Annotated[Path, typer.Argument(help="Folder to create.")],
     bits: Annotated[int | None, typer.Option(help="Level [the highest].")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",

@@ -1,25 +1,36 @@
-"""What all commands share: the --json and --bits options, output, parsing of levels."""
+"""Options that commands share, options derived from settings, and the output of a command."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
-from rich.console import Console
 
 from dropbydrop.errors import DropError, PrecisionError
+from dropbydrop.system.settings import Settings, option_name
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from dropbydrop.planning.precision import Precision
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")
 ]
 Bits = Annotated[str, typer.Option(help="Levels, such as 2,3,4.")]
+CheckpointFolder = Annotated[Path, typer.Argument(help="Checkpoint folder.")]
+PlanFile = Annotated[
+    Path | None, typer.Option(help="Plan file, written by `dropbydrop plan --save`.")
+]
+Overwrite = Annotated[bool, typer.Option(help="Replace an existing checkpoint.")]
 
 
 def parse_bits(text: str) -> list[int]:
@@ -34,8 +45,20 @@ def parse_bits(text: str) -> list[int]:
         raise PrecisionError(f"--bits {text!r}: give whole numbers, such as 2,3,4.") from None
 
 
-def parse_precision(text: str) -> Precision:
-    """ "3" is a level; "2.5" is an average; anything else is the file of a plan.
+def parse_averages(text: str) -> list[float]:
+    """ "2.5,2.75" -> [2.5, 2.75].
+
+    Raises:
+        PrecisionError: not numbers separated by commas.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise PrecisionError(f"--avg-bits {text!r}: give numbers, such as 2.5,2.75.") from None
+
+
+def parse_precision(option: str, text: str) -> Precision:
+    """ "3" is a level; "2.5" is an average; anything else is a plan file.
 
     Raises:
         PrecisionError: no number, and no such file.
@@ -51,7 +74,7 @@ def parse_precision(text: str) -> Precision:
     if Path(text).is_file():
         return Precision(plan=Plan.load(text))
     raise PrecisionError(
-        f"--bits {text!r}: give a level (3), an average (2.5), or the file of a plan that "
+        f"{option} {text!r}: give a level (3), an average (2.5), or the file of a plan that "
         "`dropbydrop plan OUT --save FILE` wrote."
     )
 
@@ -70,9 +93,85 @@ def parse_dtype(name: str) -> Any:
     return kinds[name]
 
 
+# ---- options from settings -----------------------------------------------------------------
+
+
+def with_settings(kind: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator for commands: one option for each field of `kind`, in the place of the parameter
+    `config`, which the command gets as an object.
+
+    Texts with commas stand for tuples; a field that is False by default becomes a flag.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        for known in inspect.signature(command, eval_str=True).parameters.values():
+            keyword = known.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            parameters += options_of(kind) if known.name == "config" else [keyword]
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            values = {declared.name: given.pop(declared.name) for declared in fields(kind)}
+            for name, parse in _tuples(kind).items():
+                if values[name] is not None:
+                    values[name] = tuple(parse(values[name]))
+            command(config=kind(**values), **given)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+def options_of(kind: type[Settings]) -> list[inspect.Parameter]:
+    """The fields of settings as parameters that typer understands."""
+    hints, options = get_type_hints(kind), []
+    for declared in fields(kind):
+        hint: Any = hints[declared.name]
+        default, names = declared.default, []
+        if declared.name in _tuples(kind):
+            hint = str | None if default is None else str
+            default = default and ",".join(map(str, cast(tuple[Any, ...], default)))
+        if declared.metadata["option"] or hint is bool:
+            names = [f"--{option_name(declared)}"]
+        option = typer.Option(*names, help=declared.metadata["help"])
+        parameter = inspect.Parameter(declared.name, inspect.Parameter.KEYWORD_ONLY)
+        options.append(parameter.replace(default=default, annotation=Annotated[hint, option]))
+    return options
+
+
+def _tuples(kind: type[Settings]) -> dict[str, Callable[[str], list[Any]]]:
+    """Fields that are tuples, and how their text is read."""
+    hints = {name: str(hint) for name, hint in get_type_hints(kind).items()}
+    return {
+        name: _words if "tuple[str" in hint else parse_bits
+        for name, hint in hints.items()
+        if "tuple[" in hint
+    }
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+# ---- output --------------------------------------------------------------------------------
+
+
 def console(as_json: bool) -> Console:
     """Where tables go: stdout, or stderr when stdout is kept for JSON."""
+    from rich.console import Console
+
     return Console(stderr=as_json)
+
+
+@contextmanager
+def kept_work() -> Iterator[None]:
+    """On Ctrl-C, tell what --resume has kept: the text of the interrupt."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f"{stop}\n" if str(stop) else "")
+        raise
 
 
 def finish(as_json: bool, result: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,37 +9,37 @@ import typer
 
 from dropbydrop.errors import DropError
 
-from .options import Json, console, finish
+from .options import CheckpointFolder, Json, console, finish
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from dropbydrop.checkpoint import Checkpoint
-    from dropbydrop.planning.memory import Memory
-    from dropbydrop.planning.plan import Plan
     from dropbydrop.planning.sensitivity import Sensitivity
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command("plan")(plan)
+    app.command("plan")(run)
 
 
-def plan(
-    out: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+def run(
+    out: CheckpointFolder,
     avg_bits: Annotated[float | None, typer.Option(help="Average planes a weight.")] = None,
     memory: Annotated[str | None, typer.Option(help="All memory, such as 1.5GiB.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of the cache [2048].")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of activations and cache [config].")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of activations and cache [config].")
+    ] = None,
     measure: Annotated[
         bool | None,
         typer.Option(help="Measure sensitivities again, or never [when there are none]."),
     ] = None,
-    text: Annotated[Path | None, typer.Option(help="To measure on [own writing].")] = None,
-    windows: Annotated[int, typer.Option(help="How many windows to measure on.")] = 8,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to measure on [written by the model].")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Number of windows to measure on.")] = 8,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of the measurement.")] = 0,
-    save: Annotated[Path | None, typer.Option(help="Write the plan to this file.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the measurement.")] = 0,
+    save: Annotated[Path | None, typer.Option(help="File to write the plan to.")] = None,
     as_json: Json = False,
 ) -> None:
     """A level for every input group, of the least loss that fits the budget."""
@@ -49,12 +48,12 @@ def plan(
     from dropbydrop.planning.sensitivity import Sensitivity, known_sensitivity
     from dropbydrop.planning.solver import make_plan
 
+    from .tables import print_plan
+
     if (avg_bits is None) == (memory is None):
         raise DropError("give one budget: --avg-bits 2.6, or --memory 1.5GiB.")
     checkpoint = Checkpoint.open(out)
-    known: Sensitivity | None = None
-    if not measure:
-        known = Sensitivity.load(checkpoint)
+    known = None if measure else Sensitivity.load(checkpoint)
     if measure or (measure is None and known is None):
         known = run_measurement(checkpoint, text, windows, seq_len, seed)
     known = known or known_sensitivity(checkpoint)
@@ -62,14 +61,12 @@ def plan(
     need = made.memory(checkpoint, dtype, default_context(checkpoint, context))
     if save is not None:
         made.save(save)
-    out_console = console(as_json)
-    print_plan(checkpoint, made, need, known, out_console)
-    loss = sum(known.losses[name][p] for name, p in made.prefixes.items())
+    print_plan(checkpoint, made, need, known, console(as_json))
     result: dict[str, Any] = {
         **made.to_dict(),
         "average_bits": made.average_bits(checkpoint),
         "memory": need.to_dict(),
-        "predicted_loss": loss,
+        "predicted_loss": sum(known.losses[name][p] for name, p in made.prefixes.items()),
         "sensitivity": known.kind,
     }
     finish(as_json, result)
@@ -85,11 +82,11 @@ def run_measurement(
     """
     import torch
 
-    from dropbydrop import load
     from dropbydrop.data.text_files import text_windows
     from dropbydrop.evaluation.sensitivity_probe import measure, self_windows
     from dropbydrop.models.model_config import context_length
     from dropbydrop.models.sources import load_tokenizer
+    from dropbydrop.runtime.load import load
     from dropbydrop.system.console import quiet_transformers
 
     longest = context_length(checkpoint.config) or seq_len
@@ -98,7 +95,7 @@ def run_measurement(
             f"{windows} windows of {seq_len} tokens: give 1 or more, of 2 to {longest} tokens."
         )
     with quiet_transformers():
-        model = load(checkpoint.path, bits=checkpoint.levels[-1], dtype=torch.float32)
+        model = load(checkpoint.path, checkpoint.levels[-1], dtype=torch.float32)
         if text is None:
             ids = self_windows(model, windows, seq_len, seed)
             about: dict[str, Any] = {"text": "self"}
@@ -107,36 +104,3 @@ def run_measurement(
         known = measure(model, ids, seed=seed, description=about)
     known.save(checkpoint.path)
     return known
-
-
-def print_plan(
-    checkpoint: Checkpoint, plan: Plan, need: Memory, known: Sensitivity, console: Console
-) -> None:
-    """The map of levels, a row a block, and the memory of every kind."""
-    from rich.table import Table
-
-    rows: dict[str, dict[str, int]] = {}
-    for input_group in checkpoint.quantization.input_groups:
-        match = re.fullmatch(r"(.*?\.\d+)\.(.+)", input_group.modules[0])
-        block = match[1] if match else input_group.modules[0]
-        column = "/".join(m.rpartition(".")[2].removesuffix("_proj") for m in input_group.modules)
-        rows.setdefault(block, {})[column] = plan.prefixes[input_group.name]
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    table = Table(title=f"planes of each input group, {plan.average_bits(checkpoint):.3f} bits")
-    table.add_column("block")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for block, row in rows.items():
-        table.add_row(block, *(str(row.get(column, "")) for column in columns))
-    console.print(table)
-    sizes = Table(title="memory")
-    for column in ("kind", "MB"):
-        sizes.add_column(column, justify="right")
-    for kind, size in need.to_dict().items():
-        sizes.add_row(kind.replace("_", " "), f"{size / 1e6:.2f}")
-    console.print(sizes)
-    losses = {p: sum(row[p] for row in known.losses.values()) for p in checkpoint.levels}
-    uniform = ", ".join(f"{p} bits {loss:.4f}" for p, loss in losses.items())
-    loss = sum(known.losses[name][p] for name, p in plan.prefixes.items())
-    unit = "nats a token" if known.kind == "measured" else "relative errors from the log"
-    console.print(f"predicted loss {loss:.4f} ({unit}); uniform levels: {uniform}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Json, console, finish
+from .options import CheckpointFolder, Json, Overwrite, console, finish
 
 if TYPE_CHECKING:
     from dropbydrop.checkpoint.pull import Transfer
@@ -21,10 +21,10 @@ def register(app: typer.Typer) -> None:
 
 
 def slice_(
-    out: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    out: CheckpointFolder,
     dest: Annotated[Path, typer.Argument(help="Folder to create.")],
-    bits: Annotated[int, typer.Option(help="Level that DEST can be loaded at.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing checkpoint.")] = False,
+    bits: Annotated[int, typer.Option(help="Highest level that DEST can be loaded at.")],
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Copy what BITS need of OUT into the new folder DEST; every hash is compared."""
@@ -37,7 +37,7 @@ def pull(
     source: Annotated[str, typer.Argument(help="http(s) address of a folder, folder, or hub id.")],
     dest: Annotated[Path, typer.Argument(help="Folder to fill; an earlier pull is continued.")],
     bits: Annotated[int | None, typer.Option(help="Level [the checkpoint's default].")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub repository.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fetch what BITS need into DEST: missing files only, resumed and verified."""

@@ -107,5 +107,11 @@ def load_windows(
     return Calibration(picked, description | _numbers(picked) | {"bos": bos is not None})
 
 
+def file_of(spec: str | Path) -> Path | None:
+    """The file that a calibration text is read from; None for the hub and "self"."""
+    path = Path(spec).expanduser()
+    return path if str(spec) != SELF and path.is_file() else None
+
+
 def _numbers(ids: Tensor) -> dict[str, Any]:
     return {"windows": ids.shape[0], "seq_len": ids.shape[1], "tokens": ids.numel()}

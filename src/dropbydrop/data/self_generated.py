@@ -27,6 +27,7 @@ of texts; batches are chosen to stay below `CACHE_BYTES`.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +214,43 @@ def write_windows(
             for batch in batches
         ]
     return torch.cat(parts).view(n, pieces * length)[:, :seq_len].contiguous()
+
+
+def writing_seconds(
+    folder: Path, n: int, seq_len: int, writing: Writing, device: torch.device | str = "cpu"
+) -> float:
+    """Seconds that `write_windows` would take with the same arguments, without writing.
+
+    The model is loaded, and steps are timed with an empty, a half full and a full cache (Simpson's
+    rule over the positions). Memory peaks as it would.
+    """
+    started = time.perf_counter()
+    model = open_model(folder, device)
+    loading = time.perf_counter() - started
+    pieces, length = texts_of(seq_len, writing)
+    size = batch_size(model, n * pieces, length)
+    cache, generator = cache_with_room(length), torch.Generator().manual_seed(0)
+    layers: Any = cache.layers
+    tokens = torch.zeros(size, 1, dtype=torch.int64, device=model.device)
+
+    @torch.inference_mode()
+    def step(position: int) -> float:
+        for layer in layers:
+            layer.seek(position)
+        started = time.perf_counter()
+        logits = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+        draw(logits, writing.temperature, generator).tolist()
+        return time.perf_counter() - started
+
+    step(0)
+    with torch.inference_mode():
+        for layer in layers:
+            layer.clear()
+    first, middle, last = (
+        sum(step(p) for _ in range(3)) / 3 for p in (0, length // 2, max(0, length - 1))
+    )
+    batches = -(-n * pieces // size)
+    return loading + (first + 4 * middle + last) / 6 * length * batches
 
 
 def texts_of(seq_len: int, writing: Writing) -> tuple[int, int]:

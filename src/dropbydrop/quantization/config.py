@@ -1,157 +1,78 @@
-"""An order to quantize: what is asked for, checked before any work.
+"""Settings of `quantize`.
 
-`prepare` refuses by name what would fail later, opens the model and derives what the order leaves
-open from its one dial, the preset. Nothing is written.
+Only what can be told from the settings alone is refused here; what needs the model is checked in
+job.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from torch import nn
-
-from dropbydrop.coding.code import GROUP
-from dropbydrop.coding.codebooks import UNIVERSAL
-from dropbydrop.coding.encoder import EFFORTS, Effort
-from dropbydrop.data.calibration import Calibration
-from dropbydrop.errors import CalibrationError, DropError, PrecisionError, UnsupportedModelError
-from dropbydrop.models.block_runner import BlockRunner
-from dropbydrop.models.embeddings import output_scale
-from dropbydrop.models.model_config import context_length
-from dropbydrop.models.sources import Source, resolve
-from dropbydrop.system.accelerator import pick_device
-from dropbydrop.system.memory import map_large_allocations
+from dropbydrop.errors import PrecisionError
+from dropbydrop.system.settings import Settings, setting
 
 MAX_BITS = 8
-WINDOWS = {"fast": 32, "balanced": 64, "best": 128}
+WINDOWS = {"fast": 32, "balanced": 64, "best": 128}  # of a preset, unless given
 SEQ_LEN = 1024
-CODEBOOKS = (UNIVERSAL, "learned")
 
 
 def check_levels(bits: Sequence[int]) -> tuple[int, ...]:
     """Ascending levels without repeats.
 
     Raises:
-        PrecisionError: none, or one that is not in 1..8.
+        PrecisionError: none, or one that is not an integer in 1..8.
     """
-    levels = tuple(sorted(set(bits)))
-    if not levels or any(not 1 <= p <= MAX_BITS for p in levels):
+    whole = all(isinstance(p, int) for p in bits)
+    if not bits or not whole or any(not 1 <= p <= MAX_BITS for p in bits):
         raise PrecisionError(
             f"--bits {','.join(map(str, bits)) or '(none)'}: give levels from 1 to {MAX_BITS}, "
             "such as --bits 2,3,4. Each level is a precision that the checkpoint can be run at."
         )
-    return levels
+    return tuple(sorted(set(bits)))
 
 
 @dataclass(frozen=True)
-class Job:
-    """A checked order: what to quantize, and how."""
+class QuantizeConfig(Settings):
+    """How a model is quantized.
 
-    source: Source
-    runner: BlockRunner
-    levels: tuple[int, ...]
-    calibration: str | Path | Calibration
-    preset: str
-    effort: Effort
-    codebooks: str
-    seed: int
-    head_bits: int
-    windows: int
-    seq_len: int
-    backend: str | None
-
-
-def prepare(
-    model: str | Path,
-    bits: Sequence[int],
-    *,
-    calibration: str | Path | Calibration,
-    preset: str,
-    codebooks: str,
-    seed: int,
-    head_bits: int,
-    windows: int | None,
-    seq_len: int,
-    device: str,
-    backend: str | None,
-) -> Job:
-    """Check an order and open its model; see `quantize` for the arguments.
+    Attributes:
+        levels: levels that are supervised and can be asked for later, ascending.
+        calibration: a text or .jsonl file, "hub:DATASET[[:CONFIG]:SPLIT]", or "self": text that
+            the model writes.
+        preset: "fast", "balanced" or "best": calibration tokens and search effort.
+        codebooks: "universal", one set for everything, or "learned", one for each input group.
+        seed: seed of rotations and calibration.
+        head_bits: 8 (int8 rows) or 16, for embedding and head.
+        windows, seq_len: calibration windows and their tokens; None windows: from the preset.
+        device: where blocks run and matrices are encoded: "auto" (a CUDA device if there is one),
+            "cpu", "cuda", "cuda:1". Under torchrun each process takes the one of its number.
+        backend: search backend by name (`coding.search.backends`); None: the best of this machine.
 
     Raises:
-        DropError: what can be told before any work.
+        DropError: a value out of its range.
     """
-    map_large_allocations()
-    levels = check_levels(bits)
-    if preset not in EFFORTS:
-        raise DropError(f"preset {preset!r}: choose one of {', '.join(EFFORTS)}.")
-    if codebooks not in CODEBOOKS:
-        raise DropError(f"--codebooks {codebooks!r}: choose one of {', '.join(CODEBOOKS)}.")
-    if head_bits not in (8, 16):
-        raise DropError(f"--head-bits {head_bits}: choose 8 or 16.")
-    source = resolve(model)
-    runner = BlockRunner.open(source.folder, device=pick_device(device))
-    check_model(runner, head_bits)
-    if isinstance(calibration, Calibration):
-        windows, seq_len = _check_windows(calibration, runner, windows)
-    return Job(
-        source,
-        runner,
-        levels,
-        calibration,
-        preset,
-        EFFORTS[preset],
-        codebooks,
-        seed,
-        head_bits,
-        windows or WINDOWS[preset],
-        min(seq_len, context_length(runner.model.config) or SEQ_LEN),
-        backend,
+
+    levels: tuple[int, ...] = setting((2, 3, 4), "Levels, such as 2,3,4.", option="bits")
+    calibration: str = setting(
+        "self", "Text or .jsonl file, hub:DATASET[:SPLIT], or self: text that the model writes."
     )
+    preset: str = setting(
+        "balanced", "Search effort: fast, balanced or best.", choices=tuple(WINDOWS)
+    )
+    codebooks: str = setting(
+        "universal",
+        "Codebooks: universal, or learned: a set for each input group.",
+        choices=("universal", "learned"),
+    )
+    seed: int = setting(0, "Seed of rotations and calibration.")
+    head_bits: int = setting(8, "Bits of embedding and head: 8 or 16.", choices=(8, 16))
+    windows: int | None = setting(None, "Number of calibration windows [from the preset].")
+    seq_len: int = setting(SEQ_LEN, "Tokens of a calibration window.")
+    device: str = setting("auto", "Device: auto (a GPU if there is one), cpu, cuda, cuda:1.")
+    backend: str | None = setting(None, "Search backend by name [the best of this machine].")
 
-
-def _check_windows(
-    calibration: Calibration, runner: BlockRunner, windows: int | None
-) -> tuple[int, int]:
-    """Number and length of ready windows that this model can run."""
-    ids, vocab = calibration.ids, runner.model.config.get_text_config().vocab_size
-    good = ids.ndim == 2 and ids.dtype == torch.int64 and ids.shape[0] > 0
-    longest = context_length(runner.model.config) or SEQ_LEN
-    if not good or not 2 <= ids.shape[1] <= longest:
-        raise CalibrationError(
-            f"calibration windows {ids.dtype} of shape {list(ids.shape)}: give int64 [n, T], with "
-            f"T from 2 to the {longest:,} tokens of the model's context."
-        )
-    if windows not in (None, ids.shape[0]):
-        raise CalibrationError(f"{ids.shape[0]} ready windows, but {windows} are asked for.")
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab:
-        raise CalibrationError(
-            f"calibration windows with tokens from {int(ids.min())} to {int(ids.max())}, for a "
-            f"vocabulary of {vocab:,}: they are another tokenizer's."
-        )
-    return ids.shape[0], ids.shape[1]
-
-
-def check_model(runner: BlockRunner, head_bits: int) -> None:
-    """Refuse by name, before any work, what would fail later.
-
-    Raises:
-        UnsupportedModelError: inputs that groups do not divide, or an embedding that computes
-            more than a look-up and shall have 8-bit rows.
-    """
-    for module in runner.embedding_modules:
-        embedding = runner.model.get_submodule(module)
-        if head_bits == 8 and output_scale(embedding) is None:
-            raise UnsupportedModelError(
-                f"{module} is a {type(embedding).__name__}, which may compute more than a look-up, "
-                "so its rows cannot be stored in 8 bits; quantize this model with --head-bits 16."
-            )
-    prefix = f"{runner.blocks_name}."
-    for name, linear in runner.model.named_modules():
-        if name.startswith(prefix) and isinstance(linear, nn.Linear) and linear.in_features % GROUP:
-            raise UnsupportedModelError(
-                f"{name} has {linear.in_features} inputs, which is not a multiple of {GROUP}, and "
-                f"codes cover groups of {GROUP} inputs. This version cannot quantize this model."
-            )
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", check_levels(self.levels))
+        object.__setattr__(self, "calibration", str(self.calibration))
+        super().__post_init__()

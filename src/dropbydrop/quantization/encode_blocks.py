@@ -1,19 +1,16 @@
-"""One run of the quantizer: encode and write a block, write the rest, keep books, report.
+"""Encode the matrices of a model block by block, and write them and all else that is stored.
 
-The books (`Tally`) can be handed over to another process, so that a run continues exactly where it
-was (resume.py): `mark` returns what is new since the last call as JSON, `restore` takes a list of
-such records. What has been written is handed over by the writer itself.
+With several processes each encodes its share of a block's matrices; the root, which alone has a
+writer and keeps the log, collects and writes all. Every matrix has one owner, and the rotation of
+an input group is made once and sent, so that the bytes do not depend on how many take part.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,135 +25,37 @@ from dropbydrop.models.input_groups import InputGroup
 from dropbydrop.models.statistics import BlockStatistics
 from dropbydrop.system.distributed import Ranks, assign_by_cost
 
-
-@dataclass(frozen=True)
-class Report:
-    """What a run did. Seconds are wall-clock, memory is the peak of the whole process.
-
-    Attributes:
-        device_gib: peak memory on a GPU; 0 without one.
-        errors: mean over matrices of the relative weighted error at each level.
-        kept: parameters left in 8 or 16 bits (or as they were): name, bits, reason.
-        resumed: blocks taken over from an interrupted run; seconds count their work too, except
-            for the total.
-    """
-
-    out: Path
-    levels: tuple[int, ...]
-    seconds: dict[str, float]
-    peak_gib: float
-    device_gib: float
-    model_gib: float
-    errors: dict[int, float]
-    matrices: int
-    kept: list[dict[str, Any]]
-    backend: str
-    resumed: int
-    log: list[dict[str, Any]] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, without the line-by-line log."""
-        return {
-            "out": str(self.out),
-            "levels": list(self.levels),
-            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
-            "peak_gib": round(self.peak_gib, 3),
-            "peak_device_gib": round(self.device_gib, 3),
-            "model_float32_gib": round(self.model_gib, 3),
-            "mean_relative_error": {str(p): e for p, e in self.errors.items()},
-            "matrices": self.matrices,
-            "kept": self.kept,
-            "backend": self.backend,
-            "resumed_blocks": self.resumed,
-        }
+from .config import QuantizeConfig
+from .log import RunLog
 
 
-@dataclass
-class Tally:
-    """The books of a run.
-
-    Attributes:
-        log: one entry a matrix: module, shape, relative errors, outliers, seconds.
-        kept: parameters that are not coded: name, bits, values, reason.
-        parameters: of the original model, met so far (tied ones once).
-        seconds: wall-clock time by phase.
-    """
-
-    levels: tuple[int, ...]
-    log: list[dict[str, Any]] = field(default_factory=list)
-    kept: list[dict[str, Any]] = field(default_factory=list)
-    parameters: int = 0
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("calibrate", "activations", "encode", "write"), 0.0)
-    )
-    _marked: tuple[int, int] = (0, 0)
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
-
-    def mark(self) -> dict[str, Any]:
-        """What is new since the last call, JSON-able."""
-        log, kept = self._marked
-        self._marked = len(self.log), len(self.kept)
-        return {
-            "log": self.log[log:],
-            "kept": self.kept[kept:],
-            "parameters": self.parameters,
-            "seconds": self.seconds.copy(),
-        }
-
-    def restore(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Take over what `mark` returned in another process."""
-        for record in records:
-            self.log += record["log"]
-            self.kept += record["kept"]
-            self.parameters = record["parameters"]
-            self.seconds |= record["seconds"]
-        self._marked = len(self.log), len(self.kept)
-
-    def mean_errors(self) -> dict[int, float]:
-        """Mean relative error over matrices at each level."""
-        return {
-            p: sum(line["rel_error"][str(p)] for line in self.log) / max(len(self.log), 1)
-            for p in self.levels
-        }
-
-    def log_lines(self) -> bytes:
-        """The log as it is stored: without times, so that the same input gives the same bytes."""
-        lines = ({k: v for k, v in line.items() if k != "seconds"} for line in self.log)
-        return "".join(json.dumps(line) + "\n" for line in lines).encode()
-
-
-class Run:
-    """Encodes and writes; `tally` has the books. With several processes each encodes its share of a
-    block's matrices, and the root, which alone has a writer, collects and writes all.
+class BlockEncoder:
+    """Encodes and writes; see the module's note.
 
     Args:
-        codebooks: the universal set, float32 [M, K/2, g].
-        learned: start from it, and learn a set for every input group (one process only).
+        writer: the root's; None on the other ranks.
+        config: its levels, seed, search backend and kind of codebooks are read.
+        codebooks: the universal set, float32 [M, K/2, g]. With learned codebooks a set for every
+            input group starts from it (one process only).
+
+    Attributes:
+        log: the books of the run.
     """
 
     def __init__(
         self,
         runner: BlockRunner,
         writer: CheckpointWriter | None,
-        levels: tuple[int, ...],
-        codebooks: Tensor,
+        config: QuantizeConfig,
         effort: Effort,
-        seed: int,
-        backend: str | None,
-        learned: bool = False,
+        codebooks: Tensor,
         ranks: Ranks | None = None,
     ) -> None:
-        self.runner, self._writer, self.levels = runner, writer, levels
+        self.runner, self._writer, self.config, self.effort = runner, writer, config, effort
+        self.levels, self.learned = config.levels, config.codebooks != UNIVERSAL
         self.codebooks = codebooks.to(runner.device)
-        self.effort, self.seed, self.backend, self.learned = effort, seed, backend, learned
-        self.lambdas = default_lambdas(levels)
-        self.tally = Tally(levels)
+        self.lambdas = default_lambdas(self.levels)
+        self.log = RunLog(self.levels)
         self.ranks = ranks or Ranks()
         self._input_groups = self.ranks.broadcast(0 if writer is None else len(writer.input_groups))
 
@@ -171,38 +70,40 @@ class Run:
         prefix = f"{self.runner.block_prefix(i)}."
         modules: dict[str, Any] = {
             name: block.get_submodule(name.removeprefix(prefix))
-            for input_group in statistics.input_groups
-            for name in input_group.modules
+            for group in statistics.input_groups
+            for name in group.modules
         }
         rotations = self._rotations(statistics, modules)
         # work of a matrix: a search that is linear in its size, products with H
         costs = [m.weight.numel() * (2000.0 + m.weight.shape[1]) for m in modules.values()]
         owners = dict(zip(modules, assign_by_cost(costs, self.ranks.size), strict=True))
-        own = {name for name, owner in owners.items() if owner == self.ranks.rank}
-        encoded, own_books = self.ranks.on_all_ranks(
-            lambda: self._encode_groups(statistics, modules, rotations, own)
+        mine = {name for name, owner in owners.items() if owner == self.ranks.rank}
+        encoded, sets = self.ranks.on_all_ranks(
+            lambda: self._encode_groups(statistics, modules, rotations, mine)
         )
-        done: set[str] = set()
-        for input_group in statistics.input_groups:
-            rotation = rotations[input_group.name]
+        for group in statistics.input_groups:
             if self.ranks.root:
-                books = own_books.get(input_group.name)
-                kind = UNIVERSAL if books is None else f"site-{len(self.writer.input_groups)}"
-                if books is not None:
-                    self.writer.add_codebook_set(kind, list(books.cpu()))
-                spec = StoredGroup(
-                    input_group.name, input_group.modules, input_group.d_in, kind, rotation.spec()
-                )
-                self.writer.add_group(spec, rotation)
-            for name in input_group.modules:
-                done |= {f"{name}.weight", f"{name}.bias"}
+                self._add_group(group, rotations[group.name], sets.get(group.name))
+            for name in group.modules:
+                module = modules[name]
                 result = self._collect(encoded.pop(name, None), owners[name])
                 if result is not None:
-                    self._add(
-                        name, modules[name], *result, statistics.energy_ratio[input_group.name]
-                    )
-        if not self.ranks.root:
-            return
+                    self._add_matrix(name, module, *result, statistics.energy_ratio[group.name])
+        if self.ranks.root:
+            self._keep_others(prefix, block, modules)
+
+    def _add_group(self, group: InputGroup, rotation: Rotation, learned: Tensor | None) -> None:
+        """Write what the matrices of an input group share. learned: float32 [M, K/2, g]."""
+        name = UNIVERSAL
+        if learned is not None:
+            name = f"input-group-{len(self.writer.input_groups)}"
+            self.writer.add_codebook_set(name, list(learned.cpu()))
+        stored = StoredGroup(group.name, group.modules, group.d_in, name, rotation.spec())
+        self.writer.add_group(stored, rotation)
+
+    def _keep_others(self, prefix: str, block: nn.Module, coded: Mapping[str, Any]) -> None:
+        """Write the parameters and buffers of a block that are not coded."""
+        done = {f"{name}.{leaf}" for name in coded for leaf in ("weight", "bias")}
         for local, _ in block.named_parameters():
             if prefix + local not in done:
                 self._keep(prefix + local, "not a matrix of a linear layer")
@@ -213,10 +114,10 @@ class Run:
     def _rotations(
         self, statistics: BlockStatistics, modules: Mapping[str, Any]
     ) -> dict[str, Rotation]:
-        """Site -> its rotation. The root makes it and all ranks take its bytes: a factor that
-        differed on one of them would decode its matrices wrong."""
+        """The rotation of every input group. The root makes it and all ranks take its bytes: an
+        input scale that differed on one of them would decode its matrices wrong."""
 
-        def balanced(input_group: InputGroup, seed: int) -> Tensor | None:
+        def scaled(input_group: InputGroup, seed: int) -> Tensor | None:
             if not self.ranks.root:
                 return None
             weights = {name: modules[name].weight.detach() for name in input_group.modules}
@@ -224,9 +125,9 @@ class Run:
 
         found = {}
         for input_group in statistics.input_groups:
-            seed = self.seed * 1_000_003 + self._input_groups
+            seed = self.config.seed * 1_000_003 + self._input_groups
             self._input_groups += 1
-            packed = self.ranks.on_all_ranks(partial(balanced, input_group, seed))
+            packed = self.ranks.on_all_ranks(partial(scaled, input_group, seed))
             stored = self.ranks.broadcast(packed)
             odd = split_odd(input_group.d_in)[1]
             rotation = Rotation.from_stored(
@@ -240,17 +141,18 @@ class Run:
         statistics: BlockStatistics,
         modules: Mapping[str, Any],
         rotations: Mapping[str, Rotation],
-        own: set[str],
+        mine: set[str],
     ) -> tuple[dict[str, tuple[Encoded, float]], dict[str, Tensor]]:
-        """This process's matrices, name -> code and the seconds it took; learned sets by site."""
+        """This process's matrices, name -> code and seconds; learned sets by input group, float32
+        [M, K/2, g]."""
         out: dict[str, tuple[Encoded, float]] = {}
-        books: dict[str, Tensor] = {}
+        sets: dict[str, Tensor] = {}
         for input_group in statistics.input_groups:
-            names = [name for name in input_group.modules if name in own]
+            names = [name for name in input_group.modules if name in mine]
             if not names:
                 continue
-            mark = time.perf_counter()
-            order = (
+            start = time.perf_counter()
+            arguments = (
                 {name: modules[name].weight.detach().float() for name in names},
                 statistics.grams[input_group.name],
                 rotations[input_group.name],
@@ -258,15 +160,15 @@ class Run:
                 self.levels,
                 self.lambdas,
                 self.effort,
-                self.backend,
+                self.config.backend,
             )
             if self.learned:
-                encoded, books[input_group.name] = learn_group(*order)
+                encoded, sets[input_group.name] = learn_group(*arguments)
             else:
-                encoded = encode_group(*order)
-            spent = (time.perf_counter() - mark) / len(names)
+                encoded = encode_group(*arguments)
+            spent = (time.perf_counter() - start) / len(names)
             out |= {name: (code, spent) for name, code in encoded.items()}
-        return out, books
+        return out, sets
 
     def _collect(
         self, result: tuple[Encoded, float] | None, owner: int
@@ -279,24 +181,20 @@ class Run:
             result = replace(code, codes=code.codes.cpu(), scales=code.scales.cpu()), spent
         return self.ranks.to_root(result, owner)
 
-    def _add(
+    def _add_matrix(
         self, name: str, module: Any, code: Encoded, seconds: float, energy_ratio: float
     ) -> None:
-        """Write a coded matrix and note it in the books."""
+        """Write a coded matrix and note it in the log."""
         bias, weight = module.bias, module.weight.detach().float()
-        self._write(name, code, None if bias is None else bias.detach().cpu())
-        self.tally.parameters += weight.numel() + (0 if bias is None else bias.numel())
-        self._log(name, weight, code, energy_ratio, seconds)
-
-    def _write(self, name: str, code: Encoded, bias: Tensor | None) -> None:
-        codes = [plane.cpu() for plane in code.codes]
-        self.writer.add_linear(name, codes, scales=code.scales.cpu(), bias=bias)
-
-    def _log(
-        self, name: str, weight: Tensor, code: Encoded, energy_ratio: float, seconds: float
-    ) -> None:
+        self.writer.add_linear(
+            name,
+            [plane.cpu() for plane in code.codes],
+            scales=code.scales.cpu(),
+            bias=None if bias is None else bias.detach().cpu(),
+        )
+        self.log.parameters += weight.numel() + (0 if bias is None else bias.numel())
         rms = float(weight.square().mean().sqrt())
-        self.tally.log.append(
+        self.log.matrices.append(
             {
                 "module": name,
                 "shape": list(weight.shape),
@@ -311,9 +209,9 @@ class Run:
         """A parameter that is stored as it is."""
         tensor = self.runner.read(name)
         self.writer.add_tensor(name, tensor)
-        self.tally.parameters += tensor.numel()
+        self.log.parameters += tensor.numel()
         bits = 8 * tensor.element_size()
-        self.tally.kept.append(
+        self.log.kept.append(
             {"name": name, "bits": bits, "values": tensor.numel(), "reason": reason}
         )
 
@@ -324,10 +222,10 @@ class Run:
         for module in modules:
             weight = runner.read(f"{module}.weight")
             self.writer.add_embedding(module, weight, head_bits)
-            self.tally.parameters += weight.numel()
-            what = "head" if module in runner.head_modules else "embedding"
-            reason = f"{what}{' and tied head' if runner.tied else ''}; --head-bits chooses"
-            self.tally.kept.append(
+            self.log.parameters += weight.numel()
+            role = "head" if module in runner.head_modules else "embedding"
+            reason = f"{role}{' and tied head' if runner.tied else ''}; --head-bits chooses"
+            self.log.kept.append(
                 {"name": module, "bits": head_bits, "values": weight.numel(), "reason": reason}
             )
         for name in runner.outer_names():

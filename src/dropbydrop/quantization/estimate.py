@@ -1,25 +1,21 @@
 """What a run will take, before it starts: time, peak memory, disk. Within 30 %, meant for planning.
 
-Method. Blocks of a model are alike, so one is timed and the rest extrapolated by their weights:
+Disk follows from shapes. Blocks of a model are alike, so the first is timed and the rest
+extrapolated by their weights:
 
-    calibrate    a text is read and cut for real. `self`: the model is loaded, and one step is timed
-                 with an empty, a half full and a full cache (Simpson's rule over the positions).
-    activations  `collect_statistics` of block 0 on one batch of windows and on two: cost of a
-    batch, and the
+    calibrate    a text is read and cut for real; writing one is timed by its module.
+    activations  `collect_statistics` on one batch of windows and on two: cost of a batch, and the
                  constant part (loading, mirroring the Gram matrices).
-    encode       for each input group of block 0, `encode_group` with its real Gram matrix and rows
-    of its
+    encode       for each input group, `encode_group` with its real Gram matrix and rows of its
                  largest matrix, some and three times as many: cost of a row, and the constant part
                  (factoring H, cubic in d_in). The cost of a row does not depend on the others.
     write        a stretch of bytes written, hashed and synced beside OUT, and a slab of the
                  embedding narrowed. With --resume also the hidden states after each block.
 
 Memory is the largest of several peaks, each measured on the timed part and completed by what that
-had less of than the real run: reading or writing the text (the model in the type it writes in, and
-its key/value cache); `collect_statistics`, with H of each input group held twice as two batches are
-two lanes, plus the hidden states of all windows; encoding an input group, plus these and the
-working copies of the rows that were not timed; narrowing the embedding at the end. Disk follows
-from shapes.
+had less of than the real run: the text; `collect_statistics`, with H of each input group held twice
+as two batches are two shards, plus the hidden states of all windows; encoding an input group, plus
+these and the working copies of the rows that were not timed; narrowing the embedding at the end.
 
 Limits: block 0 stands for all. Times are those of now: a machine that is busy now, and not later,
 deceives, and the estimate says so. Memory is that of a fresh process, as of the command line.
@@ -49,12 +45,13 @@ from dropbydrop.coding.codebooks import HALF, UNIVERSAL, default_lambdas, univer
 from dropbydrop.coding.encoder import encode_group, group_rotation
 from dropbydrop.coding.learned_codebooks import learn_group
 from dropbydrop.coding.rotation import split_odd
-from dropbydrop.data.calibration import SELF, Calibration, load_windows
-from dropbydrop.data.self_generated import Writing
+from dropbydrop.data.calibration import SELF
+from dropbydrop.data.self_generated import Writing, writing_seconds
+from dropbydrop.models.input_groups import InputGroup
 from dropbydrop.models.statistics import BlockStatistics
 from dropbydrop.system.memory import peak_memory
 
-from .config import Job
+from .job import Job
 
 _ROWS = 32  # rows a thread of the small search; three times as many of the large one
 _DISK_SAMPLE = 32 << 20
@@ -97,13 +94,13 @@ class Estimate:
         }
 
     def __str__(self) -> str:
-        s = self.seconds
+        s = {phase: _duration(value) for phase, value in self.seconds.items()}
         text = (
-            f"about {_duration(s['total'])} (calibration text {_duration(s['calibrate'])}, "
-            f"activations {_duration(s['activations'])}, search {_duration(s['encode'])}, writing "
-            f"{_duration(s['write'])}); peak memory about {self.peak_gib:.2f} GiB; checkpoint "
-            f"{self.bytes_out / 1e6:.1f} MB, at most {self.bytes_most / 1e6:.1f} MB on disk while "
-            f"running, {self.bytes_free / 1e9:.1f} GB free"
+            f"about {s['total']} (calibration text {s['calibrate']}, activations "
+            f"{s['activations']}, search {s['encode']}, writing {s['write']}); peak memory about "
+            f"{self.peak_gib:.2f} GiB; checkpoint {self.bytes_out / 1e6:.1f} MB, at most "
+            f"{self.bytes_most / 1e6:.1f} MB on disk while running, "
+            f"{self.bytes_free / 1e9:.1f} GB free"
         )
         if self.bytes_most > self.bytes_free:
             text += ". The disk is too small: free some space or choose another folder"
@@ -115,7 +112,7 @@ class Estimate:
         return text
 
 
-def dry_run(
+def estimate(
     job: Job, out: Path | str, *, overwrite: bool = False, resume: bool = False
 ) -> Estimate:
     """Estimate a run without starting it; nothing is left behind.
@@ -126,26 +123,33 @@ def dry_run(
     started, load = time.perf_counter(), _load()
     place = Path(os.path.abspath(out))
     CheckpointWriter(place, overwrite=overwrite).abort()  # whether OUT can be written at all
-    itself = _time_self(job) if str(job.calibration) == SELF else (0.0, 0)
-    training, _ = _clock(lambda: universal_set(job.levels))
-    block = _Block(job)
-    shapes = _Shapes(job, block.input_groups)
-    final = shapes.bytes_out()
+    first = FirstBlock(job)
+    sizes = _sizes(job, first.input_groups)
+    training, _ = _clock(lambda: universal_set(job.config.levels))
     _reset_peak()
-    generations = shapes.hidden_bytes() * job.runner.num_blocks if resume else 0
-    writing = _write_seconds(job, place.parent, final, generations)
-    at_the_end = peak_memory() + shapes.embedding * (1 if job.head_bits == 8 else 2)
-    peak = max(block.peak(), itself[1], at_the_end)
-    seconds = {"calibrate": block.text_seconds + itself[0], **block.seconds(), "write": writing}
-    seconds["encode"] += training
+    kept = sizes.hidden * job.runner.num_blocks if resume else 0
+    seconds = {
+        "calibrate": first.calibrate,
+        "activations": first.activations,
+        "encode": first.encode + training,
+        "write": _write_seconds(job, place.parent, sizes.total, kept),
+    }
     seconds["total"] = sum(seconds.values())
+    at_the_end = peak_memory() + sizes.embedding * (1 if job.config.head_bits == 8 else 2)
     # a raw file and its copy: of one plane, or of everything else
-    most = final + max(shapes.plane_bytes(), final - job.levels[-1] * shapes.plane_bytes())
+    planes = job.config.levels[-1] * sizes.plane
+    most = sizes.total + max(sizes.plane, sizes.total - planes)
     if resume:  # raw files are kept to the end, and two generations of hidden states
-        most = 2 * final + 2 * shapes.hidden_bytes()
-    free = shutil.disk_usage(place.parent).free
-    spent = time.perf_counter() - started
-    return Estimate(seconds, peak / 2**30, final, most, free, spent, load)
+        most = 2 * sizes.total + 2 * sizes.hidden
+    return Estimate(
+        seconds,
+        max(first.peak(), at_the_end) / 2**30,
+        sizes.total,
+        most,
+        shutil.disk_usage(place.parent).free,
+        time.perf_counter() - started,
+        load,
+    )
 
 
 def _clock(action: Callable[[], Any]) -> tuple[float, Any]:
@@ -154,82 +158,77 @@ def _clock(action: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-class _Block:
-    """Block 0, timed on one or two batches of windows and on some of its rows."""
+class FirstBlock:
+    """Block 0, timed on one or two batches of windows and on some of its rows.
+
+    Attributes:
+        calibrate, activations, encode: seconds of the phases, of all blocks.
+    """
 
     def __init__(self, job: Job) -> None:
-        self.job, runner = job, job.runner
+        self.job, runner, config = job, job.runner, job.config
         _reset_peak()
-        step = max(1, runner.batch_tokens // job.seq_len)
-        self.batches = job.windows / step
-        self.text_seconds = 0.0
-        spec = job.calibration
-        if isinstance(spec, Calibration):
-            ids = spec.ids[: 2 * step]
-        elif str(spec) == SELF:
-            vocab = runner.model.config.get_text_config().vocab_size
-            generator = torch.Generator().manual_seed(0)
-            count = min(job.windows, 2 * step)
-            ids = torch.randint(0, vocab, (count, job.seq_len), generator=generator)
-        else:
-            self.text_seconds, text = _clock(
-                lambda: load_windows(
-                    spec, job.source.tokenizer(), job.windows, job.seq_len, job.seed
-                )
-            )
-            ids = text.ids[: 2 * step]
-        self.reading = peak_memory()
+        step = max(1, runner.batch_tokens // config.seq_len)
+        ids = self._text()[: 2 * step]
+        self._reading = peak_memory()
         _reset_peak()
         hidden = runner.embed(ids)
-        self.held = hidden.numel() * hidden.element_size()
+        self._held = hidden.numel() * hidden.element_size()
         loading, block = _clock(lambda: runner.block(0))
-        self.block = block
-        self._capture(hidden[:step])  # warms up
-        one = self._capture(hidden[:step])[0]
-        two, statistics = self._capture(hidden)
+
+        def collect(x: Tensor) -> tuple[float, BlockStatistics]:
+            return _clock(lambda: runner.collect_statistics(0, block, x))
+
+        collect(hidden[:step])  # warms up
+        one, _ = collect(hidden[:step])
+        two, statistics = collect(hidden)
         ratio = ids.shape[0] / step  # 2, unless there is less than that
-        self.batch = (two - one) / (ratio - 1) if ratio > 1.5 else one
-        self.constant = loading + max(0.0, one - self.batch)
-        self.statistics, self.input_groups = statistics, statistics.input_groups
-        self.working = peak_memory()
-        self.encode = sum(self._time_group(input_group) for input_group in statistics.input_groups)
+        batch = (two - one) / (ratio - 1) if ratio > 1.5 else one
+        constant = loading + max(0.0, one - batch)
+        self.input_groups = statistics.input_groups
+        self._working = peak_memory()
+        encode = sum(self._encode(block, statistics, g) for g in statistics.input_groups)
         weights = runner.linear_sizes()
-        self.blocks = sum(weights) / weights[0]  # in blocks like the first
+        like_it = sum(weights) / weights[0]  # the model in blocks like the first
+        self.activations = like_it * (constant + batch * job.windows_asked / step)
+        self.encode = like_it * encode
         runner.release(0)
-        del self.block, self.statistics
 
-    def _capture(self, hidden: Tensor) -> tuple[float, BlockStatistics]:
-        return _clock(lambda: self.job.runner.collect_statistics(0, self.block, hidden))
+    def _text(self) -> Tensor:
+        """Windows [n, T] to time on, and the seconds of all of them."""
+        job, config = self.job, self.job.config
+        if job.ready is not None:
+            self.calibrate = 0.0
+            return job.ready.ids
+        if config.calibration != SELF:
+            self.calibrate, text = _clock(job.windows)
+            return text.ids
+        self.calibrate = writing_seconds(
+            job.source.folder, job.windows_asked, config.seq_len, Writing(), job.runner.device
+        )
+        vocab = job.runner.model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, vocab, (job.windows_asked, config.seq_len), generator=generator)
 
-    def _time_group(self, input_group: Any) -> float:
+    def _encode(self, block: nn.Module, statistics: BlockStatistics, group: InputGroup) -> float:
         """Seconds to encode all matrices of an input group."""
-        job, device = self.job, self.job.runner.device
-        prefix = f"{job.runner.block_prefix(0)}."
-        modules = [
-            self.block.get_submodule(name.removeprefix(prefix)) for name in input_group.modules
-        ]
-        weights = [m.weight.detach().float() for m in modules]
-        largest = max(weights, key=len)
-        rows = sum(len(w) for w in weights)
+        config, device = self.job.config, self.job.runner.device
+        prefix = f"{self.job.runner.block_prefix(0)}."
+        names = (f"{name.removeprefix(prefix)}.weight" for name in group.modules)
+        weights = [block.get_parameter(name).detach().float() for name in names]
+        largest, rows = max(weights, key=len), sum(len(w) for w in weights)
         few = min(_ROWS * torch.get_num_threads(), len(largest))
         many = min(3 * few, len(largest))
-        gram = self.statistics.grams[input_group.name]
+        gram, codebooks = statistics.grams[group.name], universal_set(config.levels).to(device)
         rotation = group_rotation({"w": largest}, gram, seed=0)
-        codebooks = universal_set(job.levels).to(device)
-        encoder: Any = encode_group if job.codebooks == UNIVERSAL else learn_group
+        universal = config.codebooks == UNIVERSAL
+        encoder: Any = encode_group if universal else learn_group
+        settings = (default_lambdas(config.levels), self.job.effort, config.backend)
 
         def encode(count: int) -> float:
+            part = {"w": largest[:count]}
             return _clock(
-                lambda: encoder(
-                    {"w": largest[:count]},
-                    gram,
-                    rotation,
-                    codebooks,
-                    job.levels,
-                    default_lambdas(job.levels),
-                    job.effort,
-                    job.backend,
-                )
+                lambda: encoder(part, gram, rotation, codebooks, config.levels, *settings)
             )[0]
 
         _reset_peak()
@@ -239,119 +238,63 @@ class _Block:
         # Copies at a time: W rotated, all levels as prefixes and decoded, three for an error. To
         # learn a set, all matrices of the input group are held, with residuals and sources of each
         # level.
-        together = len(largest) if job.codebooks == UNIVERSAL else rows
-        copies = (4 if job.codebooks == UNIVERSAL else 6) + 2 * len(job.levels)
-        missing = 4 * copies * (together - many) * input_group.d_in
-        self.working = max(self.working, peak_memory() + missing)
+        together = len(largest) if universal else rows
+        copies = (4 if universal else 6) + 2 * len(config.levels)
+        missing = 4 * copies * (together - many) * group.d_in
+        self._working = max(self._working, peak_memory() + missing)
         if many == few:
             return small * rows / few
-        row = max(0.0, large - small) / (many - few)
-        return small + row * (rows - few)
-
-    def seconds(self) -> dict[str, float]:
-        """Of all blocks."""
-        one = self.constant + self.batch * self.batches
-        return {"activations": self.blocks * one, "encode": self.blocks * self.encode}
+        return small + max(0.0, large - small) / (many - few) * (rows - few)
 
     def peak(self) -> int:
-        """Bytes of the real run's text and walk."""
-        text = self.job.runner.model.config.get_text_config()
-        full = 4 * self.job.windows * self.job.seq_len * text.hidden_size
+        """Bytes of the real run, up to its end."""
         # held twice: as input and as output, which the real run writes over its input
-        return max(self.reading, self.working + full - 2 * self.held)
+        return max(self._reading, self._working + _hidden_bytes(self.job) - 2 * self._held)
 
 
-class _Shapes:
-    """Sizes that follow from the config."""
-
-    def __init__(self, job: Job, input_groups: list[Any]) -> None:
-        self.job, runner = job, job.runner
-        linears = [m for b in runner.blocks for m in b.modules() if isinstance(m, nn.Linear)]
-        self.weights = sum(m.in_features * m.out_features for m in linears)
-        self.rows = sum(m.out_features for m in linears)
-        self.inputs = runner.num_blocks * sum(input_group.d_in for input_group in input_groups)
-        self.odd = sum(
-            4 * odd * odd
-            for odd in {split_odd(input_group.d_in)[1] for input_group in input_groups}
-        )
-        self.matrices = len(linears)
-        self.input_groups = runner.num_blocks * len(input_groups)
-        names = {f"{n}.weight" for n in (*runner.embedding_modules, *runner.head_modules)}
-        self.outer = [p for n, p in runner.model.named_parameters() if n in names]
-        self.embedding = max(p.numel() for p in self.outer)
-
-    def bytes_out(self) -> int:
-        """Size of the checkpoint folder."""
-        job, runner = self.job, self.job.runner
-        planes = job.levels[-1]
-        outer = self.outer[:1] if runner.tied else self.outer
-        embeddings = sum(
-            p.numel() + 2 * p.shape[0] if job.head_bits == 8 else 2 * p.numel() for p in outer
-        )
-        everything = sum(p.numel() for p in runner.model.parameters())
-        kept = everything - self.weights - sum(p.numel() for p in outer)
-        size = planes * self.plane_bytes() + 2 * self.rows + self.inputs + self.odd
-        sets = 1 if job.codebooks == UNIVERSAL else self.input_groups
-        size += sets * planes * (2 * HALF * GROUP + 130)
-        size += embeddings + 4 * max(0, kept)
-        # headers, log and config: about so many characters a tensor, matrix and input group
-        size += 130 * (planes + 1) * self.matrices + 300 * self.matrices + 250 * self.input_groups
-        folder = job.source.folder
-        side = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-        return size + sum((folder / n).stat().st_size for n in side if (folder / n).is_file())
-
-    def plane_bytes(self) -> int:
-        """Codes of one plane."""
-        return self.weights // GROUP
-
-    def hidden_bytes(self) -> int:
-        """One generation of hidden states."""
-        text = self.job.runner.model.config.get_text_config()
-        return 4 * self.job.windows * self.job.seq_len * int(text.hidden_size)
+def _hidden_bytes(job: Job) -> int:
+    """Hidden states of all windows."""
+    width = int(job.runner.model.config.get_text_config().hidden_size)
+    return 4 * job.windows_asked * job.config.seq_len * width
 
 
-def _time_self(job: Job) -> tuple[float, int]:
-    """Seconds and peak bytes of writing the calibration text."""
-    from dropbydrop.data.self_generated import (
-        batch_size,
-        cache_with_room,
-        draw,
-        open_model,
-        texts_of,
-    )
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes on disk; of the embedding, values.
 
-    _reset_peak()
-    model: Any
-    loading, model = _clock(lambda: open_model(job.source.folder, job.runner.device))
-    pieces, length = texts_of(job.seq_len, Writing())
-    texts = job.windows * pieces
-    size = batch_size(model, texts, length)
-    cache: Any = cache_with_room(length)
-    generator = torch.Generator().manual_seed(0)
-    vocab = model.config.get_text_config().vocab_size
-    ids = torch.randint(0, vocab, (size, 1)).to(model.device)
+    Attributes:
+        plane: codes of one plane. total: the checkpoint. hidden: one generation of hidden states.
+    """
 
-    @torch.inference_mode()
-    def step(position: int) -> float:
-        for layer in cache.layers:
-            layer.seek(position)
+    plane: int
+    total: int
+    hidden: int
+    embedding: int
 
-        def run() -> None:
-            logits = model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
-            draw(logits, 1.0, generator).tolist()
 
-        return _clock(run)[0]
-
-    step(0)
-    with torch.inference_mode():
-        for layer in cache.layers:  # as resident as they will be
-            layer.clear()
-    first, middle, last = (
-        sum(step(p) for _ in range(3)) / 3 for p in (0, length // 2, max(0, length - 1))
-    )
-    one = (first + 4 * middle + last) / 6
-    seconds = loading + one * length * -(-texts // size)
-    return seconds, peak_memory()
+def _sizes(job: Job, groups: list[InputGroup]) -> _Sizes:
+    """Sizes that follow from shapes; `groups` are those of one block."""
+    runner, config, planes = job.runner, job.config, job.config.levels[-1]
+    linears = [m for b in runner.blocks for m in b.modules() if isinstance(m, nn.Linear)]
+    weights = sum(m.weight.numel() for m in linears)
+    modules = [*runner.embedding_modules, *([] if runner.tied else runner.head_modules)]
+    outer = [runner.model.get_parameter(f"{module}.weight") for module in modules]
+    everything = sum(p.numel() for p in runner.model.parameters())
+    kept = everything - weights - sum(p.numel() for p in outer)
+    total = planes * weights // GROUP + 2 * sum(m.out_features for m in linears)
+    total += runner.num_blocks * sum(g.d_in for g in groups)  # input scales
+    total += sum(4 * odd * odd for odd in {split_odd(g.d_in)[1] for g in groups})
+    sets = 1 if config.codebooks == UNIVERSAL else runner.num_blocks * len(groups)
+    total += sets * planes * (2 * HALF * GROUP + 130)
+    total += sum(p.numel() + 2 * len(p) if config.head_bits == 8 else 2 * p.numel() for p in outer)
+    total += 4 * max(0, kept)
+    # headers, log and config: about so many characters a tensor, matrix and input group
+    total += (130 * (planes + 1) + 300) * len(linears) + 250 * runner.num_blocks * len(groups)
+    side = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+    files = (job.source.folder / name for name in side)
+    total += sum(file.stat().st_size for file in files if file.is_file())
+    largest = max(p.numel() for p in outer)
+    return _Sizes(weights // GROUP, total, _hidden_bytes(job), largest)
 
 
 def _write_seconds(job: Job, parent: Path, final: int, generations: int) -> float:
@@ -371,11 +314,10 @@ def _write_seconds(job: Job, parent: Path, final: int, generations: int) -> floa
     per_byte = _clock(write)[0] / _DISK_SAMPLE
     seconds = per_byte * (1.3 * final + generations)  # 1.3: and reading back
     runner = job.runner
-    modules = [*runner.embedding_modules, *([] if runner.tied else runner.head_modules)]
-    for module in modules:
+    for module in [*runner.embedding_modules, *([] if runner.tied else runner.head_modules)]:
         reading, weight = _clock(partial(runner.read, f"{module}.weight"))
         seconds += reading
-        if job.head_bits == 8:
+        if job.config.head_bits == 8:
             slab = weight[:8192]
             seconds += _clock(partial(quantize_rows, slab))[0] * len(weight) / len(slab)
     return seconds

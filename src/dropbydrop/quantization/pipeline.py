@@ -4,15 +4,16 @@ Steps:
     1. resolve the model, draw the calibration windows (written by the model itself by default);
     2. block by block: load its weights, run the windows through it, collecting the Gram matrix of
        every input group and the block's output in one pass; encode its matrices; write them; free
-       everything. Activations are those of the unquantized model;
+       everything (encode_blocks.py). Activations are those of the unquantized model;
     3. write what stays (embeddings and head in 8 or 16 bits, norms and biases as they are),
        config, log, model card, manifest; rename the folder into place.
 In memory at a time: the hidden states of the windows, one block, its Gram matrices; with a GPU, in
-the GPU's memory. Several processes (torchrun) share the windows and the matrices (distributed.py).
+the GPU's memory. Several processes (torchrun) share the windows and the matrices
+(system/distributed.py).
 
 Nothing is visible under OUT before the last step: bad input, an error, Ctrl-C or a full disk leave
-no trace. With `resume`, finished blocks are kept beside OUT until it is there (resume.py); the
-result has the same bytes.
+no trace. With `resume`, finished blocks are kept beside OUT until it is there
+(checkpoint/journal.py); the result has the same bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +32,20 @@ from dropbydrop.checkpoint import CheckpointWriter, PlaneSpec, QuantizationConfi
 from dropbydrop.checkpoint.config import CARD_FILE, LOG_FILE
 from dropbydrop.checkpoint.journal import Journal
 from dropbydrop.coding.codebooks import UNIVERSAL, universal_set
-from dropbydrop.coding.search import backends
-from dropbydrop.data.calibration import SELF, Calibration, load_windows
+from dropbydrop.data.calibration import Calibration
 from dropbydrop.errors import DropError
 from dropbydrop.system.accelerator import pick_device
 from dropbydrop.system.console import progress_bar
-from dropbydrop.system.distributed import Ranks
+from dropbydrop.system.distributed import Partition, Ranks
 from dropbydrop.system.memory import device_peak, peak_memory
 from dropbydrop.system.version import __version__
 
-from .config import SEQ_LEN, Job, check_levels, prepare
-from .encode_blocks import Report, Run, Tally
+from .config import QuantizeConfig
+from .encode_blocks import BlockEncoder
 from .fingerprint import fingerprint
-from .report import model_card
-
-__all__ = ["Job", "Report", "check_levels", "prepare", "quantize"]
+from .job import Job, prepare
+from .log import Report, RunLog
+from .model_card import model_card
 
 _DONE = -1  # instead of a number of steps: nothing is left to do
 _COPIED = (
@@ -66,40 +67,26 @@ _COPIED = (
 def quantize(
     model: str | Path,
     out: str | Path,
-    bits: Sequence[int] = (2, 3, 4),
+    bits: Sequence[int] | None = None,
     *,
-    calibration: str | Path | Calibration = SELF,
-    preset: str = "balanced",
-    codebooks: str = UNIVERSAL,
-    seed: int = 0,
-    head_bits: int = 8,
-    windows: int | None = None,
-    seq_len: int = SEQ_LEN,
-    device: str = "auto",
-    backend: str | None = None,
+    config: QuantizeConfig | None = None,
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> Report:
     """Quantize `model` once for all `bits`, and write the checkpoint folder `out`.
 
     Args:
         model: a local Hugging Face folder, a .gguf file, a hub id, or "smollm2".
-        bits: the levels that are supervised and can be asked for later.
-        calibration: a text or .jsonl file, "hub:DATASET[:SPLIT]" (hub_text.py), or "self": text
-            that the model writes itself. From Python also ready windows, of `load_windows`, which
-            has more ways to make them, or the caller's own.
-        preset: "fast", "balanced" or "best": calibration tokens and search effort.
-        codebooks: "universal", one set for everything, or "learned", one for each input group.
-        head_bits: 8 (int8 rows) or 16, for embedding and head.
-        windows, seq_len: calibration windows and their tokens; by default from the preset. Those of
-            ready windows are what they are.
-        device: where blocks run and matrices are encoded: "auto" (a CUDA device if there is one),
-            "cpu", "cuda", "cuda:1". Under torchrun each process takes the one of its number.
-        backend: search backend by name (see `search.backends`); by default the best here.
+        bits: levels that are supervised and can be asked for later; by default 2, 3 and 4.
+        config: how, by default `QuantizeConfig()`.
         overwrite: replace an existing checkpoint, at the very end.
         resume: keep finished blocks in a hidden folder beside `out` until it is there, and go on
-            from them if they are from the same command (resume.py).
+            from them if they are from the same command.
+        options: fields of `QuantizeConfig` by name, in the place of those of `config`.
+            `calibration` may also be ready windows: those of `data.calibration.load_windows`, which
+            has more ways to make them, or the caller's.
 
     Returns:
         What was done; under torchrun only rank 0 has the books of all.
@@ -109,164 +96,160 @@ def quantize(
             finished blocks.
     """
     started = time.perf_counter()
-    device = pick_device(device)
-    with Ranks.join(device) as ranks:
-        if ranks.size > 1 and codebooks != UNIVERSAL:
+    ready = options.get("calibration")
+    if isinstance(ready, Calibration):
+        options["calibration"] = "ready windows"
+    if bits is not None:
+        options["levels"] = tuple(bits)
+    config = replace(config or QuantizeConfig(), **options)
+    config = replace(config, device=pick_device(config.device))
+    place = Path(os.path.abspath(out))
+    with Ranks.join(config.device) as ranks:
+        if ranks.size > 1 and config.codebooks != UNIVERSAL:
             raise DropError(
-                f"--codebooks {codebooks} with {ranks.size} processes: an input group's own "
+                f"--codebooks {config.codebooks} with {ranks.size} processes: an input group's own "
                 "codebooks are fitted to all its matrices together; run one process, or take the "
                 "universal set."
             )
         job = ranks.on_all_ranks(
-            lambda: prepare(
-                model,
-                bits,
-                calibration=calibration,
-                preset=preset,
-                codebooks=codebooks,
-                seed=seed,
-                head_bits=head_bits,
-                windows=windows,
-                seq_len=seq_len,
-                device=device,
-                backend=backend,
-            )
+            lambda: prepare(model, config, ready=ready if isinstance(ready, Calibration) else None)
         )
-        place = Path(os.path.abspath(out))
-        if ranks.root:
-            return _write(job, ranks, place, overwrite, resume, progress, started)
-        return _report(job, place, _carry_out(job, None, None, False, ranks), 0, started)
+        if not ranks.root:
+            return _report(job, place, _carry_out(job, None, None, False, ranks), 0, started)
+        if not resume:
+            with CheckpointWriter(place, overwrite=overwrite) as writer:
+                log = _carry_out(job, writer, None, progress, ranks)
+            return _report(job, place, log, 0, started)
+        log, resumed = _resume(job, ranks, place, overwrite, progress)
+        return _report(job, place, log, resumed, started)
 
 
-def _write(
-    job: Job,
-    ranks: Ranks,
-    place: Path,
-    overwrite: bool,
-    resume: bool,
-    progress: bool,
-    started: float,
-) -> Report:
-    """The root's part of `quantize`: everything that touches OUT."""
-    if not resume:
-        with CheckpointWriter(place, overwrite=overwrite) as writer:
-            tally = _carry_out(job, writer, None, progress, ranks)
-        return _report(job, place, tally, 0, started)
-    with Journal(place, fingerprint(job)) as work:
-        blocks = sum("block" in step for step in work.steps)
-        if (record := work.published()) is not None:
+def _resume(
+    job: Job, ranks: Ranks, place: Path, overwrite: bool, progress: bool
+) -> tuple[RunLog, int]:
+    """The root's run with a journal; and how many blocks were there already."""
+    with Journal(place, fingerprint(job)) as journal:
+        resumed = sum("block" in step for step in journal.steps)
+        if (published := journal.published()) is not None:
             ranks.broadcast(_DONE)
-            tally = Tally(job.levels)
-            tally.restore([*(step["run"] for step in work.steps), record["run"]])
-        else:
-            records = [step["writer"] for step in work.steps]
-            with CheckpointWriter(
-                place, overwrite=overwrite, work=work.path, records=records
-            ) as writer:
-                tally = _carry_out(job, writer, work, progress, ranks)
-    return _report(job, place, tally, blocks, started)
+            log = RunLog(job.config.levels)
+            log.restore([*(step["run"] for step in journal.steps), published["run"]])
+            return log, resumed
+        records = [step["writer"] for step in journal.steps]
+        with CheckpointWriter(
+            place, overwrite=overwrite, work=journal.path, records=records
+        ) as writer:
+            return _carry_out(job, writer, journal, progress, ranks), resumed
 
 
 def _carry_out(
-    job: Job, writer: CheckpointWriter | None, work: Journal | None, progress: bool, ranks: Ranks
-) -> Tally:
-    """Steps 1 to 3 of the module's note, from where `work` was left; the root has the writer."""
+    job: Job, writer: CheckpointWriter | None, journal: Journal | None, progress: bool, ranks: Ranks
+) -> RunLog:
+    """Steps 1 to 3 of the module's note, from where the journal ends; the root has the writer."""
     runner = job.runner
-    steps = ranks.broadcast(0 if work is None else len(work.steps))
+    steps = ranks.broadcast(0 if journal is None else len(journal.steps))
     if steps == _DONE:  # the root found the checkpoint in place
-        return Tally(job.levels)
-    kept = bool(ranks.broadcast(work is not None))  # whether steps are kept for --resume
+        return RunLog(job.config.levels)
+    kept = bool(ranks.broadcast(journal is not None))  # whether steps are kept for --resume
     mark = time.perf_counter()
-    universal, learned = universal_set(job.levels), job.codebooks != UNIVERSAL
+    universal = universal_set(job.config.levels)
     trained = time.perf_counter() - mark  # a while, for levels whose set does not ship
-    run = Run(
-        runner, writer, job.levels, universal, job.effort, job.seed, job.backend, learned, ranks
-    )
-    tally, calibration = run.tally, {}
-    tally.seconds["encode"] += trained
-    hidden: Tensor | None = None
+    encoder = BlockEncoder(runner, writer, job.config, job.effort, universal, ranks)
+    log = encoder.log
+    log.seconds["encode"] += trained
     if steps == 0:
-        with tally.timed("calibrate"):
-            text = ranks.on_all_ranks(lambda: _calibrate(job) if ranks.root else None)
-            ids = ranks.broadcast(None if text is None else text.ids.cpu())
-        partition = ranks.partition(runner.shards(*ids.shape))
-        hidden = runner.embed(ids[partition.windows(ranks.rank)].to(runner.device))
-        if text is not None:
-            calibration = dict(text.description)
-            if not learned:
-                run.writer.add_codebook_set(UNIVERSAL, list(universal))
-        _commit(work, run, {"calibration": calibration}, partition.gather(hidden) if kept else None)
-        first = 0
+        hidden, partition, calibration = _begin(job, encoder, journal, kept)
     else:
-        first, partition = steps - 1, ranks.partition(runner.shards(job.windows, job.seq_len))
-        if work is not None:
-            tally.restore([step["run"] for step in work.steps])
-            calibration = work.steps[0]["calibration"]
-        if first < runner.num_blocks:
-            whole = None if work is None else work.hidden()
-            hidden = partition.scatter(whole).to(runner.device)
+        hidden, partition, calibration = _go_on(job, encoder, journal, steps)
+    first = max(0, steps - 1)
     with progress_bar(progress) as bar:
         task = bar.add_task("quantize", total=runner.num_blocks, completed=first)
         for i in range(first, runner.num_blocks):
             assert hidden is not None
-            with tally.timed("activations"):
+            with log.timed("activations"):
                 block = runner.block(i)
                 statistics = runner.collect_statistics(
                     i, block, hidden, out=hidden, partition=partition
                 )
-            with tally.timed("encode"):
-                run.encode_block(i, block, statistics)
+            with log.timed("encode"):
+                encoder.encode_block(i, block, statistics)
                 runner.release(i)
             del statistics
             more = kept and i + 1 < runner.num_blocks
-            _commit(work, run, {"block": i}, partition.gather(hidden) if more else None)
+            _commit(journal, encoder, {"block": i}, partition.gather(hidden) if more else None)
             bar.advance(task)
     del hidden
     if ranks.root:
-        with tally.timed("write"):
-            _finish(job, run, calibration, work)
-    return tally
+        with log.timed("write"):
+            _finish(job, encoder, calibration, journal)
+    return log
 
 
-def _calibrate(job: Job) -> Calibration:
-    if isinstance(job.calibration, Calibration):
-        return job.calibration
-    return load_windows(
-        job.calibration,
-        job.source.tokenizer(),
-        job.windows,
-        job.seq_len,
-        job.seed,
-        source=job.source,
-        device=job.runner.device,
+def _begin(
+    job: Job, encoder: BlockEncoder, journal: Journal | None, kept: bool
+) -> tuple[Tensor | None, Partition, dict[str, Any]]:
+    """Step 1: this rank's hidden states [n, T, d], the partition, the text's description."""
+    runner, ranks = job.runner, encoder.ranks
+    with encoder.log.timed("calibrate"):
+        text = ranks.on_all_ranks(lambda: job.windows() if ranks.root else None)
+        ids = ranks.broadcast(None if text is None else text.ids.cpu())
+    partition = ranks.partition(runner.shards(*ids.shape))
+    hidden = runner.embed(ids[partition.windows(ranks.rank)].to(runner.device))
+    calibration: dict[str, Any] = {}
+    if text is not None:
+        calibration = dict(text.description)
+        if not encoder.learned:
+            encoder.writer.add_codebook_set(UNIVERSAL, list(encoder.codebooks.cpu()))
+    _commit(
+        journal, encoder, {"calibration": calibration}, partition.gather(hidden) if kept else None
     )
+    return hidden, partition, calibration
 
 
-def _commit(work: Journal | None, run: Run, step: dict[str, Any], hidden: Tensor | None) -> None:
+def _go_on(
+    job: Job, encoder: BlockEncoder, journal: Journal | None, steps: int
+) -> tuple[Tensor | None, Partition, dict[str, Any]]:
+    """What `_begin` returns, as the last finished step has left it."""
+    runner, ranks = job.runner, encoder.ranks
+    partition = ranks.partition(runner.shards(job.windows_asked, job.config.seq_len))
+    calibration: dict[str, Any] = {}
+    if journal is not None:
+        encoder.log.restore([step["run"] for step in journal.steps])
+        calibration = journal.steps[0]["calibration"]
+    hidden: Tensor | None = None
+    if steps - 1 < runner.num_blocks:
+        whole = None if journal is None else journal.hidden()
+        hidden = partition.scatter(whole).to(runner.device)
+    return hidden, partition, calibration
+
+
+def _commit(
+    journal: Journal | None, encoder: BlockEncoder, step: dict[str, Any], hidden: Tensor | None
+) -> None:
     """Finish a step, where steps are kept: what was written, the books, all hidden states."""
-    if work is None:
-        return
-    work.commit({**step, "writer": run.writer.commit(), "run": run.tally.mark()}, hidden)
+    if journal is not None:
+        record = {"writer": encoder.writer.commit(), "run": encoder.log.mark()}
+        journal.commit({**step, **record}, hidden)
 
 
-def _finish(job: Job, run: Run, calibration: dict[str, Any], work: Journal | None) -> None:
+def _finish(
+    job: Job, encoder: BlockEncoder, calibration: dict[str, Any], journal: Journal | None
+) -> None:
     """Write what stays, config, log, model card and manifest; publish."""
-    levels, tally, folder = job.levels, run.tally, job.source.folder
-    embeddings = run.write_rest(job.head_bits)
+    levels, log, folder = job.config.levels, encoder.log, job.source.folder
+    embeddings = encoder.write_rest(job.config.head_bits)
     provenance = {
         "base_model": job.source.name,
+        **job.config.to_dict(),
         "calibration": calibration,
-        "preset": job.preset,
-        "codebooks": job.codebooks,
-        "seed": job.seed,
-        "lambdas": dict(zip(map(str, levels), run.lambdas, strict=True)),
+        "lambdas": dict(zip(map(str, levels), encoder.lambdas, strict=True)),
         "version": __version__,
     }
     quantization = QuantizationConfig(
         bits=levels[-1],
         levels=levels,
         planes=tuple(PlaneSpec() for _ in range(levels[-1])),
-        input_groups=run.writer.input_groups,
+        input_groups=encoder.writer.input_groups,
         embeddings=embeddings,
         provenance=provenance,
     )
@@ -275,28 +258,29 @@ def _finish(job: Job, run: Run, calibration: dict[str, Any], work: Journal | Non
     files: dict[str, bytes | Path] = {
         name: folder / name for name in _COPIED if (folder / name).is_file()
     }
-    files[LOG_FILE] = tally.log_lines()
-    files[CARD_FILE] = model_card(job.source.name, quantization, tally.mean_errors()).encode()
+    files[LOG_FILE] = log.to_bytes()
+    files[CARD_FILE] = model_card(job.source.name, quantization, log.mean_errors()).encode()
 
     def announce(manifest: str) -> None:
-        if work is not None:
-            work.publishing({"manifest": manifest, "run": tally.mark()})
+        if journal is not None:
+            journal.publishing({"manifest": manifest, "run": log.mark()})
 
-    run.writer.finish(config, quantization, files, {"total": tally.parameters}, announce)
+    encoder.writer.finish(config, quantization, files, {"total": log.parameters}, announce)
 
 
-def _report(job: Job, out: Path, tally: Tally, resumed: int, started: float) -> Report:
+def _report(job: Job, out: Path, log: RunLog, resumed: int, started: float) -> Report:
+    device = job.runner.device
     return Report(
-        out,
-        job.levels,
-        tally.seconds | {"total": time.perf_counter() - started},
-        peak_memory() / 2**30,
-        device_peak(job.runner.device) / 2**30,
-        4 * tally.parameters / 2**30,
-        tally.mean_errors(),
-        len(tally.log),
-        tally.kept,
-        job.backend or backends(job.runner.device)[0],
-        resumed,
-        tally.log,
+        out=out,
+        levels=job.config.levels,
+        seconds=log.seconds | {"total": time.perf_counter() - started},
+        peak_gib=peak_memory() / 2**30,
+        device_gib=device_peak(device) / 2**30,
+        model_gib=4 * log.parameters / 2**30,
+        errors=log.mean_errors(),
+        matrices=len(log.matrices),
+        kept=log.kept,
+        backend=str(job.config.backend),
+        resumed=resumed,
+        log=log.matrices,
     )

@@ -7,9 +7,10 @@ P train on one loss with the same codebooks, scales and norms:
     L   = mean over P of e_P / e_P(before)
 
 The denominator is what the block adds to the residual stream; w_t clips the few tokens that carry
-thousands of times the energy of the others, as in capture.py. Dividing by e_P before tuning gives
-levels equal say. Adam runs over the training windows for some epochs; the result is rounded to
-what is stored and kept if L fell on the windows set apart, else the block stays as it was.
+thousands of times the energy of the others, as in models/statistics.py. Dividing by e_P before
+tuning gives levels equal say. Adam runs over the training windows for some epochs; the result is
+rounded to what is stored and kept if L fell on the windows set apart, else the block stays as it
+was.
 
 In memory: the hidden states of all windows before and after the block, one block.
 """
@@ -22,10 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dropbydrop.checkpoint.journal import Journal
 from dropbydrop.models.statistics import CLIP, token_weights
+from dropbydrop.system.console import progress_bar
 
 from .distill import schedule
+from .job import Job
 from .optimizer import rate_at
+from .report import Result
 from .student import Student
 
 
@@ -52,8 +57,8 @@ def output_errors(
             error = (clip * (got - y).square()).sum() / scale
             out[level] = float(error.detach())
             if weights is not None:
-                partition = weights[level] * error
-                total = partition if total is None else total + partition
+                part = weights[level] * error
+                total = part if total is None else total + part
         if total is not None:
             total.backward()
     return out
@@ -85,7 +90,7 @@ def tune_block(
     Args:
         x, y: input and output of the original block, [n, T, d].
         held: windows at the end that are not trained on.
-        epochs, rate: passes over the others; highest learning rate, relative (values.py).
+        epochs, rate: passes over the others; highest learning rate, relative (optimizer.py).
 
     Returns:
         Its tuned tensors as they are stored, empty if they were no better; and the log entry:
@@ -110,3 +115,51 @@ def tune_block(
         "kept": kept,
     }
     return stored if kept else {}, log
+
+
+def run(job: Job, student: Student, journal: Journal | None, progress: bool) -> Result:
+    """Tune every block, from where the journal ends."""
+    config, teacher = job.config, job.teacher
+    steps = [] if journal is None else journal.steps
+    log = [line for step in steps for line in step.get("log", ())]
+    tensors: dict[str, Tensor] = {}
+    if journal is not None and steps:
+        calibration = steps[0]["calibration"]
+        for line in log:
+            tensors |= journal.kept(_file_of(line["block"]))
+        hidden = journal.hidden() if len(log) < teacher.num_blocks else None
+    else:
+        text = job.windows()
+        calibration, hidden = text.description, teacher.embed(text.ids)
+        if journal is not None:
+            journal.commit({"calibration": calibration}, hidden)
+    with progress_bar(progress) as bar:
+        task = bar.add_task("tune", total=teacher.num_blocks, completed=len(log))
+        for i in range(len(log), teacher.num_blocks):
+            assert hidden is not None
+            output = teacher.forward_block(i, teacher.block(i), hidden)
+            teacher.release(i)
+            tuned, line = tune_block(
+                student, i, hidden, output, job.held, config.passes, config.rate, config.seed
+            )
+            hidden = output
+            log.append(line)
+            tensors |= tuned
+            if journal is not None:
+                journal.keep(_file_of(i), tuned)
+                more = i + 1 < teacher.num_blocks
+                journal.commit({"block": i, "log": [line]}, hidden if more else None)
+            bar.advance(task)
+    loss = {
+        str(p): [sum(line[when][str(p)] for line in log) / len(log) for when in ("before", "after")]
+        for p in job.levels
+    }
+    a_block = len(schedule(config.windows - job.held, config.passes, job.levels, True, config.seed))
+    blocks = range(teacher.num_blocks)
+    trained = sum(t.numel() for i in blocks for t in student.trained_in(i).values())
+    return Result(tensors, loss, a_block * teacher.num_blocks, trained, log, calibration)
+
+
+def _file_of(block: int) -> str:
+    """Tuned tensors of a block in the work folder."""
+    return f"block-{block}.safetensors"

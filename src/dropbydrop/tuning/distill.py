@@ -10,13 +10,13 @@ Steps:
        so that 2 bits, ten times as far away as 4, do not take all of the gradient.
     3. a step runs `BATCH` windows at every level, a level after the other: forward through the
        blocks, keeping the inputs of each; KL and its gradient by slabs of tokens; backward block
-       by block, each run again with gradients (gradient checkpointing). Then Adam (values.py).
+       by block, each run again with gradients (gradient checkpointing). Then Adam (optimizer.py).
     4. values are rounded to what is stored, and the KL of every level is measured again.
 
 The windows of a step are others at every level; `together`, they are the same ones, run through a
 block side by side, which decodes its weights once and sees fewer windows in the same time.
 
-The order of windows and levels follows from the seed alone: with `state` of values.py and the
+The order of windows and levels follows from the seed alone: with `state` of optimizer.py and the
 number of the step, a run goes on as if it had never stopped.
 """
 
@@ -29,11 +29,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dropbydrop.checkpoint.journal import Journal
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.system.console import progress_bar
 
+from .job import Job
 from .optimizer import Values, rate_at
+from .report import Result
 from .student import Student
 
+KEEP = 4  # steps between two states that are kept for `resume`
+_WINDOWS = "windows.safetensors"
 Part = tuple[list[int], tuple[int, ...]]  # windows that run together, and at which levels
 BATCH = 2  # windows that run together
 LOGIT_VALUES = 1 << 23  # float32 logits in memory at a time
@@ -193,7 +199,7 @@ def train(
     Args:
         before: KL of every level before tuning.
         plan: of `schedule`.
-        rate: highest learning rate, relative (values.py).
+        rate: highest learning rate, relative (optimizer.py).
         after_step: called with the number of the step and {level: relative KL} of its windows.
     """
     for number in range(start + 1, len(plan) + 1):
@@ -208,3 +214,62 @@ def train(
             }
         values.step(number, rate_at(number, len(plan), rate))
         after_step(number, seen)
+
+
+def run(job: Job, student: Student, journal: Journal | None, progress: bool) -> Result:
+    """Steps 1 to 4 of the module's note, from where the journal ends."""
+    config, values = job.config, student.values()
+    steps = [] if journal is None else journal.steps
+    plan = schedule(
+        config.windows - job.held, config.passes, job.levels, config.together, config.seed
+    )
+    log = [line for step in steps[1:] for line in step["log"]]
+    unsaved: list[dict[str, Any]] = []
+    with progress_bar(progress) as bar:
+        original = bar.add_task("original model", total=job.teacher.num_blocks)
+        windows, calibration, before = _begin(
+            job, student, values, journal, lambda: bar.advance(original)
+        )
+        if len(steps) > 1 and journal is not None:
+            values.restore(journal.hidden())
+        task = bar.add_task("distill", total=len(plan), completed=len(log))
+
+        def after_step(number: int, losses: Mapping[str, float]) -> None:
+            line = {"step": number, "relative_kl": {p: round(v, 6) for p, v in losses.items()}}
+            log.append(line)
+            unsaved.append(line)
+            bar.advance(task)
+            if journal is not None and (len(unsaved) == KEEP or number == len(plan)):
+                journal.commit({"step": number, "log": unsaved[:]}, values.state.cpu())
+                unsaved.clear()
+
+        rate = config.rate
+        train(student, job.teacher, values, windows, before, plan, rate, len(log), after_step)
+        tensors = values.rounded()
+        stored = {n: t.to(student.device, torch.float32) for n, t in tensors.items()}
+        after = measure(student, job.teacher, stored, windows)
+    loss = {str(p): [before[p], after[p]] for p in before}
+    return Result(tensors, loss, len(plan), values.count, log, calibration)
+
+
+def _begin(
+    job: Job,
+    student: Student,
+    values: Values,
+    journal: Journal | None,
+    advance: Callable[[], None],
+) -> tuple[Windows, dict[str, Any], dict[int, float]]:
+    """Windows, their description and the KL of every level before, from the journal if there."""
+    if journal is not None and journal.steps:
+        kept, first = journal.kept(_WINDOWS), journal.steps[0]
+        windows = Windows(kept["ids"], kept["hidden"], job.held)
+        return windows, first["calibration"], {int(p): kl for p, kl in first["before"].items()}
+    text = job.windows()
+    hidden = last_hidden(job.teacher, text.ids, advance)
+    windows = Windows(text.ids, hidden, job.held)
+    before = measure(student, job.teacher, values.leaves, windows)
+    if journal is not None:
+        journal.keep(_WINDOWS, {"ids": text.ids, "hidden": hidden})
+        first = {"calibration": text.description, "before": {str(p): v for p, v in before.items()}}
+        journal.commit(first, None)
+    return windows, text.description, before

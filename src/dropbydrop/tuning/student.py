@@ -15,8 +15,7 @@ Memory on the device: the codes of all blocks, 1 bit a weight and plane; embeddi
 one block's weights at the levels in use, in float32, while it runs.
 
 Limits: linear layers in decoder blocks, one codebook set an input group. Blocks with routed experts
-    are
-refused by name.
+are refused by name.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ from dropbydrop.models.weight_files import WeightFiles
 from .decode import decode_levels, expand
 from .optimizer import Values
 
-TRAINED = ("all", "scales")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 class StoredWeights(WeightFiles):
     """A checkpoint in the place of a model's files: embeddings dense, all else as it is stored.
 
-    Quantized matrices are listed, so that a walk finds nothing missing, but cannot be read here.
+    Quantized matrices are listed, so that the runner finds nothing missing; they cannot be read
+    here.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -80,7 +79,8 @@ class StoredWeights(WeightFiles):
 
 
 class RotatedLinear(nn.Module):
-    """y = W' (Q x) + b with W' [d_out, d_in] in the rotated coordinates of the site.
+    """y = W' (Q x) + b with W' [d_out, d_in] in the rotated coordinates of the input
+    group.
 
     Stands in the runner's blocks in place of a linear layer; its weight is given at every call. The
     rotation runs in float32, as in inference.
@@ -147,7 +147,9 @@ class Student:
         q, runner = checkpoint.quantization, self.runner
         refuse_experts(runner)
         names = [input_group.codebooks for input_group in q.input_groups]
-        self.sets = tuple(f"site-{i}" for i in range(len(names))) if train == "all" else (*names,)
+        if train == "all":
+            names = [f"input-group-{i}" for i in range(len(names))]
+        self.sets = tuple(names)
         self._input_groups: dict[int, list[_TunedGroup]] = {i: [] for i in range(runner.num_blocks)}
         for number, input_group in enumerate(q.input_groups):
             self._input_groups[self._block_of(input_group.modules)].append(self._open_group(number))

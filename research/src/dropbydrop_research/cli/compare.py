@@ -92,7 +92,7 @@ def run(
 
 def print_comparison(result: Mapping[str, Any], out: Console) -> None:
     """The table: a row for each method and level, then what each suite of levels costs."""
-    from dropbydrop.quantization.report import table
+    from dropbydrop.cli.tables import table
 
     quality = table(
         f"{result['model']}, {result['blocks']} of {result['of_blocks']} blocks; {result['text']}: "

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dropbydrop.cli.options import Json, console, finish, parse_bits
-from dropbydrop.cli.tasks import is_checkpoint
 from dropbydrop.errors import DropError, PrecisionError
 
 if TYPE_CHECKING:
@@ -305,6 +304,7 @@ def _bound(
     cache: Path | None,
 ) -> dict[str, Any]:
     """The bound study of a model at nominal rates, or of a checkpoint at its true ones."""
+    from dropbydrop.checkpoint.config import is_checkpoint
     from dropbydrop.models.sources import resolve
     from dropbydrop_research.study import bound as study
     from dropbydrop_research.study.checkpoint import original_of, rates_of, reconstruction

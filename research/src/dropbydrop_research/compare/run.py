@@ -44,7 +44,8 @@ from dropbydrop.evaluation.perplexity import evaluate
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, resolve
-from dropbydrop.quantization.config import SEQ_LEN, check_levels, check_model
+from dropbydrop.quantization.config import SEQ_LEN, check_levels
+from dropbydrop.quantization.job import check_model
 from dropbydrop.system.console import progress_bar, quiet_transformers
 from dropbydrop.system.digest import digest, model_digest
 from dropbydrop.system.memory import map_large_allocations, peak_memory

@@ -1,0 +1,61 @@
+"""`dropbydrop generate`: continue a prompt at one precision."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from .options import CheckpointFolder, Json, PlanFile, finish, parse_precision
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("generate")(run)
+
+
+def run(
+    out: CheckpointFolder,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    bits: Annotated[int | None, typer.Option(help="Level [the highest].")] = None,
+    avg_bits: Annotated[
+        float | None, typer.Option(help="Average planes a weight, instead of a level.")
+    ] = None,
+    plan: PlanFile = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the chat template.")] = False,
+    temperature: Annotated[float, typer.Option(help="Temperature; 0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    draft_bits: Annotated[
+        str | None,
+        typer.Option(
+            help="Lower level, average (2.5) or plan file to draft at; the precision verifies."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt at one precision."""
+    from dropbydrop.models.sources import load_tokenizer
+    from dropbydrop.planning.plan import Plan
+    from dropbydrop.runtime.fused_decode import how
+    from dropbydrop.runtime.generate import generate
+    from dropbydrop.runtime.load import load
+    from dropbydrop.runtime.views import precision
+    from dropbydrop.system.console import quiet_transformers
+
+    with quiet_transformers():
+        model = load(out, bits, avg_bits=avg_bits, plan=None if plan is None else Plan.load(plan))
+        result = generate(
+            model,
+            load_tokenizer(out),
+            prompt,
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            temperature=temperature,
+            seed=seed,
+            draft=None if draft_bits is None else parse_precision("--draft-bits", draft_bits),
+        )
+    if not as_json:
+        typer.echo(result.text)
+    finish(as_json, {"bits": precision(model), "decoding": how(model), **asdict(result)})

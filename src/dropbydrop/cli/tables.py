@@ -1,0 +1,229 @@
+"""Every table that the commands print, for people; the same figures come as JSON with --json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dropbydrop.checkpoint import Checkpoint
+    from dropbydrop.planning.memory import Memory
+    from dropbydrop.planning.plan import Plan
+    from dropbydrop.planning.sensitivity import Sensitivity
+    from dropbydrop.quantization.log import Report
+    from dropbydrop.tuning.pipeline import TuneReport
+
+
+def table(title: str, columns: Sequence[str]) -> Table:
+    """Narrow enough for a terminal of 80 characters."""
+    empty = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in columns:
+        empty.add_column(column, justify="right", no_wrap=True)
+    return empty
+
+
+def sizes_of(checkpoint: Checkpoint, level: int) -> dict[str, Any]:
+    """Bits a coded weight, bits a parameter of the whole model, and bytes of a level."""
+    return {
+        "true_bits": checkpoint.true_bits(level),
+        "true_bits_whole": checkpoint.true_bits_whole(level),
+        "bytes": checkpoint.bytes_at(level),
+    }
+
+
+def _cells(sizes: Mapping[str, Any]) -> tuple[str, str, str]:
+    """`sizes_of` as three cells; bytes in MB."""
+    return (
+        f"{sizes['true_bits']:.3f}",
+        f"{sizes['true_bits_whole']:.3f}",
+        f"{sizes['bytes'] / 1e6:.1f}",
+    )
+
+
+def print_report(report: Report, checkpoint: Checkpoint, console: Console) -> None:
+    """Levels of a new checkpoint, what was left alone and why, and what the run took."""
+    shown = table(
+        f"{report.out}: {report.matrices} matrices",
+        ("bits", "true bits", "whole model", "MB read", "mean rel. error"),
+    )
+    for p in report.levels:
+        shown.add_row(str(p), *_cells(sizes_of(checkpoint, p)), f"{report.errors[p]:.5f}")
+    console.print(shown)
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for entry in report.kept:
+        groups.setdefault((entry["bits"], entry["reason"]), []).append(entry)
+    for (bits, reason), entries in groups.items():
+        values = sum(e["values"] for e in entries)
+        example = entries[0]["name"] + (f" and {len(entries) - 1} more" if entries[1:] else "")
+        console.print(f"kept in {bits} bits: {example} ({values:,} values): {reason}")
+    s = report.seconds
+    console.print(
+        f"{s['total']:.0f} s (calibration text {s['calibrate']:.0f}, activations "
+        f"{s['activations']:.0f}, search {s['encode']:.0f} on {report.backend}, writing "
+        f"{s['write']:.0f}); peak memory {report.peak_gib:.2f} GiB, model in float32 "
+        f"{report.model_gib:.2f} GiB"
+    )
+
+
+def print_info(info: Mapping[str, Any], console: Console) -> None:
+    """Levels, sets and provenance of a checkpoint (`info.describe`)."""
+    shown = table(info["path"], ("bits", "true bits", "whole model", "MB read", "planes here"))
+    for p, level in info["levels"].items():
+        shown.add_row(p, *_cells(level), "yes" if level["loadable"] else "no")
+    console.print(shown)
+    made, sets = info["provenance"], info["codebook_sets"]
+    named = ", ".join(sets) if len(sets) <= 4 else f"{sets[0]}, … ({len(sets)})"
+    console.print(
+        f"{info['matrices']} matrices in {info['input_groups']} input groups, codebook sets "
+        f"{named}; embeddings {info['embeddings']['bits']} bits; from "
+        f"{made.get('base_model')}, preset {made.get('preset')}, seed {made.get('seed')}"
+        + "".join(f"; tuned: {done.get('method')}" for done in made.get("tuning", ()))
+    )
+
+
+def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
+    """Perplexity, divergence and size of each precision."""
+    shown = table(
+        f"{result['text']}: {result['windows']} windows of {result['seq_len']} tokens",
+        ("bits", "true bits", "whole", "MB", "ppl", "KL", "KL, 95 %", "excess nll"),
+    )
+    if result["reference"]:
+        shown.add_row("original", "", "", "", f"{result['reference']['ppl']:.2f}", "", "", "")
+    for name, row in result["bits"].items():
+        interval = row.get("kl_interval")
+        shown.add_row(
+            name,
+            *_cells(row),
+            f"{row['ppl']:.2f}",
+            "" if row.get("kl") is None else f"{row['kl']:.4f}",
+            "" if not interval else f"{interval[0]:.4f}–{interval[1]:.4f}",
+            "" if row.get("excess") is None else f"{row['excess']:.4f}",
+        )
+    console.print(shown)
+
+
+def print_tasks(result: Mapping[str, Any], console: Console) -> None:
+    """Accuracy in percent, ± one standard error; below it the paired difference."""
+    limit = f", first {result['limit']} items" if result["limit"] else ""
+    where = "the hub" if result["data"] == "hub" else "local files"
+    shown = Table(
+        title=f"zero-shot accuracy in %, ± one standard error ({where}{limit}; lm-eval "
+        f"{result['versions']['lm_eval']})"
+    )
+    shown.add_column("model")
+    for name in (*result["names"], "mean acc"):
+        shown.add_column(name, justify="right")
+    for name, found in result["models"].items():
+        mean = found["mean"]
+        cells = [_accuracy(found["tasks"].get(task, {})) for task in result["names"]]
+        label = f"{name} bits" if name.isdigit() else name
+        shown.add_row(label, *cells, _plus_minus(mean["acc"], mean["acc_stderr"]))
+    console.print(shown)
+    console.print("n: length-normalised; Δ: difference from the reference, paired by item")
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+    lines = []
+    if "acc" in row:
+        lines.append(_plus_minus(row["acc"], row["acc_stderr"]))
+    if "acc_norm" in row:
+        lines.append("n " + _plus_minus(row["acc_norm"], row["acc_norm_stderr"]))
+    if "difference" in row:
+        lines.append("Δ " + _plus_minus(row["difference"], row["difference_stderr"], sign="+"))
+    return "\n".join(lines) or "no accuracy"
+
+
+def _plus_minus(value: float | None, error: float | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:{sign}.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def print_bench(result: Mapping[str, Any], console: Console) -> None:
+    """Speed and memory of each level, and the machine."""
+    where = result["topology"]
+    console.print(
+        f"{where.get('processor', where['machine'])}; cores {where['cores']}; {where['caches']}; "
+        f"torch {where['torch']}; {result['threads']} threads, {result['dtype']}; stream "
+        f"{result['stream_bytes_per_second'] / 1e9:.1f} GB/s",
+        highlight=False,
+    )
+    shown = table(
+        f"decode {result['tokens']} tokens from position {result['prompt']}, prefill "
+        f"{result['prefill']}; best of {result['rounds']}",
+        ("bits", "true, whole", "decode/s", "prefill/s", "MB read", "of stream", "MB held"),
+    )
+    for p, row in result["bits"].items():
+        speed, share = row["prefill_tokens_per_second"], row["of_stream"]
+        shown.add_row(
+            p,
+            f"{row['true_bits_whole']:.2f}",
+            f"{row['decode_tokens_per_second']:.1f}",
+            "" if speed is None else f"{speed:.0f}",
+            f"{row['read_bytes'] / 1e6:.1f}",
+            "" if share is None else f"{share:.0%}",
+            f"{row['held_bytes'] / 1e6:.1f}",
+        )
+    console.print(shown)
+    for text in sorted({f"{row['decoding']}" for row in result["bits"].values()}):
+        console.print(f"kernel {result['kernel']}; decoding: {text}", highlight=False)
+
+
+def print_plan(
+    checkpoint: Checkpoint, plan: Plan, need: Memory, known: Sensitivity, console: Console
+) -> None:
+    """The map of levels, a row a block, and the memory of every kind."""
+    rows: dict[str, dict[str, int]] = {}
+    for group in checkpoint.quantization.input_groups:
+        match = re.fullmatch(r"(.*?\.\d+)\.(.+)", group.modules[0])
+        block = match[1] if match else group.modules[0]
+        column = "/".join(m.rpartition(".")[2].removesuffix("_proj") for m in group.modules)
+        rows.setdefault(block, {})[column] = plan.prefixes[group.name]
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    shown = Table(title=f"planes of each input group, {plan.average_bits(checkpoint):.3f} bits")
+    shown.add_column("block")
+    for column in columns:
+        shown.add_column(column, justify="right")
+    for block, row in rows.items():
+        shown.add_row(block, *(str(row.get(column, "")) for column in columns))
+    console.print(shown)
+    sizes = Table(title="memory")
+    for column in ("kind", "MB"):
+        sizes.add_column(column, justify="right")
+    for kind, size in need.to_dict().items():
+        sizes.add_row(kind.replace("_", " "), f"{size / 1e6:.2f}")
+    console.print(sizes)
+    losses = {p: sum(row[p] for row in known.losses.values()) for p in checkpoint.levels}
+    uniform = ", ".join(f"{p} bits {loss:.4f}" for p, loss in losses.items())
+    loss = sum(known.losses[name][p] for name, p in plan.prefixes.items())
+    unit = "nats a token" if known.kind == "measured" else "relative errors from the log"
+    console.print(f"predicted loss {loss:.4f} ({unit}); uniform levels: {uniform}")
+
+
+def print_tuning(
+    report: TuneReport, levels: Mapping[str, Mapping[str, Any]], console: Console
+) -> None:
+    """Loss of each supervised level before and after tuning."""
+    measure = "KL" if report.method == "distill" else "error"
+    shown = table(
+        f"{report.out}: {report.method}",
+        ("bits", "true bits", f"{measure} before", f"{measure} after"),
+    )
+    for p, (before, after) in report.loss.items():
+        shown.add_row(str(p), f"{levels[str(p)]['true_bits']:.3f}", f"{before:.4f}", f"{after:.4f}")
+    console.print(shown)
+    console.print(
+        f"on windows not trained on; {report.trained:,} values, {report.steps} steps, "
+        f"{report.seconds:.0f} s; peak memory {report.peak_gib:.2f} GiB"
+    )
+    worse = [str(p) for p, (before, after) in report.loss.items() if after > before]
+    if worse:
+        console.print(
+            f"level {', '.join(worse)} became worse; a lower --learning-rate, or more --windows or "
+            "--epochs, may mend it"
+        )

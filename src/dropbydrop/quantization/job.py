@@ -1,0 +1,142 @@
+"""A request to quantize, opened and checked: what would fail later is refused here by name.
+
+`prepare` opens the model and settles what the settings leave open: windows from the preset, a
+window's length within the model's context, device and search backend. Nothing is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.encoder import EFFORTS, Effort
+from dropbydrop.coding.search import backends
+from dropbydrop.data.calibration import Calibration, load_windows
+from dropbydrop.errors import CalibrationError, UnsupportedModelError
+from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.embeddings import output_scale
+from dropbydrop.models.model_config import context_length
+from dropbydrop.models.sources import Source, resolve
+from dropbydrop.system.accelerator import pick_device
+from dropbydrop.system.memory import map_large_allocations
+
+from .config import SEQ_LEN, WINDOWS, QuantizeConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to quantize, and how.
+
+    Attributes:
+        config: complete settings: nothing in them is left open.
+        effort: search effort of the preset.
+        ready: windows that the caller made; None: they are drawn as `config.calibration` says.
+    """
+
+    config: QuantizeConfig
+    source: Source
+    runner: BlockRunner
+    effort: Effort
+    ready: Calibration | None = None
+
+    def windows(self) -> Calibration:
+        """The calibration windows.
+
+        Raises:
+            CalibrationError: missing, unreadable or too short a text.
+        """
+        config = self.config
+        return self.ready or load_windows(
+            config.calibration,
+            self.source.tokenizer(),
+            self.windows_asked,
+            config.seq_len,
+            config.seed,
+            source=self.source,
+            device=self.runner.device,
+        )
+
+    @property
+    def windows_asked(self) -> int:
+        """Number of calibration windows."""
+        assert self.config.windows is not None, "`prepare` settles it"
+        return self.config.windows
+
+
+def prepare(model: str | Path, config: QuantizeConfig, *, ready: Calibration | None = None) -> Job:
+    """Check a request and open its model.
+
+    Large blocks of memory are mapped on their own from here on (`map_large_allocations`): a setting
+    of the whole process, made because the caller asked for work of many gigabytes.
+
+    Args:
+        model: a local Hugging Face folder, a .gguf file, a hub id, or "smollm2".
+        ready: windows int64 [n, T] in the place of those that `config` describes.
+
+    Raises:
+        DropError: what can be told before any work.
+    """
+    map_large_allocations()
+    source = resolve(model)
+    runner = BlockRunner.open(source.folder, device=pick_device(config.device))
+    check_model(runner, config.head_bits)
+    longest = context_length(runner.model.config) or SEQ_LEN
+    windows = config.windows or WINDOWS[config.preset]
+    seq_len = min(config.seq_len, longest)
+    if ready is not None:
+        vocab = runner.model.config.get_text_config().vocab_size
+        _check_windows(ready, config.windows, longest, vocab)
+        windows, seq_len = ready.ids.shape
+    complete = replace(
+        config,
+        windows=windows,
+        seq_len=seq_len,
+        device=str(runner.device),
+        backend=config.backend or backends(runner.device)[0],
+    )
+    return Job(complete, source, runner, EFFORTS[config.preset], ready)
+
+
+def _check_windows(ready: Calibration, windows: int | None, longest: int, vocab: int) -> None:
+    """Refuse windows that this model cannot run, or another number than was asked for."""
+    ids = ready.ids
+    good = ids.ndim == 2 and ids.dtype == torch.int64 and ids.shape[0] > 0
+    if not good or not 2 <= ids.shape[1] <= longest:
+        raise CalibrationError(
+            f"calibration windows {ids.dtype} of shape {list(ids.shape)}: give int64 [n, T], with "
+            f"T from 2 to the {longest:,} tokens of the model's context."
+        )
+    if windows not in (None, ids.shape[0]):
+        raise CalibrationError(f"{ids.shape[0]} ready windows, but {windows} are asked for.")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab:
+        raise CalibrationError(
+            f"calibration windows with tokens from {int(ids.min())} to {int(ids.max())}, for a "
+            f"vocabulary of {vocab:,}: they are another tokenizer's."
+        )
+
+
+def check_model(runner: BlockRunner, head_bits: int) -> None:
+    """Refuse by name, before any work, what would fail later.
+
+    Raises:
+        UnsupportedModelError: inputs that groups do not divide, or an embedding that computes
+            more than a look-up and shall have 8-bit rows.
+    """
+    for module in runner.embedding_modules:
+        embedding = runner.model.get_submodule(module)
+        if head_bits == 8 and output_scale(embedding) is None:
+            raise UnsupportedModelError(
+                f"{module} is a {type(embedding).__name__}, which may compute more than a look-up, "
+                "so its rows cannot be stored in 8 bits; quantize this model with --head-bits 16."
+            )
+    prefix = f"{runner.blocks_name}."
+    for name, linear in runner.model.named_modules():
+        if name.startswith(prefix) and isinstance(linear, nn.Linear) and linear.in_features % GROUP:
+            raise UnsupportedModelError(
+                f"{name} has {linear.in_features} inputs, which is not a multiple of {GROUP}, and "
+                f"codes cover groups of {GROUP} inputs. This version cannot quantize this model."
+            )

@@ -1,0 +1,62 @@
+"""Settings of a command: one frozen dataclass that checks itself.
+
+A subclass of `Settings` declares each field once, with its help text: the command line derives an
+option from it (cli/options.py), `to_dict` is what provenance keeps, `by_option` what `--resume`
+compares, and the object is what the work passes on. Nothing here, nor in the modules that declare
+settings, imports more than the standard library: `--help` needs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from dropbydrop.errors import DropError
+
+
+def setting(
+    default: Any, help: str, *, option: str | None = None, choices: Sequence[Any] = ()
+) -> Any:
+    """A field of a `Settings` class.
+
+    Args:
+        help: text for the command line.
+        option: name of its option without the dashes; by default the field's, with dashes.
+        choices: values that are allowed; by default all.
+    """
+    return field(
+        default=default, metadata={"help": help, "option": option, "choices": tuple(choices)}
+    )
+
+
+def option_name(declared: Any) -> str:
+    """The option of a dataclass field, without the leading dashes."""
+    return declared.metadata["option"] or declared.name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of the settings of commands.
+
+    Raises:
+        DropError: a value that is not one of its field's choices.
+    """
+
+    def __post_init__(self) -> None:
+        for declared in fields(self):
+            value, choices = getattr(self, declared.name), declared.metadata["choices"]
+            if choices and value not in choices:
+                known = " or ".join(map(str, choices))
+                if len(choices) > 2:
+                    known = f"one of {', '.join(map(str, choices))}"
+                raise DropError(f"--{option_name(declared)} {value!r}: choose {known}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, JSON-able."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def by_option(self) -> dict[str, Any]:
+        """The fields by the names of their options, JSON-able."""
+        return dict(zip(map(option_name, fields(self)), self.to_dict().values(), strict=True))

@@ -1,0 +1,162 @@
+"""A request to tune, opened and checked: what is tuned, on what, and how; refusals by name.
+
+Everything that can be told before any work is told here: planes that are missing or damaged, levels
+that are not there, experts, and a model that the checkpoint was not made from. The last is judged
+by the config and by the weights themselves: decoded matrices correlate with the original's. A
+sibling of the model (another fine-tune of the same weights) passes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig
+
+from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.checkpoint.config import MANIFEST_FILE
+from dropbydrop.data.calibration import Calibration, file_of, load_windows
+from dropbydrop.errors import DropError, FormatError
+from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.model_config import context_length
+from dropbydrop.models.sources import Source, resolve
+from dropbydrop.system.accelerator import multiplies_bfloat16, pick_device
+from dropbydrop.system.digest import CODING_ROOMS, code_digest, digest, model_digest
+from dropbydrop.system.version import __version__
+
+from .config import TuneConfig
+from .student import Student, refuse_experts
+from .writer import check_intact
+
+_LIKE = 0.3  # correlation of decoded and original weights; that of other models is near 0
+_SAME = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to tune, and how.
+
+    Attributes:
+        config: complete settings: nothing in them is left open.
+        source: the original model; teacher: its blocks.
+        levels: levels to supervise, ascending.
+    """
+
+    config: TuneConfig
+    checkpoint: Checkpoint
+    source: Source
+    teacher: BlockRunner
+    levels: tuple[int, ...]
+
+    @property
+    def half(self) -> bool:
+        """Whether matrix products run in bfloat16."""
+        return multiplies_bfloat16(self.teacher.device)
+
+    @property
+    def held(self) -> int:
+        """Windows that are set apart for measuring."""
+        return max(1, self.config.windows // 16)
+
+    def windows(self) -> Calibration:
+        """The tuning windows.
+
+        Raises:
+            CalibrationError: missing, unreadable or too short a text.
+        """
+        return load_windows(
+            self.config.calibration,
+            self.source.tokenizer(),
+            self.config.windows,
+            self.config.seq_len,
+            self.config.seed,
+            source=self.source,
+            device=self.teacher.device,
+        )
+
+
+def prepare(checkpoint: str | Path, config: TuneConfig) -> Job:
+    """Check a request, open checkpoint and original.
+
+    Raises:
+        DropError: see the module's note.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise DropError("tuning runs in one process; start it without torchrun.")
+    opened = Checkpoint.open(checkpoint)
+    levels = tuple(opened.quantization.check_level(p) for p in config.levels or opened.levels)
+    check_intact(opened)
+    source = _original(opened, config.model)
+    teacher = BlockRunner.open(source.folder, device=pick_device(config.device))
+    refuse_experts(teacher)
+    context = context_length(teacher.model.config)
+    complete = replace(
+        config,
+        levels=levels,
+        seq_len=min(config.seq_len, context or config.seq_len),
+        epochs=config.passes,
+        learning_rate=config.rate,
+        device=str(teacher.device),
+    )
+    return Job(complete, opened, source, teacher, levels)
+
+
+def _original(checkpoint: Checkpoint, model: str | Path | None) -> Source:
+    """The model that the checkpoint was made from."""
+    name = checkpoint.quantization.provenance.get("base_model")
+    if model is None and not isinstance(name, str):
+        raise DropError(f"{checkpoint.path} does not say what it was made from; name it: --model.")
+    try:
+        source = resolve(model or str(name))
+    except DropError as error:
+        if model is not None:
+            raise
+        raise DropError(
+            f"the original model of {checkpoint.path}, {name!r}, is not at hand ({error}) Name "
+            "its folder with --model."
+        ) from error
+    theirs, ours = AutoConfig.from_pretrained(source.folder), checkpoint.config
+    for key in _SAME:
+        found = getattr(theirs.get_text_config(), key, None)
+        if key in ours and found is not None and found != ours[key]:
+            raise FormatError(
+                f"{checkpoint.path} was made from a model with {key} = {ours[key]!r}, "
+                f"{source.name} has {found!r}: another model. Give the one it was "
+                "quantized from, with --model."
+            )
+    return source
+
+
+def check_like(student: Student, teacher: BlockRunner) -> None:
+    """Raises FormatError when decoded weights have nothing to do with the original's."""
+    checkpoint = student.checkpoint
+    input_groups = checkpoint.quantization.input_groups
+    for number in {0, len(input_groups) // 2, len(input_groups) - 1}:
+        name = input_groups[number].modules[0]
+        original = teacher.read(f"{name}.weight", torch.float32)
+        decoded = student.dense_weight(name)
+        alike = torch.nn.functional.cosine_similarity(original.flatten(), decoded.flatten(), 0)
+        if not float(alike) > _LIKE:
+            raise FormatError(
+                f"{name} in {checkpoint.path} has a correlation of {float(alike):.2f} with that of "
+                "the model given: the checkpoint was made from another model. Give the one it was "
+                "quantized from, with --model."
+            )
+
+
+def fingerprint(job: Job) -> dict[str, Any]:
+    """Checkpoint, original, settings by the names of their options, text, code and libraries."""
+    file = file_of(job.config.calibration)
+    return {
+        **job.config.by_option(),
+        "checkpoint": digest(job.checkpoint.path / MANIFEST_FILE),
+        "model": model_digest(job.source.folder),
+        "calibration": [job.config.calibration, None if file is None else digest(file)],
+        "dropbydrop": [__version__, code_digest(*CODING_ROOMS, "tuning")],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
