@@ -18,7 +18,7 @@ from dropbydrop.errors import CalibrationError, FormatError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import Source, load_tokenizer
 from dropbydrop.models.statistics import CLIP
-from dropbydrop.quantization import config as order
+from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system.cache import cache_dir
 from dropbydrop_research.study import cache, encode, gaussian, paper
@@ -39,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "llama", "llama-tied")
     (root / "text.txt").write_text(" ".join(str(i * 7919 % 1000) for i in range(3000)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order, "EFFORTS", dict.fromkeys(order.EFFORTS, Effort(4, 1, 1)))
+        patch.setattr(jobs, "EFFORTS", dict.fromkeys(jobs.EFFORTS, Effort(4, 1, 1)))
         quantize.quantize(
             root / "llama", root / "out", [2, 3, 4], calibration=root / "text.txt",
             windows=8, seq_len=64, progress=False,

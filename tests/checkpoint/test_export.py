@@ -22,7 +22,7 @@ from dropbydrop.checkpoint.export import export
 from dropbydrop.cli import main as cli
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import DropError, MissingPlaneError, PrecisionError
-from dropbydrop.quantization import config as order
+from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system import atomic_folder as folder_module
 from tiny import VOCAB, save_tiny, tiny_llama, write_checkpoint
@@ -164,7 +164,7 @@ def test_slabs_do_not_show(out: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "qwen2"])
 def test_families(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scaled embeddings, fused projections, biases: from a quantized model, in its own type."""
-    monkeypatch.setattr(order, "EFFORTS", {"balanced": Effort(2, 1, 0)})
+    monkeypatch.setattr(jobs, "EFFORTS", {"balanced": Effort(2, 1, 0)})
     source = save_tiny(tmp_path / "source", family, dtype=torch.bfloat16, chat=True)
     (tmp_path / "text.txt").write_text(" ".join(str(i * 7919 % 1000) for i in range(1500)))
     made = quantize.quantize(

@@ -20,7 +20,7 @@ from dropbydrop.data import hub as hub_text
 from dropbydrop.data.calibration import load_windows
 from dropbydrop.data.hub import parse, read_hub_text
 from dropbydrop.errors import CalibrationError
-from dropbydrop.quantization import config as order
+from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 
 ROWS = [
@@ -135,7 +135,7 @@ def test_quantize_from_the_caches_alone(
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(order, "EFFORTS", {"balanced": Effort(2, 1, 0)})
+    monkeypatch.setattr(jobs, "EFFORTS", {"balanced": Effort(2, 1, 0)})
     folder = tiny.save_tiny(tmp_path / "model", "qwen2", max_shard_size="100KB")
     repo, revision = tmp_path / "hub" / "models--someone--tiny", "0" * 40
     for name in ("refs", "blobs", f"snapshots/{revision}"):

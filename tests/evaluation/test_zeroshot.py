@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from dropbydrop.cli.tasks import evaluate_tasks, is_checkpoint
 
 import dropbydrop
+from dropbydrop.checkpoint.config import is_checkpoint
 from dropbydrop.cli import main as cli
+from dropbydrop.cli.evaluate import evaluate_tasks
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import DropError
 from dropbydrop.evaluation.task_files import TASKS, read_items
 from dropbydrop.evaluation.zeroshot import _difference, parse_tasks, run
 from dropbydrop.models.sources import load_tokenizer
-from dropbydrop.quantization import config as order
+from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from tiny import save_tiny
 
@@ -218,9 +219,8 @@ def test_numbers_are_those_of_the_harness_run_directly(
     import datasets
     import lm_eval
     from lm_eval.tasks import TaskManager
-    from rich.console import Console
 
-    ours = evaluate_tasks(model, "all", None, None, 5, data, Console(quiet=True))
+    ours = evaluate_tasks(model, "all", limit=5, data=data)
     assert ours["versions"]["lm_eval"] == lm_eval.__version__
     assert ours["data"]["piqa"]["items"] == 6
 
@@ -297,7 +297,7 @@ def test_levels_of_a_checkpoint_beside_the_original(
     text = tmp_path / "text.txt"
     text.write_text(" ".join(str(i * 7919 % 1000) for i in range(3000)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order, "EFFORTS", dict.fromkeys(order.EFFORTS, Effort(4, 1, 1)))
+        patch.setattr(jobs, "EFFORTS", dict.fromkeys(jobs.EFFORTS, Effort(4, 1, 1)))
         sizes = {"windows": 4, "seq_len": 64, "progress": False}
         quantize.quantize(model, tmp_path / "out", [2, 4], calibration=text, **sizes)
     out, argv = tmp_path / "out", ["--tasks", "piqa,winogrande", "--tasks-data", str(data)]

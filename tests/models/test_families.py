@@ -20,7 +20,7 @@ from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import DropError, UnsupportedModelError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.embeddings import output_scale
-from dropbydrop.quantization import config as order
+from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.runtime import lora
 from dropbydrop.runtime.modules import NestedEmbedding, NestedHead, NestedLinear
@@ -34,7 +34,7 @@ IDS = torch.randint(5, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3
 def small_effort():
     """The presets' search effort is for real models."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(order, "EFFORTS", dict.fromkeys(order.EFFORTS, Effort(2, 1, 0)))
+    patch.setattr(jobs, "EFFORTS", dict.fromkeys(jobs.EFFORTS, Effort(2, 1, 0)))
     yield
     patch.undo()
 
@@ -206,8 +206,8 @@ def test_unknown_embeddings_are_refused_before_anything_starts(
     source = save_tiny(tmp_path / "source")
     runner = BlockRunner.open(source)
     runner.model.get_input_embeddings().__class__ = Strange
-    monkeypatch.setattr(order.BlockRunner, "open", lambda *args, **kwargs: runner)
-    monkeypatch.setattr(quantize, "load_windows", _not_reached)
+    monkeypatch.setattr(jobs.BlockRunner, "open", lambda *args, **kwargs: runner)
+    monkeypatch.setattr(jobs, "load_windows", _not_reached)
     with pytest.raises(UnsupportedModelError, match=r"embed_tokens .*Strange.*--head-bits 16"):
         quantize.quantize(source, tmp_path / "out", calibration=text, **QUICK)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
@@ -224,7 +224,7 @@ def test_groups_that_do_not_divide_are_refused_before_calibration(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_tiny(tmp_path / "odd", intermediate_size=84)
-    monkeypatch.setattr(quantize, "load_windows", _not_reached)
+    monkeypatch.setattr(jobs, "load_windows", _not_reached)
     with pytest.raises(UnsupportedModelError, match=r"layers.0.mlp.down_proj.* 84 .*multiple of 8"):
         quantize.quantize(source, tmp_path / "out", calibration=text, **QUICK)
     assert [p.name for p in tmp_path.iterdir()] == ["odd"]
@@ -244,7 +244,7 @@ def test_other_architectures_are_refused_by_name(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     says = REFUSED[family]
-    monkeypatch.setattr(quantize, "load_windows", _not_reached)
+    monkeypatch.setattr(jobs, "load_windows", _not_reached)
     source = save_tiny(tmp_path / "source", family)
     with pytest.raises(UnsupportedModelError, match=says):
         quantize.quantize(source, tmp_path / "out", calibration=text, **QUICK)

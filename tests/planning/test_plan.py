@@ -477,10 +477,11 @@ def test_averages_and_plan_files_on_the_command_line(
         return code, *capsys.readouterr()
 
     sizes = ("--text", text, "--seq-len", 32, "--windows", 2)
-    code, stdout, _ = run("eval", out, "--bits", f"2,2.5,{file},4", *sizes, "--json")
+    chosen = ("--bits", "2,4", "--avg-bits", "2.5", "--plan", file)
+    code, stdout, _ = run("eval", out, *chosen, *sizes, "--json")
     assert code == 0
     rows = json.loads(stdout.splitlines()[-1])["bits"]
-    assert list(rows) == ["2", "2.5", str(file), "4"]
+    assert list(rows) == ["2", "4", "2.5", str(file)]
     for name, bits in (("2", 2), ("4", 4)):
         assert rows[name]["true_bits"] == pytest.approx(checkpoint.true_bits(bits))
         assert rows[name]["bytes"] == checkpoint.bytes_at(bits)
@@ -492,12 +493,15 @@ def test_averages_and_plan_files_on_the_command_line(
     found = json.loads(half.splitlines()[-1])["bits"]["2"]["nll"]
     assert found != rows["2"]["nll"]
     assert found == pytest.approx(rows["2"]["nll"], rel=0.05)
-    code, stdout, _ = run("generate", out, "--bits", 2.5, "--prompt", "the", "--json",
+    code, stdout, _ = run("generate", out, "--avg-bits", 2.5, "--prompt", "the", "--json",
                           "--max-new-tokens", 2)  # fmt: skip
     assert code == 0
     assert 2 < json.loads(stdout.splitlines()[-1])["bits"] <= 2.5
-    for bad in ("two", tmp_path / "none.json", "1.5", "nan"):
-        code, _, stderr = run("eval", out, "--bits", bad, *sizes)
+    wrong = ("--bits", "two"), ("--bits", "2.5"), ("--avg-bits", "1.5"), ("--avg-bits", "nan")
+    for option, bad in (*wrong, ("--avg-bits", "few")):
+        code, _, stderr = run("eval", out, option, bad, *sizes)
         assert code == 2, bad
         assert "bits" in stderr
+    assert run("eval", out, "--plan", tmp_path / "none.json", *sizes)[0] == 2
+    assert run("generate", out, "--bits", 2, "--avg-bits", 2.5, "--prompt", "the")[0] == 2
     assert run("eval", out, "--bits", "2", *sizes, "--dtype", "int8")[0] == 2

@@ -29,12 +29,14 @@ from dropbydrop.errors import (
     UnsupportedModelError,
 )
 from dropbydrop.models.block_runner import BlockRunner
-from dropbydrop.quantization import config as order
+from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
-from dropbydrop.tuning import TuneReport, distill, tune
+from dropbydrop.tuning import distill
 from dropbydrop.tuning.blocks import output_errors
 from dropbydrop.tuning.decode import decode_levels, expand
 from dropbydrop.tuning.optimizer import Values, rate_at
+from dropbydrop.tuning.pipeline import tune
+from dropbydrop.tuning.report import TuneReport
 from dropbydrop.tuning.student import Student, refuse_experts
 from tiny import save_tiny, tiny_model
 
@@ -47,8 +49,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, a text, and a checkpoint of each model."""
     root = tmp_path_factory.mktemp("tune")
     (root / "text.txt").write_text(" ".join(str(i * 7919 % 1000) for i in range(3000)))
-    before = order.EFFORTS
-    order.EFFORTS = dict.fromkeys(before, Effort(4, 1, 1))
+    before = jobs.EFFORTS
+    jobs.EFFORTS = dict.fromkeys(before, Effort(4, 1, 1))
     for family in ("llama-tied", "qwen2", "gemma2"):
         save_tiny(root / family, family)
         quantize.quantize(
@@ -61,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             progress=False,
             head_bits=16 if family == "qwen2" else 8,
         )
-    order.EFFORTS = before
+    jobs.EFFORTS = before
     return root
 
 
@@ -373,7 +375,7 @@ def test_lower_levels_are_prefixes_of_higher_ones(made: dict[str, TuneReport], m
 def test_true_bits_count_the_sets(place: Path, made: dict[str, TuneReport]) -> None:
     old, new = Checkpoint.open(place / "llama-tied-q"), Checkpoint.open(made["distill"].out)
     input_groups = len(new.quantization.input_groups)
-    assert new.quantization.sets == tuple(f"site-{i}" for i in range(input_groups))
+    assert new.quantization.sets == tuple(f"input-group-{i}" for i in range(input_groups))
     weights = sum(d_out * d_in for d_out, d_in in new.shapes.values())
     for level in LEVELS:
         extra = 8 * (input_groups - 1) * level * 2 * 8 * 128 / weights

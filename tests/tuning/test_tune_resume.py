@@ -16,10 +16,11 @@ import torch
 from dropbydrop.checkpoint import journal as resume
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import DropError
-from dropbydrop.quantization import config as order
+from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
-from dropbydrop.tuning import TuneReport, config, tune
-from dropbydrop.tuning import pipeline as life
+from dropbydrop.tuning import distill, job, pipeline
+from dropbydrop.tuning.pipeline import tune
+from dropbydrop.tuning.report import TuneReport
 from tiny import save_tiny
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -33,8 +34,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tune-resume")
     (root / "text.txt").write_text(" ".join(str(i * 7919 % 1000) for i in range(1500)))
     save_tiny(root / "model", "qwen2")
-    before = order.EFFORTS
-    order.EFFORTS = dict.fromkeys(before, Effort(2, 1, 1))
+    before = jobs.EFFORTS
+    jobs.EFFORTS = dict.fromkeys(before, Effort(2, 1, 1))
     quantize.quantize(
         root / "model",
         root / "quantized",
@@ -44,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         seq_len=32,
         progress=False,
     )
-    order.EFFORTS = before
+    jobs.EFFORTS = before
     return root
 
 
@@ -71,19 +72,19 @@ def run_here(place: Path, out: Path, method: str, **changes: Any) -> TuneReport:
         "progress": False,
         "device": "cpu",
     }
-    before, threads = life.KEEP, torch.get_num_threads()
-    life.KEEP = 2
+    before, threads = distill.KEEP, torch.get_num_threads()
+    distill.KEEP = 2
     torch.set_num_threads(1)
     try:
         return tune(place / "quantized", out, **{**settings, **changes})
     finally:
-        life.KEEP = before
+        distill.KEEP = before
         torch.set_num_threads(threads)
 
 
 def child(place: Path, out: Path, method: str, kill: int) -> None:
     """A run that is killed right before its `kill`-th file operation; 0 lets it live."""
-    config.code_digest = lambda *rooms: "the same code"  # others may be editing it
+    job.code_digest = lambda *rooms: "the same code"  # others may be editing it
     left = [kill]
 
     def wrap(name: str) -> None:
@@ -245,7 +246,7 @@ def test_without_resume_nothing_is_kept(
     def failing(*args: Any) -> None:
         raise Stop
 
-    monkeypatch.setattr(life, "write_tuned", failing)
+    monkeypatch.setattr(pipeline, "write_tuned", failing)
     with pytest.raises(Stop):
         run_here(place, tmp_path / "out", "distill", resume=False)
     assert list(tmp_path.iterdir()) == []

@@ -29,9 +29,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     draft_bits: Annotated[
         str | None,
-        typer.Option(
-            help="Lower level, average (2.5) or plan file to draft at; the precision verifies."
-        ),
+        typer.Option(help="Lower level, average (2.5) or plan file that drafts."),
     ] = None,
     as_json: Json = False,
 ) -> None:
