@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from .writer import with_sets, write_tuned
 def tune(
     checkpoint: str | Path,
     out: str | Path,
+    bits: Sequence[int] | None = None,
     *,
     config: TuneConfig | None = None,
     overwrite: bool = False,
@@ -52,6 +54,7 @@ def tune(
     Args:
         checkpoint: what `quantize` (or `tune`) wrote, with all of its planes. It is only read.
         out: the checkpoint folder to create. Its planes are those of `checkpoint`, byte for byte.
+        bits: levels to supervise; by default all of the checkpoint.
         config: how, by default `TuneConfig()`.
         overwrite: replace an existing checkpoint `out`, at the very end.
         resume: keep finished work in a hidden folder beside `out` until it is there, and go on
@@ -63,6 +66,8 @@ def tune(
             finished work.
     """
     started = time.perf_counter()
+    if bits is not None:
+        options["levels"] = tuple(bits)
     config, place = replace(config or TuneConfig(), **options), Path(os.path.abspath(out))
     if place == Path(os.path.abspath(checkpoint)):
         raise DropError(f"{out}: the tuned checkpoint needs a folder of its own; choose another.")
