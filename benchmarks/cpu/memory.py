@@ -40,7 +40,7 @@ def measure(out: str, bits: str, context: int) -> dict[str, float]:
     torch.ones(64, 64) @ torch.ones(64, 64)
     checkpoint = Checkpoint.open(out)
     warm = _status("VmRSS")
-    model = dropbydrop.load(out, **vars(parse_precision("--bits", bits)), dtype=torch.bfloat16)
+    model = dropbydrop.load(out, **vars(parse_precision(bits)), dtype=torch.bfloat16)
     plan = dropbydrop.plan_of(model)
     ids = torch.randint(5, 200, (1, context - 8), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -118,7 +118,8 @@ def quantize(b: Bench) -> dict[str, Any]:
     from dropbydrop.coding.codebooks import default_lambdas
     from dropbydrop.coding.encoder import EFFORTS, encode_group
     from dropbydrop.models.block_runner import BlockRunner
-    from dropbydrop.quantization.encode_blocks import Run
+    from dropbydrop.quantization.config import QuantizeConfig
+    from dropbydrop.quantization.encode_blocks import BlockEncoder
 
     s = b.sizes
     codebooks = universal_set(LEVELS)
@@ -144,12 +145,12 @@ def quantize(b: Bench) -> dict[str, Any]:
         marks = [time.perf_counter()]
         with suppress(Measured), CheckpointWriter(Path(folder) / "out") as writer:
             writer.add_codebook_set(UNIVERSAL, list(codebooks))
-            run = Run(runner, writer, LEVELS, codebooks, effort, 0, None)
+            encoder = BlockEncoder(runner, writer, QuantizeConfig(levels=LEVELS), effort, codebooks)
             block = runner.block(0)
             statistics = runner.collect_statistics(0, block, hidden, out=hidden)
             b.synchronize()
             marks.append(time.perf_counter())
-            run.encode_block(0, block, statistics)
+            encoder.encode_block(0, block, statistics)
             b.synchronize()
             marks.append(time.perf_counter())
             raise Measured
@@ -159,8 +160,8 @@ def quantize(b: Bench) -> dict[str, Any]:
         "compile_s_once": warm,
         "chain_s_a_block": chain,
         "encode_s_a_block": encode,
-        "seconds_a_matrix": {line["module"]: line["seconds"] for line in run.tally.log},
-        "mean_relative_error": run.tally.mean_errors(),
+        "seconds_a_matrix": {line["module"]: line["seconds"] for line in encoder.log.matrices},
+        "mean_relative_error": encoder.log.mean_errors(),
         "peak_device_gib": torch.cuda.max_memory_allocated() / 2**30 if b.cuda else None,
         f"extrapolated_minutes_for_{s.blocks}_blocks": (warm + (chain + encode) * s.blocks) / 60,
     }
@@ -204,7 +205,7 @@ def smollm2(b: ModelBench) -> dict[str, Any]:
 def tuned(b: ModelBench) -> dict[str, Any]:
     """The checkpoint of `smollm2` fine-tuned on the device, and its table of levels."""
     try:
-        from dropbydrop.tuning import tune
+        from dropbydrop.tuning.pipeline import tune
     except ImportError as error:
         raise Unavailable(f"this version has no fine-tuning ({error})") from error
     source, folder = b.folder("best"), b.folder("tuned")

@@ -53,8 +53,8 @@ def test_a_float_is_no_level(out: Path, bits: Any) -> None:
 def test_text_of_the_command_line(out: Path, tmp_path: Path) -> None:
     plan = Plan.uniform(Checkpoint.open(out), 3)
     plan.save(tmp_path / "plan.json")
-    assert parse_precision("--bits", "3") == Precision(bits=3)
-    assert parse_precision("--bits", "3.0") == Precision(avg_bits=3.0)
-    assert parse_precision("--bits", str(tmp_path / "plan.json")) == Precision(plan=plan)
+    assert parse_precision("3") == Precision(bits=3)
+    assert parse_precision("3.0") == Precision(avg_bits=3.0)
+    assert parse_precision(str(tmp_path / "plan.json")) == Precision(plan=plan)
     with pytest.raises(PrecisionError, match="give a level"):
-        parse_precision("--bits", "much")
+        parse_precision("much")

@@ -52,7 +52,7 @@ def run(
             chat=chat,
             temperature=temperature,
             seed=seed,
-            draft=None if draft_bits is None else parse_precision("--draft-bits", draft_bits),
+            draft=None if draft_bits is None else parse_precision(draft_bits),
         )
     if not as_json:
         typer.echo(result.text)

@@ -57,7 +57,7 @@ def parse_averages(text: str) -> list[float]:
         raise PrecisionError(f"--avg-bits {text!r}: give numbers, such as 2.5,2.75.") from None
 
 
-def parse_precision(option: str, text: str) -> Precision:
+def parse_precision(text: str) -> Precision:
     """ "3" is a level; "2.5" is an average; anything else is a plan file.
 
     Raises:
@@ -74,7 +74,7 @@ def parse_precision(option: str, text: str) -> Precision:
     if Path(text).is_file():
         return Precision(plan=Plan.load(text))
     raise PrecisionError(
-        f"{option} {text!r}: give a level (3), an average (2.5), or the file of a plan that "
+        f"--draft-bits {text!r}: give a level (3), an average (2.5), or the file of a plan that "
         "`dropbydrop plan OUT --save FILE` wrote."
     )
 

@@ -47,10 +47,8 @@ class Settings:
         for declared in fields(self):
             value, choices = getattr(self, declared.name), declared.metadata["choices"]
             if choices and value not in choices:
-                known = " or ".join(map(str, choices))
-                if len(choices) > 2:
-                    known = f"one of {', '.join(map(str, choices))}"
-                raise DropError(f"--{option_name(declared)} {value!r}: choose {known}.")
+                known = ", ".join(map(str, choices))
+                raise DropError(f"--{option_name(declared)} {value!r}: choose one of {known}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, JSON-able."""

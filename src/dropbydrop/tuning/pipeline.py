@@ -88,7 +88,8 @@ def _carry_out(
 ) -> Result:
     """Steps 2 to 4 of the module's note, from where the journal ends."""
     replaceable = check_replaceable if overwrite else None
-    with AtomicFolder(place, replaceable, journal and journal.path) as folder:
+    work = None if journal is None else journal.path
+    with AtomicFolder(place, replaceable, work) as folder:
         student = Student(
             job.checkpoint,
             job.source.folder,
