@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer.main
 
@@ -80,6 +80,7 @@ def placeholder(parameter: Any) -> str:
     kind = getattr(parameter, "type", None)
     if kind is None:
         annotation = parameter.type_descriptor.annotation
+        annotation = next(iter(get_args(annotation)), annotation)  # list[Path]
         written = getattr(annotation, "__name__", "text").lower()
     else:
         written = kind.name.lower()
