@@ -223,7 +223,8 @@ def _tokenizer_files() -> dict[str, bytes]:
 
 def decoded_reference(model: nn.Module, loaded: nn.Module) -> nn.Module:
     """A plain Llama with the dense weights that `loaded` decodes to: the reference for logits."""
-    from dropbydrop.runtime.modules import NestedEmbedding, NestedHead, NestedLinear
+    from dropbydrop.runtime.int8_modules import NestedEmbedding, NestedHead
+    from dropbydrop.runtime.modules import NestedLinear
 
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, module in loaded.named_modules():

@@ -25,7 +25,7 @@ from dropbydrop.kernels import cuda as gpu
 from dropbydrop.kernels import layout, registry
 from dropbydrop.kernels.cuda import ops
 from dropbydrop.runtime import fused_groups as together
-from dropbydrop.runtime.modules import NestedHead
+from dropbydrop.runtime.int8_modules import NestedHead
 from tiny import write_checkpoint
 
 triton_row = next(row for row in registry.table() if row.name == "triton")

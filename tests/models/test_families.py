@@ -23,7 +23,8 @@ from dropbydrop.models.embeddings import output_scale
 from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.runtime import lora
-from dropbydrop.runtime.modules import NestedEmbedding, NestedHead, NestedLinear
+from dropbydrop.runtime.int8_modules import NestedEmbedding, NestedHead
+from dropbydrop.runtime.modules import NestedLinear
 from tiny import FAMILIES, OTHERS, VOCAB, save_tiny
 
 QUICK: dict[str, Any] = {"windows": 3, "seq_len": 32, "progress": False}

@@ -30,7 +30,8 @@ import dropbydrop
 from dropbydrop.checkpoint.files import METADATA
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.runtime.hf import DropByDropConfig, DropByDropQuantizer, register
-from dropbydrop.runtime.modules import NestedHead, NestedLinear
+from dropbydrop.runtime.int8_modules import NestedHead
+from dropbydrop.runtime.modules import NestedLinear
 from tiny import VOCAB, tiny_llama, write_checkpoint
 
 dropbydrop.register()

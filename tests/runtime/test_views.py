@@ -19,7 +19,8 @@ from dropbydrop import kernels
 from dropbydrop.checkpoint import Checkpoint, CheckpointWriter
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.runtime import fused_decode
-from dropbydrop.runtime.modules import NestedEmbedding, NestedHead, NestedLinear
+from dropbydrop.runtime.int8_modules import NestedEmbedding, NestedHead
+from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import store_of
 from tiny import VOCAB, decoded_reference, save_tiny, tiny_llama, write_checkpoint
 
@@ -251,6 +252,22 @@ def test_moving_a_view_does_not_move_the_base(out: Path) -> None:
     other = dropbydrop.view(base, 3).to("meta")
     assert {t.device.type for t in other.state_dict().values()} == {"meta"}
     assert torch.equal(logits(base), before)
+
+
+def test_a_load_opens_the_checkpoint_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its config, manifest and headers are read and checked at every opening."""
+    opened: list[Path] = []
+    once = Checkpoint.open
+
+    def count(path: Path | str) -> Checkpoint:
+        opened.append(Path(path))
+        return once(path)
+
+    monkeypatch.setattr(Checkpoint, "open", staticmethod(count))
+    model = dropbydrop.load(out, bits=3)
+    dropbydrop.load_planes(model, 4)
+    dropbydrop.view(model, 4)
+    assert opened == [out]
 
 
 def test_casting_a_model(out: Path) -> None:

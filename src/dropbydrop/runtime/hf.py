@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,10 +39,14 @@ from dropbydrop.models.embeddings import output_scale
 
 from .fused_decode import attach
 from .fused_groups import multiply_together
-from .modules import NestedEmbedding, NestedHead, NestedLinear, prepared_group_of
+from .int8_modules import NestedEmbedding, NestedHead
+from .modules import NestedLinear, prepared_group_of
 from .plane_store import PlaneStore
 
 logger = logging.get_logger(__name__)
+
+# What `load` has opened already; `from_pretrained` alone opens the folder itself.
+opened: ContextVar[Checkpoint | None] = ContextVar("opened", default=None)
 
 
 class DropByDropConfig(QuantizationConfigMixin):
@@ -112,7 +117,7 @@ class DropByDropQuantizer(HfQuantizer):
                 "a dropbydrop model can only be loaded from its folder, not from a state_dict: "
                 "use dropbydrop.load(folder, bits=…)."
             )
-        checkpoint = Checkpoint.open(Path(files[0]).parent)
+        checkpoint = opened.get() or Checkpoint.open(Path(files[0]).parent)
         self._folder = checkpoint.path
         asked = self.quantization_config.quantization
         if asked.to_dict() != {**checkpoint.quantization.to_dict(), "bits": asked.bits}:

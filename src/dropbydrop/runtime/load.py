@@ -21,7 +21,7 @@ from dropbydrop.planning.precision import Precision
 from dropbydrop.planning.solver import levels_here, make_plan
 
 from . import upgrade as upgrades
-from .hf import register
+from .hf import opened, register
 from .views import store_of, view
 
 
@@ -135,15 +135,18 @@ def _load_level(
     register()
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     config.quantization_config = {**config.quantization_config, "bits": bits}
-    place = torch.device(device)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.path,
-        config=config,
-        dtype="auto" if dtype is None else dtype,
-        device_map=None if place.type == "cpu" else {"": place},
-        output_loading_info=True,
-        trust_remote_code=False,
-    )
+    place, token = torch.device(device), opened.set(checkpoint)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            device_map=None if place.type == "cpu" else {"": place},
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    finally:
+        opened.reset(token)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise FormatError(

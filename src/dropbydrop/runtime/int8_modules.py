@@ -1,0 +1,121 @@
+"""Eight-bit rows for the token embedding and the output head.
+
+    w = rows * row_scales,   rows int8 [vocab, d], row_scales float16 [vocab]
+
+An embedding widens the rows that are looked up; a head multiplies by the integers themselves
+(kernels/int8_head.py) and makes no dense copy. A tied head shares the rows of the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dropbydrop import kernels
+
+from .modules import FixedScales
+
+
+class NestedEmbedding(FixedScales):
+    """Eight-bit token embedding: w = rows * row_scales. rows int8 [vocab, d], row_scales [vocab].
+
+    `dtype` is the type of the output; casting the module changes it, and nothing else. `scale`
+    multiplies the output, rounded to that type first as Gemma does; the rows are those of w.
+    """
+
+    _fixed = ("row_scales",)
+
+    def __init__(
+        self,
+        vocab: int,
+        dim: int,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        kind: type[nn.Embedding] = nn.Embedding,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.dtype = vocab, dim, dtype
+        self.scale, self._kind = scale, kind
+        self._factor = _rounded(scale, dtype)
+        _register_rows(self, vocab, dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., d]."""
+        rows, row_scales = cast(Tensor, self.rows), cast(Tensor, self.row_scales)
+        wide = F.embedding(ids, rows).float() * F.embedding(ids, row_scales[:, None]).float()
+        out = wide.to(self.dtype)
+        return out if self._factor == 1.0 else out * self._factor
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[vocab, d]."""
+        return _dense_rows(self, dtype)
+
+    def dense(self, dtype: torch.dtype) -> nn.Embedding:
+        """An embedding of the original class with the decoded weights."""
+        weight = nn.Parameter(self.dense_weight(dtype), requires_grad=False)
+        plain = self._kind is nn.Embedding
+        rest: dict[str, Any] = {} if plain else {"padding_idx": None, "embed_scale": self.scale}
+        module = self._kind(1, 1, **rest).to(weight.device)
+        module.num_embeddings, module.embedding_dim = self.num_embeddings, self.embedding_dim
+        module.weight = weight
+        return module
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NestedEmbedding:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self._factor = _rounded(self.scale, self.dtype)
+        return cast(NestedEmbedding, super()._apply(fn, recurse))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class NestedHead(FixedScales):
+    """Eight-bit output head: logits = (x rows^T) * row_scales (+ bias).
+
+    When `tied`, rows are the embedding's (transformers ties the parameter `rows`) and row_scales
+    is its buffer, not saved a second time. No dense copy is made (kernels/int8_head.py).
+    """
+
+    bias: nn.Parameter | None
+    _fixed = ("row_scales",)
+
+    def __init__(self, vocab: int, dim: int, bias: Tensor | None, tied: bool) -> None:
+        super().__init__()
+        self.out_features, self.in_features, self.tied = vocab, dim, tied
+        _register_rows(self, vocab, dim)
+        if tied:
+            self.register_buffer("row_scales", None, persistent=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] -> logits [..., vocab], in the dtype of x."""
+        rows, row_scales = cast(Tensor, self.rows), cast(Tensor, self.row_scales)
+        return kernels.rows_linear(x, rows, row_scales, self.bias)
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[vocab, d]."""
+        return _dense_rows(self, dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, tied={self.tied}"
+
+
+def _register_rows(module: nn.Module, vocab: int, dim: int) -> None:
+    rows = torch.empty(vocab, dim, dtype=torch.int8, device="meta")
+    module.register_parameter("rows", nn.Parameter(rows, requires_grad=False))
+    module.register_buffer(
+        "row_scales", torch.empty(vocab, dtype=torch.float16, device="meta"), persistent=True
+    )
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """`value` as a tensor of `dtype` holds it."""
+    return float(torch.tensor(value, dtype=dtype, device="cpu"))
+
+
+def _dense_rows(module: Any, dtype: torch.dtype) -> Tensor:
+    return (module.rows.float() * module.row_scales.float()[:, None]).to(dtype)
