@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dropbydrop.checkpoint import Checkpoint, CheckpointWriter, PlaneSpec, StoredGroup
-from dropbydrop.checkpoint.files import METADATA
+from dropbydrop.checkpoint.tensor_files import METADATA
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.system import atomic_folder as folder_module

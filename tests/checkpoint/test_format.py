@@ -22,8 +22,8 @@ from dropbydrop.checkpoint import (
     StoredGroup,
 )
 from dropbydrop.checkpoint.config import plain_name
-from dropbydrop.checkpoint.files import TensorInfo, encode_header, read_header
-from dropbydrop.checkpoint.writer import quantize_rows
+from dropbydrop.checkpoint.int8_rows import quantize_rows
+from dropbydrop.checkpoint.tensor_files import TensorInfo, encode_header, read_header
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import FormatError, PrecisionError
 

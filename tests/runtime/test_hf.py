@@ -27,7 +27,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import dropbydrop
-from dropbydrop.checkpoint.files import METADATA
+from dropbydrop.checkpoint.tensor_files import METADATA
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.runtime.hf import DropByDropConfig, DropByDropQuantizer, register
 from dropbydrop.runtime.int8_modules import NestedHead

@@ -18,8 +18,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +34,41 @@ from dropbydrop.system.console import progress_bar
 
 from . import Checkpoint
 from .config import CARD_FILE, CONFIG_FILE, LEVELS_SUFFIX, LOG_FILE, RESERVED_PREFIXES
-from .files import DTYPE_NAMES, DTYPES, TensorInfo, dump_json, encode_header
+from .files import dump_json
+from .tensor_files import (
+    DTYPE_NAMES,
+    DTYPES,
+    FLOATS,
+    StreamedTensor,
+    TensorInfo,
+    into_shards,
+    raw_bytes,
+    wide_first,
+    write_tensors,
+)
 from .writer import SHARD_BYTES
 
-EXPORT_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
 _SLAB = 4096  # rows that are decoded together
 
 
-@dataclass(frozen=True)
-class _Dense:
-    """One tensor of the dense model: `rows(low, high)` makes a slab of it, in any type."""
+Rows = Callable[[int, int], Tensor]
+"""rows(low, high) -> rows low ... high - 1 of a tensor, in any type; of a scalar, itself."""
 
-    name: str
-    info: TensorInfo
-    rows: Callable[[int, int], Tensor]
 
-    def chunks(self) -> Iterator[bytes]:
-        """Its bytes, slab by slab, in the target type."""
-        dtype = DTYPES[self.info.dtype]
-        count = self.info.shape[0] if self.info.shape else 1
-        for low in range(0, count, _SLAB):
-            wide = self.rows(low, min(low + _SLAB, count))
-            slab = wide.to(dtype)
-            if dtype.is_floating_point and not bool(torch.isfinite(slab).all()):
-                raise DropError(
-                    f"{self.name} has values that {str(dtype).removeprefix('torch.')} cannot hold "
-                    f"(largest magnitude {float(wide.abs().max()):.3g}); export with --dtype "
-                    "bfloat16 or float32."
-                )
-            yield slab.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+def _slabs(name: str, info: TensorInfo, rows: Rows) -> Iterator[memoryview]:
+    """The bytes of a tensor, slab by slab, in the target type."""
+    dtype = DTYPES[info.dtype]
+    count = info.shape[0] if info.shape else 1
+    for low in range(0, count, _SLAB):
+        wide = rows(low, min(low + _SLAB, count))
+        slab = wide.to(dtype)
+        if dtype.is_floating_point and not bool(torch.isfinite(slab).all()):
+            raise DropError(
+                f"{name} has values that {str(dtype).removeprefix('torch.')} cannot hold "
+                f"(largest magnitude {float(wide.abs().max()):.3g}); export with --dtype "
+                "bfloat16 or float32."
+            )
+        yield raw_bytes(slab)
 
 
 def export(
@@ -93,11 +95,11 @@ def export(
             left behind.
         PrecisionError, MissingPlaneError, FormatError: as `Checkpoint.require`.
     """
-    if dtype not in EXPORT_DTYPES:
-        raise DropError(f"--dtype {dtype}: choose one of {', '.join(EXPORT_DTYPES)}.")
+    if dtype not in FLOATS:
+        raise DropError(f"--dtype {dtype}: choose one of {', '.join(FLOATS)}.")
     checkpoint = Checkpoint.open(source)
     prefix = checkpoint.require(checkpoint.levels[-1] if bits is None else bits)
-    tensors = list(_plan(checkpoint, prefix, EXPORT_DTYPES[dtype]))
+    tensors = _plan(checkpoint, prefix, FLOATS[dtype])
     with (
         AtomicFolder(Path(os.path.abspath(out))) as folder,
         folder.disk_errors(),
@@ -117,9 +119,9 @@ def export(
     }
 
 
-def _plan(checkpoint: Checkpoint, prefix: int, dtype: torch.dtype) -> Iterator[_Dense]:
-    """Every tensor of the dense model; wide types first, which keeps all of them aligned."""
-    parts: dict[str, tuple[tuple[int, ...], torch.dtype, Callable[[int, int], Tensor]]] = {}
+def _plan(checkpoint: Checkpoint, prefix: int, dtype: torch.dtype) -> list[StreamedTensor]:
+    """Every tensor of the dense model."""
+    parts: dict[str, tuple[tuple[int, ...], torch.dtype, Rows]] = {}
     quantization = checkpoint.quantization
     ours = {f"{m}.{kind}" for m in checkpoint.shapes for kind in ("scales", "level_scales")}
     ours |= set(quantization.guards)
@@ -140,12 +142,14 @@ def _plan(checkpoint: Checkpoint, prefix: int, dtype: torch.dtype) -> Iterator[_
         name = stored.removesuffix(LEVELS_SUFFIX) if per_level else stored
         shape = info.shape[1:] if per_level else info.shape
         parts[name] = (shape, target, _kept_rows(checkpoint, stored, row if per_level else None))
-    order = sorted(parts.items(), key=lambda part: (-part[1][1].itemsize, part[0]))
-    for name, (shape, target, rows) in order:
-        yield _Dense(name, TensorInfo(DTYPE_NAMES[target], tuple(shape)), rows)
+    tensors = []
+    for name, (shape, target, rows) in parts.items():
+        info = TensorInfo(DTYPE_NAMES[target], tuple(shape))
+        tensors.append(StreamedTensor(name, info, partial(_slabs, name, info, rows)))
+    return wide_first(tensors)
 
 
-def _linear_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Callable[[int, int], Tensor]:
+def _linear_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Rows:
     """Rows of W in the original space: scales * sum_m C_m[codes_m], rotated back."""
     quantization = checkpoint.quantization
     input_group = quantization.group_index[module]
@@ -167,7 +171,7 @@ def _linear_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Callable[[
     return rows
 
 
-def _embedding_rows(checkpoint: Checkpoint, module: str) -> Callable[[int, int], Tensor]:
+def _embedding_rows(checkpoint: Checkpoint, module: str) -> Rows:
     def rows(low: int, high: int) -> Tensor:
         scales = checkpoint.read(f"{module}.row_scales")[low:high]
         return checkpoint.read(f"{module}.rows")[low:high].float() * scales.float()[:, None]
@@ -175,9 +179,7 @@ def _embedding_rows(checkpoint: Checkpoint, module: str) -> Callable[[int, int],
     return rows
 
 
-def _kept_rows(
-    checkpoint: Checkpoint, stored: str, level: int | None
-) -> Callable[[int, int], Tensor]:
+def _kept_rows(checkpoint: Checkpoint, stored: str, level: int | None) -> Rows:
     """A tensor that is stored as it is, or the variant of it for row `level`."""
 
     def rows(low: int, high: int) -> Tensor:
@@ -189,29 +191,24 @@ def _kept_rows(
 
 
 def _write_weights(
-    folder: AtomicFolder, tensors: list[_Dense], shard_bytes: int, advance: Callable[[], None]
+    folder: AtomicFolder,
+    tensors: list[StreamedTensor],
+    shard_bytes: int,
+    advance: Callable[[], None],
 ) -> None:
     """model.safetensors, or shards of at most `shard_bytes` and their index."""
-    shards: list[list[_Dense]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.info.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.info.nbytes
 
-    def body(shard: list[_Dense]) -> Iterator[bytes]:
-        for tensor in shard:
-            yield from tensor.chunks()
-            advance()
+    def counted(tensor: StreamedTensor) -> Iterator[bytes | memoryview]:
+        yield from tensor.chunks()
+        advance()
 
+    shards = into_shards(tensors, shard_bytes)
     where: dict[str, str] = {}
     for i, shard in enumerate(shards, 1):
         whole = len(shards) == 1
         name = SINGLE if whole else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        header = encode_header([(t.name, t.info) for t in shard], {"format": "pt"})
-        folder.write(name, chain([header], body(shard)))
+        told = [replace(t, chunks=partial(counted, t)) for t in shard]
+        write_tensors(folder, name, told, {"format": "pt"})
         where |= {t.name: name for t in shard}
     if len(shards) > 1:
         total = sum(t.info.nbytes for t in tensors)

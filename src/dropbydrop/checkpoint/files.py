@@ -1,23 +1,13 @@
-"""Files of a checkpoint: the manifest, and the header of a safetensors file.
-
-A safetensors file is 8 bytes (little-endian length n of the header), n bytes of JSON padded with
-spaces to a multiple of 8, then the tensors without holes. The header is written and checked here,
-because the writer streams tensors from disk and the reader wants to say precisely what is wrong
-with a file before a library maps it; tensors themselves are read with the safetensors library.
-"""
+"""`manifest.json`, which lists every file of a checkpoint, and how JSON is read and written."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dropbydrop.errors import DropError, FormatError
 from dropbydrop.system.digest import FileEntry
@@ -31,21 +21,6 @@ from .config import (
     check_version,
     plain_name,
 )
-
-METADATA = {"format": "pt", "dropbydrop_version": str(FORMAT_VERSION)}
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
-DTYPES = {
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -90,85 +65,6 @@ def check_replaceable(folder: Path) -> None:
             f"{folder} exists and is not a dropbydrop checkpoint, so it is not overwritten. "
             "Choose another name, or remove it yourself."
         )
-
-
-# ----------------------------------------------------------------------------- safetensors
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says about one tensor."""
-
-    dtype: str  # safetensors name, e.g. "U8"
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its data."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)}"
-
-
-def encode_header(
-    tensors: Sequence[tuple[str, TensorInfo]], metadata: Mapping[str, str] = METADATA
-) -> bytes:
-    """Length and JSON header of a file that holds `tensors` in this order."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, info in tensors:
-        start, end = end, end + info.nbytes
-        header[name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8
-    return struct.pack("<Q", len(text)) + text
-
-
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes in a safetensors file; checks its length and its version.
-
-    Raises:
-        FormatError: truncated, damaged, or written by an unknown version.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-        if length > min(MAX_HEADER, size - 8):
-            raise FormatError(
-                f"{path} is damaged or cut off within its header ({size} bytes). Fetch it again."
-            )
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        metadata = header.pop("__metadata__", {})
-        offsets = sorted(tuple(entry["data_offsets"]) for entry in header.values())
-        tensors = {
-            name: TensorInfo(entry["dtype"], tuple(entry["shape"]))
-            for name, entry in header.items()
-        }
-        spans = {name: entry["data_offsets"] for name, entry in header.items()}
-        fits = all(spans[n][1] - spans[n][0] == info.nbytes for n, info in tensors.items())
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise FormatError(f"{path}: the header is damaged ({error!r}). Fetch it again.") from error
-    end = 0
-    for start, stop in offsets:
-        fits, end = fits and start == end, stop
-    if not fits or size != 8 + length + end:
-        raise FormatError(
-            f"{path} has {size} bytes but its header describes {8 + length + end}: cut off or "
-            "damaged. Fetch it again."
-        )
-    if metadata.get("dropbydrop_version") != METADATA["dropbydrop_version"]:
-        check_version(metadata.get("dropbydrop_version"), str(path))
-    return tensors
-
-
-# -------------------------------------------------------------------------------- manifest
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dropbydrop.errors import DropError, FormatError
@@ -41,7 +41,7 @@ from dropbydrop.system.atomic_folder import full_disk, lock, sync, sync_folder
 from dropbydrop.system.digest import file_digest
 
 from .config import MANIFEST_FILE
-from .files import DTYPE_NAMES, DTYPES
+from .tensor_files import DTYPE_NAMES, DTYPES, StreamedTensor, raw_bytes, stream_tensors
 
 JOURNAL = "journal.jsonl"
 _CHUNK = 64 << 20
@@ -174,12 +174,13 @@ class Journal:
         Raises:
             DropError: the disk is full.
         """
-        path, data = self.path / name, save({n: t.contiguous() for n, t in tensors.items()})
+        path = self.path / name
+        streamed = [StreamedTensor.of(*item) for item in tensors.items()]
         with (
             full_disk(self.out, cleanup=lambda: path.unlink(missing_ok=True)),
             open(path, "wb") as file,
         ):
-            file.write(data)
+            file.writelines(stream_tensors(streamed))
             sync(file)
 
     def kept(self, name: str) -> dict[str, Tensor]:
@@ -241,7 +242,7 @@ def _explain(error: BaseException, note: str) -> None:
 
 
 def _write(path: Path, tensor: Tensor) -> None:
-    view = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    view = raw_bytes(tensor)
     with open(path, "wb", buffering=0) as file:
         done = 0
         while done < len(view):

@@ -42,7 +42,8 @@ from .config import (
     odd_name,
     signs_name,
 )
-from .files import Manifest, TensorInfo, dump_json, read_header, read_json
+from .files import Manifest, dump_json, read_json
+from .tensor_files import TensorInfo, read_header
 
 
 @dataclass(frozen=True)

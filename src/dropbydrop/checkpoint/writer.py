@@ -1,7 +1,7 @@
 """Write a checkpoint: all of it, or nothing.
 
 Steps:
-1. Tensors arrive one by one and are spilled at once to raw files (one a plane, one for the rest)
+1. Tensors arrive one by one and are staged at once to raw files (one a plane, one for the rest)
    in a hidden folder beside OUT. Nothing but names, shapes and offsets stays in memory, so peak
    memory is one tensor, whatever the size of the model.
 2. `finish` copies the raw bytes behind safetensors headers, in the canonical order of the input
@@ -25,7 +25,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,9 +52,10 @@ from .config import (
     plain_name,
     signs_name,
 )
-from .files import DTYPES, Manifest, check_replaceable, dump_json, encode_header, plane_file
+from .files import Manifest, check_replaceable, dump_json, plane_file
 from .int8_rows import half, quantize_rows
 from .staging import StagingFile
+from .tensor_files import into_shards, wide_first, write_tensors
 
 SHARD_BYTES = 5_000_000_000  # as the Hub's tools
 _CHUNK = 8 << 20
@@ -87,7 +87,7 @@ class CheckpointWriter:
         work: Path | None = None,
         records: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        if sys.byteorder != "little":  # raw bytes are spilled as they lie in memory
+        if sys.byteorder != "little":  # raw bytes are staged as they lie in memory
             raise DropError("writing checkpoints needs a little-endian machine.")
         self._folder = AtomicFolder(
             Path(os.path.abspath(out)), check_replaceable if overwrite else None, work
@@ -101,7 +101,7 @@ class CheckpointWriter:
             if records:
                 self._restore(records)
             else:
-                self._rest = self._spill("rest")
+                self._rest = self._stage("rest")
         self._committed = len(self._linears), len(self._input_groups)
 
     @property
@@ -118,11 +118,11 @@ class CheckpointWriter:
             DropError: the disk is full.
         """
         with self._folder.disk_errors():
-            spills = {spill.path.stem: spill.commit() for spill in (self._rest, *self._planes)}
+            staged = {file.path.stem: file.commit() for file in (self._rest, *self._planes)}
         linears, input_groups = self._committed
         self._committed = len(self._linears), len(self._input_groups)
         return {
-            "spills": spills,
+            "staged": staged,
             "linears": [[name, *shape] for name, shape in list(self._linears.items())[linears:]],
             "sites": [input_group.to_dict() for input_group in self._input_groups[input_groups:]],
             "sets": self._sets.copy(),
@@ -132,7 +132,7 @@ class CheckpointWriter:
         assert self._work is not None, "only a writer with a work folder can go on"
         entries: dict[str, list[Any]] = {}
         for record in records:
-            for name, new in record["spills"].items():
+            for name, new in record["staged"].items():
                 entries.setdefault(name, []).extend(new)
             self._linears |= {name: (rows, columns) for name, rows, columns in record["linears"]}
             self._input_groups += [
@@ -180,9 +180,9 @@ class CheckpointWriter:
         rows = half(rows, module)
         with self._folder.disk_errors():
             if not self._planes:
-                self._planes = [self._spill(f"plane-{m}") for m in range(1, len(codes) + 1)]
-            for m, (spill, plane) in enumerate(zip(self._planes, codes, strict=True), 1):
-                spill.add(codes_name(module, m), plane)
+                self._planes = [self._stage(f"plane-{m}") for m in range(1, len(codes) + 1)]
+            for m, (staging, plane) in enumerate(zip(self._planes, codes, strict=True), 1):
+                staging.add(codes_name(module, m), plane)
             self._rest.add(f"{module}.{kind}", rows)
             if bias is not None:
                 self._rest.add(f"{module}.bias", bias)
@@ -273,27 +273,17 @@ class CheckpointWriter:
             planes = [
                 self._assemble_plane(m, quantization) for m in range(1, len(self._planes) + 1)
             ]
-            # Wide types first keeps every tensor aligned; names make the order unique.
-            order = sorted(
-                self._rest.tensors,
-                key=lambda name: (-DTYPES[self._rest.tensors[name].info.dtype].itemsize, name),
-            )
-            self._assemble(REST_FILE, self._rest, order)
+            self._rest.file.close()
+            rest = wide_first(self._rest.streamed(name) for name in self._rest.tensors)
+            write_tensors(self._folder, REST_FILE, rest)
             self._drop(self._rest)
             for name, content in sorted((extra_files or {}).items()):
                 self._write_extra(name, content)
             # Without a dtype transformers would take that of some tensor, here of the scales.
             dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-            whole = {**config, "dtype": dtype, "quantization_config": quantization.to_dict()}
-            self._folder.write(CONFIG_FILE, [dump_json(whole)])
-            manifest = Manifest(
-                dict(self._folder.files), tuple(planes), (REST_FILE,), quantized, counts["total"]
-            ).to_dict()
-            Manifest.from_dict(manifest)  # never write what the reader would refuse
-            self._folder.write(MANIFEST_FILE, [dump_json(manifest)])
-            if before_publish is not None:
-                before_publish(self._folder.files[MANIFEST_FILE].sha256)
-            self._folder.publish()
+            whole = {**config, "dtype": dtype}
+            sizes = quantized, counts["total"]
+            publish(self._folder, whole, quantization, tuple(planes), sizes, before_publish)
         return self._folder.out
 
     def _check_parts(
@@ -322,34 +312,20 @@ class CheckpointWriter:
             raise ValueError("; ".join(problems))
 
     def _assemble_plane(self, m: int, quantization: QuantizationConfig) -> tuple[str, ...]:
-        spill = self._planes[m - 1]
-        shards: list[list[str]] = [[]]
-        size = 0
-        for name in (codes_name(module, m) for module in quantization.modules):
-            nbytes = spill.tensors[name].info.nbytes
-            if shards[-1] and size + nbytes > self._shard_bytes:
-                shards.append([])
-                size = 0
-            shards[-1].append(name)
-            size += nbytes
+        staging = self._planes[m - 1]
+        staging.file.close()
+        order = [staging.streamed(codes_name(module, m)) for module in quantization.modules]
+        shards = into_shards(order, self._shard_bytes)
         names = tuple(plane_file(m, i, len(shards)) for i in range(1, len(shards) + 1))
-        for name, tensors in zip(names, shards, strict=True):
-            self._assemble(name, spill, tensors)
-        self._drop(spill)
+        for name, shard in zip(names, shards, strict=True):
+            write_tensors(self._folder, name, shard)
+        self._drop(staging)
         return names
 
-    def _drop(self, spill: StagingFile) -> None:
+    def _drop(self, staging: StagingFile) -> None:
         """Free the disk that an assembled raw file takes, unless it must outlive this process."""
         if self._work is None:
-            spill.path.unlink()
-
-    def _assemble(self, name: str, spill: StagingFile, order: Sequence[str]) -> None:
-        """Write the safetensors file `name` from tensors of a raw file."""
-        spill.file.close()
-        header = encode_header([(tensor, spill.tensors[tensor].info) for tensor in order])
-        with open(spill.path, "rb") as raw:
-            body = (chunk for tensor in order for chunk in spill.copy(raw, tensor))
-            self._folder.write(name, chain([header], body))
+            staging.path.unlink()
 
     def _write_extra(self, name: str, content: bytes | Path) -> None:
         reserved = {CONFIG_FILE, MANIFEST_FILE, *self._folder.files}
@@ -361,14 +337,14 @@ class CheckpointWriter:
         with open(content, "rb") as source:
             self._folder.write(name, iter(lambda: source.read(_CHUNK), b""))
 
-    def _spill(self, name: str) -> StagingFile:
+    def _stage(self, name: str) -> StagingFile:
         return StagingFile((self._work or self._folder.path) / f"{name}.raw")
 
     def abort(self) -> None:
         """Remove everything written so far. Harmless after `finish`."""
-        for spill in (*self._planes, self._rest):
+        for staging in (*self._planes, self._rest):
             with suppress(OSError):
-                spill.file.close()  # flushes, and fails, on a full disk
+                staging.file.close()  # flushes, and fails, on a full disk
         self._folder.discard()
 
     def __enter__(self) -> CheckpointWriter:
@@ -383,6 +359,31 @@ class CheckpointWriter:
         self.abort()
         if kind is None and not self._folder.published:
             raise RuntimeError("the checkpoint was not finished: call finish() inside the block")
+
+
+def publish(
+    folder: AtomicFolder,
+    config: Mapping[str, Any],
+    quantization: QuantizationConfig,
+    planes: tuple[tuple[str, ...], ...],
+    parameters: tuple[int, int],
+    before_publish: Callable[[str], None] | None = None,
+) -> None:
+    """Write config.json and the manifest of everything in `folder`, and rename it to its OUT.
+
+    Args:
+        planes: planes[m - 1] are the file names of plane m.
+        parameters: of the quantized linears, and of the original model.
+        before_publish: called with the manifest's SHA-256 when all but the rename is done.
+    """
+    whole = {**config, "quantization_config": quantization.to_dict()}
+    folder.write(CONFIG_FILE, [dump_json(whole)])
+    manifest = Manifest(dict(folder.files), planes, (REST_FILE,), *parameters).to_dict()
+    Manifest.from_dict(manifest)  # never write what the reader would refuse
+    folder.write(MANIFEST_FILE, [dump_json(manifest)])
+    if before_publish is not None:
+        before_publish(folder.files[MANIFEST_FILE].sha256)
+    folder.publish()
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

@@ -85,12 +85,11 @@ def parse_dtype(name: str) -> Any:
     Raises:
         DropError: another than these three.
     """
-    import torch
+    from dropbydrop.checkpoint.tensor_files import FLOATS
 
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in kinds:
-        raise DropError(f"--dtype {name!r}: choose {', '.join(kinds)}.")
-    return kinds[name]
+    if name not in FLOATS:
+        raise DropError(f"--dtype {name!r}: choose {', '.join(FLOATS)}.")
+    return FLOATS[name]
 
 
 # ---- options from settings -----------------------------------------------------------------

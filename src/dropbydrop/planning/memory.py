@@ -100,7 +100,7 @@ def estimate(
     scales = embeddings = other = shared = 0
     for name, info in checkpoint.rest.items():
         module, _, leaf = name.rpartition(".")
-        count = info.nbytes // max(_item(info.dtype), 1)
+        count = info.nbytes // max(info.itemsize, 1)
         if name.startswith(RESERVED_PREFIXES):
             shared += info.nbytes
         elif module in checkpoint.shapes and leaf in ("scales", "level_scales"):
@@ -112,7 +112,7 @@ def estimate(
         elif name.endswith(LEVELS_SUFFIX):
             other += count * width // len(q.levels)  # the row in use
         else:
-            other += count * (width if _item(info.dtype) > 1 else 1)
+            other += count * (width if info.itemsize > 1 else 1)
     if not context:
         return Memory(codes, scales, embeddings, other, shared)
     return Memory(
@@ -195,7 +195,3 @@ def _activations(checkpoint: Checkpoint, context: int, width: int) -> int:
     matrix = max(d_out * d_in for d_out, d_in in shapes) * (4 + 4 + width)
     head = min(vocab, _HEAD_SLAB) * hidden * width
     return context * token + max(matrix, head) + 4 * vocab
-
-
-def _item(dtype: str) -> int:
-    return {"U8": 1, "I8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "F64": 8, "I64": 8}.get(dtype, 4)

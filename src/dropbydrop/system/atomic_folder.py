@@ -75,7 +75,7 @@ class AtomicFolder:
         with self.disk_errors():
             self.path.mkdir()
 
-    def write(self, name: str, chunks: Iterable[bytes]) -> None:
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Write a file (mode 0666 less the umask) and record its size and SHA-256."""
         digest, size = hashlib.sha256(), 0
         with open(self.path / name, "wb") as file:

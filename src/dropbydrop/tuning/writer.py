@@ -11,22 +11,28 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dropbydrop.checkpoint import Checkpoint, Manifest, QuantizationConfig
+from dropbydrop.checkpoint import Checkpoint, QuantizationConfig
 from dropbydrop.checkpoint.config import (
     CARD_FILE,
     CONFIG_FILE,
-    MANIFEST_FILE,
     REST_FILE,
     codebook_name,
 )
-from dropbydrop.checkpoint.files import DTYPE_NAMES, DTYPES, TensorInfo, dump_json, encode_header
+from dropbydrop.checkpoint.tensor_files import (
+    StreamedTensor,
+    TensorInfo,
+    raw_bytes,
+    wide_first,
+    write_tensors,
+)
+from dropbydrop.checkpoint.writer import publish
 from dropbydrop.errors import FormatError
 from dropbydrop.system.atomic_folder import AtomicFolder
 
@@ -88,19 +94,12 @@ def write_tuned(
                     f"{checkpoint.path / name} is not what the manifest says: damaged, or changed "
                     "meanwhile. Fetch it again."
                 )
-        folder.write(REST_FILE, _rest(checkpoint, quantization, tensors))
+        write_tensors(folder, REST_FILE, _rest(checkpoint, quantization, tensors))
         for name, content in _side_files(checkpoint, log, card):
             folder.write(name, content)
-        config = {**checkpoint.config, "quantization_config": quantization.to_dict()}
-        folder.write(CONFIG_FILE, [dump_json(config)])
         old = checkpoint.manifest
         counts = old.quantized_parameters, old.total_parameters
-        manifest = Manifest(dict(folder.files), old.planes, old.rest, *counts).to_dict()
-        Manifest.from_dict(manifest)  # never write what the reader would refuse
-        folder.write(MANIFEST_FILE, [dump_json(manifest)])
-        if before_publish is not None:
-            before_publish(folder.files[MANIFEST_FILE].sha256)
-        folder.publish()
+        publish(folder, checkpoint.config, quantization, old.planes, counts, before_publish)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
@@ -110,8 +109,8 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 def _rest(
     checkpoint: Checkpoint, quantization: QuantizationConfig, tensors: Mapping[str, Tensor]
-) -> Iterator[bytes]:
-    """model.safetensors: header, then one tensor at a time, wide types first, then by name."""
+) -> list[StreamedTensor]:
+    """The tensors of model.safetensors: tuned ones, and the others as they were."""
     sources = {n: n for n in checkpoint.rest if not n.startswith("codebooks.")}
     for input_group, old in zip(
         quantization.input_groups, checkpoint.quantization.input_groups, strict=True
@@ -122,18 +121,15 @@ def _rest(
     assert not unknown, f"tuned tensors {sorted(unknown)} have no place in the checkpoint"
     infos = {name: checkpoint.rest[source] for name, source in sources.items()}
     for name, tensor in tensors.items():
-        found = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        found = TensorInfo.of(tensor)
         assert found == infos[name], f"{name} is {found}, stored as {infos[name]}"
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: values that are not finite in {tensor.dtype}")
-    order = sorted(infos, key=lambda name: (-DTYPES[infos[name].dtype].itemsize, name))
 
-    def body() -> Iterator[bytes]:
-        for name in order:
-            tensor = tensors[name] if name in tensors else checkpoint.read(sources[name])
-            yield tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    def chunks(name: str) -> Iterator[memoryview]:
+        yield raw_bytes(tensors[name] if name in tensors else checkpoint.read(sources[name]))
 
-    return chain([encode_header([(name, infos[name]) for name in order])], body())
+    return wide_first(StreamedTensor(n, info, partial(chunks, n)) for n, info in infos.items())
 
 
 def _side_files(

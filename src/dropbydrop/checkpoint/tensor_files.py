@@ -1,0 +1,190 @@
+"""Safetensors files, written tensor by tensor, and their headers, checked before anything is read.
+
+A safetensors file is 8 bytes (little-endian length n of the header), n bytes of JSON padded with
+spaces to a multiple of 8, then the tensors without holes. The header is written and checked here,
+because writers stream tensors that no memory holds together (from raw files, from another
+checkpoint, decoded a slab at a time) and the reader wants to say precisely what is wrong with a
+file before a library maps it; tensors themselves are read with the safetensors library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropbydrop.errors import FormatError
+from dropbydrop.system.atomic_folder import AtomicFolder
+
+from .config import FORMAT_VERSION, check_version
+
+METADATA = {"format": "pt", "dropbydrop_version": str(FORMAT_VERSION)}
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+DTYPES = {  # by their safetensors names
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says about one tensor."""
+
+    dtype: str  # safetensors name, e.g. "U8"
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def of(tensor: Tensor) -> TensorInfo:
+        """Dtype and shape of a tensor."""
+        return TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+# --------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True)
+class StreamedTensor:
+    """A tensor to be written: what the header says of it, and its bytes when their turn comes."""
+
+    name: str
+    info: TensorInfo
+    chunks: Callable[[], Iterable[bytes | memoryview]]
+
+    @staticmethod
+    def of(name: str, tensor: Tensor) -> StreamedTensor:
+        """A tensor in memory."""
+        return StreamedTensor(name, TensorInfo.of(tensor), lambda: [raw_bytes(tensor)])
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major, as they lie in memory (a copy only if they must be)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    data: memoryview = flat.view(torch.uint8).numpy().data
+    return data
+
+
+def encode_header(
+    tensors: Iterable[tuple[str, TensorInfo]], metadata: Mapping[str, str] = METADATA
+) -> bytes:
+    """Length and JSON header of a file that holds `tensors` in this order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, info in tensors:
+        start, end = end, end + info.nbytes
+        header[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8
+    return struct.pack("<Q", len(text)) + text
+
+
+def stream_tensors(
+    tensors: Sequence[StreamedTensor], metadata: Mapping[str, str] = METADATA
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file in pieces: the header, then every tensor in the order given."""
+    yield encode_header(((tensor.name, tensor.info) for tensor in tensors), metadata)
+    for tensor in tensors:
+        yield from tensor.chunks()
+
+
+def write_tensors(
+    folder: AtomicFolder,
+    name: str,
+    tensors: Sequence[StreamedTensor],
+    metadata: Mapping[str, str] = METADATA,
+) -> None:
+    """Write the safetensors file `name` into a folder, hashed and synced."""
+    folder.write(name, stream_tensors(tensors, metadata))
+
+
+def wide_first(tensors: Iterable[StreamedTensor]) -> list[StreamedTensor]:
+    """The one order of a file of many types: wide types first, which keeps every tensor aligned to
+    its own width, then by name."""
+    return sorted(tensors, key=lambda tensor: (-tensor.info.itemsize, tensor.name))
+
+
+def into_shards(tensors: Iterable[StreamedTensor], shard_bytes: int) -> list[list[StreamedTensor]]:
+    """Consecutive tensors in files of at most `shard_bytes`, larger ones in a file of their own."""
+    shards: list[list[StreamedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.info.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.info.nbytes
+    return shards
+
+
+# --------------------------------------------------------------------------------- reading
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes in a safetensors file; checks its length and its version.
+
+    Raises:
+        FormatError: truncated, damaged, or written by an unknown version.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+        if length > min(MAX_HEADER, size - 8):
+            raise FormatError(
+                f"{path} is damaged or cut off within its header ({size} bytes). Fetch it again."
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", {})
+        offsets = sorted(tuple(entry["data_offsets"]) for entry in header.values())
+        tensors = {
+            name: TensorInfo(entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+        }
+        spans = {name: entry["data_offsets"] for name, entry in header.items()}
+        fits = all(spans[n][1] - spans[n][0] == info.nbytes for n, info in tensors.items())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise FormatError(f"{path}: the header is damaged ({error!r}). Fetch it again.") from error
+    end = 0
+    for start, stop in offsets:
+        fits, end = fits and start == end, stop
+    if not fits or size != 8 + length + end:
+        raise FormatError(
+            f"{path} has {size} bytes but its header describes {8 + length + end}: cut off or "
+            "damaged. Fetch it again."
+        )
+    if metadata.get("dropbydrop_version") != METADATA["dropbydrop_version"]:
+        check_version(metadata.get("dropbydrop_version"), str(path))
+    return tensors
