@@ -1,5 +1,6 @@
-// Decoding codes to a dense matrix: the sum of P entries in float32 in plane order, then one product
-// with the row scale. The operations of the reference (code.py), so the results agree bit for bit.
+// Decoding codes to a dense matrix: the sum of P entries in float32 in plane order, then one
+// product with the row scale. The operations of the reference (code.py), so the results agree bit
+// for bit.
 #pragma once
 
 #include "scalar.h"
@@ -51,9 +52,8 @@ static void decode_rows(const DecodeJob& job, int64_t first, int64_t last) {
     for (int64_t block = 0; block < job.plane.blocks(); ++block) {
       const int64_t count = job.plane.block_groups(block);
       for (int64_t row = start; row < stop; ++row) {
-        const int64_t offset = job.packed
-                                   ? job.plane.offset(block, strip) + row_byte(row % kStrip)
-                                   : row * job.plane.groups + block * kBlock;
+        const int64_t offset = job.packed ? job.plane.offset(block, strip) + row_byte(row % kStrip)
+                                          : row * job.plane.groups + block * kBlock;
         for (int64_t m = 0; m < planes; ++m) codes[m] = job.planes[m] + offset;
         const float scale = load_scalar(job.scales, job.scale_type, row);
         void* out = static_cast<char*>(job.out) +

@@ -21,7 +21,7 @@ namespace {
 // Best first. Exact ("16-bit") tables come before 8-bit ones, which are only used when named.
 const Kernel* const kKernels[] = {
 #if defined(__x86_64__) || defined(_M_X64)
-    &avx512vbmi_kernel, &avx512bw_kernel,      &avx2_kernel,
+    &avx512vbmi_kernel,    &avx512bw_kernel, &avx2_kernel,
 #endif
 #if defined(__aarch64__)
     &neon_kernel,
@@ -83,9 +83,7 @@ const char* drop_kernel_summary(int kernel) {
 int drop_kernel_supported(int kernel) { return usable(kernel) != nullptr; }
 const char* drop_team_kind(void) { return team_kind(); }
 
-int64_t drop_packed_bytes(int64_t rows, int64_t groups) {
-  return PlaneShape{rows, groups}.bytes();
-}
+int64_t drop_packed_bytes(int64_t rows, int64_t groups) { return PlaneShape{rows, groups}.bytes(); }
 
 void drop_pack(const uint8_t* codes, int64_t rows, int64_t groups, uint8_t* packed) {
   copy_packed<true>(const_cast<uint8_t*>(codes), rows, groups, packed);
@@ -176,8 +174,11 @@ int drop_multiply(int kernel, const uint8_t* tables, int64_t n, int64_t groups, 
                   int out_type, int threads) {
   const Kernel* chosen = usable(kernel);
   if (!chosen) return -1;
-  const Products job{chosen, tables, n, groups, prefix, entries, matrices, count,
-                     static_cast<char*>(out), n, 0, static_cast<Scalar>(out_type), nullptr, false};
+  const Products job{chosen,   tables, n,
+                     groups,   prefix, entries,
+                     matrices, count,  static_cast<char*>(out),
+                     n,        0,      static_cast<Scalar>(out_type),
+                     nullptr,  false};
   auto body = [&](const Member& member) { multiply_share(job, member); };
   on_team(team_for(threads, job.strips() * kStrip * groups * prefix * n), body);
   return 0;
@@ -249,9 +250,8 @@ int drop_rows(int kernel, const int8_t* rows, int64_t count, int64_t d, const vo
     steps[i] = chosen->quantize_row(static_cast<const char*>(x) + i * d * width,
                                     static_cast<Scalar>(x_type), d, rounded + i * d);
   }
-  const RowsJob job{rows,    d,     scales, static_cast<Scalar>(scale_type),
-                    rounded, steps, n,      out,
-                    static_cast<Scalar>(out_type), count};
+  const RowsJob job{rows,  d, scales, static_cast<Scalar>(scale_type), rounded,
+                    steps, n, out,    static_cast<Scalar>(out_type),   count};
   auto body = [&](const Member& member) {
     const Range mine = share((count + 3) / 4, member);
     chosen->rows(job, mine.first * 4, mine.last * 4 < count ? mine.last * 4 : count);

@@ -42,8 +42,8 @@ DROP_API int64_t drop_table_bytes(int kernel, int64_t groups, int64_t prefix, in
 // (float32 [d], +-1 or +-factor); `odd` float32 [d / block, d / block] or null. Null signs:
 // conversion only.
 DROP_API int drop_rotate(int kernel, const void* x, int x_type, int64_t n, int64_t x_stride,
-                         int64_t d, int64_t block, const float* signs, const float* odd,
-                         float* out, int threads);
+                         int64_t d, int64_t block, const float* signs, const float* odd, float* out,
+                         int threads);
 
 // x float32 [n, groups * 8], codebooks [prefix] prepared -> tables uint8 [n, drop_table_bytes].
 DROP_API int drop_build(int kernel, const float* x, int64_t n, int64_t groups, int64_t prefix,
@@ -121,9 +121,9 @@ DROP_API int drop_decode(int kernel, const uint8_t* const* planes, int packed, i
 
 // Eight-bit rows int8 [count, d] times x [n, d] of x_type, times scales [count] -> out [n, count].
 // Activations are rounded to int16, one step a row of x; sums are exact.
-DROP_API int drop_rows(int kernel, const int8_t* rows, int64_t count, int64_t d,
-                       const void* scales, int scale_type, const void* x, int x_type, int64_t n,
-                       void* out, int out_type, int threads);
+DROP_API int drop_rows(int kernel, const int8_t* rows, int64_t count, int64_t d, const void* scales,
+                       int scale_type, const void* x, int x_type, int64_t n, void* out,
+                       int out_type, int threads);
 
 // One plain sequential read (its checksum): the yardstick of the benchmarks.
 DROP_API uint64_t drop_stream_read(int kernel, const uint8_t* data, int64_t bytes, int threads);

@@ -25,13 +25,13 @@
 
 namespace drop {
 
-constexpr int kGroup = 8;                      // weights per code
-constexpr int kEntries = 256;                  // entries of a codebook
-constexpr int kHalf = kEntries / 2;            // stored entries of a sign-symmetric one
+constexpr int kGroup = 8;            // weights per code
+constexpr int kEntries = 256;        // entries of a codebook
+constexpr int kHalf = kEntries / 2;  // stored entries of a sign-symmetric one
 constexpr int kMostPlanes = 64;
-constexpr int64_t kStrip = 64;                 // rows per strip
-constexpr int64_t kTileStrips = 4;             // most strips per tile
-constexpr int64_t kBlock = 64;                // groups per block
+constexpr int64_t kStrip = 64;      // rows per strip
+constexpr int64_t kTileStrips = 4;  // most strips per tile
+constexpr int64_t kBlock = 64;      // groups per block
 
 static inline int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;

@@ -65,8 +65,8 @@ DROP_INLINE void ladder(const uint8_t* table, int64_t apart, __m256i index, __m2
     pin(index);
     DROP_UNROLL
     for (int t = 0; t < kTables; ++t) {
-      out[t] = _mm256_xor_si256(
-          out[t], _mm256_shuffle_epi8(load_row(table + t * apart + row * 16), index));
+      out[t] = _mm256_xor_si256(out[t],
+                                _mm256_shuffle_epi8(load_row(table + t * apart + row * 16), index));
       pin(out[t]);
     }
   }
@@ -112,8 +112,8 @@ struct Ladder {
                               broadcast_pair(x + 6)};
     __m256i most = _mm256_setzero_si256();
     for (int k = 0; k < codebook.entries; k += 8) {
-      most = _mm256_max_epi32(
-          most, _mm256_abs_epi32(dots(pairs, codebook, k, _mm256_setzero_si256())));
+      most = _mm256_max_epi32(most,
+                              _mm256_abs_epi32(dots(pairs, codebook, k, _mm256_setzero_si256())));
     }
     alignas(32) int32_t lanes[8];
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), most);
@@ -238,9 +238,7 @@ struct Ladder {
 
 }  // namespace avx2
 
-static bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
+static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 extern const Kernel avx2_kernel;
 extern const Kernel avx2_u8_kernel;

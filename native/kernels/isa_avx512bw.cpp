@@ -49,8 +49,8 @@ struct Words {
                               broadcast_pair(x + 6)};
     __m512i most = _mm512_setzero_si512();
     for (int k = 0; k < codebook.entries; k += 16) {
-      most = _mm512_max_epi32(
-          most, _mm512_abs_epi32(dots(pairs, codebook, k, _mm512_setzero_si512())));
+      most = _mm512_max_epi32(most,
+                              _mm512_abs_epi32(dots(pairs, codebook, k, _mm512_setzero_si512())));
     }
     return _mm512_reduce_max_epi32(most);
   }
@@ -121,8 +121,7 @@ struct Words {
     }
     const __m512i offset = _mm512_set1_epi32(static_cast<int32_t>(count) * ((1 << kBits) - 1));
     // Even and odd words are rows 0, 2, .. and 1, 3, ..: interleave.
-    const __m512i first =
-        _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     DROP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
@@ -151,6 +150,6 @@ static bool has_avx512bw() {
 }
 
 extern const Kernel avx512bw_kernel;
-constexpr Kernel avx512bw_kernel =
-    avx512bw::make_kernel<avx512bw::Tiled<avx512bw::Words>>("avx512bw", "AVX-512BW, 14-bit tables", has_avx512bw);
+constexpr Kernel avx512bw_kernel = avx512bw::make_kernel<avx512bw::Tiled<avx512bw::Words>>(
+    "avx512bw", "AVX-512BW, 14-bit tables", has_avx512bw);
 }  // namespace drop

@@ -55,8 +55,7 @@ DROP_INLINE __m512i look_up(const uint8_t* table, __m512i codes, __mmask64 high,
 DROP_INLINE __m512i broadcast_pair(const int16_t* x) { return _mm512_set1_epi32(pair_at(x)); }
 
 // Dot products of one group with 16 entries from entry k, plus `start`.
-DROP_INLINE __m512i dots(const __m512i* x, const Codebook& codebook, int64_t k,
-                         __m512i start) {
+DROP_INLINE __m512i dots(const __m512i* x, const Codebook& codebook, int64_t k, __m512i start) {
   for (int p = 0; p < 4; ++p) {
     start = _mm512_dpwssd_epi32(
         start, x[p], _mm512_loadu_si512(codebook.pairs() + (p * codebook.entries + k) * 2));
@@ -70,8 +69,8 @@ struct Build {
                               broadcast_pair(x + 6)};
     __m512i most = _mm512_setzero_si512();
     for (int64_t k = 0; k < codebook.entries; k += 16) {
-      most = _mm512_max_epi32(
-          most, _mm512_abs_epi32(dots(pairs, codebook, k, _mm512_setzero_si512())));
+      most = _mm512_max_epi32(most,
+                              _mm512_abs_epi32(dots(pairs, codebook, k, _mm512_setzero_si512())));
     }
     return _mm512_reduce_max_epi32(most);
   }
@@ -80,9 +79,9 @@ struct Build {
   DROP_INLINE void top_bytes(const __m512i* x, const Codebook& codebook, int64_t k, __m512i* third,
                              __m512i* second) {
     alignas(64) static constexpr uint8_t kPick[64] = {
-        3,  7,  11, 15, 19, 23, 27, 31, 35, 39, 43, 47, 51,  55,  59,  63,
+        3,  7,  11, 15, 19, 23, 27, 31, 35, 39,  43,  47,  51,  55,  59,  63,
         67, 71, 75, 79, 83, 87, 91, 95, 99, 103, 107, 111, 115, 119, 123, 127,
-        2,  6,  10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50,  54,  58,  62,
+        2,  6,  10, 14, 18, 22, 26, 30, 34, 38,  42,  46,  50,  54,  58,  62,
         66, 70, 74, 78, 82, 86, 90, 94, 98, 102, 106, 110, 114, 118, 122, 126};
     const __m512i pick = _mm512_load_si512(kPick), start = _mm512_set1_epi32(1 << 30);
     const __m512i a = dots(x, codebook, k, start), b = dots(x, codebook, k + 16, start);
@@ -132,9 +131,9 @@ struct Digits : Build {
         const __mmask64 x_high = _mm512_movepi8_mask(x), y_high = _mm512_movepi8_mask(y);
         low[s].add(_mm512_add_epi8(look_up<kSymmetric>(tables, x, x_high, top),
                                    look_up<kSymmetric>(tables + kTable, y, y_high, top)));
-        high[s].add(_mm512_add_epi8(
-            look_up<kSymmetric>(tables + kTable / 2, x, x_high, top),
-            look_up<kSymmetric>(tables + kTable + kTable / 2, y, y_high, top)));
+        high[s].add(
+            _mm512_add_epi8(look_up<kSymmetric>(tables + kTable / 2, x, x_high, top),
+                            look_up<kSymmetric>(tables + kTable + kTable / 2, y, y_high, top)));
       }
     }
     if (j < count) {
@@ -228,8 +227,9 @@ static bool has_avx512vbmi() {
 
 extern const Kernel avx512vbmi_kernel;
 extern const Kernel avx512vbmi_u8_kernel;
-constexpr Kernel avx512vbmi_kernel =
-    avx512vbmi::make_kernel<avx512vbmi::Tiled<avx512vbmi::Digits>>("avx512vbmi", "AVX-512 VBMI + VNNI, 14-bit tables", has_avx512vbmi);
+constexpr Kernel avx512vbmi_kernel = avx512vbmi::make_kernel<avx512vbmi::Tiled<avx512vbmi::Digits>>(
+    "avx512vbmi", "AVX-512 VBMI + VNNI, 14-bit tables", has_avx512vbmi);
 constexpr Kernel avx512vbmi_u8_kernel =
-    avx512vbmi::make_kernel<avx512vbmi::Tiled<avx512vbmi::Bytes>>("avx512vbmi-u8", "AVX-512 VBMI + VNNI, 8-bit tables", has_avx512vbmi);
+    avx512vbmi::make_kernel<avx512vbmi::Tiled<avx512vbmi::Bytes>>(
+        "avx512vbmi-u8", "AVX-512 VBMI + VNNI, 8-bit tables", has_avx512vbmi);
 }  // namespace drop

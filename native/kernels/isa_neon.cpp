@@ -59,8 +59,7 @@ DROP_INLINE uint8x16_t look_up_half(const uint8_t* table, uint8x16_t index) {
 template <bool kSymmetric>
 DROP_INLINE uint8x16_t look_up(const uint8_t* table, uint8x16_t codes, uint8x16_t top) {
   const uint8x16_t index = vandq_u8(codes, vdupq_n_u8(127));
-  const uint8x16_t high =
-      vreinterpretq_u8_s8(vshrq_n_s8(vreinterpretq_s8_u8(codes), 7));
+  const uint8x16_t high = vreinterpretq_u8_s8(vshrq_n_s8(vreinterpretq_s8_u8(codes), 7));
   const uint8x16_t first = look_up_half(table, index);
   if (kSymmetric) return veorq_u8(first, vandq_u8(high, top));
   return vbslq_u8(high, look_up_half(table + kHalf, index), first);
@@ -97,9 +96,9 @@ struct Lookup {
   static void group_table(const int16_t* x, const Codebook& codebook, uint8_t* out) {
     for (int k = 0; k < codebook.entries; k += 8) {
       const int32x4x2_t sum = dots(x, codebook, k, 1 << 30);
-      const uint16x8_t words = vcombine_u16(
-          vmovn_u32(vshrq_n_u32(vreinterpretq_u32_s32(sum.val[0]), 31 - kBits)),
-          vmovn_u32(vshrq_n_u32(vreinterpretq_u32_s32(sum.val[1]), 31 - kBits)));
+      const uint16x8_t words =
+          vcombine_u16(vmovn_u32(vshrq_n_u32(vreinterpretq_u32_s32(sum.val[0]), 31 - kBits)),
+                       vmovn_u32(vshrq_n_u32(vreinterpretq_u32_s32(sum.val[1]), 31 - kBits)));
       if (kDigits == 1) {
         vst1_u8(out + k, vmovn_u16(words));
       } else {

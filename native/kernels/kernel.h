@@ -53,7 +53,7 @@ struct BuildJob {
   int64_t x_stride;
   const Codebook* const* codebooks;  // [P]
   TableShape shape;
-  uint8_t* tables;  // [n, shape.bytes()]
+  uint8_t* tables;     // [n, shape.bytes()]
   Upcoming* upcoming;  // or null
 };
 

@@ -29,11 +29,11 @@ void multiply_strips(const Products& job, const DropMatrix& matrix, char* out, R
   if (bias) bias += row * width_of(matrix.bias_type);
   for (int64_t k = 0; k < job.n; ++k) {
     const int64_t at = (job.first_row + k) * matrix.rows + row;
-    job.kernel->finish({sums + k * stride, scales, static_cast<Scalar>(matrix.scale_type), bias,
-                        static_cast<Scalar>(matrix.bias_type),
-                        job.residual ? job.residual + at : nullptr,
-                        out + at * width_of(job.out_type), job.out_type},
-                       0, rows);
+    job.kernel->finish(
+        {sums + k * stride, scales, static_cast<Scalar>(matrix.scale_type), bias,
+         static_cast<Scalar>(matrix.bias_type), job.residual ? job.residual + at : nullptr,
+         out + at * width_of(job.out_type), job.out_type},
+        0, rows);
   }
 }
 

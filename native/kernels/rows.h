@@ -1,5 +1,5 @@
-// Products with eight-bit rows (an output head): int8 weights, activations rounded to int16 with one
-// step a row, integer sums. A read of the rows at memory speed; error about 3e-5.
+// Products with eight-bit rows (an output head): int8 weights, activations rounded to int16 with
+// one step a row, integer sums. A read of the rows at memory speed; error about 3e-5.
 #pragma once
 
 #include "scalar.h"
@@ -9,7 +9,8 @@ namespace DROP_ISA {
 
 constexpr int64_t kRowChunk = 512;  // products that are summed in int32: 127 * 32767 * 512 < 2^31
 
-constexpr int64_t kAheadBytes = 8192;  // prefetching: bandwidth times latency, and half as much again
+constexpr int64_t kAheadBytes =
+    8192;  // prefetching: bandwidth times latency, and half as much again
 
 static float quantize_row(const void* x, Scalar type, int64_t d, int16_t* out) {
   float values[kRowChunk];
@@ -50,7 +51,8 @@ DROP_INLINE int64_t sum_lanes(__m512i lanes) {
 DROP_INLINE int64_t sum_lanes(__m256i lanes) {
   const __m256i wide = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(lanes)),
                                         _mm256_cvtepi32_epi64(_mm256_extracti128_si256(lanes, 1)));
-  const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  const __m128i two =
+      _mm_add_epi64(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
   return _mm_cvtsi128_si64(two) + _mm_extract_epi64(two, 1);
 }
 #endif

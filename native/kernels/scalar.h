@@ -1,10 +1,10 @@
 // Scalars, and what every file of an instruction set starts with.
 //
-// These headers are included once per instruction set, inside a namespace of its own (DROP_ISA): the
-// same inline function compiled with different flags must never be merged by the linker. For that
-// reason no standard template is used in them. Loops are written for the compiler to vectorize, and
-// compiled without contraction to fused multiply-add (-ffp-contract=off), so that every instruction
-// set computes the same bits.
+// These headers are included once per instruction set, inside a namespace of its own (DROP_ISA):
+// the same inline function compiled with different flags must never be merged by the linker. For
+// that reason no standard template is used in them. Loops are written for the compiler to
+// vectorize, and compiled without contraction to fused multiply-add (-ffp-contract=off), so that
+// every instruction set computes the same bits.
 #pragma once
 
 #include <cmath>
@@ -105,8 +105,8 @@ DROP_INLINE void store_scalar(void* base, int64_t index, float value) {
   if (kType == kF32) {
     static_cast<float*>(base)[index] = value;
   } else {
-    static_cast<uint16_t*>(base)[index] = kType == kF16 ? float_to_half(value)
-                                                        : float_to_bf16(value);
+    static_cast<uint16_t*>(base)[index] =
+        kType == kF16 ? float_to_half(value) : float_to_bf16(value);
   }
 }
 

@@ -180,8 +180,12 @@ int drop_step(int kernel, const DropDecoder* decoder, const DropTokens* tokens, 
     total += round_up(n * sizes[i], 16);
   }
   float* base = call_scratch.get<float>(total + round_up(table_bytes, 64) / 4);
-  const Buffers buffers{base + offsets[0], base + offsets[1], base + offsets[2], base + offsets[3],
-                        base + offsets[4], base + offsets[5],
+  const Buffers buffers{base + offsets[0],
+                        base + offsets[1],
+                        base + offsets[2],
+                        base + offsets[3],
+                        base + offsets[4],
+                        base + offsets[5],
                         reinterpret_cast<uint8_t*>(base + total)};
   std::memcpy(buffers.stream, tokens->x, static_cast<size_t>(n * hidden) * 4);
   const Step step(*chosen, *decoder, *tokens, buffers);

@@ -97,8 +97,8 @@ static void build(const BuildJob& job, int64_t first, int64_t last) {
     const float* x = job.x + row * job.x_stride + start * kGroup;
     const Codebook& codebook = *job.codebooks[plane];
     uint8_t* tables = job.tables + row * shape.bytes();
-    float* half_step = reinterpret_cast<float*>(tables + shape.steps_offset()) + plane * blocks +
-                       block;
+    float* half_step =
+        reinterpret_cast<float*>(tables + shape.steps_offset()) + plane * blocks + block;
     tables += (plane * shape.groups + start) * shape.group_bytes;
 
     uint32_t bits = 0;  // of the largest |x|; integer order is float order, NaN above all

@@ -13,8 +13,7 @@ DROP_INLINE void squared_norms(const int16_t* x, int64_t count, int32_t* norms) 
   for (int64_t j = 0; j < count; j += 4) {
     __m128i sums[4];
     for (int i = 0; i < 4; ++i) {
-      const __m128i group =
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + (j + i) * kGroup));
+      const __m128i group = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + (j + i) * kGroup));
       sums[i] = _mm_madd_epi16(group, group);
     }
     _mm_storeu_si128(

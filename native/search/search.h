@@ -26,20 +26,20 @@ struct Metric {
 
 struct Problem {
   int64_t d_out, d_in;
-  int planes;               // M
-  int beam;                 // B, kept candidates after each stage but the last
-  int levels;               // number of supervised prefixes, ascending
-  int level[kMaxPlanes];    // P of each
-  float lambda[kMaxPlanes]; // weight of each
-  float lookahead;          // share of a later level's error that survives one more stage
-  const float* w;           // [d_out][d_in], rows divided by their scale
-  const float* codebooks;   // [M][128][8]
-  Metric feedback;          // used once, from the last group to the first, when `start` is set
-  Metric descent;           // used `sweeps` times, from the first group to the last
-  int start;                // 1: codes are created by error feedback; 0: codes are improved
+  int planes;                // M
+  int beam;                  // B, kept candidates after each stage but the last
+  int levels;                // number of supervised prefixes, ascending
+  int level[kMaxPlanes];     // P of each
+  float lambda[kMaxPlanes];  // weight of each
+  float lookahead;           // share of a later level's error that survives one more stage
+  const float* w;            // [d_out][d_in], rows divided by their scale
+  const float* codebooks;    // [M][128][8]
+  Metric feedback;           // used once, from the last group to the first, when `start` is set
+  Metric descent;            // used `sweeps` times, from the first group to the last
+  int start;                 // 1: codes are created by error feedback; 0: codes are improved
   int sweeps;
-  uint8_t* codes;           // [M][d_out][G], in (start == 0) and out
-  int64_t* changed;         // [sweeps] number of groups whose codes changed; may be null
+  uint8_t* codes;    // [M][d_out][G], in (start == 0) and out
+  int64_t* changed;  // [sweeps] number of groups whose codes changed; may be null
 };
 
 // Rows [first, last) of the problem. Returns nothing; rows are independent of each other.

@@ -44,7 +44,11 @@ typedef int32_t vi __attribute__((vector_size(N * 4)));
 
 inline vf splat(float x) { return x - vf{}; }
 inline vi splat(int32_t x) { return x - vi{}; }
-inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+inline vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 inline vf min_of(vf a, vf b) { return a < b ? a : b; }
 inline vi min_of(vi a, vi b) { return a < b ? a : b; }
@@ -72,10 +76,10 @@ struct Workspace {
         codes(size_t(p.d_in / kGroup) * p.planes * kTile),
         whitened(size_t(p.planes) * kHalf * kGroup),
         norm(size_t(p.planes) * kHalf) {}
-  std::vector<float> w, error;       // [d_in][tile], [levels][d_in][tile]
-  std::vector<uint8_t> codes;        // [G][M][tile]
-  std::vector<float> whitened, norm; // [M][128][8], [M][128]: C_m R_j and its squared norms
-  int64_t rows = 0;                  // of the tile that exist; the others are zeros
+  std::vector<float> w, error;        // [d_in][tile], [levels][d_in][tile]
+  std::vector<uint8_t> codes;         // [G][M][tile]
+  std::vector<float> whitened, norm;  // [M][128][8], [M][128]: C_m R_j and its squared norms
+  int64_t rows = 0;                   // of the tile that exist; the others are zeros
 };
 
 // How the levels pull on the stages; depends on the problem only.
@@ -93,9 +97,9 @@ struct Schedule {
       for (int l = 0; l < p.levels; l++) pull[m][l] /= total[m];
     }
   }
-  int at[kMaxPlanes];                    // level supervised after stage m, or -1
-  float total[kMaxPlanes];               // a, weight of the blended quadratic
-  float pull[kMaxPlanes][kMaxPlanes];    // shares of the levels in the blended target
+  int at[kMaxPlanes];                  // level supervised after stage m, or -1
+  float total[kMaxPlanes];             // a, weight of the blended quadratic
+  float pull[kMaxPlanes][kMaxPlanes];  // shares of the levels in the blended target
 };
 
 struct Candidates {
@@ -120,8 +124,8 @@ void whiten(const Problem& p, const float* factor, Workspace& ws) {
 // target[c][level] += sum_i error[level][i] * coupling[i][c] for L levels at once; the
 // accumulators of three levels are the most that stay in 32 registers.
 template <int L>
-void feed(const Problem& p, const float* coupling, const float* error, int64_t first,
-          int64_t last, vf (*target)[kGroup]) {
+void feed(const Problem& p, const float* coupling, const float* error, int64_t first, int64_t last,
+          vf (*target)[kGroup]) {
   vf acc[L][kGroup];
   for (int l = 0; l < L; l++)
     for (int c = 0; c < kGroup; c++) acc[l][c] = target[l][c];
@@ -353,9 +357,18 @@ void visit(const Problem& p, const Schedule& plan, Workspace& ws, const Metric& 
     for (int l = 0; l < p.levels;) {
       const float* error = &ws.error[l * plane + row0];
       switch (std::min(p.levels - l, 3)) {
-        case 1: feed<1>(p, coupling, error, first, p.d_in, target + l); l += 1; break;
-        case 2: feed<2>(p, coupling, error, first, p.d_in, target + l); l += 2; break;
-        default: feed<3>(p, coupling, error, first, p.d_in, target + l); l += 3; break;
+        case 1:
+          feed<1>(p, coupling, error, first, p.d_in, target + l);
+          l += 1;
+          break;
+        case 2:
+          feed<2>(p, coupling, error, first, p.d_in, target + l);
+          l += 2;
+          break;
+        default:
+          feed<3>(p, coupling, error, first, p.d_in, target + l);
+          l += 3;
+          break;
       }
     }
     alignas(64) uint8_t chosen[kMaxPlanes][N];
@@ -394,7 +407,8 @@ void search_tile(const Problem& p, const Schedule& plan, Workspace& ws, int64_t 
     for (int m = 0; m < p.planes; m++)
       for (int64_t r = 0; r < rows; r++)
         for (int64_t j = 0; j < groups; j++)
-          ws.codes[(j * p.planes + m) * kTile + r] = p.codes[(m * p.d_out + first + r) * groups + j];
+          ws.codes[(j * p.planes + m) * kTile + r] =
+              p.codes[(m * p.d_out + first + r) * groups + j];
     for (int64_t j = 0; j < groups; j++)
       for (int v = 0; v < kVectors; v++) set_error(p, plan, ws, j, v * N);
   }

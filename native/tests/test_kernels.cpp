@@ -73,7 +73,8 @@ struct Problem {
       packed.emplace_back(static_cast<size_t>(drop_packed_bytes(c.rows, c.groups)));
       drop_pack(codes.back().data(), c.rows, c.groups, packed.back().data());
       std::vector<float> book(256 * 8);
-      for (int64_t i = 0; i < c.entries * 8; ++i) book[static_cast<size_t>(i)] = random.gauss() * size;
+      for (int64_t i = 0; i < c.entries * 8; ++i)
+        book[static_cast<size_t>(i)] = random.gauss() * size;
       if (c.entries == 128) {
         for (size_t i = 0; i < 1024; ++i) book[1024 + i] = -book[i];
       }
@@ -209,7 +210,8 @@ void check_site(int kernel, const std::string& name, Random& random) {
   const DropMatrix matrices[2] = {
       {planes1.data(), 70, first.scales.data(), 0, nullptr, 0},
       {planes2.data(), 5, second.scales.data(), 0, second.bias.data(), 0}};
-  const DropSite site{DROP_SITE_MAGIC, d, 8, signs.data(), odd.data(), 2, 128, books.data(), matrices, 2};
+  const DropSite site{DROP_SITE_MAGIC, d,        8, signs.data(), odd.data(), 2, 128,
+                      books.data(),    matrices, 2};
   std::vector<float> y(150), parts(150);
   check(drop_site(kernel, &site, first.x.data(), 0, 2, d, y.data(), 0, 2) == 0, name + ": site");
   Aligned<uint8_t> tables(2 * drop_table_bytes(kernel, 3, 2, 128));
@@ -278,11 +280,19 @@ struct OwnedSite {
       problems.emplace_back(new Problem({rows, d / 8, 2, 128, 1, false}, random));
       for (float& scale : problems.back()->scales) scale *= 0.02f;
       planes.push_back(problems.back()->plane_pointers());
-      matrices.push_back({planes.back().data(), rows, problems.back()->scales.data(), 0, nullptr,
-                          0});
+      matrices.push_back(
+          {planes.back().data(), rows, problems.back()->scales.data(), 0, nullptr, 0});
     }
     books = problems.front()->book_pointers();
-    site = {DROP_SITE_MAGIC, d, 8, nullptr, nullptr, 2, 128, books.data(), matrices.data(),
+    site = {DROP_SITE_MAGIC,
+            d,
+            8,
+            nullptr,
+            nullptr,
+            2,
+            128,
+            books.data(),
+            matrices.data(),
             static_cast<int64_t>(matrices.size())};
   }
 };
@@ -308,21 +318,33 @@ void check_step(int kernel, const std::string& name, Random& random) {
     sines.push_back(static_cast<float>(std::sin(0.1 * (i / d) * (i % (d / 2) + 1))));
   }
   for (int64_t i = 0; i < length * hidden; ++i) x.push_back(random.gauss());
-  const DropDecoder decoder{DROP_DECODER_MAGIC, hidden, heads, 1, d, size, capacity, 1e-5, 0.35,
-                            ones.data(), cosines.data(), sines.data(), blocks.data(), 2};
+  const DropDecoder decoder{DROP_DECODER_MAGIC,
+                            hidden,
+                            heads,
+                            1,
+                            d,
+                            size,
+                            capacity,
+                            1e-5,
+                            0.35,
+                            ones.data(),
+                            cosines.data(),
+                            sines.data(),
+                            blocks.data(),
+                            2};
   std::vector<float> expected;
   const std::vector<std::vector<int64_t>> pieces = {{1, 1, 1, 1, 1, 1, 1, 1, 1}, {4, 1, 4}, {9}};
   for (int threads = 1; threads <= 3; ++threads) {
     for (const auto& parts : pieces) {
-      std::vector<std::vector<float>> memory(
-          4, std::vector<float>(static_cast<size_t>(capacity * d)));
+      std::vector<std::vector<float>> memory(4,
+                                             std::vector<float>(static_cast<size_t>(capacity * d)));
       const DropCache caches[2] = {{memory[0].data(), memory[1].data()},
                                    {memory[2].data(), memory[3].data()}};
       std::vector<float> out(x.size());
       int64_t at = 0;
       for (int64_t n : parts) {
-        const DropTokens tokens{x.data() + at * hidden, out.data() + at * hidden, n, at, caches, 0,
-                                capacity};
+        const DropTokens tokens{
+            x.data() + at * hidden, out.data() + at * hidden, n, at, caches, 0, capacity};
         check(drop_step(kernel, &decoder, &tokens, threads) == 0, name + ": step");
         at += n;
       }
@@ -365,11 +387,11 @@ void check_packing(Random& random) {
 int main() {
   Random random;
   std::vector<Problem> problems;
-  for (const Case& c : {Case{64, 1, 1, 128, 1, false}, Case{1, 2, 2, 128, 3, false},
-                        Case{65, 8, 3, 128, 2, false}, Case{200, 72, 4, 128, 3, true},
-                        Case{320, 129, 2, 128, 2, true}, Case{131, 257, 1, 128, 2, true},
-                        Case{100, 33, 8, 128, 2, false}, Case{257, 130, 2, 256, 2, false},
-                        Case{30, 3, 3, 256, 16, false}}) {
+  for (const Case& c :
+       {Case{64, 1, 1, 128, 1, false}, Case{1, 2, 2, 128, 3, false}, Case{65, 8, 3, 128, 2, false},
+        Case{200, 72, 4, 128, 3, true}, Case{320, 129, 2, 128, 2, true},
+        Case{131, 257, 1, 128, 2, true}, Case{100, 33, 8, 128, 2, false},
+        Case{257, 130, 2, 256, 2, false}, Case{30, 3, 3, 256, 16, false}}) {
     problems.emplace_back(c, random);
   }
   check_packing(random);
