@@ -30,7 +30,7 @@ from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.evaluation.bench import topology
 from dropbydrop.kernels import Matrix, Packed, PreparedGroup
-from dropbydrop.kernels._native import library
+from dropbydrop.system.native_library import library
 
 PREFIXES = (1, 2, 3, 4)
 _keep: list[object] = []  # results, so that nothing is optimised away

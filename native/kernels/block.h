@@ -1,5 +1,5 @@
 // What a transformer block does between its products, for decoding a few tokens: RMS norm, rotary
-// positions, attention over a cache, the gate of the feed-forward part. Plain loops over vectors of
+// positions, attention over a cache, SiLU of the feed-forward gate. Plain loops over vectors of
 // 8 floats; in float32 throughout.
 #pragma once
 
@@ -31,7 +31,7 @@ static void norm(const float* x, const float* weight, int64_t d, float eps, floa
 }
 
 // Rotary position of one head, halves convention: cosine and sine [d], first and second half alike.
-static void turn(const float* cosine, const float* sine, int64_t d, float* x) {
+static void apply_rope(const float* cosine, const float* sine, int64_t d, float* x) {
   const int64_t half = d / 2;
   for (int64_t i = 0; i < half; ++i) {
     const float a = x[i], b = x[i + half];
@@ -61,8 +61,8 @@ DROP_INLINE float exponential(float x) {
   return p;
 }
 
-// out = silu(gate) * up
-static void gate(const float* gates, const float* ups, int64_t count, float* out) {
+// out = silu(gates) * ups
+static void silu_mul(const float* gates, const float* ups, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) {
     out[i] = gates[i] / (1.0f + exponential(-gates[i])) * ups[i];
   }
@@ -79,7 +79,7 @@ DROP_INLINE Lane8 load_cache(const void* base, int64_t index) {
 // One head and one token: softmax(scale * q K^T) V over `length` cached positions. kVectors is
 // d / 8, or 0 if only known at run time.
 template <Scalar kType, int kVectors>
-static void attend_as(const AttendJob& job) {
+static void attention_of(const AttentionJob& job) {
   const int64_t vectors = kVectors ? kVectors : job.d / 8;
   Lane8 query[32], sums[32];  // d is at most 256
   for (int64_t v = 0; v < vectors; ++v) {
@@ -112,19 +112,19 @@ static void attend_as(const AttendJob& job) {
 }
 
 template <Scalar kType>
-static void attend_with(const AttendJob& job) {
+static void attention_as(const AttentionJob& job) {
   switch (job.d) {
-    case 64: return attend_as<kType, 8>(job);
-    case 128: return attend_as<kType, 16>(job);
-    default: return attend_as<kType, 0>(job);
+    case 64: return attention_of<kType, 8>(job);
+    case 128: return attention_of<kType, 16>(job);
+    default: return attention_of<kType, 0>(job);
   }
 }
 
-static void attend(const AttendJob& job) {
+static void attention(const AttentionJob& job) {
   switch (job.cache_type) {
-    case kF16: return attend_with<kF16>(job);
-    case kBF16: return attend_with<kBF16>(job);
-    default: return attend_with<kF32>(job);
+    case kF16: return attention_as<kF16>(job);
+    case kBF16: return attention_as<kBF16>(job);
+    default: return attention_as<kF32>(job);
   }
 }
 

@@ -14,14 +14,14 @@ typedef uint16_t Uint8x16 __attribute__((vector_size(16)));
 
 template <int P>  // 0: any prefix
 DROP_INLINE void decode_span(const uint8_t* const* codes, int64_t stride, int64_t count,
-                             const float* const* tables, int64_t prefix, float scale, void* out,
+                             const float* const* entries, int64_t prefix, float scale, void* out,
                              Scalar type) {
   const int64_t planes = P ? P : prefix;
   for (int64_t j = 0; j < count; ++j) {
     Float8 total, entry;
-    memcpy(&total, tables[0] + codes[0][j * stride] * kGroup, 32);
+    memcpy(&total, entries[0] + codes[0][j * stride] * kGroup, 32);
     for (int64_t m = 1; m < planes; ++m) {
-      memcpy(&entry, tables[m] + codes[m][j * stride] * kGroup, 32);
+      memcpy(&entry, entries[m] + codes[m][j * stride] * kGroup, 32);
       total += entry;
     }
     total *= scale;
@@ -42,10 +42,10 @@ template <int P>
 static void decode_rows(const DecodeJob& job, int64_t first, int64_t last) {
   const int64_t size = job.out_type == kF32 ? 4 : 2;
   const int64_t stride = job.packed ? kStrip : 1;
-  const uint8_t* codes[kMostPlanes];
-  const float* tables[kMostPlanes];
+  const uint8_t* codes[kMaxPlanes];
+  const float* entries[kMaxPlanes];
   const int64_t planes = P ? P : job.prefix;
-  for (int64_t m = 0; m < planes; ++m) tables[m] = job.codebooks[m]->values();
+  for (int64_t m = 0; m < planes; ++m) entries[m] = job.codebooks[m]->values();
   for (int64_t start = first; start < last;) {
     const int64_t strip = start / kStrip;
     const int64_t stop = (strip + 1) * kStrip < last ? (strip + 1) * kStrip : last;
@@ -60,9 +60,9 @@ static void decode_rows(const DecodeJob& job, int64_t first, int64_t last) {
                     ((row - job.first_row) * job.out_stride + block * kBlock * kGroup) * size;
         // The type is a constant in each branch, so that the inner loop has none.
         if (job.out_type == kF32) {
-          decode_span<P>(codes, stride, count, tables, planes, scale, out, kF32);
+          decode_span<P>(codes, stride, count, entries, planes, scale, out, kF32);
         } else {
-          decode_span<P>(codes, stride, count, tables, planes, scale, out, kBF16);
+          decode_span<P>(codes, stride, count, entries, planes, scale, out, kBF16);
         }
       }
     }

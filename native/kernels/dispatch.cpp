@@ -1,8 +1,9 @@
-// The table of kernels and the C interface: what is the same for every instruction set.
+// The list of kernels and the C interface: what is the same for every instruction set.
 #include <atomic>
 #include <cmath>
 #include <cstring>
 
+#include "common/cpu_features.h"
 #include "product.h"
 
 namespace drop {
@@ -18,7 +19,7 @@ extern const Kernel portable_kernel, portable_u8_kernel;
 
 namespace {
 
-// Best first. Exact ("16-bit") tables come before 8-bit ones, which are only used when named.
+// Best first. Exact ("16-bit") LUTs come before 8-bit ones, which are only used when named.
 const Kernel* const kKernels[] = {
 #if defined(__x86_64__) || defined(_M_X64)
     &avx512vbmi_kernel,    &avx512bw_kernel, &avx2_kernel,
@@ -37,11 +38,11 @@ const Kernel* const kKernels[] = {
 };
 constexpr int kCount = sizeof kKernels / sizeof kKernels[0];
 
-thread_local Scratch rotated_scratch, table_scratch;
+thread_local Scratch rotated_scratch, lut_scratch;
 
 template <bool kPack>
-void copy_packed(uint8_t* codes, int64_t rows, int64_t groups, uint8_t* packed) {
-  const PlaneShape plane{rows, groups};
+void copy_packed(uint8_t* codes, int64_t d_out, int64_t groups, uint8_t* packed) {
+  const PlaneShape plane{d_out, groups};
   for (int64_t block = 0; block < plane.blocks(); ++block) {
     for (int64_t strip = 0; strip < plane.strips(); ++strip) {
       uint8_t* base = packed + plane.offset(block, strip);
@@ -51,8 +52,8 @@ void copy_packed(uint8_t* codes, int64_t rows, int64_t groups, uint8_t* packed) 
         uint8_t* from = codes + row * groups + block * kBlock;
         for (int64_t j = 0; j < plane.block_groups(block); ++j) {
           if (kPack) {
-            to[j * kStrip] = row < rows ? from[j] : 0;
-          } else if (row < rows) {
+            to[j * kStrip] = row < d_out ? from[j] : 0;
+          } else if (row < d_out) {
             from[j] = to[j * kStrip];
           }
         }
@@ -64,7 +65,7 @@ void copy_packed(uint8_t* codes, int64_t rows, int64_t groups, uint8_t* packed) 
 }  // namespace
 
 const Kernel* usable(int kernel) {
-  if (kernel < 0 || kernel >= kCount || !kKernels[kernel]->supported()) return nullptr;
+  if (kernel < 0 || kernel >= kCount || !runs_here(kKernels[kernel]->features)) return nullptr;
   return kKernels[kernel];
 }
 
@@ -72,7 +73,6 @@ const Kernel* usable(int kernel) {
 
 using namespace drop;
 
-int drop_kernels_version(void) { return 1; }
 int drop_kernel_count(void) { return kCount; }
 const char* drop_kernel_name(int kernel) {
   return kernel >= 0 && kernel < kCount ? kKernels[kernel]->name : nullptr;
@@ -81,16 +81,17 @@ const char* drop_kernel_summary(int kernel) {
   return kernel >= 0 && kernel < kCount ? kKernels[kernel]->summary : nullptr;
 }
 int drop_kernel_supported(int kernel) { return usable(kernel) != nullptr; }
-const char* drop_team_kind(void) { return team_kind(); }
 
-int64_t drop_packed_bytes(int64_t rows, int64_t groups) { return PlaneShape{rows, groups}.bytes(); }
-
-void drop_pack(const uint8_t* codes, int64_t rows, int64_t groups, uint8_t* packed) {
-  copy_packed<true>(const_cast<uint8_t*>(codes), rows, groups, packed);
+int64_t drop_packed_bytes(int64_t d_out, int64_t groups) {
+  return PlaneShape{d_out, groups}.bytes();
 }
 
-void drop_unpack(const uint8_t* packed, int64_t rows, int64_t groups, uint8_t* codes) {
-  copy_packed<false>(codes, rows, groups, const_cast<uint8_t*>(packed));
+void drop_pack(const uint8_t* codes, int64_t d_out, int64_t groups, uint8_t* packed) {
+  copy_packed<true>(const_cast<uint8_t*>(codes), d_out, groups, packed);
+}
+
+void drop_unpack(const uint8_t* packed, int64_t d_out, int64_t groups, uint8_t* codes) {
+  copy_packed<false>(codes, d_out, groups, const_cast<uint8_t*>(packed));
 }
 
 int64_t drop_codebook_bytes(int64_t entries) { return codebook_bytes(entries); }
@@ -104,11 +105,11 @@ void drop_prepare_codebook(const float* values, int64_t entries, void* prepared)
   header.scale = header.largest > 0 ? 32767.0f / header.largest : 1.0f;
   std::memcpy(prepared, &header, sizeof header);
   const Codebook* book = static_cast<const Codebook*>(prepared);
-  float* table = const_cast<float*>(book->values());
+  float* expanded = const_cast<float*>(book->values());
   for (int64_t k = 0; k < kEntries; ++k) {
     const float sign = k < entries ? 1.0f : -1.0f;
     for (int i = 0; i < kGroup; ++i) {
-      table[k * kGroup + i] = sign * values[k % entries * kGroup + i];
+      expanded[k * kGroup + i] = sign * values[k % entries * kGroup + i];
     }
   }
   int16_t* pairs = const_cast<int16_t*>(book->pairs());
@@ -126,102 +127,109 @@ void drop_prepare_codebook(const float* values, int64_t entries, void* prepared)
   std::memcpy(prepared, &header, sizeof header);
 }
 
-int64_t drop_table_bytes(int kernel, int64_t groups, int64_t prefix, int64_t entries) {
+int64_t drop_lut_bytes(int kernel, int64_t groups, int64_t prefix, int64_t entries) {
   if (kernel < 0 || kernel >= kCount) return -1;
-  return TableShape{groups, prefix, kKernels[kernel]->group_bytes(entries == kHalf)}.bytes();
+  return LutShape{groups, prefix, kKernels[kernel]->group_bytes(entries == kHalf)}.bytes();
 }
 
-int drop_rotate(int kernel, const void* x, int x_type, int64_t n, int64_t x_stride, int64_t d,
+int drop_rotate(int kernel, const void* x, int x_type, int64_t n, int64_t x_stride, int64_t d_in,
                 int64_t block, const float* signs, const float* odd, float* out, int threads) {
   const Kernel* chosen = usable(kernel);
   if (!chosen) return -1;
-  const RotateJob job{signs, d, block, odd};
+  const RotateJob job{signs, d_in, block, odd};
   const int64_t width = x_type == kF32 ? 4 : 2;
-  auto body = [&](const Member& member) {
+  auto body = [&](const Worker& worker) {
     thread_local Scratch mix;
-    const Range mine = share(n, member);
+    const Range mine = share(n, worker);
     for (int64_t i = mine.first; i < mine.last; ++i) {
       chosen->rotate(job, static_cast<const char*>(x) + i * x_stride * width,
-                     static_cast<Scalar>(x_type), out + i * d, mix.get<float>(d));
+                     static_cast<Scalar>(x_type), out + i * d_in, mix.get<float>(d_in));
     }
   };
-  on_team(n < threads ? static_cast<int>(n) : threads, body);
+  on_threads(n < threads ? static_cast<int>(n) : threads, body);
   return 0;
 }
 
-int drop_build(int kernel, const float* x, int64_t n, int64_t groups, int64_t prefix,
-               const void* const* codebooks, uint8_t* tables, int threads) {
+int drop_build_lut(int kernel, const float* x, int64_t n, int64_t groups, int64_t prefix,
+                   const void* const* codebooks, uint8_t* lut, int threads) {
   const Kernel* chosen = usable(kernel);
   if (!chosen) return -1;
   const auto* books = reinterpret_cast<const Codebook* const*>(codebooks);
-  const TableShape shape{groups, prefix, chosen->group_bytes(books[0]->entries == kHalf)};
-  const BuildJob job{x, groups * kGroup, books, shape, tables, nullptr};
+  const LutShape shape{groups, prefix, chosen->group_bytes(books[0]->entries == kHalf)};
+  const BuildLutJob job{x, groups * kGroup, books, shape, lut, nullptr};
   // The padding at the end is part of the value.
   const int64_t used = shape.steps_offset() + prefix * shape.blocks() * 4;
   for (int64_t i = 0; i < n; ++i) {
-    std::memset(tables + i * shape.bytes() + used, 0, static_cast<size_t>(shape.bytes() - used));
+    std::memset(lut + i * shape.bytes() + used, 0, static_cast<size_t>(shape.bytes() - used));
   }
-  auto body = [&](const Member& member) {
-    const Range mine = share(n * prefix * shape.blocks(), member);
-    chosen->build(job, mine.first, mine.last);
+  auto body = [&](const Worker& worker) {
+    const Range mine = share(n * prefix * shape.blocks(), worker);
+    chosen->build_lut(job, mine.first, mine.last);
   };
-  on_team(team_for(threads, n * prefix * groups * kHalf), body);
+  on_threads(threads_for(threads, n * prefix * groups * kHalf), body);
   return 0;
 }
 
-int drop_multiply(int kernel, const uint8_t* tables, int64_t n, int64_t groups, int64_t prefix,
+int drop_lut_gemv(int kernel, const uint8_t* lut, int64_t n, int64_t groups, int64_t prefix,
                   int64_t entries, const DropMatrix* matrices, int64_t count, void* out,
                   int out_type, int threads) {
   const Kernel* chosen = usable(kernel);
   if (!chosen) return -1;
-  const Products job{chosen,   tables, n,
-                     groups,   prefix, entries,
-                     matrices, count,  static_cast<char*>(out),
-                     n,        0,      static_cast<Scalar>(out_type),
-                     nullptr,  false};
-  auto body = [&](const Member& member) { multiply_share(job, member); };
-  on_team(team_for(threads, job.strips() * kStrip * groups * prefix * n), body);
+  Products job{};
+  job.kernel = chosen;
+  job.lut = lut;
+  job.n = n;
+  job.groups = groups;
+  job.prefix = prefix;
+  job.entries = entries;
+  job.matrices = matrices;
+  job.count = count;
+  job.out = static_cast<char*>(out);
+  job.out_rows = n;
+  job.out_type = static_cast<Scalar>(out_type);
+  auto body = [&](const Worker& worker) { gemv_share(job, worker); };
+  on_threads(threads_for(threads, job.strips() * kStrip * groups * prefix * n), body);
   return 0;
 }
 
-int drop_site(int kernel, const DropSite* site, const void* x, int x_type, int64_t n,
-              int64_t x_stride, void* out, int out_type, int threads) {
+int drop_input_group(int kernel, const DropInputGroup* input, const void* x, int x_type, int64_t n,
+                     int64_t x_stride, void* out, int out_type, int threads) {
   const Kernel* chosen = usable(kernel);
-  if (!chosen || site->magic != DROP_SITE_MAGIC) return -1;
+  if (!chosen || input->magic != DROP_INPUT_GROUP_MAGIC) return -1;
   const int64_t x_width = x_type == kF32 ? 4 : 2;
   const int64_t chunk = n < kRowsAtOnce ? n : kRowsAtOnce;
-  float* rotated = rotated_scratch.get<float>(chunk * site->d);
-  uint8_t* tables = table_scratch.get<uint8_t>(site_table_bytes(*chosen, *site, chunk));
-  auto body = [&](const Member& member) {
+  float* rotated = rotated_scratch.get<float>(chunk * input->d_in);
+  uint8_t* lut = lut_scratch.get<uint8_t>(input_group_lut_bytes(*chosen, *input, chunk));
+  auto body = [&](const Worker& worker) {
     for (int64_t first = 0; first < n; first += chunk) {
-      if (first) member.meet();  // the scratch memory is used again
+      if (first) worker.barrier();  // the scratch memory is used again
       Products products{};
       products.out = static_cast<char*>(out);
       products.out_rows = n;
       products.first_row = first;
       products.out_type = static_cast<Scalar>(out_type);
-      site_share({chosen, site, static_cast<const char*>(x) + first * x_stride * x_width,
-                  static_cast<Scalar>(x_type), n - first < chunk ? n - first : chunk, x_stride,
-                  rotated, tables},
-                 products, member);
+      input_group_share({chosen, input, static_cast<const char*>(x) + first * x_stride * x_width,
+                         static_cast<Scalar>(x_type), n - first < chunk ? n - first : chunk,
+                         x_stride, rotated, lut},
+                        products, worker);
     }
   };
   int64_t bytes = 0;
-  for (int64_t i = 0; i < site->count; ++i) {
-    bytes += PlaneShape{site->matrices[i].rows, site->d / kGroup}.bytes() * site->prefix * n;
+  for (int64_t i = 0; i < input->count; ++i) {
+    bytes += PlaneShape{input->matrices[i].d_out, input->d_in / kGroup}.bytes() * input->prefix * n;
   }
-  on_team(team_for(threads, bytes), body);
+  on_threads(threads_for(threads, bytes), body);
   return 0;
 }
 
-int drop_decode(int kernel, const uint8_t* const* planes, int packed, int64_t rows, int64_t groups,
+int drop_decode(int kernel, const uint8_t* const* planes, int packed, int64_t d_out, int64_t groups,
                 int64_t prefix, const void* const* codebooks, const void* scales, int scale_type,
                 int64_t first_row, int64_t last_row, void* out, int out_type, int threads) {
   const Kernel* chosen = usable(kernel);
-  if (!chosen || prefix > kMostPlanes) return -1;
+  if (!chosen || prefix > kMaxPlanes) return -1;
   const DecodeJob job{planes,
                       packed != 0,
-                      {rows, groups},
+                      {d_out, groups},
                       prefix,
                       reinterpret_cast<const Codebook* const*>(codebooks),
                       scales,
@@ -230,33 +238,33 @@ int drop_decode(int kernel, const uint8_t* const* planes, int packed, int64_t ro
                       static_cast<Scalar>(out_type),
                       first_row,
                       groups * kGroup};
-  auto body = [&](const Member& member) {
-    const Range mine = share(last_row - first_row, member);
+  auto body = [&](const Worker& worker) {
+    const Range mine = share(last_row - first_row, worker);
     chosen->decode(job, first_row + mine.first, first_row + mine.last);
   };
-  on_team(team_for(threads, (last_row - first_row) * groups), body);
+  on_threads(threads_for(threads, (last_row - first_row) * groups), body);
   return 0;
 }
 
-int drop_rows(int kernel, const int8_t* rows, int64_t count, int64_t d, const void* scales,
-              int scale_type, const void* x, int x_type, int64_t n, void* out, int out_type,
-              int threads) {
+int drop_int8_rows(int kernel, const int8_t* rows, int64_t d_out, int64_t d_in, const void* scales,
+                   int scale_type, const void* x, int x_type, int64_t n, void* out, int out_type,
+                   int threads) {
   const Kernel* chosen = usable(kernel);
   if (!chosen) return -1;
-  int16_t* rounded = table_scratch.get<int16_t>(n * d);
+  int16_t* rounded = lut_scratch.get<int16_t>(n * d_in);
   float* steps = rotated_scratch.get<float>(n);
   const int64_t width = x_type == kF32 ? 4 : 2;
   for (int64_t i = 0; i < n; ++i) {
-    steps[i] = chosen->quantize_row(static_cast<const char*>(x) + i * d * width,
-                                    static_cast<Scalar>(x_type), d, rounded + i * d);
+    steps[i] = chosen->quantize_row(static_cast<const char*>(x) + i * d_in * width,
+                                    static_cast<Scalar>(x_type), d_in, rounded + i * d_in);
   }
-  const RowsJob job{rows,  d, scales, static_cast<Scalar>(scale_type), rounded,
-                    steps, n, out,    static_cast<Scalar>(out_type),   count};
-  auto body = [&](const Member& member) {
-    const Range mine = share((count + 3) / 4, member);
-    chosen->rows(job, mine.first * 4, mine.last * 4 < count ? mine.last * 4 : count);
+  const Int8RowsJob job{rows,  d_in, scales, static_cast<Scalar>(scale_type), rounded,
+                        steps, n,    out,    static_cast<Scalar>(out_type),   d_out};
+  auto body = [&](const Worker& worker) {
+    const Range mine = share((d_out + 3) / 4, worker);
+    chosen->int8_rows(job, mine.first * 4, mine.last * 4 < d_out ? mine.last * 4 : d_out);
   };
-  on_team(team_for(threads, count * d), body);
+  on_threads(threads_for(threads, d_out * d_in), body);
   return 0;
 }
 
@@ -264,10 +272,10 @@ uint64_t drop_stream_read(int kernel, const uint8_t* data, int64_t bytes, int th
   const Kernel* chosen = usable(kernel);
   if (!chosen) return 0;
   std::atomic<uint64_t> total{0};
-  auto body = [&](const Member& member) {
-    const Range mine = share(bytes / 4096, member);
+  auto body = [&](const Worker& worker) {
+    const Range mine = share(bytes / 4096, worker);
     total += chosen->stream(data + mine.first * 4096, (mine.last - mine.first) * 4096);
   };
-  on_team(threads, body);
+  on_threads(threads, body);
   return total;
 }

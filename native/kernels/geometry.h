@@ -1,10 +1,10 @@
 // Packed codes: one layout for every instruction set.
 //
-// A plane is the matrix of codes of one codebook, uint8 [rows, groups]. Canonically it is row
+// A plane is the matrix of codes of one codebook, uint8 [d_out, G]. Canonically it is row
 // major. Packed, it is ordered so that a vector register holds the same group of many rows, and so
 // that one pass over the plane is one sequential read:
 //
-//     for block b of kBlock groups         (its tables take a third of the first cache)
+//     for block b of kBlock groups         (its LUT takes a third of the first cache)
 //       for strip s of kStrip rows
 //         for group j of the block: 64 bytes, one code each of the strip's rows
 //
@@ -16,31 +16,29 @@
 // side. That matters: a core follows four streams at 90 % of its best read rate while computing,
 // one stream at 60 to 75 % (hardware prefetchers work page by page and start anew at each).
 //
-// A block is also the span over which table entries are summed as integers before the sum is
-// scaled and added in float32 (table.h).
+// A block is also the span over which LUT entries are summed as integers before the sum is
+// scaled and added in float32 (lut.h).
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
+
+#include "common/constants.h"
 
 namespace drop {
 
-constexpr int kGroup = 8;            // weights per code
-constexpr int kEntries = 256;        // entries of a codebook
-constexpr int kHalf = kEntries / 2;  // stored entries of a sign-symmetric one
-constexpr int kMostPlanes = 64;
-constexpr int64_t kStrip = 64;      // rows per strip
-constexpr int64_t kTileStrips = 4;  // most strips per tile
-constexpr int64_t kBlock = 64;      // groups per block
+constexpr int kMaxPlanes = 64;      // largest P that can be decoded
+constexpr int64_t kStrip = 64;      // rows of a strip
+constexpr int64_t kTileStrips = 4;  // most strips of a tile
+constexpr int64_t kBlock = 64;      // groups of a block
 
 static inline int64_t round_up(int64_t value, int64_t step) {
   return (value + step - 1) / step * step;
 }
 
 struct PlaneShape {
-  int64_t rows, groups;
+  int64_t d_out, groups;
 
-  int64_t padded_rows() const { return round_up(rows, kStrip); }
+  int64_t padded_rows() const { return round_up(d_out, kStrip); }
   int64_t strips() const { return padded_rows() / kStrip; }
   int64_t blocks() const { return (groups + kBlock - 1) / kBlock; }
   int64_t bytes() const { return padded_rows() * groups; }

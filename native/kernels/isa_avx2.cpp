@@ -1,15 +1,15 @@
 // AVX2: no instruction looks up more than 16 bytes, so 128 entries take a ladder of 8 VPSHUFB.
 //
 // VPSHUFB gives 0 where the top bit of an index is set. With x in 0..127, x - 16 i is negative
-// exactly while row i of the table lies above x; so with differences D_0 = T_0 and
+// exactly while row i of the LUT lies above x; so with differences D_0 = T_0 and
 // D_i = T_i xor T_(i-1), the xor over i of shuffle(D_i, x - 16 i) telescopes to T_(x / 16)[x % 16].
-// Three operations a row of the table and no blends (which cost two or three each on Intel).
-// The tables are stored as these differences. Digits and accumulators are as in
-// isa_avx512vbmi.cpp; 16-bit tables share the eight indices between the two digits.
+// Three operations a row of the LUT and no blends (which cost two or three each on Intel).
+// The LUT is stored as these differences. Digits and accumulators are as in
+// isa_avx512vbmi.cpp; 16-bit LUTs share the eight indices between the two digits.
 #define DROP_ISA avx2
 #include "x86.h"
-// (x86.h first: tables.h uses what it declares.)
-#include "tables.h"
+// (x86.h first: lut.h uses what it declares.)
+#include "lut.h"
 
 namespace drop {
 namespace avx2 {
@@ -51,43 +51,43 @@ DROP_INLINE __m256i widen(__m256i lanes) {
 // all indices at once and regroup the sums, and keep what does not fit on the stack.
 DROP_INLINE void pin(__m256i& value) { asm("" : "+x"(value)); }
 
-// 32 indices 0..127 -> 32 bytes of each of kTables tables, which lie `apart` bytes apart.
-template <int kTables>
-DROP_INLINE void ladder(const uint8_t* table, int64_t apart, __m256i index, __m256i* out) {
+// 32 indices 0..127 -> 32 bytes of each of kLuts LUTs, which lie `apart` bytes apart.
+template <int kLuts>
+DROP_INLINE void ladder(const uint8_t* lut, int64_t apart, __m256i index, __m256i* out) {
   const __m256i sixteen = _mm256_set1_epi8(16);
   DROP_UNROLL
-  for (int t = 0; t < kTables; ++t) {
-    out[t] = _mm256_shuffle_epi8(load_row(table + t * apart), index);
+  for (int t = 0; t < kLuts; ++t) {
+    out[t] = _mm256_shuffle_epi8(load_row(lut + t * apart), index);
   }
   DROP_UNROLL
   for (int row = 1; row < 8; ++row) {
     index = _mm256_sub_epi8(index, sixteen);
     pin(index);
     DROP_UNROLL
-    for (int t = 0; t < kTables; ++t) {
+    for (int t = 0; t < kLuts; ++t) {
       out[t] = _mm256_xor_si256(out[t],
-                                _mm256_shuffle_epi8(load_row(table + t * apart + row * 16), index));
+                                _mm256_shuffle_epi8(load_row(lut + t * apart + row * 16), index));
       pin(out[t]);
     }
   }
 }
 
-// 32 codes -> 32 bytes of each digit's table; `top` is V of one digit.
-template <bool kSymmetric, int kTables>
-DROP_INLINE void look_up(const uint8_t* table, __m256i codes, __m256i top, __m256i* out) {
+// 32 codes -> 32 bytes of each digit's LUT; `top` is V of one digit.
+template <bool kSymmetric, int kLuts>
+DROP_INLINE void look_up(const uint8_t* lut, __m256i codes, __m256i top, __m256i* out) {
   constexpr int64_t kApart = kSymmetric ? kHalf : kEntries;
   const __m256i index = _mm256_and_si256(codes, _mm256_set1_epi8(127));
   const __m256i high = _mm256_cmpgt_epi8(_mm256_setzero_si256(), codes);
-  ladder<kTables>(table, kApart, index, out);
+  ladder<kLuts>(lut, kApart, index, out);
   if (kSymmetric) {
     const __m256i flip = _mm256_and_si256(high, top);
     DROP_UNROLL
-    for (int t = 0; t < kTables; ++t) out[t] = _mm256_xor_si256(out[t], flip);
+    for (int t = 0; t < kLuts; ++t) out[t] = _mm256_xor_si256(out[t], flip);
   } else {
-    __m256i upper[kTables];
-    ladder<kTables>(table + kHalf, kApart, index, upper);
+    __m256i upper[kLuts];
+    ladder<kLuts>(lut + kHalf, kApart, index, upper);
     DROP_UNROLL
-    for (int t = 0; t < kTables; ++t) out[t] = _mm256_blendv_epi8(out[t], upper[t], high);
+    for (int t = 0; t < kLuts; ++t) out[t] = _mm256_blendv_epi8(out[t], upper[t], high);
   }
 }
 
@@ -130,7 +130,7 @@ struct Ladder {
                                        _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
 
-  static void group_table(const int16_t* x, const Codebook& codebook, uint8_t* out) {
+  static void group_lut(const int16_t* x, const Codebook& codebook, uint8_t* out) {
     const __m256i pairs[4] = {broadcast_pair(x), broadcast_pair(x + 2), broadcast_pair(x + 4),
                               broadcast_pair(x + 6)};
     const __m256i start = _mm256_set1_epi32(1 << 30), digit = _mm256_set1_epi16(127);
@@ -154,10 +154,10 @@ struct Ladder {
       }
     }
     // Rows -> differences, one ladder of 8 rows at a time, from its last row down.
-    for (uint8_t* table = out; table < out + codebook.entries * kDigits; table += kHalf) {
+    for (uint8_t* lut = out; lut < out + codebook.entries * kDigits; lut += kHalf) {
       DROP_UNROLL
       for (int row = 7; row > 0; --row) {
-        __m128i* here = reinterpret_cast<__m128i*>(table + row * 16);
+        __m128i* here = reinterpret_cast<__m128i*>(lut + row * 16);
         _mm_storeu_si128(here, _mm_xor_si128(_mm_loadu_si128(here), _mm_loadu_si128(here - 1)));
       }
     }
@@ -176,12 +176,12 @@ struct Ladder {
   // A strip is two registers. Digits of two groups are added as bytes first; whole bytes cannot.
   template <bool kSymmetric, int kStrips>
   static void narrow(const Tile& tile) {
-    constexpr int64_t kTable = kGroupBytes[kSymmetric ? 0 : 1];
+    constexpr int64_t kLut = kGroupBytes[kSymmetric ? 0 : 1];
     constexpr int kParts = 2 * kStrips;
     const __m256i top = _mm256_set1_epi8(kDigits == 2 ? 127 : -1);
     const int64_t count = tile.count, apart = count * kStrip;
     const uint8_t* codes = tile.codes;
-    const uint8_t* tables = tile.tables;
+    const uint8_t* lut = tile.lut;
     Sums totals[kParts][kDigits];
     DROP_UNROLL
     for (int h = 0; h < kParts; ++h) {
@@ -190,28 +190,28 @@ struct Ladder {
     }
     int64_t j = 0;
     if (kDigits == 2) {
-      for (; j + 2 <= count; j += 2, codes += 2 * kStrip, tables += 2 * kTable) {
+      for (; j + 2 <= count; j += 2, codes += 2 * kStrip, lut += 2 * kLut) {
         const uint8_t* soon = ahead<kAhead>(tile, j);
         DROP_UNROLL
         for (int h = 0; h < kParts; ++h) {
           const int64_t at = h / 2 * apart + h % 2 * 32;
           __m256i a[kDigits], b[kDigits];
           _mm_prefetch(soon + h / 2 * apart + h % 2 * kStrip, _MM_HINT_T0);
-          look_up<kSymmetric, kDigits>(tables, load(codes + at), top, a);
-          look_up<kSymmetric, kDigits>(tables + kTable, load(codes + at + kStrip), top, b);
+          look_up<kSymmetric, kDigits>(lut, load(codes + at), top, a);
+          look_up<kSymmetric, kDigits>(lut + kLut, load(codes + at + kStrip), top, b);
           DROP_UNROLL
           for (int d = 0; d < kDigits; ++d) totals[h][d].add(_mm256_add_epi8(a[d], b[d]));
         }
       }
     }
-    for (; j < count; ++j, codes += kStrip, tables += kTable) {
+    for (; j < count; ++j, codes += kStrip, lut += kLut) {
       const uint8_t* soon = ahead<kAhead>(tile, j);
       DROP_UNROLL
       for (int h = 0; h < kParts; ++h) {
         const int64_t at = h / 2 * apart + h % 2 * 32;
         __m256i a[kDigits];
         if (h % 2 == 0) _mm_prefetch(soon + h / 2 * apart, _MM_HINT_T0);
-        look_up<kSymmetric, kDigits>(tables, load(codes + at), top, a);
+        look_up<kSymmetric, kDigits>(lut, load(codes + at), top, a);
         DROP_UNROLL
         for (int d = 0; d < kDigits; ++d) totals[h][d].add(a[d]);
       }
@@ -238,12 +238,10 @@ struct Ladder {
 
 }  // namespace avx2
 
-static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-
 extern const Kernel avx2_kernel;
 extern const Kernel avx2_u8_kernel;
 constexpr Kernel avx2_kernel =
-    avx2::make_kernel<avx2::Tiled<avx2::Ladder<2>>>("avx2", "AVX2, 14-bit tables", has_avx2);
+    avx2::make_kernel<avx2::Tiled<avx2::Ladder<2>>>("avx2", "AVX2, 14-bit tables");
 constexpr Kernel avx2_u8_kernel =
-    avx2::make_kernel<avx2::Tiled<avx2::Ladder<1>>>("avx2-u8", "AVX2, 8-bit tables", has_avx2);
+    avx2::make_kernel<avx2::Tiled<avx2::Ladder<1>>>("avx2-u8", "AVX2, 8-bit tables");
 }  // namespace drop

@@ -1,13 +1,13 @@
 // AVX-512BW: VPERMI2W looks 32 codes up in 64 words; two of them and a blend cover 128 entries.
 //
-// Tables are 16-bit words. It ignores all but the low 6 bits of an index word, so the even and the
-// odd bytes of 64 codes are looked up in place: as they are, and shifted by 8. Four entries of 14
-// bits fit in an unsigned word; then the sums move on to 32 bits. 8-bit tables would save nothing
-// here, so there are none.
+// Entries are 16-bit words. VPERMI2W ignores all but the low 6 bits of an index word, so the even
+// and the odd bytes of 64 codes are looked up in place: as they are, and shifted by 8. Four entries
+// of 14 bits fit in an unsigned word; then the sums move on to 32 bits. 8-bit entries would save
+// nothing here, so there are none.
 #define DROP_ISA avx512bw
 #include "x86.h"
-// (x86.h first: tables.h uses what it declares.)
-#include "tables.h"
+// (x86.h first: lut.h uses what it declares.)
+#include "lut.h"
 
 namespace drop {
 namespace avx512bw {
@@ -28,15 +28,15 @@ DROP_INLINE __m512i dots(const __m512i* x, const Codebook& codebook, int k, __m5
 
 // 32 index words -> 32 words; bit 6 of a code picks the half, bit 7 is the sign.
 template <bool kSymmetric>
-DROP_INLINE __m512i look_up(const uint8_t* table, __m512i index, __mmask32 bit6, __mmask32 bit7,
+DROP_INLINE __m512i look_up(const uint8_t* lut, __m512i index, __mmask32 bit6, __mmask32 bit7,
                             __m512i top) {
-  const __m512i first = _mm512_mask_blend_epi16(
-      bit6, _mm512_permutex2var_epi16(load(table), index, load(table + 64)),
-      _mm512_permutex2var_epi16(load(table + 128), index, load(table + 192)));
+  const __m512i first =
+      _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(load(lut), index, load(lut + 64)),
+                              _mm512_permutex2var_epi16(load(lut + 128), index, load(lut + 192)));
   if (kSymmetric) return _mm512_mask_sub_epi16(first, bit7, top, first);
   const __m512i second = _mm512_mask_blend_epi16(
-      bit6, _mm512_permutex2var_epi16(load(table + 256), index, load(table + 320)),
-      _mm512_permutex2var_epi16(load(table + 384), index, load(table + 448)));
+      bit6, _mm512_permutex2var_epi16(load(lut + 256), index, load(lut + 320)),
+      _mm512_permutex2var_epi16(load(lut + 384), index, load(lut + 448)));
   return _mm512_mask_blend_epi16(bit7, first, second);
 }
 
@@ -55,7 +55,7 @@ struct Words {
     return _mm512_reduce_max_epi32(most);
   }
 
-  static void group_table(const int16_t* x, const Codebook& codebook, uint8_t* out) {
+  static void group_lut(const int16_t* x, const Codebook& codebook, uint8_t* out) {
     const __m512i pairs[4] = {broadcast_pair(x), broadcast_pair(x + 2), broadcast_pair(x + 4),
                               broadcast_pair(x + 6)};
     const __m512i start = _mm512_set1_epi32(1 << 30);
@@ -77,14 +77,14 @@ struct Words {
 
   template <bool kSymmetric, int kStrips>
   static void narrow(const Tile& tile) {
-    constexpr int64_t kTable = kGroupBytes[kSymmetric ? 0 : 1];
+    constexpr int64_t kLut = kGroupBytes[kSymmetric ? 0 : 1];
     const __m512i top = _mm512_set1_epi16((1 << kBits) - 1);
     const __m512i low_word = _mm512_set1_epi32(0xffff);
     const __m512i even6 = _mm512_set1_epi16(0x40), even7 = _mm512_set1_epi16(0x80);
     const __m512i odd6 = _mm512_set1_epi16(0x4000), zero = _mm512_setzero_si512();
     const int64_t count = tile.count, apart = count * kStrip;
     const uint8_t* codes = tile.codes;
-    const uint8_t* tables = tile.tables;
+    const uint8_t* lut = tile.lut;
     __m512i totals[kStrips][2][2];  // [strip][even or odd code][even or odd word]
     DROP_UNROLL
     for (int s = 0; s < kStrips; ++s) {
@@ -95,17 +95,17 @@ struct Words {
       __m512i words[kStrips][2];
       DROP_UNROLL
       for (int s = 0; s < kStrips; ++s) words[s][0] = words[s][1] = zero;
-      for (; j < stop; ++j, codes += kStrip, tables += kTable) {
+      for (; j < stop; ++j, codes += kStrip, lut += kLut) {
         const uint8_t* soon = ahead<kAhead>(tile, j);
         DROP_UNROLL
         for (int s = 0; s < kStrips; ++s) {
           const __m512i x = load(codes + s * apart), y = _mm512_srli_epi16(x, 8);
           _mm_prefetch(soon + s * apart, _MM_HINT_T0);
           words[s][0] = _mm512_add_epi16(
-              words[s][0], look_up<kSymmetric>(tables, x, _mm512_test_epi16_mask(x, even6),
+              words[s][0], look_up<kSymmetric>(lut, x, _mm512_test_epi16_mask(x, even6),
                                                _mm512_test_epi16_mask(x, even7), top));
           words[s][1] = _mm512_add_epi16(
-              words[s][1], look_up<kSymmetric>(tables, y, _mm512_test_epi16_mask(x, odd6),
+              words[s][1], look_up<kSymmetric>(lut, y, _mm512_test_epi16_mask(x, odd6),
                                                _mm512_movepi16_mask(x), top));
         }
       }
@@ -144,12 +144,7 @@ struct Words {
 
 }  // namespace avx512bw
 
-static bool has_avx512bw() {
-  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
-}
-
 extern const Kernel avx512bw_kernel;
-constexpr Kernel avx512bw_kernel = avx512bw::make_kernel<avx512bw::Tiled<avx512bw::Words>>(
-    "avx512bw", "AVX-512BW, 14-bit tables", has_avx512bw);
+constexpr Kernel avx512bw_kernel =
+    avx512bw::make_kernel<avx512bw::Tiled<avx512bw::Words>>("avx512bw", "AVX-512BW, 14-bit tables");
 }  // namespace drop

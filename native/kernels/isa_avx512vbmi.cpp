@@ -1,19 +1,19 @@
-// AVX-512 VBMI: VPERMI2B looks 64 codes up in 128 bytes of table at once.
+// AVX-512 VBMI: VPERMI2B looks 64 codes up in 128 bytes at once.
 //
-// A 16-bit table is two byte tables of base-128 digits (low, high), 128 entries each: four
+// A 16-bit LUT is two byte LUTs of base-128 digits (low, high), 128 entries each: four
 // registers a group. Digits of two groups add up inside a byte (127 + 127), so the accumulators
 // cost two adds and a shift for two groups: all bytes as 16-bit lanes, and the odd bytes alone;
 // the even sums are their difference at the end. Per 64 codes: 2 look-ups, 2 sign subtractions,
-// 1 mask, 4 accumulator operations; 13 micro-operations, no table shuffles beside the look-ups.
+// 1 mask, 4 accumulator operations; 13 micro-operations, no shuffles beside the look-ups.
 #define DROP_ISA avx512vbmi
 #include "x86.h"
-// (x86.h first: tables.h uses what it declares.)
-#include "tables.h"
+// (x86.h first: lut.h uses what it declares.)
+#include "lut.h"
 
 namespace drop {
 namespace avx512vbmi {
 
-// Groups ahead of the arithmetic for which codes are asked; the arithmetic alone leaves too few
+// Groups ahead of the arithmetic whose codes are prefetched; the arithmetic alone leaves too few
 // loads under way. Measured on a Zen 5, four streams: 24 is 5 % slower than 40, 64 a tenth.
 constexpr int64_t kAhead = 40;
 
@@ -43,13 +43,13 @@ DROP_INLINE void add_scaled(float* sums, __m512i totals, int32_t offset, float h
   _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), scaled));
 }
 
-// 64 codes -> 64 table bytes. Sign-symmetric: `top` is V, table 128 bytes; else table 256 bytes.
+// 64 codes -> 64 bytes of the LUT, which has 128 bytes if sign-symmetric (`top` is V), else 256.
 template <bool kSymmetric>
-DROP_INLINE __m512i look_up(const uint8_t* table, __m512i codes, __mmask64 high, __m512i top) {
-  const __m512i first = _mm512_permutex2var_epi8(load(table), codes, load(table + 64));
+DROP_INLINE __m512i look_up(const uint8_t* lut, __m512i codes, __mmask64 high, __m512i top) {
+  const __m512i first = _mm512_permutex2var_epi8(load(lut), codes, load(lut + 64));
   if (kSymmetric) return _mm512_mask_sub_epi8(first, high, top, first);
-  return _mm512_mask_blend_epi8(
-      high, first, _mm512_permutex2var_epi8(load(table + 128), codes, load(table + 192)));
+  return _mm512_mask_blend_epi8(high, first,
+                                _mm512_permutex2var_epi8(load(lut + 128), codes, load(lut + 192)));
 }
 
 DROP_INLINE __m512i broadcast_pair(const int16_t* x) { return _mm512_set1_epi32(pair_at(x)); }
@@ -63,7 +63,7 @@ DROP_INLINE __m512i dots(const __m512i* x, const Codebook& codebook, int64_t k, 
   return start;
 }
 
-struct Build {
+struct LutBuilder {
   static int32_t group_max(const int16_t* x, const Codebook& codebook) {
     const __m512i pairs[4] = {broadcast_pair(x), broadcast_pair(x + 2), broadcast_pair(x + 4),
                               broadcast_pair(x + 6)};
@@ -93,11 +93,11 @@ struct Build {
   }
 };
 
-struct Digits : Build {
+struct Digits : LutBuilder {
   static constexpr int kBits = kBits16;
   static constexpr int64_t kGroupBytes[2] = {kHalf * 2, kEntries * 2};
 
-  static void group_table(const int16_t* x, const Codebook& codebook, uint8_t* out) {
+  static void group_lut(const int16_t* x, const Codebook& codebook, uint8_t* out) {
     const __m512i pairs[4] = {broadcast_pair(x), broadcast_pair(x + 2), broadcast_pair(x + 4),
                               broadcast_pair(x + 6)};
     for (int64_t k = 0; k < codebook.entries; k += 64) {
@@ -112,16 +112,16 @@ struct Digits : Build {
 
   template <bool kSymmetric, int kStrips>
   static void tile(const Tile& tile) {
-    constexpr int64_t kTable = kGroupBytes[kSymmetric ? 0 : 1];
+    constexpr int64_t kLut = kGroupBytes[kSymmetric ? 0 : 1];
     const __m512i top = _mm512_set1_epi8(127);
     const int64_t count = tile.count, apart = count * kStrip;
     const uint8_t* codes = tile.codes;
-    const uint8_t* tables = tile.tables;
+    const uint8_t* lut = tile.lut;
     Sums low[kStrips], high[kStrips];
     DROP_UNROLL
     for (int s = 0; s < kStrips; ++s) low[s] = high[s] = Sums::zero();
     int64_t j = 0;
-    for (; j + 2 <= count; j += 2, codes += 2 * kStrip, tables += 2 * kTable) {
+    for (; j + 2 <= count; j += 2, codes += 2 * kStrip, lut += 2 * kLut) {
       const uint8_t* soon = ahead<kAhead>(tile, j);
       DROP_UNROLL
       for (int s = 0; s < kStrips; ++s) {
@@ -129,11 +129,10 @@ struct Digits : Build {
         _mm_prefetch(soon + s * apart, _MM_HINT_T0);
         _mm_prefetch(soon + s * apart + kStrip, _MM_HINT_T0);
         const __mmask64 x_high = _mm512_movepi8_mask(x), y_high = _mm512_movepi8_mask(y);
-        low[s].add(_mm512_add_epi8(look_up<kSymmetric>(tables, x, x_high, top),
-                                   look_up<kSymmetric>(tables + kTable, y, y_high, top)));
-        high[s].add(
-            _mm512_add_epi8(look_up<kSymmetric>(tables + kTable / 2, x, x_high, top),
-                            look_up<kSymmetric>(tables + kTable + kTable / 2, y, y_high, top)));
+        low[s].add(_mm512_add_epi8(look_up<kSymmetric>(lut, x, x_high, top),
+                                   look_up<kSymmetric>(lut + kLut, y, y_high, top)));
+        high[s].add(_mm512_add_epi8(look_up<kSymmetric>(lut + kLut / 2, x, x_high, top),
+                                    look_up<kSymmetric>(lut + kLut + kLut / 2, y, y_high, top)));
       }
     }
     if (j < count) {
@@ -141,8 +140,8 @@ struct Digits : Build {
       for (int s = 0; s < kStrips; ++s) {
         const __m512i x = load(codes + s * apart);
         const __mmask64 x_high = _mm512_movepi8_mask(x);
-        low[s].add(look_up<kSymmetric>(tables, x, x_high, top));
-        high[s].add(look_up<kSymmetric>(tables + kTable / 2, x, x_high, top));
+        low[s].add(look_up<kSymmetric>(lut, x, x_high, top));
+        high[s].add(look_up<kSymmetric>(lut + kLut / 2, x, x_high, top));
       }
     }
     const int32_t offset = static_cast<int32_t>(count) * ((1 << kBits) - 1);
@@ -164,11 +163,11 @@ struct Digits : Build {
   }
 };
 
-struct Bytes : Build {
+struct Bytes : LutBuilder {
   static constexpr int kBits = kBits8;
   static constexpr int64_t kGroupBytes[2] = {kHalf, kEntries};
 
-  static void group_table(const int16_t* x, const Codebook& codebook, uint8_t* out) {
+  static void group_lut(const int16_t* x, const Codebook& codebook, uint8_t* out) {
     const __m512i pairs[4] = {broadcast_pair(x), broadcast_pair(x + 2), broadcast_pair(x + 4),
                               broadcast_pair(x + 6)};
     for (int64_t k = 0; k < codebook.entries; k += 64) {
@@ -183,21 +182,21 @@ struct Bytes : Build {
 
   template <bool kSymmetric, int kStrips>
   static void tile(const Tile& tile) {
-    constexpr int64_t kTable = kGroupBytes[kSymmetric ? 0 : 1];
+    constexpr int64_t kLut = kGroupBytes[kSymmetric ? 0 : 1];
     const __m512i top = _mm512_set1_epi8(-1);
     const int64_t count = tile.count, apart = count * kStrip;
     const uint8_t* codes = tile.codes;
-    const uint8_t* tables = tile.tables;
+    const uint8_t* lut = tile.lut;
     Sums total[kStrips];
     DROP_UNROLL
     for (int s = 0; s < kStrips; ++s) total[s] = Sums::zero();
-    for (int64_t j = 0; j < count; ++j, codes += kStrip, tables += kTable) {
+    for (int64_t j = 0; j < count; ++j, codes += kStrip, lut += kLut) {
       const uint8_t* soon = ahead<kAhead>(tile, j);
       DROP_UNROLL
       for (int s = 0; s < kStrips; ++s) {
         const __m512i x = load(codes + s * apart);
         _mm_prefetch(soon + s * apart, _MM_HINT_T0);
-        total[s].add(look_up<kSymmetric>(tables, x, _mm512_movepi8_mask(x), top));
+        total[s].add(look_up<kSymmetric>(lut, x, _mm512_movepi8_mask(x), top));
       }
     }
     const int32_t offset = static_cast<int32_t>(count) * ((1 << kBits) - 1);
@@ -218,18 +217,11 @@ struct Bytes : Build {
 }  // namespace drop
 
 namespace drop {
-static bool has_avx512vbmi() {
-  return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
-}
-
 extern const Kernel avx512vbmi_kernel;
 extern const Kernel avx512vbmi_u8_kernel;
 constexpr Kernel avx512vbmi_kernel = avx512vbmi::make_kernel<avx512vbmi::Tiled<avx512vbmi::Digits>>(
-    "avx512vbmi", "AVX-512 VBMI + VNNI, 14-bit tables", has_avx512vbmi);
+    "avx512vbmi", "AVX-512 VBMI + VNNI, 14-bit tables");
 constexpr Kernel avx512vbmi_u8_kernel =
     avx512vbmi::make_kernel<avx512vbmi::Tiled<avx512vbmi::Bytes>>(
-        "avx512vbmi-u8", "AVX-512 VBMI + VNNI, 8-bit tables", has_avx512vbmi);
+        "avx512vbmi-u8", "AVX-512 VBMI + VNNI, 8-bit tables");
 }  // namespace drop

@@ -25,7 +25,7 @@ DROP_INLINE void squared_norms(const int16_t* x, int64_t count, int32_t* norms) 
 }  // namespace neon
 }  // namespace drop
 
-#include "tables.h"
+#include "lut.h"
 
 namespace drop {
 namespace neon {
@@ -50,19 +50,19 @@ DROP_INLINE void add_scaled(float* sums, uint32x4_t totals, int32_t offset, floa
   vst1q_f32(sums, vaddq_f32(vld1q_f32(sums), vmulq_n_f32(vcvtq_f32_s32(twice), half_step)));
 }
 
-DROP_INLINE uint8x16_t look_up_half(const uint8_t* table, uint8x16_t index) {
-  const uint8x16_t low = vqtbl4q_u8(vld1q_u8_x4(table), index);
-  return vqtbx4q_u8(low, vld1q_u8_x4(table + 64), vsubq_u8(index, vdupq_n_u8(64)));
+DROP_INLINE uint8x16_t look_up_half(const uint8_t* lut, uint8x16_t index) {
+  const uint8x16_t low = vqtbl4q_u8(vld1q_u8_x4(lut), index);
+  return vqtbx4q_u8(low, vld1q_u8_x4(lut + 64), vsubq_u8(index, vdupq_n_u8(64)));
 }
 
-// 16 codes -> 16 table bytes.
+// 16 codes -> 16 bytes of the LUT.
 template <bool kSymmetric>
-DROP_INLINE uint8x16_t look_up(const uint8_t* table, uint8x16_t codes, uint8x16_t top) {
+DROP_INLINE uint8x16_t look_up(const uint8_t* lut, uint8x16_t codes, uint8x16_t top) {
   const uint8x16_t index = vandq_u8(codes, vdupq_n_u8(127));
   const uint8x16_t high = vreinterpretq_u8_s8(vshrq_n_s8(vreinterpretq_s8_u8(codes), 7));
-  const uint8x16_t first = look_up_half(table, index);
+  const uint8x16_t first = look_up_half(lut, index);
   if (kSymmetric) return veorq_u8(first, vandq_u8(high, top));
-  return vbslq_u8(high, look_up_half(table + kHalf, index), first);
+  return vbslq_u8(high, look_up_half(lut + kHalf, index), first);
 }
 
 // Dot products of one group with 8 entries from entry k, plus `start`.
@@ -93,7 +93,7 @@ struct Lookup {
     return vmaxvq_s32(most);
   }
 
-  static void group_table(const int16_t* x, const Codebook& codebook, uint8_t* out) {
+  static void group_lut(const int16_t* x, const Codebook& codebook, uint8_t* out) {
     for (int k = 0; k < codebook.entries; k += 8) {
       const int32x4x2_t sum = dots(x, codebook, k, 1 << 30);
       const uint16x8_t words =
@@ -116,24 +116,24 @@ struct Lookup {
   // One strip is four registers.
   template <bool kSymmetric>
   static void strip(const Tile& tile) {
-    constexpr int64_t kTable = kGroupBytes[kSymmetric ? 0 : 1];
-    constexpr int64_t kApart = kTable / kDigits;
+    constexpr int64_t kLut = kGroupBytes[kSymmetric ? 0 : 1];
+    constexpr int64_t kApart = kLut / kDigits;
     const uint8x16_t top = vdupq_n_u8(kDigits == 2 ? 127 : 255);
     const uint8_t* codes = tile.codes;
-    const uint8_t* tables = tile.tables;
+    const uint8_t* lut = tile.lut;
     Sums totals[4][kDigits];
     DROP_UNROLL
     for (int q = 0; q < 4; ++q) {
       DROP_UNROLL
       for (int d = 0; d < kDigits; ++d) totals[q][d] = Sums::zero();
     }
-    for (int64_t j = 0; j < tile.count; ++j, codes += kStrip, tables += kTable) {
+    for (int64_t j = 0; j < tile.count; ++j, codes += kStrip, lut += kLut) {
       __builtin_prefetch(ahead<kAhead>(tile, j));
       DROP_UNROLL
       for (int d = 0; d < kDigits; ++d) {
         DROP_UNROLL
         for (int q = 0; q < 4; ++q) {
-          totals[q][d].add(look_up<kSymmetric>(tables + d * kApart, vld1q_u8(codes + 16 * q), top));
+          totals[q][d].add(look_up<kSymmetric>(lut + d * kApart, vld1q_u8(codes + 16 * q), top));
         }
       }
     }
@@ -159,12 +159,10 @@ struct Lookup {
 
 }  // namespace neon
 
-static bool always() { return true; }
-
 extern const Kernel neon_kernel;
 extern const Kernel neon_u8_kernel;
 constexpr Kernel neon_kernel =
-    neon::make_kernel<neon::Tiled<neon::Lookup<2>>>("neon", "NEON, 14-bit tables", always);
+    neon::make_kernel<neon::Tiled<neon::Lookup<2>>>("neon", "NEON, 14-bit tables");
 constexpr Kernel neon_u8_kernel =
-    neon::make_kernel<neon::Tiled<neon::Lookup<1>>>("neon-u8", "NEON, 8-bit tables", always);
+    neon::make_kernel<neon::Tiled<neon::Lookup<1>>>("neon-u8", "NEON, 8-bit tables");
 }  // namespace drop

@@ -1,5 +1,5 @@
 // Portable C++: the reference of all kernels, and the fall-back where no other fits.
-// A table holds one 16-bit word for each of the 256 codes, signs expanded.
+// A LUT holds one 16-bit word for each of the 256 codes, signs expanded.
 #define DROP_ISA portable
 #include "scalar.h"
 
@@ -17,14 +17,14 @@ DROP_INLINE void squared_norms(const int16_t* x, int64_t count, int32_t* norms) 
 }  // namespace portable
 }  // namespace drop
 
-#include "tables.h"
+#include "lut.h"
 
 namespace drop {
 namespace portable {
 
-template <int kTableBits>
+template <int kLutBits>
 struct Words {
-  static constexpr int kBits = kTableBits;
+  static constexpr int kBits = kLutBits;
   static constexpr int64_t kGroupBytes[2] = {kEntries * 2, kEntries * 2};
 
   static int32_t dot(const int16_t* x, const Codebook& codebook, int k) {
@@ -46,17 +46,17 @@ struct Words {
     return most;
   }
 
-  static void group_table(const int16_t* x, const Codebook& codebook, uint8_t* out) {
-    uint16_t table[kEntries];
+  static void group_lut(const int16_t* x, const Codebook& codebook, uint8_t* out) {
+    uint16_t lut[kEntries];
     for (int k = 0; k < codebook.entries; ++k) {
-      table[k] = static_cast<uint16_t>(((1 << 30) + dot(x, codebook, k)) >> (31 - kBits));
+      lut[k] = static_cast<uint16_t>(((1 << 30) + dot(x, codebook, k)) >> (31 - kBits));
     }
     if (codebook.entries == kHalf) {
       for (int k = 0; k < kHalf; ++k) {
-        table[kHalf + k] = static_cast<uint16_t>((1 << kBits) - 1 - table[k]);
+        lut[kHalf + k] = static_cast<uint16_t>((1 << kBits) - 1 - lut[k]);
       }
     }
-    memcpy(out, table, sizeof table);
+    memcpy(out, lut, sizeof lut);
   }
 
   static void block(bool, int64_t strips, const Tile& tile) {
@@ -64,9 +64,9 @@ struct Words {
     for (int64_t s = 0; s < strips; ++s) {
       int32_t totals[kStrip] = {};
       for (int64_t j = 0; j < tile.count; ++j) {
-        const uint16_t* table = reinterpret_cast<const uint16_t*>(tile.tables) + j * kEntries;
+        const uint16_t* lut = reinterpret_cast<const uint16_t*>(tile.lut) + j * kEntries;
         const uint8_t* row = tile.codes + (s * tile.count + j) * kStrip;
-        for (int64_t i = 0; i < kStrip; ++i) totals[i] += table[row[i]];
+        for (int64_t i = 0; i < kStrip; ++i) totals[i] += lut[row[i]];
       }
       for (int64_t i = 0; i < kStrip; ++i) {
         tile.sums[s * kStrip + i] +=
@@ -78,12 +78,10 @@ struct Words {
 
 }  // namespace portable
 
-static bool always() { return true; }
-
 extern const Kernel portable_kernel;
 extern const Kernel portable_u8_kernel;
 constexpr Kernel portable_kernel =
-    portable::make_kernel<portable::Words<14>>("portable", "plain C++, 14-bit tables", always);
+    portable::make_kernel<portable::Words<14>>("portable", "plain C++, 14-bit tables");
 constexpr Kernel portable_u8_kernel =
-    portable::make_kernel<portable::Words<8>>("portable-u8", "plain C++, 8-bit tables", always);
+    portable::make_kernel<portable::Words<8>>("portable-u8", "plain C++, 8-bit tables");
 }  // namespace drop

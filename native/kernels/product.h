@@ -1,12 +1,12 @@
-// Products of one input with several matrices, as the members of a team share them: what drop_site
-// and drop_step (step.cpp) have in common.
+// Products of one input with several matrices, as workers share them: what drop_input_group and
+// drop_step (step.cpp) have in common.
 #pragma once
 
 #include <cstdlib>
 
-#include "drop_kernels.h"
+#include "c_api.h"
+#include "common/threads.h"
 #include "kernel.h"
-#include "parallel.h"
 
 namespace drop {
 
@@ -34,61 +34,45 @@ class Scratch {
   size_t size_ = 0;
 };
 
-struct Range {
-  int64_t first, last;
-};
-
-inline Range share(int64_t total, const Member& member) {
-  return {total * member.rank / member.size, total * (member.rank + 1) / member.size};
-}
-
-// Runs a lambda on a team.
-template <typename Body>
-void on_team(int threads, Body& body) {
-  run_team(
-      threads, [](void* context, const Member& member) { (*static_cast<Body*>(context))(member); },
-      &body);
-}
-
 // At most so many threads that each has enough of `bytes` to be worth waking.
-int team_for(int threads, int64_t bytes);
+int threads_for(int threads, int64_t bytes);
 
 struct Products {
   const Kernel* kernel;
-  const uint8_t* tables;
+  const uint8_t* lut;  // [n, LutShape::bytes()]
   int64_t n, groups, prefix, entries;
   const DropMatrix* matrices;
   int64_t count;
-  char* out;  // matrix after matrix, each [out_rows, rows]; this call writes n from first_row on
+  char* out;  // matrix after matrix, each [out_rows, d_out]; this call writes n from first_row on
   int64_t out_rows, first_row;
   Scalar out_type;
-  const float* residual;  // null, or added: [out_rows, rows] of the only matrix; may be `out`
-  bool aligned;           // a member gets the same rows of all matrices, which have equal heights
+  const float* residual;  // null, or added: [out_rows, d_out] of the only matrix; may be `out`
+  bool aligned;           // a worker gets the same rows of all matrices, which have equal heights
 
   int64_t strips() const;
 };
 
-// One member's rows. Without `aligned`, the matrices are shared as one column of strips.
-void multiply_share(const Products& job, const Member& member);
+// One worker's rows. Without `aligned`, the matrices are shared as one column of strips.
+void gemv_share(const Products& job, const Worker& worker);
 
-// One member's part of everything a site does to n rows of x: rotation, tables, products. `rotated`
-// [n, d] and `tables` are common to the team. All members must call it, and x must be complete;
-// nothing is complete afterwards until they have met.
-struct SiteShare {
+// One worker's part of everything that an input group does to n rows of x: rotation, LUT, products.
+// `rotated` [n, d_in] and `lut` are common to the workers. All of them must call it, and x must be
+// complete; nothing is complete afterwards until the next barrier.
+struct InputGroupShare {
   const Kernel* kernel;
-  const DropSite* site;
+  const DropInputGroup* input;
   const void* x;
   Scalar x_type;
   int64_t n, x_stride;
   float* rotated;
-  uint8_t* tables;
+  uint8_t* lut;
 };
-void site_share(const SiteShare& job, Products products, const Member& member);
+void input_group_share(const InputGroupShare& job, Products products, const Worker& worker);
 
-// Bytes of the tables of n rows for a site.
-int64_t site_table_bytes(const Kernel& kernel, const DropSite& site, int64_t n);
+// Bytes of the LUTs of n rows of x for an input group.
+int64_t input_group_lut_bytes(const Kernel& kernel, const DropInputGroup& input, int64_t n);
 
-// Rows of x whose tables are held together: 16 rows of one block still fit the second cache.
+// Rows of x whose LUTs are held together: 16 rows of one block still fit the second cache.
 constexpr int64_t kRowsAtOnce = 16;
 
 }  // namespace drop

@@ -120,17 +120,17 @@ static void mix_odd(const float* matrix, int64_t odd, int64_t width, const float
 static void rotate(const RotateJob& job, const void* x, Scalar type, float* out, float* scratch) {
   float* target = job.odd ? scratch : out;
   if (type == kF32) {
-    memcpy(target, x, static_cast<size_t>(job.d) * 4);
+    memcpy(target, x, static_cast<size_t>(job.d_in) * 4);
   } else if (type == kF16) {
-    for (int64_t i = 0; i < job.d; ++i) target[i] = load_scalar(x, kF16, i);
+    for (int64_t i = 0; i < job.d_in; ++i) target[i] = load_scalar(x, kF16, i);
   } else {
-    for (int64_t i = 0; i < job.d; ++i) target[i] = load_scalar(x, kBF16, i);
+    for (int64_t i = 0; i < job.d_in; ++i) target[i] = load_scalar(x, kBF16, i);
   }
   if (!job.signs) return;
   const float norm = 1.0f / sqrtf(static_cast<float>(job.block));
-  for (int64_t i = 0; i < job.d; ++i) target[i] = target[i] * job.signs[i] * norm;
-  for (int64_t start = 0; start < job.d; start += job.block) hadamard(target + start, job.block);
-  if (job.odd) mix_odd(job.odd, job.d / job.block, job.block, scratch, out);
+  for (int64_t i = 0; i < job.d_in; ++i) target[i] = target[i] * job.signs[i] * norm;
+  for (int64_t start = 0; start < job.d_in; start += job.block) hadamard(target + start, job.block);
+  if (job.odd) mix_odd(job.odd, job.d_in / job.block, job.block, scratch, out);
 }
 
 }  // namespace DROP_ISA

@@ -18,9 +18,6 @@
 #ifndef DROP_ISA
 #error "define DROP_ISA before including scalar.h"
 #endif
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
 #define DROP_INLINE static inline __attribute__((always_inline))
 // On every loop over an array of accumulators: one loop left rolled puts them all in memory.
 #if defined(__clang__)
@@ -122,7 +119,7 @@ DROP_INLINE void quantize(const float* x, int64_t count, float factor, int16_t* 
 
 // The end of a product: scales, bias, type.
 template <Scalar kType>
-DROP_INLINE void finish_rows(const FinishJob& job, int64_t first, int64_t last) {
+DROP_INLINE void epilogue_rows(const EpilogueJob& job, int64_t first, int64_t last) {
   constexpr int64_t kChunk = 64;
   float y[kChunk], other[kChunk];
   for (; first < last; first += kChunk) {
@@ -140,11 +137,11 @@ DROP_INLINE void finish_rows(const FinishJob& job, int64_t first, int64_t last) 
   }
 }
 
-static void finish(const FinishJob& job, int64_t first, int64_t last) {
+static void epilogue(const EpilogueJob& job, int64_t first, int64_t last) {
   switch (job.out_type) {
-    case kF16: return finish_rows<kF16>(job, first, last);
-    case kBF16: return finish_rows<kBF16>(job, first, last);
-    default: return finish_rows<kF32>(job, first, last);
+    case kF16: return epilogue_rows<kF16>(job, first, last);
+    case kBF16: return epilogue_rows<kBF16>(job, first, last);
+    default: return epilogue_rows<kF32>(job, first, last);
   }
 }
 

@@ -1,17 +1,17 @@
-// A few tokens through all blocks of a Llama-like decoder, in one call of one team.
+// A few tokens through all blocks of a Llama-like decoder, in one call.
 //
 // Measured before it was written: with every product at memory speed, half of a token's time on a
 // 135M model was spent between the products, compiled or not, in 211 calls from Python and some 300
 // small operators. This is what transformers' LlamaModel computes, nothing else: no sampling, no
 // batching of sequences, no cache management.
 //
-// Steps of a block, with a meeting of the team where a line ends in "|". What is cheap is done by
-// every member for itself rather than shared and waited for.
+// Steps of a block, "|" being a barrier. What is cheap is done by every worker for itself rather
+// than shared and waited for.
 //
-//   norm, rotate (each), q/k/v tables (shared) | q/k/v (rows shared) |
-//   norm and turn heads, append to the cache (kv heads shared) | attention (heads shared) |
-//   rotate (each), tables | output rows, added to the stream |
-//   norm, rotate (each), tables | gate and up (same rows), gated | rotate (each), tables |
+//   norm, rotate (each), q/k/v LUT (shared) | q/k/v (rows shared) |
+//   norm and RoPE of heads, append to the cache (kv heads shared) | attention (heads shared) |
+//   rotate (each), LUT | output rows, added to the stream |
+//   norm, rotate (each), LUT | gate and up (same rows), SiLU | rotate (each), LUT |
 //   down rows, added to the stream |
 //
 // Numbers are float32 between products. Each token's result depends on its own history alone, bit
@@ -28,7 +28,7 @@ thread_local Scratch call_scratch, normed_scratch, score_scratch;
 
 struct Buffers {
   float *stream, *qkv, *mixed, *gates, *active, *rotated;
-  uint8_t* tables;
+  uint8_t* lut;
 };
 
 class Step {
@@ -37,13 +37,13 @@ class Step {
        const Buffers& buffers)
       : kernel_(kernel), decoder_(decoder), tokens_(tokens), buffers_(buffers), n_(tokens.n) {}
 
-  void run(const Member& member) const {
+  void run(const Worker& worker) const {
     for (int64_t i = 0; i < decoder_.count; ++i) {
       const DropBlock& block = decoder_.blocks[i];
-      attention(block, tokens_.caches[i], member);
-      feed_forward(block, member);
+      attention(block, tokens_.caches[i], worker);
+      feed_forward(block, worker);
     }
-    const Range mine = share(n_, member);
+    const Range mine = share(n_, worker);
     for (int64_t i = mine.first; i < mine.last; ++i) {
       kernel_.norm(buffers_.stream + i * hidden(), decoder_.final_norm, hidden(), eps(),
                    tokens_.out + i * hidden());
@@ -62,22 +62,22 @@ class Step {
     return out;
   }
 
-  void site(const DropSite& site, const float* x, float* out, const float* residual, bool aligned,
-            const Member& member) const {
+  void run_input_group(const DropInputGroup& input, const float* x, float* out,
+                       const float* residual, bool aligned, const Worker& worker) const {
     Products products{};
     products.out = reinterpret_cast<char*>(out);
     products.out_rows = n_;
     products.residual = residual;
     products.aligned = aligned;
-    site_share({&kernel_, &site, x, kF32, n_, site.d, buffers_.rotated, buffers_.tables}, products,
-               member);
+    input_group_share({&kernel_, &input, x, kF32, n_, input.d_in, buffers_.rotated, buffers_.lut},
+                      products, worker);
   }
 
-  void attention(const DropBlock& block, const DropCache& cache, const Member& member) const {
+  void attention(const DropBlock& block, const DropCache& cache, const Worker& worker) const {
     const int64_t d = decoder_.head_dim, heads = decoder_.heads, kv_heads = decoder_.kv_heads;
     const int64_t q_size = heads * d, kv_size = kv_heads * d;
-    site(block.qkv, normed(block.input_norm), buffers_.qkv, nullptr, false, member);
-    member.meet();
+    run_input_group(block.qkv, normed(block.input_norm), buffers_.qkv, nullptr, false, worker);
+    worker.barrier();
 
     float* queries = buffers_.qkv;  // [n, heads, d], then keys and values [n, kv heads, d]
     float* keys = queries + n_ * q_size;
@@ -87,13 +87,13 @@ class Step {
       const float* sine = decoder_.sines + (tokens_.position + i) * d;
       const auto place = [&](float* head, const float* weight) {
         if (weight) kernel_.norm(head, weight, d, eps(), head);
-        kernel_.turn(cosine, sine, d, head);
+        kernel_.apply_rope(cosine, sine, d, head);
       };
-      const Range own = share(heads, member);
+      const Range own = share(heads, worker);
       for (int64_t h = own.first; h < own.last; ++h) {
         place(queries + i * q_size + h * d, block.q_norm);
       }
-      const Range own_kv = share(kv_heads, member);
+      const Range own_kv = share(kv_heads, worker);
       for (int64_t h = own_kv.first; h < own_kv.last; ++h) {
         const int64_t at = (h * tokens_.capacity + tokens_.position + i) * d;
         place(keys + i * kv_size + h * d, block.k_norm);
@@ -101,39 +101,39 @@ class Step {
         kernel_.store(values + i * kv_size + h * d, d, cache_type(), cache.values, at);
       }
     }
-    member.meet();
+    worker.barrier();
 
     const int64_t width = cache_type() == kF32 ? 4 : 2;
     float* scores = score_scratch.get<float>(tokens_.position + n_);
-    const Range own = share(heads, member);
+    const Range own = share(heads, worker);
     for (int64_t h = own.first; h < own.last; ++h) {
       const int64_t at = h / (heads / kv_heads) * tokens_.capacity * d * width;
       for (int64_t i = 0; i < n_; ++i) {
-        kernel_.attend({queries + i * q_size + h * d, static_cast<const char*>(cache.keys) + at,
-                        static_cast<const char*>(cache.values) + at, cache_type(), d,
-                        tokens_.position + i + 1, static_cast<float>(decoder_.attention_scale),
-                        scores, buffers_.mixed + i * q_size + h * d});
+        kernel_.attention({queries + i * q_size + h * d, static_cast<const char*>(cache.keys) + at,
+                           static_cast<const char*>(cache.values) + at, cache_type(), d,
+                           tokens_.position + i + 1, static_cast<float>(decoder_.attention_scale),
+                           scores, buffers_.mixed + i * q_size + h * d});
       }
     }
-    member.meet();
-    site(block.output, buffers_.mixed, buffers_.stream, buffers_.stream, false, member);
-    member.meet();
+    worker.barrier();
+    run_input_group(block.output, buffers_.mixed, buffers_.stream, buffers_.stream, false, worker);
+    worker.barrier();
   }
 
-  void feed_forward(const DropBlock& block, const Member& member) const {
+  void feed_forward(const DropBlock& block, const Worker& worker) const {
     const int64_t size = decoder_.intermediate;
-    site(block.gate_up, normed(block.post_norm), buffers_.gates, nullptr, true, member);
-    const Range strips = share((size + kStrip - 1) / kStrip, member);
+    run_input_group(block.gate_up, normed(block.post_norm), buffers_.gates, nullptr, true, worker);
+    const Range strips = share((size + kStrip - 1) / kStrip, worker);
     const int64_t first = strips.first * kStrip;
     const int64_t last = strips.last * kStrip < size ? strips.last * kStrip : size;
     for (int64_t i = 0; i < n_; ++i) {
       const float* gates = buffers_.gates + i * size;
-      kernel_.gate(gates + first, gates + n_ * size + first, last - first,
-                   buffers_.active + i * size + first);
+      kernel_.silu_mul(gates + first, gates + n_ * size + first, last - first,
+                       buffers_.active + i * size + first);
     }
-    member.meet();
-    site(block.down, buffers_.active, buffers_.stream, buffers_.stream, false, member);
-    member.meet();
+    worker.barrier();
+    run_input_group(block.down, buffers_.active, buffers_.stream, buffers_.stream, false, worker);
+    worker.barrier();
   }
 
   Scalar cache_type() const { return static_cast<Scalar>(tokens_.cache_type); }
@@ -166,10 +166,10 @@ int drop_step(int kernel, const DropDecoder* decoder, const DropTokens* tokens, 
   int64_t widest = 0, table_bytes = 0;
   for (int64_t i = 0; i < decoder->count; ++i) {
     const DropBlock& block = decoder->blocks[i];
-    for (const DropSite* site : {&block.qkv, &block.output, &block.gate_up, &block.down}) {
-      const int64_t bytes = site_table_bytes(*chosen, *site, n);
+    for (const DropInputGroup* input : {&block.qkv, &block.output, &block.gate_up, &block.down}) {
+      const int64_t bytes = input_group_lut_bytes(*chosen, *input, n);
       if (bytes > table_bytes) table_bytes = bytes;
-      if (site->d > widest) widest = site->d;
+      if (input->d_in > widest) widest = input->d_in;
     }
   }
   // Each buffer starts on a cache line of its own.
@@ -189,7 +189,7 @@ int drop_step(int kernel, const DropDecoder* decoder, const DropTokens* tokens, 
                         reinterpret_cast<uint8_t*>(base + total)};
   std::memcpy(buffers.stream, tokens->x, static_cast<size_t>(n * hidden) * 4);
   const Step step(*chosen, *decoder, *tokens, buffers);
-  auto body = [&](const Member& member) { step.run(member); };
-  on_team(threads, body);
+  auto body = [&](const Worker& worker) { step.run(worker); };
+  on_threads(threads, body);
   return 0;
 }

@@ -1,63 +1,60 @@
-// Entry points of the search library (plain C interface, called through ctypes).
-//
-// Rows are handed to threads in tiles from a shared counter. Nothing is kept between calls.
-#include "search.h"
-
+// Choice of a backend, and sharing the rows among threads. Nothing is kept between calls.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <exception>
 #include <mutex>
-#include <thread>
 #include <vector>
 
+#include "common/threads.h"
+#include "search.h"
+
+namespace drop {
 namespace {
 
-struct Backend {
-  const char* name;
-  drop::SearchRows run;
-  bool (*runs_here)();
-};
-
-const Backend kBackends[] = {
+// Best first.
+const SearchBackend* const kBackends[] = {
 #if defined(__x86_64__)
-    {"avx512", drop::search_rows_avx512,
-     [] { return bool(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")); }},
-    {"avx2", drop::search_rows_avx2,
-     [] { return bool(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")); }},
+    &avx512_search,
+    &avx2_search,
 #endif
-    {"portable", drop::search_rows_portable, [] { return true; }},
+    &portable_search,
 };
 
-}  // namespace
-
-#define DROP_EXPORT __attribute__((visibility("default")))
-
-extern "C" {
-
-// Name of the i-th backend that runs on this machine, best first; null past the end.
-DROP_EXPORT const char* drop_search_backend(int index) {
-  for (const Backend& b : kBackends)
-    if (b.runs_here() && index-- == 0) return b.name;
+const SearchBackend* find_backend(const char* name) {
+  for (const SearchBackend* backend : kBackends)
+    if (std::strcmp(backend->name, name) == 0 && runs_here(backend->features)) return backend;
   return nullptr;
 }
 
-// Runs the search. 0: done; 1: unknown backend; 2: arguments out of range; 3: out of memory.
-DROP_EXPORT int drop_search(const char* backend, const drop::Problem* problem, int threads) {
-  const Backend* chosen = nullptr;
-  for (const Backend& b : kBackends)
-    if (std::strcmp(b.name, backend) == 0 && b.runs_here()) chosen = &b;
-  if (!chosen) return 1;
-  const drop::Problem& p = *problem;
+bool in_range(const Problem& p) {
   const bool power = p.beam > 0 && (p.beam & (p.beam - 1)) == 0;
-  if (p.d_in % drop::kGroup || p.planes < 1 || p.planes > drop::kMaxPlanes || !power ||
-      p.beam > drop::kMaxBeam || p.levels < 1 || p.level[p.levels - 1] != p.planes)
-    return 2;
+  return p.d_in % kGroup == 0 && p.planes >= 1 && p.planes <= kMaxCodebooks && power &&
+         p.beam <= kMaxBeam && p.levels >= 1 && p.level[p.levels - 1] == p.planes;
+}
+
+}  // namespace
+}  // namespace drop
+
+using namespace drop;
+
+const char* drop_search_backend(int index) {
+  for (const SearchBackend* backend : kBackends)
+    if (runs_here(backend->features) && index-- == 0) return backend->name;
+  return nullptr;
+}
+
+int drop_search(const char* backend, const DropSearch* problem, int threads) {
+  const SearchBackend* chosen = find_backend(backend);
+  if (!chosen) return 1;
+  const Problem& p = *problem;
+  if (!in_range(p)) return 2;
+  // Rows differ in the work they need: workers take tiles from a counter instead of equal shares.
   constexpr int64_t kRows = 64;
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::mutex lock;
-  auto work = [&] {
+  auto body = [&](const Worker&) {
     try {
       std::vector<int64_t> changed(p.sweeps + 1, 0);
       for (int64_t r; (r = next.fetch_add(kRows)) < p.d_out && !failed;)
@@ -69,11 +66,6 @@ DROP_EXPORT int drop_search(const char* backend, const drop::Problem* problem, i
       failed = true;
     }
   };
-  std::vector<std::thread> pool;
-  for (int t = 1; t < threads; t++) pool.emplace_back(work);
-  work();
-  for (std::thread& t : pool) t.join();
+  on_threads(threads, body);
   return failed ? 3 : 0;
 }
-
-}  // extern "C"

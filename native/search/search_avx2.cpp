@@ -2,6 +2,4 @@
 #define DROP_LANES 8
 #include "search_core.h"
 
-void drop::search_rows_avx2(const Problem& p, int64_t first, int64_t last, int64_t* changed) {
-  search_rows(p, first, last, changed);
-}
+constexpr drop::SearchBackend drop::avx2_search = {"avx2", kCompiledFeatures, search_rows};

@@ -2,6 +2,4 @@
 #define DROP_LANES 16
 #include "search_core.h"
 
-void drop::search_rows_avx512(const Problem& p, int64_t first, int64_t last, int64_t* changed) {
-  search_rows(p, first, last, changed);
-}
+constexpr drop::SearchBackend drop::avx512_search = {"avx512", kCompiledFeatures, search_rows};

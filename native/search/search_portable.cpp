@@ -2,6 +2,4 @@
 #define DROP_LANES 4
 #include "search_core.h"
 
-void drop::search_rows_portable(const Problem& p, int64_t first, int64_t last, int64_t* changed) {
-  search_rows(p, first, last, changed);
-}
+constexpr drop::SearchBackend drop::portable_search = {"portable", kCompiledFeatures, search_rows};

@@ -3,140 +3,14 @@
 // how the NEON kernels are tested. Prints one line a kernel; exits with the number of failures.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "drop_kernels.h"
+#include "naive.h"
 
 namespace {
-
-struct Random {
-  uint64_t state = 88172645463325252ull;
-  uint64_t next() {
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return state;
-  }
-  float gauss() {
-    float sum = 0;
-    for (int i = 0; i < 12; ++i) sum += static_cast<float>(next() >> 40) / (1 << 24);
-    return sum - 6;
-  }
-};
-
-// Exactly as many bytes as asked for, 64-byte aligned: an overrun is a sanitizer's error.
-template <typename T>
-class Aligned {
- public:
-  explicit Aligned(int64_t count) : count_(count) {
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-    block_.reset(new char[bytes + 64]);
-    void* start = block_.get();
-    size_t space = bytes + 64;
-    data_ = static_cast<T*>(std::align(64, bytes, start, space));
-    // Shift so that the end of the data is the end of the allocation where alignment allows it.
-  }
-  T* data() { return data_; }
-  T& operator[](int64_t i) { return data_[i]; }
-  int64_t size() const { return count_; }
-
- private:
-  int64_t count_;
-  std::unique_ptr<char[]> block_;
-  T* data_;
-};
-
-struct Case {
-  int64_t rows, groups, prefix, entries, n;
-  bool outlier;
-};
-
-struct Problem {
-  Case shape;
-  std::vector<std::vector<uint8_t>> codes;
-  std::vector<std::vector<uint8_t>> packed;
-  std::vector<std::vector<float>> books;  // [256, 8] each
-  std::vector<std::unique_ptr<Aligned<uint8_t>>> prepared;
-  std::vector<float> x, scales, bias;
-  std::vector<double> y;
-
-  Problem(const Case& c, Random& random) : shape(c) {
-    const int64_t d = c.groups * 8;
-    float size = 1;
-    for (int64_t m = 0; m < c.prefix; ++m, size *= 0.5f) {
-      codes.emplace_back(static_cast<size_t>(c.rows * c.groups));
-      for (uint8_t& code : codes.back()) code = static_cast<uint8_t>(random.next() >> 30);
-      packed.emplace_back(static_cast<size_t>(drop_packed_bytes(c.rows, c.groups)));
-      drop_pack(codes.back().data(), c.rows, c.groups, packed.back().data());
-      std::vector<float> book(256 * 8);
-      for (int64_t i = 0; i < c.entries * 8; ++i)
-        book[static_cast<size_t>(i)] = random.gauss() * size;
-      if (c.entries == 128) {
-        for (size_t i = 0; i < 1024; ++i) book[1024 + i] = -book[i];
-      }
-      books.push_back(book);
-      prepared.emplace_back(new Aligned<uint8_t>(drop_codebook_bytes(c.entries)));
-      drop_prepare_codebook(book.data(), c.entries, prepared.back()->data());
-    }
-    x.resize(static_cast<size_t>(c.n * d));
-    for (float& value : x) value = random.gauss();
-    if (c.outlier) {
-      for (int64_t i = 0; i < c.n; ++i) x[static_cast<size_t>(i * d + random.next() % d)] = 24;
-    }
-    for (int64_t r = 0; r < c.rows; ++r) {
-      scales.push_back(0.5f + static_cast<float>(random.next() % 1000) / 1000);
-      bias.push_back(random.gauss());
-    }
-    y.resize(static_cast<size_t>(c.n * c.rows));
-    for (int64_t i = 0; i < c.n; ++i) {
-      for (int64_t r = 0; r < c.rows; ++r) {
-        double sum = 0;
-        for (int64_t m = 0; m < c.prefix; ++m) {
-          for (int64_t j = 0; j < c.groups; ++j) {
-            const uint8_t code = codes[m][static_cast<size_t>(r * c.groups + j)];
-            for (int k = 0; k < 8; ++k) {
-              sum += static_cast<double>(books[m][code * 8 + k]) * x[i * d + j * 8 + k];
-            }
-          }
-        }
-        y[i * c.rows + r] = sum * scales[r];
-      }
-    }
-  }
-
-  std::vector<const void*> book_pointers() const {
-    std::vector<const void*> out;
-    for (const auto& book : prepared) out.push_back(book->data());
-    return out;
-  }
-  std::vector<const uint8_t*> plane_pointers() const {
-    std::vector<const uint8_t*> out;
-    for (const auto& plane : packed) out.push_back(plane.data());
-    return out;
-  }
-
-  // Rows first .. first + n through build and multiply.
-  std::vector<float> run(int kernel, int64_t first, int64_t n, int threads) const {
-    const int64_t d = shape.groups * 8;
-    const int64_t bytes = drop_table_bytes(kernel, shape.groups, shape.prefix, shape.entries);
-    Aligned<uint8_t> tables(bytes * n);
-    const auto book_list = book_pointers();
-    const auto planes = plane_pointers();
-    std::vector<float> out(static_cast<size_t>(n * shape.rows));
-    if (drop_build(kernel, x.data() + first * d, n, shape.groups, shape.prefix, book_list.data(),
-                   tables.data(), threads)) {
-      return {};
-    }
-    const DropMatrix matrix{planes.data(), shape.rows, scales.data(), 0, nullptr, 0};
-    drop_multiply(kernel, tables.data(), n, shape.groups, shape.prefix, shape.entries, &matrix, 1,
-                  out.data(), 0, threads);
-    return out;
-  }
-};
 
 int failures = 0;
 
@@ -158,7 +32,7 @@ double relative_error(const std::vector<float>& a, const std::vector<double>& b)
 void check_products(int kernel, const std::string& name, const Problem& problem,
                     std::vector<std::vector<float>>* exact, size_t index) {
   const Case& c = problem.shape;
-  const std::string where = name + " rows " + std::to_string(c.rows) + " groups " +
+  const std::string where = name + " d_out " + std::to_string(c.d_out) + " G " +
                             std::to_string(c.groups) + " P " + std::to_string(c.prefix) + " K " +
                             std::to_string(c.entries);
   const bool eight = name.find("-u8") != std::string::npos;
@@ -169,7 +43,7 @@ void check_products(int kernel, const std::string& name, const Problem& problem,
   check(problem.run(kernel, 0, c.n, 3) == all, where + ": threads change the result");
   for (int64_t i = 0; i < c.n; ++i) {
     const std::vector<float> one = problem.run(kernel, i, 1, 1);
-    check(std::memcmp(one.data(), all.data() + i * c.rows, one.size() * 4) == 0,
+    check(std::memcmp(one.data(), all.data() + i * c.d_out, one.size() * 4) == 0,
           where + ": other rows change the result");
   }
   std::vector<float>& expected = (*exact)[index * 2 + eight];
@@ -177,7 +51,7 @@ void check_products(int kernel, const std::string& name, const Problem& problem,
   check(all == expected, where + ": differs from another kernel");
 }
 
-void check_site(int kernel, const std::string& name, Random& random) {
+void check_input_group(int kernel, const std::string& name, Random& random) {
   // d = 24 = 8 * 3: a Hadamard of 8 and an odd factor; two matrices, one with a bias.
   Problem first({70, 3, 2, 128, 2, false}, random), second({5, 3, 2, 128, 2, false}, random);
   second.prepared.swap(first.prepared);
@@ -210,14 +84,15 @@ void check_site(int kernel, const std::string& name, Random& random) {
   const DropMatrix matrices[2] = {
       {planes1.data(), 70, first.scales.data(), 0, nullptr, 0},
       {planes2.data(), 5, second.scales.data(), 0, second.bias.data(), 0}};
-  const DropSite site{DROP_SITE_MAGIC, d,        8, signs.data(), odd.data(), 2, 128,
-                      books.data(),    matrices, 2};
+  const DropInputGroup input{DROP_INPUT_GROUP_MAGIC, d,        8, signs.data(), odd.data(), 2, 128,
+                             books.data(),           matrices, 2};
   std::vector<float> y(150), parts(150);
-  check(drop_site(kernel, &site, first.x.data(), 0, 2, d, y.data(), 0, 2) == 0, name + ": site");
-  Aligned<uint8_t> tables(2 * drop_table_bytes(kernel, 3, 2, 128));
-  drop_build(kernel, out.data(), 2, 3, 2, books.data(), tables.data(), 1);
-  drop_multiply(kernel, tables.data(), 2, 3, 2, 128, matrices, 2, parts.data(), 0, 1);
-  check(y == parts, name + ": site differs from its steps");
+  check(drop_input_group(kernel, &input, first.x.data(), 0, 2, d, y.data(), 0, 2) == 0,
+        name + ": input group");
+  Aligned<uint8_t> lut(2 * drop_lut_bytes(kernel, 3, 2, 128));
+  drop_build_lut(kernel, out.data(), 2, 3, 2, books.data(), lut.data(), 1);
+  drop_lut_gemv(kernel, lut.data(), 2, 3, 2, 128, matrices, 2, parts.data(), 0, 1);
+  check(y == parts, name + ": input group differs from its steps");
 }
 
 void check_decode(int kernel, const std::string& name, const Problem& problem) {
@@ -227,9 +102,9 @@ void check_decode(int kernel, const std::string& name, const Problem& problem) {
   std::vector<const uint8_t*> canonical;
   for (const auto& plane : problem.codes) canonical.push_back(plane.data());
   const auto packed = problem.plane_pointers();
-  const int64_t first = c.rows / 3;
-  std::vector<float> expected, out(static_cast<size_t>((c.rows - first) * d)), other(out);
-  for (int64_t r = first; r < c.rows; ++r) {
+  const int64_t first = c.d_out / 3;
+  std::vector<float> expected, out(static_cast<size_t>((c.d_out - first) * d)), other(out);
+  for (int64_t r = first; r < c.d_out; ++r) {
     for (int64_t i = 0; i < d; ++i) {
       float sum = 0;
       for (int64_t m = 0; m < c.prefix; ++m) {
@@ -238,14 +113,14 @@ void check_decode(int kernel, const std::string& name, const Problem& problem) {
       expected.push_back(sum * problem.scales[r]);
     }
   }
-  drop_decode(kernel, canonical.data(), 0, c.rows, c.groups, c.prefix, books.data(),
-              problem.scales.data(), 0, first, c.rows, out.data(), 0, 2);
-  drop_decode(kernel, packed.data(), 1, c.rows, c.groups, c.prefix, books.data(),
-              problem.scales.data(), 0, first, c.rows, other.data(), 0, 1);
+  drop_decode(kernel, canonical.data(), 0, c.d_out, c.groups, c.prefix, books.data(),
+              problem.scales.data(), 0, first, c.d_out, out.data(), 0, 2);
+  drop_decode(kernel, packed.data(), 1, c.d_out, c.groups, c.prefix, books.data(),
+              problem.scales.data(), 0, first, c.d_out, other.data(), 0, 1);
   check(out == expected && other == expected, name + ": decode");
 }
 
-void check_rows(int kernel, const std::string& name, Random& random) {
+void check_int8_rows(int kernel, const std::string& name, Random& random) {
   for (int64_t d : {1, 15, 33, 576, 600}) {
     const int64_t count = 7, n = 2;
     std::vector<int8_t> rows(static_cast<size_t>(count * d));
@@ -261,20 +136,21 @@ void check_rows(int kernel, const std::string& name, Random& random) {
         expected.push_back(sum * scales[r]);
       }
     }
-    drop_rows(kernel, rows.data(), count, d, scales.data(), 0, x.data(), 0, n, out.data(), 0, 1);
+    drop_int8_rows(kernel, rows.data(), count, d, scales.data(), 0, x.data(), 0, n, out.data(), 0,
+                   1);
     check(relative_error(out, expected) < 2e-4, name + ": eight-bit rows of " + std::to_string(d));
   }
 }
 
-// A site that owns what it points to.
-struct OwnedSite {
+// An input group that owns what it points to.
+struct OwnedInput {
   std::vector<std::unique_ptr<Problem>> problems;
   std::vector<std::vector<const uint8_t*>> planes;
   std::vector<DropMatrix> matrices;
   std::vector<const void*> books;
-  DropSite site;
+  DropInputGroup input;
 
-  OwnedSite(const std::vector<int64_t>& heights, int64_t d, Random& random) {
+  OwnedInput(const std::vector<int64_t>& heights, int64_t d, Random& random) {
     planes.reserve(heights.size());
     for (int64_t rows : heights) {
       problems.emplace_back(new Problem({rows, d / 8, 2, 128, 1, false}, random));
@@ -284,34 +160,34 @@ struct OwnedSite {
           {planes.back().data(), rows, problems.back()->scales.data(), 0, nullptr, 0});
     }
     books = problems.front()->book_pointers();
-    site = {DROP_SITE_MAGIC,
-            d,
-            8,
-            nullptr,
-            nullptr,
-            2,
-            128,
-            books.data(),
-            matrices.data(),
-            static_cast<int64_t>(matrices.size())};
+    input = {DROP_INPUT_GROUP_MAGIC,
+             d,
+             8,
+             nullptr,
+             nullptr,
+             2,
+             128,
+             books.data(),
+             matrices.data(),
+             static_cast<int64_t>(matrices.size())};
   }
 };
 
 // A decoder of two blocks: neither pieces of a sequence nor threads change a bit. (Its values are
-// compared with transformers in tests/test_step.py.)
+// compared with transformers in tests/kernels/test_step.py.)
 void check_step(int kernel, const std::string& name, Random& random) {
   const int64_t hidden = 24, heads = 3, d = 8, size = 72, length = 9, capacity = 10;
-  std::vector<std::unique_ptr<OwnedSite>> sites;
+  std::vector<std::unique_ptr<OwnedInput>> inputs;
   std::vector<DropBlock> blocks;
   std::vector<float> ones(static_cast<size_t>(hidden), 1.0f), cosines, sines, x;
-  const auto site = [&](const std::vector<int64_t>& heights, int64_t width) {
-    sites.emplace_back(new OwnedSite(heights, width, random));
-    return sites.back()->site;
+  const auto input = [&](const std::vector<int64_t>& heights, int64_t width) {
+    inputs.emplace_back(new OwnedInput(heights, width, random));
+    return inputs.back()->input;
   };
   for (int i = 0; i < 2; ++i) {
     blocks.push_back({ones.data(), ones.data(), i ? ones.data() : nullptr, nullptr,
-                      site({heads * d, d, d}, hidden), site({hidden}, heads * d),
-                      site({size, size}, hidden), site({hidden}, size)});
+                      input({heads * d, d, d}, hidden), input({hidden}, heads * d),
+                      input({size, size}, hidden), input({hidden}, size)});
   }
   for (int64_t i = 0; i < capacity * d; ++i) {
     cosines.push_back(static_cast<float>(std::cos(0.1 * (i / d) * (i % (d / 2) + 1))));
@@ -407,12 +283,12 @@ int main() {
       check_products(kernel, name, problems[i], &exact, i);
       check_decode(kernel, name, problems[i]);
     }
-    check_site(kernel, name, random);
-    check_rows(kernel, name, random);
+    check_input_group(kernel, name, random);
+    check_int8_rows(kernel, name, random);
     check_step(kernel, name, random);
     check_odd_inputs(kernel, name, random);
     std::printf("%-16s %s\n", name.c_str(), failures == before ? "ok" : "FAILED");
   }
-  std::printf("team: %s\n%s\n", drop_team_kind(), failures ? "FAILED" : "all kernels ok");
+  std::printf("threads: %s\n%s\n", drop_thread_pool(), failures ? "FAILED" : "all kernels ok");
   return failures > 99 ? 99 : failures;
 }

@@ -19,8 +19,8 @@ from dropbydrop.coding.code import decode, expand_codebook
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import KernelError
 from dropbydrop.kernels import Matrix, PreparedGroup, layout, registry
-from dropbydrop.kernels._native import library
 from dropbydrop.kernels.cpu import ops
+from dropbydrop.system.native_library import library
 
 NATIVE = Path(__file__).parents[2] / "native"
 NAMES = [kernel.name for kernel in registry.table()]

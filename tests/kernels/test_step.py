@@ -21,9 +21,9 @@ from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import KernelError, UnsupportedModelError
 from dropbydrop.kernels import Matrix, PreparedGroup
-from dropbydrop.kernels._native import library
 from dropbydrop.kernels.cpu.step import MOST, DecodeStep
 from dropbydrop.runtime import fused_decode
+from dropbydrop.system.native_library import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the native library is not built")
 

@@ -29,7 +29,7 @@ def rows(x: Tensor, rows: Tensor, row_scales: Tensor, kernel: str) -> Tensor:
     count = rows.shape[0]
     out = x.new_empty(n, count)
     done(
-        native_library().drop_rows(
+        native_library().drop_int8_rows(
             registry.index(kernel),
             rows.data_ptr(),
             count,

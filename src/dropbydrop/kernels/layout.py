@@ -22,9 +22,9 @@ from torch import Tensor
 
 from dropbydrop.coding.code import ENTRIES, GROUP
 from dropbydrop.errors import KernelError
+from dropbydrop.system.native_library import library
 
 from . import registry
-from ._native import library
 
 STRIP = 64  # rows are padded to a multiple of this
 

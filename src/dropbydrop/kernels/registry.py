@@ -18,6 +18,7 @@ only when named; so is "cuda-i8", whose 8-bit codebooks and activations cost abo
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ import torch
 
 from dropbydrop.errors import KernelError
 from dropbydrop.system.accelerator import triton_interpreted
+from dropbydrop.system.native_library import library, library_path
 
-from ._native import PATH, library, log
+log = logging.getLogger("dropbydrop.kernels")
 
 VARIABLE = "DROPBYDROP_KERNEL"
 
@@ -127,7 +129,11 @@ def by_name(name: str) -> Kernel:
                 f"kernel {name!r} cannot run here: {kernel.reason}. "
                 f"Choose one of: {', '.join(k.name for k in available())}."
             )
-    hint = "" if library() else f" No native library was found at {PATH}; reinstall to build it."
+    hint = (
+        ""
+        if library()
+        else f" No native library was found at {library_path()}; reinstall to build it."
+    )
     raise KernelError(
         f"kernel {name!r} is not in this build. Choose one of: "
         f"{', '.join(k.name for k in available())}.{hint}"
@@ -168,13 +174,13 @@ def _named(name: str, device: str) -> Kernel:
 def _preferred(forced: str | None, device: str) -> Kernel:
     kernel = _named(forced, device) if forced else _automatic(device)
     lib = library()
-    team = f"; threads: {lib.drop_team_kind().decode()}" if lib and kernel.native else ""
+    threads = f"; threads: {lib.drop_thread_pool().decode()}" if lib and kernel.native else ""
     log.info(
         "%s kernel: %s (%s%s)%s",
         device.upper(),
         kernel.name,
         kernel.summary,
-        team,
+        threads,
         f", forced by {VARIABLE}" if forced else "",
     )
     return kernel

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 
 from dropbydrop.errors import UnsupportedModelError
 from dropbydrop.kernels import registry
-from dropbydrop.kernels._native import log
 from dropbydrop.kernels.cpu import ops
 from dropbydrop.kernels.cpu.products import PreparedGroup
 from dropbydrop.kernels.cpu.step import MOST, TYPES, DecodeStep
+from dropbydrop.kernels.registry import log
 
 from .guards import Guards
 

@@ -1,7 +1,7 @@
 """Search of the nested code: one entry point, several backends that can be asked for by name.
 
     backend     where                                   what it is
-    avx512      x86-64 with AVX-512 F and DQ            native/search, 16 rows in a vector
+    avx512      x86-64 with AVX-512 F, BW, DQ and VL    native/search, 16 rows in a vector
     avx2        x86-64 with AVX2 and FMA                native/search, 8 rows in a vector
     portable    any machine the library was built for   native/search, 4 rows in a vector
     triton      CUDA                                    torch's, with a visit as one kernel

@@ -1,10 +1,9 @@
-"""ctypes binding of the fused C++ search (native/search). See search_core.h for what it does."""
+"""ctypes binding of the C++ search (native/search). See search_core.h for what it does."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,17 +11,20 @@ from torch import Tensor
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.objective import Metric
 from dropbydrop.errors import KernelError
-from dropbydrop.system.native_library import library_path
+from dropbydrop.system.native_library import library
 
-_MAX = 8
-_LIBRARY = library_path("drop_search")
+_MAX = 8  # DROP_SEARCH_MAX_CODEBOOKS
 
 
 class _Metric(ctypes.Structure):
+    """DropMetric of native/search/c_api.h."""
+
     _fields_ = [("coupling", ctypes.c_void_p), ("factor", ctypes.c_void_p)]
 
 
-class _Problem(ctypes.Structure):
+class _Search(ctypes.Structure):
+    """DropSearch of native/search/c_api.h."""
+
     _fields_ = [
         ("d_out", ctypes.c_int64),
         ("d_in", ctypes.c_int64),
@@ -43,24 +45,12 @@ class _Problem(ctypes.Structure):
     ]
 
 
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
-    if not _LIBRARY.exists():
-        return None
-    library = ctypes.CDLL(str(_LIBRARY))
-    library.drop_search_backend.restype = ctypes.c_char_p
-    library.drop_search_backend.argtypes = [ctypes.c_int]
-    library.drop_search.restype = ctypes.c_int
-    library.drop_search.argtypes = [ctypes.c_char_p, ctypes.POINTER(_Problem), ctypes.c_int]
-    return library
-
-
 def backends() -> list[str]:
     """Names of the native backends this machine runs, best first; empty without the library."""
-    library = _library()
+    lib = library()
     names: list[str] = []
-    while library is not None:
-        name = library.drop_search_backend(len(names))
+    while lib is not None:
+        name = lib.drop_search_backend(len(names))
         if name is None:
             break
         names.append(name.decode())
@@ -81,8 +71,8 @@ def search(
     codes: Tensor | None,
 ) -> tuple[Tensor, list[int]]:
     """See `dropbydrop.coding.search.search`; all tensors float32 on the CPU."""
-    library = _library()
-    if library is None or backend not in backends():
+    lib = library()
+    if lib is None or backend not in backends():
         raise KernelError(f"search backend {backend!r} is not available; have {backends()}")
     d_out, d_in = w.shape
     planes = codebooks.shape[0]
@@ -100,7 +90,7 @@ def search(
             return _Metric(None, None)
         return _Metric(metric.coupling.data_ptr(), metric.factor.data_ptr())
 
-    problem = _Problem(
+    problem = _Search(
         d_out,
         d_in,
         planes,
@@ -118,7 +108,7 @@ def search(
         out.data_ptr(),
         changed.data_ptr(),
     )
-    status = library.drop_search(backend.encode(), ctypes.byref(problem), torch.get_num_threads())
+    status = lib.drop_search(backend.encode(), ctypes.byref(problem), torch.get_num_threads())
     if status == 3:
         raise MemoryError("the native search ran out of memory")
     if status:

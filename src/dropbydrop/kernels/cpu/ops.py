@@ -4,22 +4,21 @@
     dropbydrop::build_tables(x, codebooks, entries, kernel) -> uint8 [n, bytes]
     dropbydrop::matvec(tables, planes, scales, bias, rows, groups, entries, kernel, dtype)
         -> [n, rows]
-    dropbydrop::site(x, signs, odd, block, codebooks, entries, planes, scales, biases, rows, kernel)
-        -> [n * sum(rows)], one [n, rows[i]] after the other
+    dropbydrop::input_group(x, signs, odd, block, codebooks, entries, planes, scales, biases, rows,
+        kernel) -> [n * sum(rows)], one [n, rows[i]] after the other
     dropbydrop::prepared_group(x, job, width, kernel) -> [n * width], the same
     dropbydrop::decode(planes, tiled, codebooks, scales, rows, groups, first, last, dtype, kernel)
         -> rows first..last of the weight, [last - first, 8 * groups]
 
 Tables are values: a function of x and the codebooks alone, so q/k/v share them, and a table belongs
-to the kernel that built it. `input group` does the three steps in one native call by one team of
-threads, for all matrices of an input. P = len(codebooks), and `planes` lists the first P planes of
-one matrix after the other. Threads follow torch.get_num_threads().
+to the kernel that built it. `input_group` does the three steps in one native call, for all matrices
+of an input. P = len(codebooks), and `planes` lists the first P planes of one matrix after the
+other. Threads follow torch.get_num_threads().
 
 `prepared_group` is `input_group` with everything but x and its result described beforehand
-(`describe_group`)
-in one small tensor of addresses: passing 20 tensors through the dispatcher costs several times
-what a small product does. It is for this process only; a graph that is to be saved uses `input
-group`.
+(`describe_group`) in one small tensor of addresses: passing 20 tensors through the dispatcher costs
+several times what a small product does. It is for this process only; a graph that is to be saved
+uses `input_group`.
 
 Operators are defined with torch.library.Library rather than `custom_op`, whose checks on every call
 cost more than a small product does. Tensors must be contiguous and on the CPU; the callers in this
@@ -38,9 +37,9 @@ import torch
 from torch import Tensor
 
 from dropbydrop.coding.code import ENTRIES, GROUP
+from dropbydrop.system.native_library import library
 
 from .. import registry
-from .._native import library, pointers
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _library = torch.library.Library("dropbydrop", "DEF")
@@ -79,10 +78,17 @@ def done(status: int) -> None:
         )
 
 
+def pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
+    """A C array of the tensors' addresses. The tensors must outlive its use."""
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
 class _Matrix(ctypes.Structure):
+    """DropMatrix of native/kernels/c_api.h."""
+
     _fields_ = (
         ("planes", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
+        ("d_out", ctypes.c_int64),
         ("scales", ctypes.c_void_p),
         ("scale_type", ctypes.c_int64),
         ("bias", ctypes.c_void_p),
@@ -90,15 +96,15 @@ class _Matrix(ctypes.Structure):
     )
 
 
-_MAGIC = 0x65746973706F7264  # DROP_SITE_MAGIC
+_MAGIC = 0x7072677475706E69  # DROP_INPUT_GROUP_MAGIC
 
 
 class GroupStruct(ctypes.Structure):
-    """DropSite of drop_kernels.h."""
+    """DropInputGroup of native/kernels/c_api.h."""
 
     _fields_ = (
         ("magic", ctypes.c_int64),
-        ("d", ctypes.c_int64),
+        ("d_in", ctypes.c_int64),
         ("block", ctypes.c_int64),
         ("signs", ctypes.c_void_p),
         ("odd", ctypes.c_void_p),
@@ -171,19 +177,17 @@ def build_tables(x: Tensor, codebooks: Sequence[Tensor], entries: int, kernel: s
     lib, index = native_library(), registry.index(kernel)
     n, d = x.shape
     groups, prefix = d // GROUP, len(codebooks)
-    out = torch.empty(n, lib.drop_table_bytes(index, groups, prefix, entries), dtype=torch.uint8)
+    out = torch.empty(n, lib.drop_lut_bytes(index, groups, prefix, entries), dtype=torch.uint8)
     books = pointers(codebooks)
     threads = torch.get_num_threads()
-    done(lib.drop_build(index, x.data_ptr(), n, groups, prefix, books, out.data_ptr(), threads))
+    done(lib.drop_build_lut(index, x.data_ptr(), n, groups, prefix, books, out.data_ptr(), threads))
     return out
 
 
 @fake("build_tables")
 def _(x, codebooks, entries, kernel):  # type: ignore[no-untyped-def]
     groups = x.shape[1] // GROUP
-    count = native_library().drop_table_bytes(
-        registry.index(kernel), groups, len(codebooks), entries
-    )
+    count = native_library().drop_lut_bytes(registry.index(kernel), groups, len(codebooks), entries)
     return x.new_empty((x.shape[0], count), dtype=torch.uint8)
 
 
@@ -207,7 +211,7 @@ def matvec(
     out = torch.empty(n, rows, dtype=dtype)
     described, keep = _matrices(planes, [scales], [bias], [rows], prefix)
     done(
-        native_library().drop_multiply(
+        native_library().drop_lut_gemv(
             registry.index(kernel),
             tables.data_ptr(),
             n,
@@ -289,7 +293,7 @@ def run_group(x: Tensor, address: int, d: int, width: int, kernel: int) -> Tenso
     n = x.numel() // d
     kind = TYPES[x.dtype]
     out = x.new_empty(n * width)
-    if native_library().drop_site(
+    if native_library().drop_input_group(
         kernel, address, x.data_ptr(), kind, n, d, out.data_ptr(), kind, torch.get_num_threads()
     ):
         done(-1)
@@ -399,4 +403,4 @@ def _(planes, tiled, codebooks, scales, rows, groups, first, last, dtype, kernel
 def table_bytes(groups: int, prefix: int, entries: int = ENTRIES // 2, kernel: str = "") -> int:
     """Bytes of the tables of one activation row."""
     index = registry.index(kernel or registry.select().name)
-    return native_library().drop_table_bytes(index, groups, prefix, entries)
+    return native_library().drop_lut_bytes(index, groups, prefix, entries)

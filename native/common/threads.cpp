@@ -1,4 +1,4 @@
-#include "parallel.h"
+#include "threads.h"
 
 #include <condition_variable>
 #include <cstdlib>
@@ -24,12 +24,12 @@ void relax() {
 #endif
 }
 
-// Spins, then yields: on a machine with fewer idle cores than members, giving up the core is what
+// Spins, then yields: on a machine with fewer idle cores than workers, giving up the core is what
 // lets the others arrive.
 template <typename Ready>
 void spin_until(Ready ready) {
-  for (int turn = 0; !ready(); ++turn) {
-    if (turn < 2000) {
+  for (int spins = 0; !ready(); ++spins) {
+    if (spins < 2000) {
       relax();
     } else {
       std::this_thread::yield();
@@ -38,7 +38,7 @@ void spin_until(Ready ready) {
 }
 
 struct Call {
-  void (*body)(void*, const Member&);
+  void (*body)(void*, const Worker&);
   void* context;
   Barrier barrier;
 };
@@ -68,15 +68,15 @@ const OpenMp& openmp() {
 
 void openmp_entry(void* data) {
   Call& call = *static_cast<Call*>(data);
-  const Member member{openmp().thread_num(), openmp().num_threads(), &call.barrier};
-  call.body(call.context, member);
+  const Worker worker{openmp().thread_num(), openmp().num_threads(), &call.barrier};
+  call.body(call.context, worker);
 }
 
 // Workers sleep between calls. A call that finds the pool busy (another thread is inside) runs
 // alone instead of waiting.
-class Pool {
+class ThreadPool {
  public:
-  ~Pool() {
+  ~ThreadPool() {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       stop_ = true;
@@ -88,7 +88,7 @@ class Pool {
   void run(int threads, Call& call) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
     if (threads < 2 || !busy.owns_lock()) {
-      call.body(call.context, Member{0, 1, &call.barrier});
+      call.body(call.context, Worker{0, 1, &call.barrier});
       return;
     }
     {
@@ -103,7 +103,7 @@ class Pool {
       ++generation_;
     }
     wake_.notify_all();
-    call.body(call.context, Member{0, threads, &call.barrier});
+    call.body(call.context, Worker{0, threads, &call.barrier});
     spin_until([this] { return left_.load() == 0; });
   }
 
@@ -121,7 +121,7 @@ class Pool {
         size = size_;
       }
       if (rank >= size) continue;
-      call->body(call->context, Member{rank, size, &call->barrier});
+      call->body(call->context, Worker{rank, size, &call->barrier});
       left_.fetch_sub(1);
     }
   }
@@ -138,9 +138,9 @@ class Pool {
 
 }  // namespace
 
-void Barrier::wait(int members) {
+void Barrier::wait(int workers) {
   const unsigned round = round_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == members - 1) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == workers - 1) {
     arrived_.store(0, std::memory_order_relaxed);
     round_.store(round + 1, std::memory_order_release);
   } else {
@@ -148,18 +148,18 @@ void Barrier::wait(int members) {
   }
 }
 
-void run_team(int threads, void (*body)(void*, const Member&), void* context) {
+void run_threads(int threads, void (*body)(void*, const Worker&), void* context) {
   Call call{body, context, {}};
   if (threads <= 1) {
-    body(context, Member{0, 1, &call.barrier});
+    body(context, Worker{0, 1, &call.barrier});
   } else if (openmp().usable()) {
     openmp().parallel(openmp_entry, &call, static_cast<unsigned>(threads), 0);
   } else {
-    static Pool pool;
+    static ThreadPool pool;
     pool.run(threads, call);
   }
 }
 
-const char* team_kind() { return openmp().usable() ? "openmp" : "std::thread"; }
+const char* thread_pool_kind() { return openmp().usable() ? "openmp" : "std::thread"; }
 
 }  // namespace drop

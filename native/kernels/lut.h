@@ -1,8 +1,8 @@
-// Building tables, and walking a packed plane with them. Included once per instruction set, inside
-// its own namespace; the instruction set supplies the few vector routines named below and nothing
-// else.
+// Building look-up tables (LUTs), and walking a packed plane with them. Included once per
+// instruction set, inside its own namespace; the instruction set supplies the few vector routines
+// named below and nothing else.
 //
-// A table entry is the dot product of one group of 8 activations with one codebook entry, as an
+// An entry of a LUT is the dot product of one group of 8 activations with one codebook entry, as an
 // unsigned integer v of kBits bits, standing for (v - V / 2) * step with V = 2^kBits - 1. Negation
 // is V - v, a bitwise complement, hence a sign-symmetric codebook needs half the entries and the
 // sign of a code costs one masked subtraction.
@@ -24,14 +24,15 @@
 #pragma once
 
 #include "block.h"
+#include "common/cpu_features.h"
 #include "decode.h"
+#include "int8_rows.h"
 #include "rotate.h"
-#include "rows.h"
 
 namespace drop {
 namespace DROP_ISA {
 
-constexpr int kBits16 = 14;  // "16-bit" tables: two base-128 digits, or one 16-bit word
+constexpr int kBits16 = 14;  // "16-bit" LUTs: two base-128 digits, or one 16-bit word
 constexpr int kBits8 = 8;
 
 // Step 1, on activations rounded to 13 bits: an upper bound of max |x . c|, at most 2^-10 above it.
@@ -70,10 +71,10 @@ static float block_reach(const float* x, int64_t count, float largest, const Cod
   return (static_cast<float>(reach) + 131072.0f) / (factor * codebook.scale);
 }
 
-// Lines asked for while one group's table is built: about what memory delivers in that time.
+// Lines prefetched while one group's LUT is built: about what memory delivers in that time.
 constexpr int64_t kLinesPerGroup = 6;
 
-DROP_INLINE void ask(Upcoming& soon, int64_t lines) {
+DROP_INLINE void prefetch(Upcoming& soon, int64_t lines) {
   for (; lines > 0 && soon.at < soon.count; --lines) {
     const Upcoming::Part& part = soon.parts[soon.at];
     __builtin_prefetch(part.data + soon.offset, 0, 2);
@@ -86,8 +87,8 @@ DROP_INLINE void ask(Upcoming& soon, int64_t lines) {
 }
 
 template <typename Isa>
-static void build(const BuildJob& job, int64_t first, int64_t last) {
-  const TableShape& shape = job.shape;
+static void build_lut(const BuildLutJob& job, int64_t first, int64_t last) {
+  const LutShape& shape = job.shape;
   const int64_t blocks = shape.blocks();
   alignas(64) int16_t rounded[kBlock * kGroup];
   for (int64_t unit = first; unit < last; ++unit) {
@@ -96,10 +97,10 @@ static void build(const BuildJob& job, int64_t first, int64_t last) {
     const int64_t count = shape.groups - start < kBlock ? shape.groups - start : kBlock;
     const float* x = job.x + row * job.x_stride + start * kGroup;
     const Codebook& codebook = *job.codebooks[plane];
-    uint8_t* tables = job.tables + row * shape.bytes();
+    uint8_t* lut = job.lut + row * shape.bytes();
     float* half_step =
-        reinterpret_cast<float*>(tables + shape.steps_offset()) + plane * blocks + block;
-    tables += (plane * shape.groups + start) * shape.group_bytes;
+        reinterpret_cast<float*>(lut + shape.steps_offset()) + plane * blocks + block;
+    lut += (plane * shape.groups + start) * shape.group_bytes;
 
     uint32_t bits = 0;  // of the largest |x|; integer order is float order, NaN above all
     for (int64_t i = 0; i < count * kGroup; ++i) {
@@ -127,18 +128,18 @@ static void build(const BuildJob& job, int64_t first, int64_t last) {
       quantize(x, count * kGroup, factor, rounded);
     }
     for (int64_t j = 0; j < count; ++j) {
-      if (job.upcoming) ask(*job.upcoming, kLinesPerGroup);
-      Isa::group_table(rounded + j * kGroup, codebook, tables + j * shape.group_bytes);
+      if (job.upcoming) prefetch(*job.upcoming, kLinesPerGroup);
+      Isa::group_lut(rounded + j * kGroup, codebook, lut + j * shape.group_bytes);
     }
   }
 }
 
 // One tile of one block, as the instruction set sees it.
 struct Tile {
-  const uint8_t* codes;   // of the first strip; strips are count * kStrip bytes apart
-  const uint8_t* next;    // the tile that will be read after this one, for prefetching
-  int64_t count;          // groups
-  const uint8_t* tables;  // of the block
+  const uint8_t* codes;  // of the first strip; strips are count * kStrip bytes apart
+  const uint8_t* next;   // the tile that will be read after this one, for prefetching
+  int64_t count;         // groups
+  const uint8_t* lut;    // of the block
   float half_step;
   float* sums;  // [strips * kStrip]: added to
 
@@ -161,17 +162,18 @@ DROP_INLINE const uint8_t* ahead(const Tile& tile, int64_t j) {
 
 // Strips first .. last of one matrix, for all n activation rows. Isa::block is one tile.
 template <typename Isa>
-static void multiply(const MultiplyJob& job, int64_t first, int64_t last) {
+static void lut_gemv(const LutGemvJob& job, int64_t first, int64_t last) {
   const int64_t rows = (last - first) * kStrip;
   for (int64_t i = 0; i < job.n; ++i) {
     memset(job.sums + i * job.sums_stride, 0, static_cast<size_t>(rows) * 4);
   }
   const int64_t blocks = job.plane.blocks();
-  for (int64_t m = 0; m < job.table.prefix; ++m) {
+  for (int64_t m = 0; m < job.lut_shape.prefix; ++m) {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t count = job.plane.block_groups(block);
-      const int64_t offset = (m * job.table.groups + block * kBlock) * job.table.group_bytes;
-      const int64_t step = job.table.steps_offset() + (m * blocks + block) * 4;
+      const int64_t offset =
+          (m * job.lut_shape.groups + block * kBlock) * job.lut_shape.group_bytes;
+      const int64_t step = job.lut_shape.steps_offset() + (m * blocks + block) * 4;
       for (int64_t strip = first; strip < last;) {
         const int64_t strips = last - strip < kTileStrips ? last - strip : kTileStrips;
         Tile tile;
@@ -182,13 +184,13 @@ static void multiply(const MultiplyJob& job, int64_t first, int64_t last) {
           tile.next = job.planes[m] + job.plane.offset(block, strip + strips);
         } else if (block + 1 < blocks) {
           tile.next = job.planes[m] + job.plane.offset(block + 1, first);
-        } else if (m + 1 < job.table.prefix) {
+        } else if (m + 1 < job.lut_shape.prefix) {
           tile.next = job.planes[m + 1] + job.plane.offset(0, first);
         }
         for (int64_t i = 0; i < job.n; ++i) {
-          const uint8_t* tables = job.tables + i * job.table.bytes();
-          tile.tables = tables + offset;
-          memcpy(&tile.half_step, tables + step, 4);
+          const uint8_t* lut = job.lut + i * job.lut_shape.bytes();
+          tile.lut = lut + offset;
+          memcpy(&tile.half_step, lut + step, 4);
           tile.sums = job.sums + i * job.sums_stride + (strip - first) * kStrip;
           Isa::block(job.symmetric, strips, tile);
         }
@@ -215,28 +217,27 @@ struct Tiled : T {
   }
 };
 
-// One row of the kernel table. A constant expression: nothing of an instruction set may run before
-// the machine has been asked.
+// One line of the list of kernels. A constant expression: nothing that was compiled for an
+// instruction set may run before the processor is known to have it.
 template <typename Isa>
-constexpr Kernel make_kernel(const char* name, const char* summary, bool (*supported)()) {
+constexpr Kernel make_kernel(const char* name, const char* summary) {
   return {name,
           summary,
-          Isa::kBits == kBits8 ? 8 : 16,
           Isa::kGroupBytes[0],
           Isa::kGroupBytes[1],
-          supported,
-          build<Isa>,
-          multiply<Isa>,
-          finish,
+          kCompiledFeatures,
+          build_lut<Isa>,
+          lut_gemv<Isa>,
+          epilogue,
           decode,
           rotate,
           quantize_row,
-          rows,
+          int8_rows,
           norm,
-          turn,
+          apply_rope,
           store,
-          attend,
-          gate,
+          attention,
+          silu_mul,
           stream};
 }
 

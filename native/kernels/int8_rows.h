@@ -9,13 +9,13 @@ namespace DROP_ISA {
 
 constexpr int64_t kRowChunk = 512;  // products that are summed in int32: 127 * 32767 * 512 < 2^31
 
-constexpr int64_t kAheadBytes =
-    8192;  // prefetching: bandwidth times latency, and half as much again
+// How far ahead to prefetch: bandwidth times latency, and half as much again.
+constexpr int64_t kAheadBytes = 8192;
 
-static float quantize_row(const void* x, Scalar type, int64_t d, int16_t* out) {
+static float quantize_row(const void* x, Scalar type, int64_t d_in, int16_t* out) {
   float values[kRowChunk];
   uint32_t bits = 0;
-  for (int64_t i = 0; i < d; ++i) {
+  for (int64_t i = 0; i < d_in; ++i) {
     const float value = load_scalar(x, type, i);
     uint32_t here;
     memcpy(&here, &value, 4);
@@ -25,14 +25,14 @@ static float quantize_row(const void* x, Scalar type, int64_t d, int16_t* out) {
   float largest;
   memcpy(&largest, &bits, 4);
   if (bits >= 0x7f800000) {  // infinity or NaN: every product is NaN
-    memset(out, 0, static_cast<size_t>(d) * 2);
+    memset(out, 0, static_cast<size_t>(d_in) * 2);
     bits = 0x7fc00000;
     memcpy(&largest, &bits, 4);
     return largest;
   }
   const float factor = largest < 1e-25f ? 0 : 32767.0f / largest;
-  for (int64_t start = 0; start < d; start += kRowChunk) {
-    const int64_t count = d - start < kRowChunk ? d - start : kRowChunk;
+  for (int64_t start = 0; start < d_in; start += kRowChunk) {
+    const int64_t count = d_in - start < kRowChunk ? d_in - start : kRowChunk;
     for (int64_t i = 0; i < count; ++i) values[i] = load_scalar(x, type, start + i);
     quantize(values, count, factor, out + start);
   }
@@ -58,7 +58,7 @@ DROP_INLINE int64_t sum_lanes(__m256i lanes) {
 #endif
 
 // The whole vectors of `dot_rows`; returns how many products were summed.
-DROP_INLINE int64_t dot_rows_x86(const int8_t* const* rows, const int16_t* x, int64_t d,
+DROP_INLINE int64_t dot_rows_x86(const int8_t* const* rows, const int16_t* x, int64_t d_in,
                                  int64_t ahead, int64_t* sums) {
 #ifdef __AVX512BW__
   constexpr int64_t kStep = 32;
@@ -89,8 +89,8 @@ DROP_INLINE int64_t dot_rows_x86(const int8_t* const* rows, const int16_t* x, in
 #endif
   constexpr int64_t kMost = kRowChunk * kStep / 2;  // a lane takes 2 of kStep products
   int64_t k = 0;
-  while (k + kStep <= d) {
-    const int64_t stop = k + kMost < d ? k + kMost : d;
+  while (k + kStep <= d_in) {
+    const int64_t stop = k + kMost < d_in ? k + kMost : d_in;
     Lanes lanes[4] = {};
     for (; k + kStep <= stop; k += kStep) {
       const Lanes v = load_x(x + k);
@@ -110,15 +110,15 @@ DROP_INLINE int64_t dot_rows_x86(const int8_t* const* rows, const int16_t* x, in
 #endif
 
 // Sums of products of four rows of int8 with x, exact.
-DROP_INLINE void dot_rows(const int8_t* const* rows, const int16_t* x, int64_t d,
+DROP_INLINE void dot_rows(const int8_t* const* rows, const int16_t* x, int64_t d_in,
                           [[maybe_unused]] int64_t ahead, int64_t* sums) {
   int64_t k = 0;
   for (int r = 0; r < 4; ++r) sums[r] = 0;
 #ifdef __AVX2__
-  k = dot_rows_x86(rows, x, d, ahead, sums);
+  k = dot_rows_x86(rows, x, d_in, ahead, sums);
 #endif
-  for (; k < d;) {
-    const int64_t stop = k + kRowChunk < d ? k + kRowChunk : d;
+  for (; k < d_in;) {
+    const int64_t stop = k + kRowChunk < d_in ? k + kRowChunk : d_in;
     int32_t part[4] = {};
     for (; k < stop; ++k) {
       for (int r = 0; r < 4; ++r) part[r] += rows[r][k] * x[k];
@@ -128,21 +128,21 @@ DROP_INLINE void dot_rows(const int8_t* const* rows, const int16_t* x, int64_t d
 }
 
 template <Scalar kType>
-static void rows_of(const RowsJob& job, int64_t first, int64_t last) {
+static void int8_rows_of(const Int8RowsJob& job, int64_t first, int64_t last) {
   constexpr int64_t kChunk = 64;
   float scales[kChunk];
   // Four rows are read side by side: what comes next is the same place of four rows further on.
-  const int64_t ahead = round_up(kAheadBytes, 4 * job.d);
+  const int64_t ahead = round_up(kAheadBytes, 4 * job.d_in);
   for (int64_t start = first; start < last; start += kChunk) {
     const int64_t stop = start + kChunk < last ? start + kChunk : last;
     load_scalars(job.scales, job.scale_type, start, stop - start, scales);
     for (int64_t row = start; row < stop; row += 4) {
       const int64_t count = stop - row < 4 ? stop - row : 4;
       const int8_t* four[4];
-      for (int64_t r = 0; r < 4; ++r) four[r] = job.rows + (row + (r < count ? r : 0)) * job.d;
+      for (int64_t r = 0; r < 4; ++r) four[r] = job.rows + (row + (r < count ? r : 0)) * job.d_in;
       for (int64_t i = 0; i < job.n; ++i) {
         int64_t sums[4];
-        dot_rows(four, job.x + i * job.d, job.d, ahead, sums);
+        dot_rows(four, job.x + i * job.d_in, job.d_in, ahead, sums);
         for (int64_t r = 0; r < count; ++r) {
           const float scale = scales[row + r - start] * job.x_step[i];
           store_scalar<kType>(job.out, i * job.out_stride + row + r,
@@ -153,11 +153,11 @@ static void rows_of(const RowsJob& job, int64_t first, int64_t last) {
   }
 }
 
-static void rows(const RowsJob& job, int64_t first, int64_t last) {
+static void int8_rows(const Int8RowsJob& job, int64_t first, int64_t last) {
   switch (job.out_type) {
-    case kF16: return rows_of<kF16>(job, first, last);
-    case kBF16: return rows_of<kBF16>(job, first, last);
-    default: return rows_of<kF32>(job, first, last);
+    case kF16: return int8_rows_of<kF16>(job, first, last);
+    case kBF16: return int8_rows_of<kBF16>(job, first, last);
+    default: return int8_rows_of<kF32>(job, first, last);
   }
 }
 

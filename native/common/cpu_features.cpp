@@ -1,0 +1,30 @@
+#include "cpu_features.h"
+
+namespace drop {
+namespace {
+
+uint32_t detect() {
+  uint32_t found = 0;
+#if defined(__x86_64__) || defined(_M_X64)
+  // __builtin_cpu_supports takes literals only; it asks the operating system, too.
+  if (__builtin_cpu_supports("avx2")) found |= kAvx2;
+  if (__builtin_cpu_supports("fma")) found |= kFma;
+  if (__builtin_cpu_supports("f16c")) found |= kF16c;
+  if (__builtin_cpu_supports("avx512f")) found |= kAvx512f;
+  if (__builtin_cpu_supports("avx512bw")) found |= kAvx512bw;
+  if (__builtin_cpu_supports("avx512dq")) found |= kAvx512dq;
+  if (__builtin_cpu_supports("avx512vl")) found |= kAvx512vl;
+  if (__builtin_cpu_supports("avx512vbmi")) found |= kAvx512vbmi;
+  if (__builtin_cpu_supports("avx512vnni")) found |= kAvx512vnni;
+#endif
+  return found;
+}
+
+}  // namespace
+
+bool runs_here(uint32_t features) {
+  static const uint32_t found = detect();
+  return (features & ~found) == 0;
+}
+
+}  // namespace drop
