@@ -274,22 +274,3 @@ def test_bad_arguments_are_refused():
         search(w, books, [3], [1.0], beam=4, sweeps=1, feedback=feedback_metric(h))
     with pytest.raises(KernelError, match="torch"):
         native.search("torch", w, books, [3], [1.0], 4, 0.25, feedback_metric(h), None, 0, None)
-
-
-def test_libraries_of_an_editable_install(tmp_path, monkeypatch):
-    """Sources in one folder, what was built in another: both are on the package's path."""
-    import dropbydrop
-    from dropbydrop.system.digest import code_digest
-    from dropbydrop.system.native_library import built_libraries, library_path
-
-    suffix = library_path("drop_search").suffix
-    built = tmp_path / "site" / "_native" / f"libdrop_search{suffix}"
-    monkeypatch.setattr(dropbydrop, "__path__", [str(tmp_path / "src"), str(tmp_path / "site")])
-    assert library_path("drop_search") == tmp_path / "src" / "_native" / built.name
-    built.parent.mkdir(parents=True)
-    built.touch()
-    assert library_path("drop_search") == built
-    assert built_libraries() == [built]  # what digests of the code cover
-    before = code_digest()
-    built.write_bytes(b"another")
-    assert code_digest() != before
