@@ -22,7 +22,6 @@ import io
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 from dropbydrop.errors import DropError, FormatError, UnsupportedModelError
 from dropbydrop.system.atomic_folder import full_disk, replacing
 from dropbydrop.system.cache import cache_dir
-from dropbydrop.system.console import quiet_transformers
+from dropbydrop.system.console import phase, quiet_transformers
 from dropbydrop.system.digest import file_digest
 
 from .weight_files import INDEX, SINGLE
@@ -152,9 +151,9 @@ def convert_gguf(file: Path) -> Path:
         return target
     if importlib.util.find_spec("gguf") is None:
         raise DropError("reading .gguf files needs the gguf package: pip install 'gguf>=0.10'")
-    print(f"dequantizing {file.name} to {target} (once)", file=sys.stderr)
     try:
-        with full_disk(target), replacing(target) as partial:
+        working = phase(f"dequantizing {file.name}")
+        with working, full_disk(target), replacing(target) as partial:
             partial.mkdir()
             _write_dequantized(file, partial)
             _default_modes(partial)

@@ -62,79 +62,51 @@ def phase(description: str, enabled: bool = True) -> Iterator[None]:
 
 
 class ProgressLines(Progress):
-    """Progress for a log: takes the calls of rich's Progress and writes lines to `file`.
-
-    Args:
-        get_time: a clock in seconds.
-        every: seconds from one line of a running task to the next.
-    """
+    """rich's Progress for a log: lines in `file`, a running task's every `every` seconds."""
 
     def __init__(
         self, file: TextIO, get_time: Callable[[], float] = time.monotonic, every: float = EVERY
     ) -> None:
-        super().__init__(
-            console=Console(file=file), auto_refresh=False, get_time=get_time, disable=True
-        )
+        super().__init__(auto_refresh=False, get_time=get_time, disable=True)
         self._file, self._every = file, every
         self._already: dict[TaskID, float] = {}  # completed when a task began, as after --resume
         self._ended: set[TaskID] = set()
         self._stopped = threading.Event()
-        self._timer: threading.Thread | None = None
+        self._timer = threading.Thread(target=self._repeat, daemon=True)
 
     def start(self) -> None:
-        """Begin to write a line for every running task every `every` seconds."""
-        self._timer = threading.Thread(target=self._repeat, daemon=True)
         self._timer.start()
 
     def stop(self) -> None:
-        """Write how far the tasks came that have not ended."""
         self._stopped.set()
-        if self._timer is not None:
-            self._timer.join()
-        self.write_lines()
+        self._timer.join()
+        self.write_lines()  # how far tasks came that were interrupted
 
-    def write_lines(self) -> None:
-        """Write one line for every task that has not ended."""
+    def add_task(self, description: str, *args: Any, **settings: Any) -> TaskID:
         with self._lock:
-            for task in self.tasks:
-                if task.id not in self._ended:
-                    self._write(task)
-
-    def add_task(
-        self,
-        description: str,
-        start: bool = True,
-        total: float | None = 100.0,
-        completed: int = 0,
-        visible: bool = True,
-        **fields: Any,
-    ) -> TaskID:
-        """As rich's; writes the first line of the task."""
-        with self._lock:
-            number = super().add_task(description, start, total, completed, visible, **fields)
-            self._already[number] = completed
+            number = super().add_task(description, *args, **settings)
+            self._already[number] = self._tasks[number].completed
             self._write(self._tasks[number])
         return number
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        """As rich's; the step that completes a task writes its last line."""
-        with self._lock:
-            super().advance(task_id, advance)
-            self._end(task_id)
+        super().advance(task_id, advance)
+        self.write_lines(running=False)
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
-        """As rich's; the step that completes a task writes its last line."""
+        super().update(task_id, **changes)
+        self.write_lines(running=False)
+
+    def write_lines(self, running: bool = True) -> None:
+        """Write the last line of tasks that have just ended, and one of those still running."""
         with self._lock:
-            super().update(task_id, **changes)
-            self._end(task_id)
+            for task in self.tasks:
+                if task.id not in self._ended and (running or _finished(task)):
+                    self._write(task)
 
     def _repeat(self) -> None:
         while not self._stopped.wait(self._every):
             self.write_lines()
-
-    def _end(self, number: TaskID) -> None:
-        if _finished(self._tasks[number]) and number not in self._ended:
-            self._write(self._tasks[number])
 
     def _write(self, task: Task) -> None:
         if _finished(task):
@@ -144,13 +116,11 @@ class ProgressLines(Progress):
             self._file.flush()
 
     def _line(self, task: Task) -> str:
-        """`description done/total, percent, elapsed, ETA remaining`, without what is not known."""
-        elapsed = task.elapsed or 0.0
+        elapsed, done = task.elapsed or 0.0, task.completed - self._already[task.id]
         if task.total is None:
             return f"{task.description} ..., {_clock(elapsed)}"
         line = f"{task.description} {task.completed:.0f}/{task.total:.0f}, {task.percentage:.0f} %"
         line += f", {_clock(elapsed)}"
-        done = task.completed - self._already[task.id]
         if _finished(task) or done <= 0:
             return line
         return f"{line}, ETA {_clock(elapsed * (task.total - task.completed) / done)}"
