@@ -10,9 +10,9 @@ JOBS ?= 2
 TEXT ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
-SOURCES := pyproject.toml constraints.txt $(shell find src research native -type f \
-	\( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.txt' -o -name '*.safetensors' \) \
-	-not -path '*/_native/*')
+SOURCES := pyproject.toml research/pyproject.toml constraints.txt $(shell find src research native \
+	-type f \( -name '*.py' -o -name 'py.typed' -o -name '*.json' -o -name '*.safetensors' \
+	-o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.txt' \) -not -path '*/_native/*')
 
 .PHONY: demo test quick lint dev clean
 
@@ -56,7 +56,7 @@ docs:
 
 dev:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch scikit-build-core
+	$(PIP) torch scikit-build-core "setuptools>=77"
 	$(PIP) --no-build-isolation -e ".[dev]" -e ./research
 
 clean:

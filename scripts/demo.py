@@ -73,7 +73,7 @@ def arguments() -> argparse.Namespace:
         "--calibration-windows", type=int, default=16, help="windows that it writes"
     )
     parser.add_argument("--windows", type=int, default=8, help="windows to measure on")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens of any of these windows")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens of any of these windows")
     return parser.parse_args()
 
 
