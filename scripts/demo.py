@@ -141,7 +141,7 @@ def draw(figures: dict[str, Any], file: Path, name: str) -> None:
 def next_commands(out: Path) -> list[list[str]]:
     """What to try with the checkpoint, and with another model."""
     return [
-        ["generate", str(out), "--bits", "2.5", "--chat", "--prompt", "Why is the sky blue?"],
+        ["generate", str(out), "--avg-bits", "2.5", "--chat", "--prompt", "Why is the sky blue?"],
         ["bench", str(out), "--bits", ",".join(map(str, LEVELS))],
         ["quantize", "Qwen/Qwen3-0.6B", str(FOLDER / "qwen3"), "--bits", "2,3,4", "--dry-run"],
     ]

@@ -32,14 +32,14 @@ def run(
 
     from dropbydrop.evaluation.bench import bench
     from dropbydrop.runtime.load import load
-    from dropbydrop.system.console import quiet_transformers
+    from dropbydrop.system.console import phase, quiet_transformers
 
     from .tables import print_bench
 
     levels = parse_bits(bits)
     if threads is not None:
         torch.set_num_threads(threads)
-    with quiet_transformers():
+    with phase("benchmark"), quiet_transformers():
         model = load(out, max(levels), dtype=dtype)
         result = bench(model, levels, prompt=prompt, tokens=tokens, prefill=prefill, rounds=rounds)
     print_bench(result, console(as_json))

@@ -115,7 +115,7 @@ def evaluate_text(
     from dropbydrop.models.model_config import context_length
     from dropbydrop.models.sources import load_tokenizer, resolve
     from dropbydrop.runtime.load import load_views
-    from dropbydrop.system.console import quiet_transformers
+    from dropbydrop.system.console import phase, quiet_transformers
 
     checkpoint, kind = Checkpoint.open(out), parse_dtype(dtype)
     ids, described = text_windows(text, load_tokenizer(out), seq_len, windows)
@@ -124,9 +124,10 @@ def evaluate_text(
         raise CalibrationError(
             f"--seq-len {seq_len} is longer than the model's context of {context} tokens."
         )
-    with quiet_transformers():
+    folder = None if reference is None else resolve(reference).folder
+    with phase("loading"), quiet_transformers():
         loaded = load_views(checkpoint, chosen, kind)
-        original = None if reference is None else _plain(resolve(reference).folder, kind)
+        original = None if folder is None else _plain(folder, kind)
     views = {name: view for name, (_, view) in loaded.items()}
     result = evaluate(views, original, ids, seed=seed)
     for name, (plan, _) in loaded.items():

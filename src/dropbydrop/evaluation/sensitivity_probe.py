@@ -37,7 +37,7 @@ from dropbydrop.errors import CalibrationError, PrecisionError
 from dropbydrop.planning.sensitivity import Sensitivity
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import precision, store_of, view
-from dropbydrop.system.console import progress_bar, quiet_transformers
+from dropbydrop.system.console import phase, progress_bar, quiet_transformers
 
 from .perplexity import evaluate
 
@@ -189,7 +189,7 @@ def self_windows(model: Any, windows: int, seq_len: int, seed: int = 0) -> Tenso
     first = first[0] if isinstance(first, list) else first
     prompt = torch.full((windows, 1), int(first), device=model.device)
     torch.manual_seed(seed)
-    with quiet_transformers(), torch.no_grad():
+    with phase("writing text"), quiet_transformers(), torch.no_grad():
         ids: Tensor = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),

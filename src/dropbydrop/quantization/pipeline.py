@@ -31,11 +31,11 @@ from torch import Tensor
 from dropbydrop.checkpoint import CheckpointWriter, PlaneSpec, QuantizationConfig
 from dropbydrop.checkpoint.config import CARD_FILE, LOG_FILE
 from dropbydrop.checkpoint.journal import Journal
-from dropbydrop.coding.codebooks import UNIVERSAL, universal_set
+from dropbydrop.coding.codebooks import UNIVERSAL, ships, universal_set
 from dropbydrop.data.calibration import Calibration
 from dropbydrop.errors import DropError
 from dropbydrop.system.accelerator import pick_device
-from dropbydrop.system.console import progress_bar
+from dropbydrop.system.console import phase, progress_bar
 from dropbydrop.system.distributed import Partition, Ranks
 from dropbydrop.system.memory import device_peak, peak_memory
 from dropbydrop.system.version import __version__
@@ -152,7 +152,8 @@ def _carry_out(
         return RunLog(job.config.levels)
     kept = bool(ranks.broadcast(journal is not None))  # whether steps are kept for --resume
     mark = time.perf_counter()
-    universal = universal_set(job.config.levels)
+    with phase("training codebooks", progress and not ships(job.config.levels)):
+        universal = universal_set(job.config.levels)
     trained = time.perf_counter() - mark  # a while, for levels whose set does not ship
     encoder = BlockEncoder(runner, writer, job.config, job.effort, universal, ranks)
     log = encoder.log
@@ -180,7 +181,7 @@ def _carry_out(
             bar.advance(task)
     del hidden
     if ranks.root:
-        with log.timed("write"):
+        with phase("writing the checkpoint", progress), log.timed("write"):
             _finish(job, encoder, calibration, journal)
     return log
 

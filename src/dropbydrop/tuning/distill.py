@@ -31,7 +31,7 @@ from torch import Tensor
 
 from dropbydrop.checkpoint.journal import Journal
 from dropbydrop.models.block_runner import BlockRunner
-from dropbydrop.system.console import progress_bar
+from dropbydrop.system.console import phase, progress_bar
 
 from .job import Job
 from .optimizer import Values, rate_at
@@ -225,13 +225,10 @@ def run(job: Job, student: Student, journal: Journal | None, progress: bool) -> 
     )
     log = [line for step in steps[1:] for line in step["log"]]
     unsaved: list[dict[str, Any]] = []
+    windows, calibration, before = _begin(job, student, values, journal, progress)
+    if len(steps) > 1 and journal is not None:
+        values.restore(journal.hidden())
     with progress_bar(progress) as bar:
-        original = bar.add_task("original model", total=job.teacher.num_blocks)
-        windows, calibration, before = _begin(
-            job, student, values, journal, lambda: bar.advance(original)
-        )
-        if len(steps) > 1 and journal is not None:
-            values.restore(journal.hidden())
         task = bar.add_task("distill", total=len(plan), completed=len(log))
 
         def after_step(number: int, losses: Mapping[str, float]) -> None:
@@ -245,19 +242,16 @@ def run(job: Job, student: Student, journal: Journal | None, progress: bool) -> 
 
         rate = config.rate
         train(student, job.teacher, values, windows, before, plan, rate, len(log), after_step)
-        tensors = values.rounded()
-        stored = {n: t.to(student.device, torch.float32) for n, t in tensors.items()}
+    tensors = values.rounded()
+    stored = {n: t.to(student.device, torch.float32) for n, t in tensors.items()}
+    with phase("loss after", progress):
         after = measure(student, job.teacher, stored, windows)
     loss = {str(p): [before[p], after[p]] for p in before}
     return Result(tensors, loss, len(plan), values.count, log, calibration)
 
 
 def _begin(
-    job: Job,
-    student: Student,
-    values: Values,
-    journal: Journal | None,
-    advance: Callable[[], None],
+    job: Job, student: Student, values: Values, journal: Journal | None, progress: bool
 ) -> tuple[Windows, dict[str, Any], dict[int, float]]:
     """Windows, their description and the KL of every level before, from the journal if there."""
     if journal is not None and journal.steps:
@@ -265,9 +259,12 @@ def _begin(
         windows = Windows(kept["ids"], kept["hidden"], job.held)
         return windows, first["calibration"], {int(p): kl for p, kl in first["before"].items()}
     text = job.windows()
-    hidden = last_hidden(job.teacher, text.ids, advance)
+    with progress_bar(progress) as bar:
+        task = bar.add_task("original model", total=job.teacher.num_blocks)
+        hidden = last_hidden(job.teacher, text.ids, lambda: bar.advance(task))
     windows = Windows(text.ids, hidden, job.held)
-    before = measure(student, job.teacher, values.leaves, windows)
+    with phase("loss before", progress):
+        before = measure(student, job.teacher, values.leaves, windows)
     if journal is not None:
         journal.keep(_WINDOWS, {"ids": text.ids, "hidden": hidden})
         first = {"calibration": text.description, "before": {str(p): v for p, v in before.items()}}
