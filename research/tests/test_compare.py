@@ -24,8 +24,10 @@ from dropbydrop_research.baselines import METHODS
 from dropbydrop_research.baselines.additive import Training
 from dropbydrop_research.cli import compare as command
 from dropbydrop_research.compare import run as module
+from dropbydrop_research.compare.config import CompareConfig
 from dropbydrop_research.compare.folder import Folder, Record
-from dropbydrop_research.compare.run import Substituted, compare, prepare
+from dropbydrop_research.compare.job import prepare
+from dropbydrop_research.compare.run import Substituted, compare
 from dropbydrop_research.study.style import SERIES
 from tiny import save_tiny
 
@@ -54,9 +56,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def order(root: Path, methods: str = "rtn,gptq", bits: tuple[int, ...] = (2, 4), **changes: Any):
+def job(root: Path, methods: str = "rtn,gptq", levels: tuple[int, ...] = (2, 4), **changes: Any):
     options = {**ORDER, "calibration": str(root / "text.txt"), **changes}
-    return prepare(str(root / "model"), methods.split(","), bits, root / "text.txt", **options)
+    config = CompareConfig(tuple(methods.split(",")), levels, **options)
+    return prepare(str(root / "model"), root / "text.txt", config)
 
 
 def without_times(result: dict[str, Any]) -> dict[str, Any]:
@@ -132,14 +135,12 @@ def test_all_methods_in_one_table(
 
 
 def test_figures_are_those_of_the_model_with_the_weights_in_it(root: Path) -> None:
-    todo = order(root, "gptq", (3,))
+    todo = job(root, "gptq", (3,))
     result = compare(todo, None, progress=False)
     model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32).eval()
     original = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32).eval()
     runner = todo.runner
-    hidden = runner.embed(
-        module.load_windows(todo.calibration, todo.source.tokenizer(), 4, 64, 0).ids
-    )
+    hidden = runner.embed(todo.calibration().ids)
     bytes_read = values = 0
     for i in range(runner.num_blocks):
         statistics = runner.collect_statistics(i, runner.block(i), hidden, out=hidden)
@@ -174,7 +175,7 @@ def test_drop_is_the_checkpoint_that_quantize_writes(
     )
     quantize(root / "model", tmp_path / "out", [2, 4], calibration=root / "text.txt",
              preset="fast", windows=4, head_bits=16, progress=False)  # fmt: skip
-    todo = order(root, "drop")
+    todo = job(root, "drop")
     result = compare(todo, None, progress=False)
     checkpoint = Checkpoint.open(tmp_path / "out")
     original = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32).eval()
@@ -190,9 +191,9 @@ def test_drop_is_the_checkpoint_that_quantize_writes(
 
 
 def test_only_the_first_blocks(root: Path, tmp_path: Path) -> None:
-    whole = compare(order(root, "rtn"), tmp_path / "out", progress=False)
+    whole = compare(job(root, "rtn"), tmp_path / "out", progress=False)
     made = (tmp_path / "out" / "rtn" / "block-000.safetensors").stat().st_mtime_ns
-    one = compare(order(root, "rtn", blocks=1), tmp_path / "out", progress=False)
+    one = compare(job(root, "rtn", blocks=1), tmp_path / "out", progress=False)
     assert (one["blocks"], one["of_blocks"]) == (1, 2)
     for p in ("2", "4"):
         few, all_of_it = (r["methods"]["rtn"]["bits"][p] for r in (one, whole))
@@ -200,7 +201,7 @@ def test_only_the_first_blocks(root: Path, tmp_path: Path) -> None:
         assert few["true_bits"] == all_of_it["true_bits"]
         assert few["true_bits_whole"] > all_of_it["true_bits_whole"]
     assert (tmp_path / "out" / "rtn" / "block-000.safetensors").stat().st_mtime_ns == made
-    again = compare(order(root, "rtn", blocks=1), None, progress=False)
+    again = compare(job(root, "rtn", blocks=1), None, progress=False)
     assert without_times(again) == without_times(one)
 
 
@@ -225,7 +226,7 @@ def test_weights_come_back_after_every_call(root: Path) -> None:
 def test_an_interrupted_comparison_goes_on_where_it_was(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = compare(order(root, "rtn,gptq,matryoshka"), None, progress=False)
+    undisturbed = compare(job(root, "rtn,gptq,matryoshka"), None, progress=False)
     out, real, calls = tmp_path / "out", module._encode_block, []
 
     def stopping(*args: Any) -> Any:
@@ -236,17 +237,17 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
 
     monkeypatch.setattr(module, "_encode_block", stopping)
     with pytest.raises(KeyboardInterrupt):
-        compare(order(root, "rtn,gptq,matryoshka"), out, progress=False)
+        compare(job(root, "rtn,gptq,matryoshka"), out, progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(module, "_capture", fail_if_captured(module._capture, patch))
-        result = compare(order(root, "rtn,gptq,matryoshka"), out, progress=False)
+        result = compare(job(root, "rtn,gptq,matryoshka"), out, progress=False)
     assert calls[4:] == ["gptq", "matryoshka", "matryoshka"]
     assert without_times(result) == without_times(undisturbed)
     # All is done: nothing is encoded or evaluated again, in another order and for fewer methods.
     with monkeypatch.context() as patch:
         for name in ("_encode_block", "evaluate"):
             patch.setattr(module, name, lambda *a, **k: pytest.fail("done twice"))
-        again = compare(order(root, "matryoshka,rtn"), out, progress=False)
+        again = compare(job(root, "matryoshka,rtn"), out, progress=False)
     assert list(again["methods"]) == ["matryoshka", "rtn"]
     assert again["methods"]["rtn"] == result["methods"]["rtn"]
 
@@ -264,7 +265,7 @@ def fail_if_captured(real: Any, patch: pytest.MonkeyPatch) -> Any:
 def test_statistics_that_were_interrupted(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = compare(order(root, "gptq"), None, progress=False)
+    undisturbed = compare(job(root, "gptq"), None, progress=False)
     out, real = tmp_path / "out", Folder.write_grams
 
     def stopping(self: Folder, i: int, *args: Any) -> None:
@@ -275,18 +276,18 @@ def test_statistics_that_were_interrupted(
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "write_grams", stopping)
         with pytest.raises(KeyboardInterrupt):
-            compare(order(root, "gptq"), out, progress=False)
+            compare(job(root, "gptq"), out, progress=False)
     assert [p.name for p in (out / "grams").iterdir()] == ["block-000.safetensors"]
-    result = compare(order(root, "gptq"), out, progress=False)
+    result = compare(job(root, "gptq"), out, progress=False)
     assert without_times(result) == without_times(undisturbed)
 
 
 def test_another_text_is_evaluated_without_encoding(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = compare(order(root, "rtn"), tmp_path / "out", progress=False)
+    first = compare(job(root, "rtn"), tmp_path / "out", progress=False)
     monkeypatch.setattr(module, "_encode_block", lambda *a: pytest.fail("encoded again"))
-    second = compare(order(root, "rtn", windows=2), tmp_path / "out", progress=False)
+    second = compare(job(root, "rtn", windows=2), tmp_path / "out", progress=False)
     rows = [r["methods"]["rtn"]["bits"]["2"] for r in (first, second)]
     assert len(rows[1]["per_window"]["kl"]) == 2
     assert rows[1]["per_window"]["kl"] == rows[0]["per_window"]["kl"][:2]
@@ -295,7 +296,7 @@ def test_another_text_is_evaluated_without_encoding(
 def test_a_method_whose_code_changed_is_made_again_and_no_other(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compare(order(root), tmp_path / "out", progress=False)
+    compare(job(root), tmp_path / "out", progress=False)
     (tmp_path / "new.py").write_text("# another implementation")
     real, calls, sources = module._encode_block, [], baselines.Method.sources
 
@@ -308,7 +309,7 @@ def test_a_method_whose_code_changed_is_made_again_and_no_other(
 
     monkeypatch.setattr(baselines.Method, "sources", changed)
     monkeypatch.setattr(module, "_encode_block", counting)
-    compare(order(root), tmp_path / "out", progress=False)
+    compare(job(root), tmp_path / "out", progress=False)
     assert calls == ["gptq", "gptq"]
 
 
@@ -327,17 +328,17 @@ def test_sources_name_the_files_a_method_depends_on() -> None:
 
 def test_what_cannot_work_is_refused_before_any_work(root: Path, tmp_path: Path) -> None:
     with pytest.raises(DropError, match="choose from drop"):
-        order(root, "rtn,awq")
+        job(root, "rtn,awq")
     with pytest.raises(DropError, match="starts at 3 bits"):
-        order(root, "any-precision", (2,))
+        job(root, "any-precision", (2,))
     with pytest.raises(DropError, match="has 1 to 2 blocks"):
-        order(root, blocks=3)
+        job(root, blocks=3)
     with pytest.raises(DropError, match="choose one of fast"):
-        order(root, preset="slow")
+        job(root, preset="slow")
     with pytest.raises(DropError, match="longer than the model's context of 64"):
-        order(root, seq_len=65)
+        job(root, seq_len=65)
     with pytest.raises(DropError, match="windows of 64"):
-        order(root, windows=100000)
+        job(root, windows=100000)
 
 
 def test_a_folder_of_something_else_is_refused(root: Path, tmp_path: Path) -> None:
@@ -345,11 +346,11 @@ def test_a_folder_of_something_else_is_refused(root: Path, tmp_path: Path) -> No
     out.mkdir()
     (out / "thesis.tex").write_text("x")
     with pytest.raises(DropError, match=r"other files than a comparison \(thesis.tex\)"):
-        compare(order(root), out, progress=False)
+        compare(job(root), out, progress=False)
     assert [p.name for p in out.iterdir()] == ["thesis.tex"]
-    compare(order(root, "rtn"), tmp_path / "other", progress=False)
+    compare(job(root, "rtn"), tmp_path / "other", progress=False)
     with pytest.raises(DropError, match=r"what differs: bits \(\[2, 4\] then, \[3\] now\)"):
-        compare(order(root, "rtn", (3,)), tmp_path / "other", progress=False)
+        compare(job(root, "rtn", (3,)), tmp_path / "other", progress=False)
     with (
         Folder(tmp_path / "locked", {}),
         pytest.raises(DropError, match="another process is comparing"),
@@ -359,11 +360,11 @@ def test_a_folder_of_something_else_is_refused(root: Path, tmp_path: Path) -> No
 
 
 def test_damaged_files_are_named(root: Path, tmp_path: Path) -> None:
-    compare(order(root, "rtn"), tmp_path / "out", progress=False)
+    compare(job(root, "rtn"), tmp_path / "out", progress=False)
     block = tmp_path / "out" / "rtn" / "block-001.safetensors"
     block.write_bytes(block.read_bytes()[:100])
     with pytest.raises(FormatError, match=r"block-001.safetensors cannot be read"):
-        compare(order(root, "rtn"), tmp_path / "out", progress=False)
+        compare(job(root, "rtn"), tmp_path / "out", progress=False)
 
 
 def test_records_survive_json() -> None:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dropbydrop.cli.options import Bits, Json, console, finish, parse_bits
+from dropbydrop.cli.options import Json, console, finish, with_settings
+from dropbydrop_research.compare.config import CompareConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-ALL = "drop,dedicated,paper-weights,paper,aqlm,aqlm-drop,gptq,rtn,any-precision,matryoshka"
 
 
 def register(app: typer.Typer) -> None:
@@ -22,30 +21,13 @@ def register(app: typer.Typer) -> None:
     app.command("compare")(run)
 
 
+@with_settings(CompareConfig)
 def run(
     model: Annotated[
         str, typer.Argument(help="Hugging Face folder, .gguf file, hub id, or smollm2.")
     ],
     text: Annotated[Path, typer.Option(help="Text, .raw or .jsonl file to evaluate on.")],
-    methods: Annotated[str, typer.Option(help="Which, in which order.")] = ALL,
-    bits: Bits = "2,3,4",
-    calibration: Annotated[
-        str,
-        typer.Option(help="Text or .jsonl file, hub:DATASET[:SPLIT], or self: the model's own."),
-    ] = "self",
-    calibration_windows: Annotated[
-        int, typer.Option(help="Calibration windows of 1,024 tokens.")
-    ] = 64,
-    blocks: Annotated[
-        int | None, typer.Option(help="Quantize only so many of the first blocks [all].")
-    ] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window of --text.")] = 2048,
-    windows: Annotated[int | None, typer.Option(help="How many windows of --text [all].")] = None,
-    preset: Annotated[
-        str, typer.Option(help="Effort of drop and dedicated: fast, balanced or best.")
-    ] = "balanced",
-    seed: Annotated[int, typer.Option(help="Of calibration and of what methods draw.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    config: CompareConfig,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for finished work, to go on from, and for the plots."),
@@ -58,27 +40,15 @@ def run(
     weights there take 2 bytes a weight, level and method.
     """
     from dropbydrop_research.compare.figures import draw
-    from dropbydrop_research.compare.run import compare, prepare
+    from dropbydrop_research.compare.job import prepare
+    from dropbydrop_research.compare.run import compare
     from dropbydrop_research.study.style import require_matplotlib
 
     if out is not None:
         require_matplotlib()
-    order = prepare(
-        model,
-        [name.strip() for name in methods.split(",")],
-        parse_bits(bits),
-        text,
-        calibration=calibration,
-        calibration_windows=calibration_windows,
-        blocks=blocks,
-        windows=windows,
-        seq_len=seq_len,
-        preset=preset,
-        seed=seed,
-        device=device,
-    )
+    job = prepare(model, text, config)
     try:
-        result = compare(order, out)
+        result = compare(job, out)
     except KeyboardInterrupt:
         if out is not None:
             sys.stderr.write(f"what is finished is kept in {out}; give the same command again.\n")

@@ -25,108 +25,37 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dropbydrop.coding.encoder import EFFORTS
 from dropbydrop.coding.objective import weighted_errors
-from dropbydrop.data.calibration import SELF, load_windows
-from dropbydrop.data.text_files import text_windows
-from dropbydrop.errors import CalibrationError, DropError
 from dropbydrop.evaluation.perplexity import evaluate
 from dropbydrop.models.block_runner import BlockRunner
-from dropbydrop.models.model_config import context_length
-from dropbydrop.models.sources import Source, resolve
-from dropbydrop.quantization.config import SEQ_LEN, check_levels
-from dropbydrop.quantization.job import check_model
 from dropbydrop.system.console import progress_bar, quiet_transformers
-from dropbydrop.system.digest import digest, model_digest
-from dropbydrop.system.memory import map_large_allocations, peak_memory
-from dropbydrop_research.baselines import Method, Problem, Suite, choose
+from dropbydrop.system.digest import digest
+from dropbydrop.system.memory import peak_memory
+from dropbydrop_research.baselines import Method, Problem, Suite
 from dropbydrop_research.sources import files_of
 
 from .folder import RESULT, BlockGrams, Folder, Record
+from .job import Job, fingerprint
 from .price import price_of_nesting
 
 _PEAK_RESET = Path("/proc/self/clear_refs")
-_CAPTURE = ("models", "data")  # folders of dropbydrop that statistics depend on
+_EVALUATION = ("evaluation/perplexity.py",)  # what figures depend on beside weights and text
 
 
-@dataclass(frozen=True)
-class Order:
-    """What to compare, checked.
-
-    Attributes:
-        blocks: how many of the first decoder blocks are quantized.
-        ids, described: evaluation windows [n, T] and where they come from.
-    """
-
-    source: Source
-    runner: BlockRunner
-    methods: list[Method]
-    levels: tuple[int, ...]
-    calibration: str
-    calibration_windows: int
-    blocks: int
-    ids: Tensor
-    described: dict[str, Any]
-    preset: str
-    seed: int
-
-
-def prepare(
-    model: str,
-    methods: Sequence[str],
-    bits: Sequence[int],
-    text: Path,
-    *,
-    calibration: str = SELF,
-    calibration_windows: int = 64,
-    blocks: int | None = None,
-    windows: int | None = None,
-    seq_len: int = 2048,
-    preset: str = "balanced",
-    seed: int = 0,
-    device: str = "cpu",
-) -> Order:
-    """Check an order before any work; see `Order`.
-
-    Raises:
-        DropError: unknown methods, levels, blocks, a text that is too short, an unsupported model.
-    """
-    map_large_allocations()
-    levels = check_levels(bits)
-    chosen = choose(methods, levels)
-    if preset not in EFFORTS:
-        raise DropError(f"preset {preset!r}: choose one of {', '.join(EFFORTS)}.")
-    source = resolve(model)
-    runner = BlockRunner.open(source.folder, device=device)
-    check_model(runner, 16)
-    count = runner.num_blocks if blocks is None else blocks
-    if not 1 <= count <= runner.num_blocks:
-        raise DropError(f"--blocks {blocks}: this model has 1 to {runner.num_blocks} blocks.")
-    ids, described = text_windows(text, source.tokenizer(), seq_len, windows)
-    context = context_length(runner.model.config)
-    if context is not None and seq_len > context:
-        raise CalibrationError(
-            f"--seq-len {seq_len} is longer than the model's context of {context} tokens."
-        )
-    return Order(source, runner, chosen, levels, calibration, calibration_windows, count, ids,
-                 described, preset, seed)  # fmt: skip
-
-
-def compare(order: Order, out: Path | None = None, progress: bool = True) -> dict[str, Any]:
-    """Carry out an order.
+def compare(job: Job, out: Path | None = None, progress: bool = True) -> dict[str, Any]:
+    """Encode, evaluate and weigh all methods.
 
     Args:
-        out: folder for what is finished; the same order with the same folder goes on where it was.
+        job: what `prepare` gives.
+        out: folder for what is finished; the same job with the same folder goes on where it was.
             Without one nothing is kept.
 
     Returns:
@@ -143,26 +72,26 @@ def compare(order: Order, out: Path | None = None, progress: bool = True) -> dic
     with ExitStack() as stack:
         if out is None:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dropbydrop-")))
-        folder = stack.enter_context(Folder(out, _common(order)))
-        described, seconds = _capture(order, folder, progress)
+        folder = stack.enter_context(Folder(out, fingerprint(job)))
+        described, seconds = _capture(job, folder, progress)
         methods: dict[str, Any] = {}
         reference: dict[str, Any] = {}
-        for method in order.methods:
-            _encode(order, folder, method, progress)
-            found = _evaluate(order, folder, method, progress)
+        for method in job.methods:
+            _encode(job, folder, method, progress)
+            found = _evaluate(job, folder, method, progress)
             reference = found["reference"]
-            methods[method.name] = _weigh(order, folder, method, found["bits"])
+            methods[method.name] = _weigh(job, folder, method, found["bits"])
         result = {
-            "model": order.source.name,
-            "bits": list(order.levels),
-            "blocks": order.blocks,
-            "of_blocks": order.runner.num_blocks,
-            **order.described,
+            "model": job.source.name,
+            "bits": list(job.levels),
+            "blocks": job.blocks,
+            "of_blocks": job.runner.num_blocks,
+            **job.described,
             "calibration": described,
             "calibration_seconds": seconds,
-            "preset": order.preset,
-            "seed": order.seed,
-            "device": str(order.runner.device),
+            "preset": job.config.preset,
+            "seed": job.config.seed,
+            "device": str(job.runner.device),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "reference": {name: reference[name] for name in ("ppl", "nll")},
@@ -173,40 +102,14 @@ def compare(order: Order, out: Path | None = None, progress: bool = True) -> dic
     return result
 
 
-def _common(order: Order) -> dict[str, Any]:
-    """What all methods depend on, by the names of the options."""
-    text = Path(order.calibration).expanduser()
-    is_file = order.calibration != SELF and text.is_file()
-    spec = [text.name, digest(text)] if is_file else [order.calibration]
-    return {
-        "model": model_digest(order.source.folder),
-        "bits": list(order.levels),
-        "calibration": spec,
-        "calibration-windows": order.calibration_windows,
-        "seed": order.seed,
-        "device": str(order.runner.device),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "capture": digest(*files_of(*_CAPTURE)),
-    }
-
-
 # ---- 1. statistics -------------------------------------------------------------------------
 
 
-def _capture(order: Order, folder: Folder, progress: bool) -> tuple[dict[str, Any], float]:
+def _capture(job: Job, folder: Folder, progress: bool) -> tuple[dict[str, Any], float]:
     """Gram matrices of the first blocks, unless they are there; their text, and seconds."""
-    runner, blocks = order.runner, range(order.blocks)
+    runner, blocks = job.runner, range(job.blocks)
     if not all(folder.has_grams(i) for i in blocks):
-        context = context_length(runner.model.config) or SEQ_LEN
-        text = load_windows(
-            order.calibration,
-            order.source.tokenizer(),
-            order.calibration_windows,
-            min(SEQ_LEN, context),
-            order.seed,
-            source=order.source,
-        )
+        text = job.calibration()
         hidden = runner.embed(text.ids)
         with progress_bar(progress) as bar:
             for i in bar.track(blocks, description="statistics"):
@@ -228,23 +131,23 @@ def _capture(order: Order, folder: Folder, progress: bool) -> tuple[dict[str, An
 # ---- 2. encoding ---------------------------------------------------------------------------
 
 
-def _encode(order: Order, folder: Folder, method: Method, progress: bool) -> None:
+def _encode(job: Job, folder: Folder, method: Method, progress: bool) -> None:
     """Encode the blocks of one method that are not there yet."""
-    settings = {"preset": order.preset} if method.uses_preset else {}
+    settings = {"preset": job.config.preset} if method.uses_preset else {}
     outdated = folder.start(method, settings)
-    todo = [i for i in range(order.blocks) if not folder.has_block(method, i)]
+    todo = [i for i in range(job.blocks) if not folder.has_block(method, i)]
     if not todo:
         return
-    levels = method.serves(order.levels)
+    levels = method.serves(job.levels)
     method.prepare(levels)
     with progress_bar(progress) as bar:
         name = f"{method.name} (changed, made again)" if outdated else method.name
-        task = bar.add_task(name, total=order.blocks, completed=order.blocks - len(todo))
+        task = bar.add_task(name, total=job.blocks, completed=job.blocks - len(todo))
         number = 0  # of an input group in the model
-        for i in range(order.blocks):
+        for i in range(job.blocks):
             grams = folder.grams(i)
             if i in todo:
-                weights, record = _encode_block(order, method, levels, grams, number)
+                weights, record = _encode_block(job, method, levels, grams, number)
                 folder.write_block(method, i, weights, record)
                 bar.advance(task)
             number += len(grams)
@@ -252,10 +155,10 @@ def _encode(order: Order, folder: Folder, method: Method, progress: bool) -> Non
 
 @torch.no_grad()
 def _encode_block(
-    order: Order, method: Method, levels: Sequence[int], grams: BlockGrams, number: int
+    job: Job, method: Method, levels: Sequence[int], grams: BlockGrams, number: int
 ) -> tuple[dict[int, dict[str, Tensor]], Record]:
     """All input groups of a block; `number` of them came before it."""
-    runner, device = order.runner, order.runner.device
+    runner, device = job.runner, job.runner.device
     weights: dict[int, dict[str, Tensor]] = {p: {} for p in levels}
     errors = dict.fromkeys(levels, 0.0)
     suites: list[Suite] = []
@@ -264,8 +167,8 @@ def _encode_block(
         problem = Problem(
             {name: runner.read(f"{name}.weight", torch.float32).to(device) for name in modules},
             h.to(device),
-            order.seed * 1_000_003 + number + k,  # as `quantize` draws it
-            order.preset,
+            job.config.seed * 1_000_003 + number + k,  # as `quantize` draws it
+            job.config.preset,
         )
         spent, resident, coded = measured(partial(method.encode, problem, levels), device)
         seconds, peak = seconds + spent, max(peak, resident)
@@ -327,19 +230,20 @@ class Substituted:
                 self.model.get_parameter(f"{name}.weight").data = weight
 
 
-def _evaluate(order: Order, folder: Folder, method: Method, progress: bool) -> dict[str, Any]:
+def _evaluate(job: Job, folder: Folder, method: Method, progress: bool) -> dict[str, Any]:
     """What `evaluate` gives for the method's levels, from the folder where it is there."""
-    key = {"blocks": order.blocks, **order.described}
+    code = digest(*files_of(*_EVALUATION))
+    key = {"blocks": job.blocks, "code": code, **job.described}
     if (known := folder.evaluation(method, key)) is not None:
         return known
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(order.source.folder, dtype=torch.float32)
-    model.eval().to(order.runner.device)
+        model = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
+    model.eval().to(job.runner.device)
     views = {
-        str(p): Substituted(model, folder.weights(method, p, order.blocks))
-        for p in method.serves(order.levels)
+        str(p): Substituted(model, folder.weights(method, p, job.blocks))
+        for p in method.serves(job.levels)
     }
-    result = evaluate(views, model, order.ids, progress=progress)
+    result = evaluate(views, model, job.ids, progress=progress)
     folder.write_evaluation(method, key, result)
     return result
 
@@ -348,14 +252,14 @@ def _evaluate(order: Order, folder: Folder, method: Method, progress: bool) -> d
 
 
 def _weigh(
-    order: Order, folder: Folder, method: Method, evaluated: Mapping[str, Any]
+    job: Job, folder: Folder, method: Method, evaluated: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A method's row: its evaluation with bits, disk, time and memory."""
-    records = [folder.record(method, i) for i in range(order.blocks)]
-    levels = method.serves(order.levels)
+    records = [folder.record(method, i) for i in range(job.blocks)]
+    levels = method.serves(job.levels)
     widths = {width for record in records for width in record.widths}
     values = sum(record.values for record in records)
-    parameters = _parameters(order.runner)
+    parameters = _parameters(job.runner)
     rest = 2 * (parameters - values)
     shared = {p: method.shared(p, widths) for p in levels}
     rows = {}
@@ -373,7 +277,7 @@ def _weigh(
     return {
         "title": method.title,
         "nested": method.nested,
-        "lacks": [p for p in order.levels if p not in levels],
+        "lacks": [p for p in job.levels if p not in levels],
         "checkpoints": len(files),
         "disk_bytes": sum(files) + sum(extra) + len(files) * rest,
         "seconds": sum(record.seconds for record in records),

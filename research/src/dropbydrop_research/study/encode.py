@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +20,8 @@ from dropbydrop.system.atomic_folder import replacing
 from dropbydrop.system.cache import cache_dir
 from dropbydrop.system.version import __version__
 
-from .refinement import Encode
+if TYPE_CHECKING:
+    from .refinement import Encode
 
 
 def codebooks_for(levels: Sequence[int], lambdas: Sequence[float] | None = None) -> Tensor:
@@ -50,7 +52,7 @@ def codebooks_for(levels: Sequence[int], lambdas: Sequence[float] | None = None)
 def package_encoder(preset: str = "balanced", seed: int = 0) -> Encode:
     """encode(W, H, levels) with rotation, universal codebooks and row scales.
 
-    Factors of inputs are those of the matrix alone; in a checkpoint the matrices of an input group
+    Input scales are those of the matrix alone; in a checkpoint the matrices of an input group
     share them. Beyond the codes it spends 16 bits a row: pass `overhead=overhead(d_in)` to the
     study. A set of levels that does not ship with the package is trained first, see
     `codebooks_for`.
@@ -71,7 +73,10 @@ def package_encoder(preset: str = "balanced", seed: int = 0) -> Encode:
 
 
 def overhead(d_in: int) -> float:
-    """Bits a weight of the float16 row scales. Not counted: a byte an input for sign and factor,
-    which is 8 / d_out bits here but shared by all matrices of an input group in a checkpoint, and
-    the universal codebooks, which are part of the package."""
+    """Bits a weight of the float16 row scales.
+
+    Not counted: a byte an input for sign and input scale, which is 8 / d_out bits here but shared
+    by all matrices of an input group in a checkpoint, and the universal codebooks, which are part
+    of the package.
+    """
     return 16 / d_in

@@ -1,0 +1,103 @@
+"""The scripts of benchmarks/cpu run end to end on tiny shapes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import random_model
+from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.kernels._native import library
+from tiny import write_checkpoint
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "cpu"
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "tie_word_embeddings": False,
+}
+native = pytest.mark.skipif(library() is None, reason="the native kernels are not built")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a script as from the command line; returns the JSON of its last line."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setitem(random_model.SIZES, "tiny", TINY)
+    threads = torch.get_num_threads()
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    def start(name: str, *argv: object) -> dict[str, Any]:
+        module = load(name)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
+        assert module.main() in (0, None)
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    yield start
+    torch.set_num_threads(threads)
+
+
+@native
+def test_decode(run: Any, tmp_path: Path) -> None:
+    short = ["--prompt", 3, "--tokens", 2, "--prefill", 4, "--rounds", 1, "--threads", 1]
+    result = run("decode", "--size", "tiny", "--folder", tmp_path, "--eager", *short)
+    names = [row["name"] for row in result["results"]]
+    assert names == ["2 bits", "2 bits, eager", "3 bits", "3 bits, eager", "4 bits",
+                     "4 bits, eager", "torch bfloat16", "torch float32"]  # fmt: skip
+    assert all(row["tokens_per_second"] > 0 for row in result["results"])
+    one = run("decode", "--model", tmp_path / "random-tiny", "--torch", "", "--bits", "2", *short)
+    assert [row["name"] for row in one["results"]] == ["2 bits"]
+    assert one["results"][0]["true_bits"] == result["results"][0]["true_bits"]
+
+
+@native
+def test_matvec(run: Any) -> None:
+    small = ["--shapes", "64x64", "--rounds", 1, "--megabytes", 1]
+    assert {row["shape"][0] for row in run("matvec", *small)["results"]} == {64}
+    assert run("matvec", "--errors", *small)["results"][0]["gaussian"] < 0.05
+
+
+@native
+def test_greedy(run: Any, tmp_path: Path) -> None:
+    out = write_checkpoint(tmp_path / "out")
+    result = run("greedy", out, "--bits", "2", "--tokens", 4, "--tie", 1e-3)
+    assert result["bits"]["2"]["differences"] == []
+
+
+def test_memory(run: Any, tmp_path: Path) -> None:
+    out = random_model.sized_checkpoint(tmp_path / "out", "tiny")
+    row = run("memory", out, "--one", "2.5", "--context", 16)
+    assert row["held"] == row["predicted_weights"]
+    assert row["bits"] <= 2.5
+
+
+def test_a_sized_checkpoint_is_valid_and_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(random_model.SIZES, "tiny", TINY)
+    out = random_model.sized_checkpoint(tmp_path / "folder" / "out", "tiny")
+    checkpoint = Checkpoint.open(out)
+    assert checkpoint.verify() == []
+    assert checkpoint.levels == (2, 3, 4)
+    before = (out / "config.json").stat().st_mtime_ns
+    assert random_model.sized_checkpoint(out, "tiny") == out
+    assert (out / "config.json").stat().st_mtime_ns == before
