@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dropbydrop.system.settings import Settings, setting
-
 from dropbydrop.quantization.config import WINDOWS, check_levels
+from dropbydrop.system.settings import Settings, setting
 
 ALL = (
     "drop", "dedicated", "paper-weights", "paper", "aqlm", "aqlm-drop", "gptq", "rtn",

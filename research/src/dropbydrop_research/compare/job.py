@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from dropbydrop.quantization.job import check_model
 from torch import Tensor
 
 from dropbydrop.data.calibration import Calibration, file_of, load_windows
@@ -18,6 +17,7 @@ from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.quantization.config import SEQ_LEN
+from dropbydrop.quantization.job import check_model
 from dropbydrop.system.digest import digest, model_digest
 from dropbydrop.system.memory import map_large_allocations
 from dropbydrop_research.baselines import Method, choose
