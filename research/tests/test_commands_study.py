@@ -300,8 +300,9 @@ def test_rows_of_saved_results(tmp_path: Path) -> None:
         (["bound", "{m}", "--bits", "0,2"], "from 1 to 8"),
         (["bound", "{m}", "--bits", "two"], "whole numbers"),
         (["bound", "{m}", "--model", "{m}"], "not a dropbydrop checkpoint"),
-        (["bound", "{o}"], "give the original model with --model"),
-        (["bound", "{o}", "--model", "{r}/other"], "not the model"),
+        (["bound", "{o}"], "Name its folder with --model"),
+        (["bound", "{o}", "--model", "{r}/other"], "another model"),
+        (["bound", "{o}", "--model", "{r}/heads"], "not the model"),
         (["bound", "{o}", "--model", "{m}", "--bits", "5"], "2, 3, 4"),
         (["bound", "{m}", "--calibration", "{r}/none.txt"], "none.txt"),
         (["bound", "{m}", "--calibration", "{r}/text.txt", "--windows", "9999"], "tokens"),
@@ -314,8 +315,10 @@ def test_rows_of_saved_results(tmp_path: Path) -> None:
 def test_wrong_use_says_what(
     root: Path, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
 ) -> None:
-    if "{r}/other" in argv and not (root / "other").exists():
-        save_tiny(root / "other", "llama-tied", intermediate_size=96)
+    others = {"other": {"intermediate_size": 96}, "heads": {"num_key_value_heads": 4}}
+    for name, changes in others.items():
+        if f"{{r}}/{name}" in argv:
+            save_tiny(root / name, "llama-tied", **changes)
     if importlib.util.find_spec("matplotlib") is None and "--out" in argv:
         pytest.skip("matplotlib is not installed")
     names = {"m": root / "llama", "o": root / "out", "r": root}

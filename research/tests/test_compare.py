@@ -24,7 +24,7 @@ from dropbydrop_research.baselines import METHODS
 from dropbydrop_research.baselines.additive import Training
 from dropbydrop_research.cli import compare as command
 from dropbydrop_research.compare import run as module
-from dropbydrop_research.compare.config import CompareConfig
+from dropbydrop_research.compare.config import ALL, CompareConfig
 from dropbydrop_research.compare.folder import Folder, Record
 from dropbydrop_research.compare.job import prepare
 from dropbydrop_research.compare.run import Substituted, compare
@@ -131,7 +131,7 @@ def test_all_methods_in_one_table(
         assert "<svg" in svg
     assert len(SERIES) >= len(METHODS)
     assert len({json.dumps(style, default=str) for style in SERIES}) == len(SERIES)
-    assert list(METHODS) == command.ALL.split(",")
+    assert ALL == tuple(METHODS)
 
 
 def test_figures_are_those_of_the_model_with_the_weights_in_it(root: Path) -> None:

@@ -103,7 +103,7 @@ def test_palette_tells_series_apart_without_colour() -> None:
 
 def test_missing_matplotlib_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(DropError, match=r"dropbydrop\[plot\]"):
+    with pytest.raises(DropError, match=r"pip install matplotlib"):
         paper.plot_cost([])
 
 

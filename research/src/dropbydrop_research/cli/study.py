@@ -307,7 +307,7 @@ def _bound(
     from dropbydrop.checkpoint.config import is_checkpoint
     from dropbydrop.models.sources import resolve
     from dropbydrop_research.study import bound as study
-    from dropbydrop_research.study.checkpoint import original_of, rates_of, reconstruction
+    from dropbydrop_research.study.checkpoint import checked_original, rates_of, reconstruction
 
     reconstruct = None
     recorded: Mapping[str, Any] = {}
@@ -316,7 +316,7 @@ def _bound(
 
         checkpoint: Checkpoint = Checkpoint.open(model)
         rates = rates_of(checkpoint, levels)
-        source = original_of(checkpoint, original)
+        source = checked_original(checkpoint, original)
         recorded = checkpoint.quantization.provenance.get("calibration", {})
         reconstruct = reconstruction(checkpoint.path, list(rates))
         name = checkpoint.path.name

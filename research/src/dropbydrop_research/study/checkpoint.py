@@ -11,30 +11,22 @@ from torch import Tensor
 
 from dropbydrop import load, view
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.errors import DropError, FormatError
+from dropbydrop.errors import FormatError
 from dropbydrop.models.block_runner import BlockRunner
-from dropbydrop.models.sources import Source, resolve
+from dropbydrop.models.sources import Source, original_of
 from dropbydrop.system.console import quiet_transformers
 
 from .data import linear_modules
 
 
-def original_of(checkpoint: Checkpoint, model: str | None) -> Source:
+def checked_original(checkpoint: Checkpoint, model: str | None) -> Source:
     """The unquantized model of a checkpoint: `model`, or what its provenance names.
 
     Raises:
         DropError: not found, or of other matrices than the checkpoint.
     """
-    name = model or str(checkpoint.quantization.provenance.get("base_model", ""))
-    try:
-        source = resolve(name)
-    except DropError as error:
-        if model is not None:
-            raise
-        raise DropError(
-            f"{checkpoint.path} was made from {name!r}, which is not here under that name; give "
-            "the original model with --model."
-        ) from error
+    base_model = checkpoint.quantization.provenance.get("base_model")
+    source = original_of(checkpoint.path, checkpoint.config, base_model, model)
     runner = BlockRunner.open(source.folder)
     linears, shapes = set(linear_modules(runner)), checkpoint.shapes
     for module, shape in shapes.items():

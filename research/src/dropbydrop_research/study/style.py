@@ -89,8 +89,8 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise DropError(
-            "plots need matplotlib, which is not installed; `pip install 'dropbydrop[plot]'` "
-            "adds it. The numbers themselves are in the command's JSON without it."
+            "plots need matplotlib, which is not installed; `pip install matplotlib` adds it. "
+            "The numbers themselves are in the command's JSON without it."
         ) from error
 
 
