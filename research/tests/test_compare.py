@@ -131,7 +131,7 @@ def test_all_methods_in_one_table(
         assert "<svg" in svg
     assert len(SERIES) >= len(METHODS)
     assert len({json.dumps(style, default=str) for style in SERIES}) == len(SERIES)
-    assert ALL == tuple(METHODS)
+    assert tuple(METHODS) == ALL
 
 
 def test_figures_are_those_of_the_model_with_the_weights_in_it(root: Path) -> None:

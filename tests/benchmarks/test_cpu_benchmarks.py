@@ -14,7 +14,7 @@ import torch
 
 import random_model
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.kernels._native import library
+from dropbydrop.system.native_library import library
 from tiny import write_checkpoint
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "cpu"
