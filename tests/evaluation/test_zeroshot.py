@@ -12,7 +12,7 @@ import torch
 import dropbydrop
 from dropbydrop.checkpoint.config import is_checkpoint
 from dropbydrop.cli import main as cli
-from dropbydrop.cli.evaluate import evaluate_tasks
+from dropbydrop.cli.evaluate import load_plain
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import DropError
 from dropbydrop.evaluation.task_files import TASKS, read_items
@@ -220,7 +220,10 @@ def test_numbers_are_those_of_the_harness_run_directly(
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    ours = evaluate_tasks(model, "all", limit=5, data=data)
+    ours = run(
+        {"model": load_plain(model, torch.float32)}, load_tokenizer(model), parse_tasks("all"),
+        data=data, limit=5, progress=False,
+    )  # fmt: skip
     assert ours["versions"]["lm_eval"] == lm_eval.__version__
     assert ours["data"]["piqa"]["items"] == 6
 

@@ -1,5 +1,4 @@
-"""The command line: one thin module a command.
+"""The command line: one thin module a command, listed in main.py.
 
-Each module has `register(app)`, which adds its commands to the typer application. Heavy imports
-stay inside the command functions, so that `dropbydrop --help` is quick.
+Heavy imports stay inside the command functions, so that `dropbydrop --help` is quick.
 """

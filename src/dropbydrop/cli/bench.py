@@ -9,11 +9,6 @@ import typer
 from .options import Bits, CheckpointFolder, Json, console, finish, parse_bits
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("bench")(run)
-
-
 def run(
     out: CheckpointFolder,
     bits: Bits = "2,3,4",

@@ -16,13 +16,6 @@ from .options import Json, console, finish, parse_averages, parse_bits, parse_dt
 if TYPE_CHECKING:
     from dropbydrop.planning.precision import Precision
 
-Chosen = Mapping[str, "Precision"]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("eval")(run)
-
 
 def run(
     out: Annotated[Path, typer.Argument(help="Checkpoint folder; for --tasks any model.")],
@@ -60,24 +53,53 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Perplexity of each level, its divergence from the original model, zero-shot accuracy."""
+    from dropbydrop.data.text_files import text_windows
+    from dropbydrop.evaluation import perplexity, zeroshot
+    from dropbydrop.models.sources import load_tokenizer, resolve
+    from dropbydrop.system.console import phase, quiet_transformers
+
     from .tables import print_evaluation, print_tasks
 
     if text is None and tasks is None:
         raise DropError("name a --text to measure perplexity on, or zero-shot --tasks, or both.")
-    chosen, shown = choose(bits, avg_bits, plan), console(as_json)
-    result: dict[str, Any] = {}
+    kind, shown, chosen = parse_dtype(dtype), console(as_json), choose(bits, avg_bits, plan)
+    names = [] if tasks is None else zeroshot.parse_tasks(tasks)
     if text is not None:
-        result = evaluate_text(out, text, chosen, seq_len, windows, reference, seed, dtype)
+        check_window(out, seq_len)
+        ids, result = text_windows(text, load_tokenizer(out), seq_len, windows)
+    source = None if reference is None else resolve(reference)
+    with phase("loading"), quiet_transformers():
+        original = None if source is None else load_plain(source.folder, kind)
+        folder, models, sizes = open_models(out, chosen, kind)
+    if text is not None:
+        found = perplexity.evaluate(models, original, ids, seed=seed)
+        for name, size in sizes.items():
+            found["bits"][name] |= size
+        result |= {"dtype": dtype, **found}
         print_evaluation(result, shown)
+    else:
+        result = {}
     if tasks is not None:
-        result["tasks"] = evaluate_tasks(
-            out, tasks, chosen, reference, limit, tasks_data, dtype, batch_size
+        first = {} if original is None else {"reference": original}
+        found = zeroshot.run(
+            first | models,
+            load_tokenizer(folder),
+            names,
+            data=tasks_data,
+            limit=limit,
+            batch_size=batch_size,
+            progress=sys.stderr.isatty(),
         )
+        for name, size in sizes.items():
+            found["models"][name]["true_bits"] = size["true_bits"]
+        result["tasks"] = found | {"dtype": dtype}
         print_tasks(result["tasks"], shown)
     finish(as_json, result)
 
 
-def choose(bits: str | None, avg_bits: str | None, plans: list[Path] | None) -> Chosen | None:
+def choose(
+    bits: str | None, avg_bits: str | None, plans: list[Path] | None
+) -> dict[str, Precision] | None:
     """Name -> precision that the three options ask for; None without any."""
     from dropbydrop.planning.plan import Plan
     from dropbydrop.planning.precision import Precision
@@ -91,116 +113,61 @@ def choose(bits: str | None, avg_bits: str | None, plans: list[Path] | None) -> 
     return chosen or None
 
 
-def evaluate_text(
-    out: Path,
-    text: Path,
-    chosen: Chosen | None,
-    seq_len: int,
-    windows: int | None,
-    reference: str | None,
-    seed: int = 0,
-    dtype: str = "float32",
-) -> dict[str, Any]:
-    """Evaluate views of one loaded checkpoint; the JSON object of `dropbydrop eval`.
-
-    Args:
-        chosen: name -> precision; by default all levels whose planes are here.
+def check_window(out: Path, seq_len: int) -> None:
+    """Refuse a folder that is no checkpoint, and windows longer than its model's context.
 
     Raises:
-        DropError: text, levels, checkpoint or reference are not usable.
+        DropError: either of them.
     """
     from dropbydrop.checkpoint import Checkpoint
-    from dropbydrop.data.text_files import text_windows
-    from dropbydrop.evaluation.perplexity import evaluate
     from dropbydrop.models.model_config import context_length
-    from dropbydrop.models.sources import load_tokenizer, resolve
-    from dropbydrop.runtime.load import load_views
-    from dropbydrop.system.console import phase, quiet_transformers
 
-    checkpoint, kind = Checkpoint.open(out), parse_dtype(dtype)
-    ids, described = text_windows(text, load_tokenizer(out), seq_len, windows)
-    context = context_length(checkpoint.config)
+    context = context_length(Checkpoint.open(out).config)
     if context is not None and seq_len > context:
         raise CalibrationError(
             f"--seq-len {seq_len} is longer than the model's context of {context} tokens."
         )
-    folder = None if reference is None else resolve(reference).folder
-    with phase("loading"), quiet_transformers():
-        loaded = load_views(checkpoint, chosen, kind)
-        original = None if folder is None else _plain(folder, kind)
-    views = {name: view for name, (_, view) in loaded.items()}
-    result = evaluate(views, original, ids, seed=seed)
-    for name, (plan, _) in loaded.items():
-        size = plan.bytes_read(checkpoint)
-        result["bits"][name] |= {
-            "true_bits": plan.true_bits(checkpoint),
-            "true_bits_whole": 8 * size / checkpoint.manifest.total_parameters,
-            "bytes": size,
-        }
-    return {**described, "dtype": dtype, **result}
 
 
-def evaluate_tasks(
-    out: Path,
-    tasks: str,
-    chosen: Chosen | None = None,
-    reference: str | None = None,
-    limit: int | None = None,
-    data: Path | None = None,
-    dtype: str = "float32",
-    batch_size: int = 1,
-) -> dict[str, Any]:
-    """Zero-shot accuracy of precisions of a checkpoint, or of a plain model.
+def open_models(
+    out: Path, chosen: Mapping[str, Precision] | None, dtype: Any
+) -> tuple[Path, dict[str, Any], dict[str, dict[str, Any]]]:
+    """Precisions of a checkpoint, all on one storage, or a plain model, which is named "model".
 
     Args:
         chosen: name -> precision; by default all levels whose planes are here.
 
     Returns:
-        See `zeroshot.run`; models are named as in `chosen`, "reference" and "model". Precisions
-        also have "true_bits".
+        The folder with the tokenizer; name -> model; name -> true bits and bytes of a precision.
 
     Raises:
-        DropError: model, levels, tasks or data are not usable.
+        DropError: checkpoint, precisions or model are not usable.
     """
     from dropbydrop.checkpoint import Checkpoint
     from dropbydrop.checkpoint.config import is_checkpoint
-    from dropbydrop.evaluation.zeroshot import parse_tasks, run
-    from dropbydrop.models.sources import load_tokenizer, resolve
+    from dropbydrop.models.sources import resolve
     from dropbydrop.runtime.load import load_views
-    from dropbydrop.system.console import quiet_transformers
 
-    names, kind = parse_tasks(tasks), parse_dtype(dtype)
-    models: dict[str, Any] = {}
-    true_bits: dict[str, float] = {}
-    with quiet_transformers():
-        if reference is not None:
-            models["reference"] = _plain(resolve(reference).folder, kind)
-        if is_checkpoint(out):
-            folder, checkpoint = out, Checkpoint.open(out)
-            for name, (plan, view) in load_views(checkpoint, chosen, kind).items():
-                models[name], true_bits[name] = view, plan.true_bits(checkpoint)
-        elif chosen is not None:
+    if not is_checkpoint(out):
+        if chosen is not None:
             raise PrecisionError(
                 f"--bits given, but {out} is not a dropbydrop checkpoint and has no levels."
             )
-        else:
-            folder = resolve(out).folder
-            models["model"] = _plain(folder, kind)
-    result = run(
-        models,
-        load_tokenizer(folder),
-        names,
-        data=data,
-        limit=limit,
-        batch_size=batch_size,
-        progress=sys.stderr.isatty(),
-    )
-    for name, bits in true_bits.items():
-        result["models"][name]["true_bits"] = bits
-    return result | {"dtype": dtype}
+        folder = resolve(out).folder
+        return folder, {"model": load_plain(folder, dtype)}, {}
+    checkpoint, models, sizes = Checkpoint.open(out), {}, {}
+    for name, (plan, view) in load_views(checkpoint, chosen, dtype).items():
+        size = plan.bytes_read(checkpoint)
+        models[name] = view
+        sizes[name] = {
+            "true_bits": plan.true_bits(checkpoint),
+            "true_bits_whole": 8 * size / checkpoint.manifest.total_parameters,
+            "bytes": size,
+        }
+    return out, models, sizes
 
 
-def _plain(folder: Path, dtype: Any) -> Any:
+def load_plain(folder: Path, dtype: Any) -> Any:
     """A model that is not quantized."""
     from transformers import AutoModelForCausalLM
 

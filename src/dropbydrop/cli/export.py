@@ -10,11 +10,6 @@ import typer
 from .options import CheckpointFolder, Json, console, finish
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("export")(run)
-
-
 def run(
     out: CheckpointFolder,
     dense: Annotated[Path, typer.Argument(help="Folder to create.")],

@@ -10,11 +10,6 @@ import typer
 from .options import CheckpointFolder, Json, PlanFile, finish, parse_precision
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("generate")(run)
-
-
 def run(
     out: CheckpointFolder,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],

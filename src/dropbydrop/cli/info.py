@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from dropbydrop.checkpoint import Checkpoint
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("info")(run)
-
-
 def run(
     out: Annotated[Path | None, typer.Argument(help="Checkpoint folder.")] = None,
     verify: Annotated[bool, typer.Option(help="Read everything and compare the hashes.")] = True,

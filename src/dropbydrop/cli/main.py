@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -24,8 +25,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize an LLM once, run it at any precision.",
 )
-for module in (quantize, info, evaluate, generate, bench, export, plan, transfer, tune, plugins):
-    module.register(app)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "quantize": quantize.run,
+    "info": info.run,
+    "eval": evaluate.run,
+    "generate": generate.run,
+    "bench": bench.run,
+    "export": export.run,
+    "plan": plan.run,
+    "slice": transfer.slice_,
+    "pull": transfer.pull,
+    "tune": tune.run,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+plugins.register(app)
 
 
 def _tell(error: DropError) -> None:

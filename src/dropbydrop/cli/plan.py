@@ -16,11 +16,6 @@ if TYPE_CHECKING:
     from dropbydrop.planning.sensitivity import Sensitivity
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("plan")(run)
-
-
 def run(
     out: CheckpointFolder,
     avg_bits: Annotated[float | None, typer.Option(help="Average planes a weight.")] = None,

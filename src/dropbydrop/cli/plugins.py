@@ -1,7 +1,8 @@
 """Commands of other distributions, by the entry point group `dropbydrop.commands`.
 
-An entry point names a function `register(app)`, as the modules of this folder have. `compare` and
-`study` come from dropbydrop-research; where that is not installed they say which line installs it.
+An entry point names a function `register(app)`, which adds commands to the typer application.
+`compare` and `study` come from dropbydrop-research; where that is not installed they say which line
+installs it.
 """
 
 from __future__ import annotations

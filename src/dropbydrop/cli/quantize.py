@@ -12,11 +12,6 @@ from dropbydrop.quantization.config import QuantizeConfig
 from .options import Json, Overwrite, console, finish, kept_work, with_settings
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("quantize")(run)
-
-
 @with_settings(QuantizeConfig)
 def run(
     model: Annotated[

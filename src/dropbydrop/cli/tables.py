@@ -111,13 +111,11 @@ def print_tasks(result: Mapping[str, Any], console: Console) -> None:
     """Accuracy in percent, ± one standard error; below it the paired difference."""
     limit = f", first {result['limit']} items" if result["limit"] else ""
     where = "the hub" if result["data"] == "hub" else "local files"
-    shown = Table(
-        title=f"zero-shot accuracy in %, ± one standard error ({where}{limit}; lm-eval "
-        f"{result['versions']['lm_eval']})"
+    shown = table(
+        f"zero-shot accuracy in %, ± one standard error ({where}{limit}; lm-eval "
+        f"{result['versions']['lm_eval']})",
+        ("model", *result["names"], "mean acc"),
     )
-    shown.add_column("model")
-    for name in (*result["names"], "mean acc"):
-        shown.add_column(name, justify="right")
     for name, found in result["models"].items():
         mean = found["mean"]
         cells = [_accuracy(found["tasks"].get(task, {})) for task in result["names"]]
@@ -128,13 +126,12 @@ def print_tasks(result: Mapping[str, Any], console: Console) -> None:
 
 
 def _accuracy(row: Mapping[str, Any]) -> str:
-    lines = []
-    if "acc" in row:
-        lines.append(_plus_minus(row["acc"], row["acc_stderr"]))
-    if "acc_norm" in row:
-        lines.append("n " + _plus_minus(row["acc_norm"], row["acc_norm_stderr"]))
-    if "difference" in row:
-        lines.append("Δ " + _plus_minus(row["difference"], row["difference_stderr"], sign="+"))
+    kinds = (("acc", "", ""), ("acc_norm", "n ", ""), ("difference", "Δ ", "+"))
+    lines = [
+        mark + _plus_minus(row[kind], row[f"{kind}_stderr"], sign)
+        for kind, mark, sign in kinds
+        if kind in row
+    ]
     return "\n".join(lines) or "no accuracy"
 
 
@@ -185,16 +182,13 @@ def print_plan(
         column = "/".join(m.rpartition(".")[2].removesuffix("_proj") for m in group.modules)
         rows.setdefault(block, {})[column] = plan.prefixes[group.name]
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    shown = Table(title=f"planes of each input group, {plan.average_bits(checkpoint):.3f} bits")
-    shown.add_column("block")
-    for column in columns:
-        shown.add_column(column, justify="right")
+    shown = table(
+        f"planes of each input group, {plan.average_bits(checkpoint):.3f} bits", ("block", *columns)
+    )
     for block, row in rows.items():
         shown.add_row(block, *(str(row.get(column, "")) for column in columns))
     console.print(shown)
-    sizes = Table(title="memory")
-    for column in ("kind", "MB"):
-        sizes.add_column(column, justify="right")
+    sizes = table("memory", ("kind", "MB"))
     for kind, size in need.to_dict().items():
         sizes.add_row(kind.replace("_", " "), f"{size / 1e6:.2f}")
     console.print(sizes)

@@ -14,12 +14,6 @@ if TYPE_CHECKING:
     from dropbydrop.checkpoint.pull import Transfer
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    app.command("slice")(slice_)
-    app.command("pull")(pull)
-
-
 def slice_(
     out: CheckpointFolder,
     dest: Annotated[Path, typer.Argument(help="Folder to create.")],

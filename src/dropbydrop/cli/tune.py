@@ -12,11 +12,6 @@ from dropbydrop.tuning.config import TuneConfig
 from .options import Json, Overwrite, console, finish, kept_work, with_settings
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("tune")(run)
-
-
 @with_settings(TuneConfig)
 def run(
     out: Annotated[Path, typer.Argument(help="Checkpoint folder; it is only read.")],

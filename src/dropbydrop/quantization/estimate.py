@@ -3,19 +3,18 @@
 Disk follows from shapes. Blocks of a model are alike, so the first is timed and the rest
 extrapolated by their weights:
 
-    calibrate    a text is read and cut for real; writing one is timed by its module.
+    calibrate    a text is read and cut for real; writing one is timed by its module
     activations  `collect_statistics` on one batch of windows and on two: cost of a batch, and the
-                 constant part (loading, mirroring the Gram matrices).
+                 constant part (loading, mirroring the Gram matrices)
     encode       for each input group, `encode_group` with its real Gram matrix and rows of its
-                 largest matrix, some and three times as many: cost of a row, and the constant part
-                 (factoring H, cubic in d_in). The cost of a row does not depend on the others.
-    write        a stretch of bytes written, hashed and synced beside OUT, and a slab of the
-                 embedding narrowed. With --resume also the hidden states after each block.
+                 largest matrix, some and three times as many: cost of a row, which does not depend
+                 on the others, and the constant part (factoring H, cubic in d_in)
+    write        a stretch of bytes written, hashed and synced beside OUT
 
 Memory is the largest of several peaks, each measured on the timed part and completed by what that
-had less of than the real run: the text; `collect_statistics`, with H of each input group held twice
-as two batches are two shards, plus the hidden states of all windows; encoding an input group, plus
-these and the working copies of the rows that were not timed; narrowing the embedding at the end.
+had less of than the real run: the text; `collect_statistics`, plus the hidden states of all
+windows; encoding an input group, plus these and the working copies of the rows that were not timed;
+narrowing the embedding at the end.
 
 Limits: block 0 stands for all. Times are those of now: a machine that is busy now, and not later,
 deceives, and the estimate says so. Memory is that of a fresh process, as of the command line.
@@ -30,8 +29,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +37,6 @@ import torch
 from torch import Tensor, nn
 
 from dropbydrop.checkpoint import CheckpointWriter
-from dropbydrop.checkpoint.int8_rows import quantize_rows
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.codebooks import HALF, UNIVERSAL, default_lambdas, universal_set
 from dropbydrop.coding.encoder import encode_group, group_rotation
@@ -82,16 +79,9 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {
-            "dry_run": True,
-            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
-            "peak_gib": round(self.peak_gib, 3),
-            "bytes_out": self.bytes_out,
-            "bytes_most": self.bytes_most,
-            "bytes_free": self.bytes_free,
-            "spent": round(self.spent, 2),
-            "load": round(self.load, 2),
-        }
+        short = {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        short["seconds"] = {k: round(v, 2) for k, v in self.seconds.items()}
+        return {"dry_run": True, **short}
 
     def __str__(self) -> str:
         s = {phase: _duration(value) for phase, value in self.seconds.items()}
@@ -121,30 +111,30 @@ def estimate(
         DropError: what the run would refuse before its first block.
     """
     started, load = time.perf_counter(), _load()
-    place = Path(os.path.abspath(out))
+    place, runner, config = Path(os.path.abspath(out)), job.runner, job.config
     CheckpointWriter(place, overwrite=overwrite).abort()  # whether OUT can be written at all
     first = FirstBlock(job)
-    sizes = _sizes(job, first.input_groups)
-    training, _ = _clock(lambda: universal_set(job.config.levels))
-    _reset_peak()
-    kept = sizes.hidden * job.runner.num_blocks if resume else 0
+    training, _ = _clock(lambda: universal_set(config.levels))
+    plane, total, embedding = _sizes(job, first.input_groups)
+    hidden = _hidden_bytes(job)
+    written = 1.3 * total + (hidden * runner.num_blocks if resume else 0)  # 1.3: and reading back
     seconds = {
         "calibrate": first.calibrate,
         "activations": first.activations,
         "encode": first.encode + training,
-        "write": _write_seconds(job, place.parent, sizes.total, kept),
+        "write": _seconds_a_byte(place.parent) * written,
     }
     seconds["total"] = sum(seconds.values())
-    at_the_end = peak_memory() + sizes.embedding * (1 if job.config.head_bits == 8 else 2)
     # a raw file and its copy: of one plane, or of everything else
-    planes = job.config.levels[-1] * sizes.plane
-    most = sizes.total + max(sizes.plane, sizes.total - planes)
+    most = total + max(plane, total - config.levels[-1] * plane)
     if resume:  # raw files are kept to the end, and two generations of hidden states
-        most = 2 * sizes.total + 2 * sizes.hidden
+        most = 2 * total + 2 * hidden
+    _reset_peak()  # at the end the embedding is read and narrowed
+    at_the_end = peak_memory() + (4 + config.head_bits // 8) * embedding
     return Estimate(
         seconds,
         max(first.peak(), at_the_end) / 2**30,
-        sizes.total,
+        total,
         most,
         shutil.disk_usage(place.parent).free,
         time.perf_counter() - started,
@@ -258,69 +248,47 @@ def _hidden_bytes(job: Job) -> int:
     return 4 * job.windows_asked * job.config.seq_len * width
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Bytes on disk; of the embedding, values.
+def _sizes(job: Job, groups: list[InputGroup]) -> tuple[int, int, int]:
+    """Bytes of a plane and of the checkpoint, values of the largest embedding; from shapes.
 
-    Attributes:
-        plane: codes of one plane. total: the checkpoint. hidden: one generation of hidden states.
+    `groups` are those of one block.
     """
-
-    plane: int
-    total: int
-    hidden: int
-    embedding: int
-
-
-def _sizes(job: Job, groups: list[InputGroup]) -> _Sizes:
-    """Sizes that follow from shapes; `groups` are those of one block."""
     runner, config, planes = job.runner, job.config, job.config.levels[-1]
     linears = [m for b in runner.blocks for m in b.modules() if isinstance(m, nn.Linear)]
-    weights = sum(m.weight.numel() for m in linears)
+    weights = sum(runner.linear_sizes())
     modules = [*runner.embedding_modules, *([] if runner.tied else runner.head_modules)]
     outer = [runner.model.get_parameter(f"{module}.weight") for module in modules]
     everything = sum(p.numel() for p in runner.model.parameters())
     kept = everything - weights - sum(p.numel() for p in outer)
-    total = planes * weights // GROUP + 2 * sum(m.out_features for m in linears)
+    plane = weights // GROUP
+    total = planes * plane + 2 * sum(m.out_features for m in linears) + 4 * max(0, kept)
     total += runner.num_blocks * sum(g.d_in for g in groups)  # input scales
     total += sum(4 * odd * odd for odd in {split_odd(g.d_in)[1] for g in groups})
     sets = 1 if config.codebooks == UNIVERSAL else runner.num_blocks * len(groups)
     total += sets * planes * (2 * HALF * GROUP + 130)
     total += sum(p.numel() + 2 * len(p) if config.head_bits == 8 else 2 * p.numel() for p in outer)
-    total += 4 * max(0, kept)
     # headers, log and config: about so many characters a tensor, matrix and input group
     total += (130 * (planes + 1) + 300) * len(linears) + 250 * runner.num_blocks * len(groups)
     side = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
     files = (job.source.folder / name for name in side)
     total += sum(file.stat().st_size for file in files if file.is_file())
-    largest = max(p.numel() for p in outer)
-    return _Sizes(weights // GROUP, total, _hidden_bytes(job), largest)
+    return plane, total, max(p.numel() for p in outer)
 
 
-def _write_seconds(job: Job, parent: Path, final: int, generations: int) -> float:
-    """Assembling and syncing the checkpoint (and `generations` bytes of hidden states), and
-    narrowing the embedding."""
+def _seconds_a_byte(folder: Path) -> float:
+    """Time to write, hash and sync."""
     data = os.urandom(1 << 20)
 
     def write() -> None:
         digest = hashlib.sha256()
-        with tempfile.TemporaryFile(dir=parent) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             for _ in range(_DISK_SAMPLE >> 20):
                 file.write(data)
                 digest.update(data)
             file.flush()
             os.fsync(file.fileno())
 
-    per_byte = _clock(write)[0] / _DISK_SAMPLE
-    seconds = per_byte * (1.3 * final + generations)  # 1.3: and reading back
-    runner = job.runner
-    for module in [*runner.embedding_modules, *([] if runner.tied else runner.head_modules)]:
-        reading, weight = _clock(partial(runner.read, f"{module}.weight"))
-        seconds += reading
-        if job.config.head_bits == 8:
-            slab = weight[:8192]
-            seconds += _clock(partial(quantize_rows, slab))[0] * len(weight) / len(slab)
-    return seconds
+    return _clock(write)[0] / _DISK_SAMPLE
 
 
 def _load() -> float:
