@@ -80,12 +80,10 @@ def llama_groups(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
         yield f"{block}.down", [f"{block}.mlp.down_proj"]
 
 
-def group_rotation(
-    index: int, d_in: int, kind: str = "full", scaled_inputs: bool = False
-) -> Rotation:
+def group_rotation(index: int, d_in: int, scaled_inputs: bool = False) -> Rotation:
     """The rotation of input group `index`; where inputs are scaled, every second group's are."""
-    rotation = Rotation.make(d_in, kind, 32 if kind == "block" else None, seed=index)
-    if scaled_inputs and kind != "none" and index % 2:
+    rotation = Rotation.make(d_in, seed=index)
+    if scaled_inputs and index % 2:
         return rotation.scale(torch.linspace(0.7, 1.4, d_in))
     return rotation
 
@@ -106,7 +104,6 @@ def random_checkpoint(
     levels: Sequence[int] = LEVELS,
     embedding_bits: int = 8,
     sign_symmetric: bool = True,
-    rotation: str = "full",
     scaled_inputs: bool = False,
     level_scales: bool = False,
     files: Mapping[str, bytes | Path] | None = None,
@@ -124,7 +121,6 @@ def random_checkpoint(
         levels: of the checkpoint; max(levels) planes are written.
         embedding_bits: of embedding and head.
         sign_symmetric: codebooks of K/2 stored entries and their negatives, else of K.
-        rotation: kind of every rotation, as in `Rotation.make`.
         scaled_inputs: give every second input group input scales.
         level_scales: a row scale for each level instead of one for all.
         files: further files of the folder.
@@ -139,8 +135,8 @@ def random_checkpoint(
         checkpoint.add_codebook_set("universal", random_codebooks(planes, seed))
         for index, (name, modules) in enumerate(llama_groups(model)):
             d_in = model.get_submodule(modules[0]).in_features
-            turn = group_rotation(index, d_in, rotation, scaled_inputs)
-            group = StoredGroup(name, tuple(modules), d_in, "universal", turn.spec())
+            turn = group_rotation(index, d_in, scaled_inputs)
+            group = StoredGroup(name, tuple(modules), d_in)
             input_groups.append(group)
             checkpoint.add_group(group, turn)
             for module in modules:

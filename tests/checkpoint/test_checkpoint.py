@@ -238,7 +238,7 @@ def test_overwrite_replaces_only_at_the_end(
 
 
 def test_out_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
-    spec = StoredGroup("s", ("m",), 8, "u", {"kind": "none"})
+    spec = StoredGroup("s", ("m",), 8, "u")
     with pytest.raises(DropError, match="exists"), CheckpointWriter(tmp_path / "o") as ck:
         write_minimal(ck, spec, before_finish=lambda: write_checkpoint(tmp_path / "o"))
     assert Checkpoint.open(tmp_path / "o").verify() == []
@@ -249,7 +249,7 @@ def write_minimal(ck: CheckpointWriter, spec: StoredGroup, **changes: Any) -> Pa
     """One linear of [4, 8]; `changes` make it contradictory."""
     from dropbydrop.checkpoint import Embeddings, QuantizationConfig
 
-    ck.add_group(spec, Rotation.make(spec.d_in, "none"))
+    ck.add_group(spec, Rotation.make(spec.d_in))
     d_in = changes.get("d_in", spec.d_in)
     module = changes.get("module", "m")
     ck.add_linear(module, [torch.zeros(4, d_in // 8, dtype=torch.uint8)], torch.ones(4))
@@ -276,7 +276,7 @@ def write_minimal(ck: CheckpointWriter, spec: StoredGroup, **changes: Any) -> Pa
         ({"set": "v"}, "codebook sets have {'u': None}"),
         ({"books": 2}, "codebook sets have {'u': 2}"),
         (
-            {"described": StoredGroup("t", ("m",), 8, "u", {"kind": "none"})},
+            {"described": StoredGroup("t", ("m",), 8, "u")},
             "not those of the config",
         ),
         ({"parameters": {"total": 3}}, "counted 32 quantized"),
@@ -290,14 +290,14 @@ def write_minimal(ck: CheckpointWriter, spec: StoredGroup, **changes: Any) -> Pa
 def test_contradictory_input_is_a_bug_of_the_caller(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    spec = StoredGroup("s", ("m",), 8, "u", {"kind": "none"})
+    spec = StoredGroup("s", ("m",), 8, "u")
     with pytest.raises(ValueError, match=message), CheckpointWriter(tmp_path / "o") as ck:
         write_minimal(ck, spec, **changes)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_code_in_the_config_is_refused(tmp_path: Path, out: Path) -> None:
-    spec = StoredGroup("s", ("m",), 8, "u", {"kind": "none"})
+    spec = StoredGroup("s", ("m",), 8, "u")
     config = {"auto_map": {"AutoModel": "modeling.Model"}}
     with pytest.raises(FormatError, match="'auto_map'"), CheckpointWriter(tmp_path / "o") as ck:
         write_minimal(ck, spec, config=config)
@@ -340,7 +340,7 @@ def test_counts_bytes_and_bits(pristine: Path) -> None:
     checkpoint = Checkpoint.open(pristine)
     weights = 2 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96)
     rows = 2 * (128 + 64 + 192 + 64)
-    signs = 2 * (64 // 8 + 64 + 64 // 8 + 96)  # o and down have factors: a byte an input
+    signs = 2 * (64 + 64 + 64 + 96)  # a byte an input for its sign and scale
     for bits in (2, 3, 4):
         total = bits * weights // 8 + 2 * rows + bits * 128 * 8 * 2 + signs + 3 * 3 * 4
         assert checkpoint.true_bits(bits) == pytest.approx(8 * total / weights, rel=1e-12)
@@ -473,23 +473,18 @@ def test_missing_or_truncated_file(out: Path, name: str) -> None:
         ("config.json", lambda d: d["quantization_config"].update(format_version=3), "version 3"),
         (
             "config.json",
-            lambda d: d["quantization_config"].update(format_version=1),
-            "format_version 1 with scaled rotations",
+            lambda d: d["quantization_config"]["input_groups"][1].update(d_in=128),
+            r"input_groups.1.input_scales is U8 \[64\], expected U8 \[128\]",
         ),
         (
             "config.json",
-            lambda d: d["quantization_config"]["sites"][1]["rotation"].pop("scaled"),
-            "sites.1.inputs is not described",
+            lambda d: d["quantization_config"]["input_groups"].pop(),
+            "input_groups.7.input_scales is not described",
         ),
         (
             "config.json",
-            lambda d: d["quantization_config"]["sites"][0]["rotation"].update(scaled=True),
-            "sites.0.signs is not described",
-        ),
-        (
-            "config.json",
-            lambda d: d["quantization_config"]["sites"][1].update(d_in=128),
-            r"sites.1.inputs is U8 \[64\], expected U8 \[128\]",
+            lambda d: d["quantization_config"]["planes"][1].update(kind="trellis"),
+            "plane of kind 'trellis'",
         ),
         ("manifest.json", lambda d: d.update(format_version=2), "format_version 2"),
         ("config.json", lambda d: d.pop("quantization_config"), "not a dropbydrop checkpoint"),
@@ -497,7 +492,7 @@ def test_missing_or_truncated_file(out: Path, name: str) -> None:
         ("manifest.json", lambda d: d["planes"].pop(), "lists 3 planes, the config 4"),
         (
             "config.json",
-            lambda d: d["quantization_config"]["sites"][0].update(codebooks="learned"),
+            lambda d: d["quantization_config"]["input_groups"][0].update(codebooks="learned"),
             "codebooks.learned.1 is missing",
         ),
         (
@@ -507,17 +502,12 @@ def test_missing_or_truncated_file(out: Path, name: str) -> None:
         ),
         (
             "config.json",
-            lambda d: d["quantization_config"]["sites"][0].update(rotation={"kind": "none"}),
-            "sites.0.signs is not described",
+            lambda d: d["quantization_config"]["input_groups"][0].update(rotation={"kind": "none"}),
+            "rotation 'none' is unknown to this version",
         ),
         (
             "config.json",
-            lambda d: d["quantization_config"]["sites"][0].update(d_in=128),
-            r"sites.0.signs is U8 \[8\], expected U8 \[16\]",
-        ),
-        (
-            "config.json",
-            lambda d: d["quantization_config"]["sites"][0]["modules"].append("model.norm"),
+            lambda d: d["quantization_config"]["input_groups"][0]["modules"].append("model.norm"),
             "model.norm needs either scales or level_scales",
         ),
         (

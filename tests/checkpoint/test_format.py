@@ -21,10 +21,10 @@ from dropbydrop.checkpoint import (
     QuantizationConfig,
     StoredGroup,
 )
-from dropbydrop.checkpoint.config import plain_name
+from dropbydrop.checkpoint.fields import plain_name
 from dropbydrop.checkpoint.int8_rows import quantize_rows
 from dropbydrop.checkpoint.tensor_files import TensorInfo, encode_header, read_header
-from dropbydrop.coding.rotation import Rotation
+from dropbydrop.coding.rotation import Rotation, pack_input_scales
 from dropbydrop.errors import FormatError, PrecisionError
 
 # ------------------------------------------------------------------------------ golden bytes
@@ -32,34 +32,26 @@ from dropbydrop.errors import FormatError, PrecisionError
 # FORMAT_VERSION and docs/format.md, do not edit the numbers.
 
 GOLDEN = {
-    "config.json": "2ac0ec521f1ea0a1c85a7a48593c7f41461c47f65d30169f10c74d6db17a8017",
-    "manifest.json": "afe10e456feba9701937b9529bce193366f46c14cda8c34ad8da76601ce4a571",
-    "model.safetensors": "8d225086a0a8d923a79b8b2178fefab8ce215313aa0ce3d87d171669f907b321",
+    "config.json": "b3cdf0df8bba063b11274edd65ac2d8d3359b7e31da8d749878c862a73280548",
+    "manifest.json": "86b30f2ae66ededee54551496f6b918299f42b0016b932f85ac9f06348709d1c",
+    "model.safetensors": "91824e0b55fb5997765999818fe29c4d213b3f313a96a355f1df1fecc954418f",
     "notes.txt": "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03",
-    "plane-1.safetensors": "47c6087386d39a52fdb0dff29b6623411ca4ae2b9bf2e85439bf928f1be08452",
-    "plane-2.safetensors": "d9441cb32b8dc498adcba6f5f362118604ee94e51da3d05dd33cf53be57df7f8",
+    "plane-1.safetensors": "be12e73fd65afca10dd2536e04644af5003172038e8facca92afbf37a7e7092b",
+    "plane-2.safetensors": "b9cb71c65988a19671038f0f951b2c8088a58b6a38ab13a4c71499e4a340d36d",
 }
 
 
-GOLDEN_SCALED = {  # version 2: only what a scaled rotation changes
-    "config.json": "9260d4b0f9970e44f5a8011b0907a42569fc86dc4d355df74587f25e6b326914",
-    "model.safetensors": "4b6e3c44dfd3b943ef37c71bf0c97a219877e967c963f23c5cbae3dee4bec5a2",
-}
-
-
-def write_golden(out: Path, scaled: bool = False) -> None:
+def write_golden(out: Path) -> None:
     """Two linears of one input group, d_in 24 = 8 * 3, no random numbers anywhere."""
-    rotation = {"kind": "full", "scaled": True} if scaled else {"kind": "full"}
-    spec = StoredGroup("s", ("a", "b"), 24, "universal", rotation)
+    spec = StoredGroup("s", ("a", "b"), 24)
     signs = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0] * 4)
-    if scaled:
-        signs = signs * torch.exp2((torch.arange(24) - 12) / 8)
+    signs = signs * torch.exp2((torch.arange(24) - 12) / 8)
     odd = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     quantization = QuantizationConfig(
         2, (1, 2), (PlaneSpec(), PlaneSpec()), (spec,), Embeddings(8, ("e",), True), {"seed": 7}
     )
     with CheckpointWriter(out) as writer:
-        writer.add_group(spec, Rotation("full", 24, 8, signs, odd, scaled))
+        writer.add_group(spec, Rotation("full", 24, 8, signs, odd, True))
         book = torch.arange(128 * 8).reshape(128, 8) / 64
         writer.add_codebook_set("universal", [book, book / 2])
         for offset, (module, d_out) in enumerate((("b", 2), ("a", 4))):
@@ -74,34 +66,34 @@ def write_golden(out: Path, scaled: bool = False) -> None:
         writer.finish(config, quantization, {"notes.txt": b"hello\n"}, {"total": 200})
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_golden_bytes(tmp_path: Path, scaled: bool) -> None:
-    write_golden(tmp_path / "out", scaled)
+def test_golden_bytes(tmp_path: Path) -> None:
+    write_golden(tmp_path / "out")
     found = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted((tmp_path / "out").iterdir())
     }
-    if not scaled:
-        assert found == GOLDEN
-        return
-    assert {name: found[name] for name in GOLDEN_SCALED} == GOLDEN_SCALED
-    for plane in ("plane-1.safetensors", "plane-2.safetensors"):
-        assert found[plane] == GOLDEN[plane]
+    assert found == GOLDEN
 
 
-def test_bytes_of_scaled_inputs(tmp_path: Path) -> None:
-    write_golden(tmp_path / "out", scaled=True)
+def test_bytes_of_input_scales(tmp_path: Path) -> None:
+    """Sign and exponent; a rotation without scales stores the factor 1."""
+    write_golden(tmp_path / "out")
     rest = load_file(tmp_path / "out" / "model.safetensors")
-    assert "sites.0.signs" not in rest
     signs = [0, 1, 0, 0, 1, 1] * 4
-    assert rest["sites.0.inputs"].tolist() == [64 - 12 + i + 128 * s for i, s in enumerate(signs)]
+    stored = rest["input_groups.0.input_scales"].tolist()
+    assert stored == [64 - 12 + i + 128 * s for i, s in enumerate(signs)]
+    plain = Rotation.make(24, seed=3)
+    assert plain.signs is not None
+    assert pack_input_scales(plain.signs).tolist() == [
+        64 if sign > 0 else 192 for sign in plain.signs
+    ]
 
 
 def test_golden_plane_header(tmp_path: Path) -> None:
     write_golden(tmp_path / "out")
     raw = (tmp_path / "out" / "plane-2.safetensors").read_bytes()
     header = (
-        b'{"__metadata__":{"format":"pt","dropbydrop_version":"1"},'
+        b'{"__metadata__":{"format":"pt","format_version":"1"},'
         b'"a.codes.2":{"dtype":"U8","shape":[4,3],"data_offsets":[0,12]},'
         b'"b.codes.2":{"dtype":"U8","shape":[2,3],"data_offsets":[12,18]}}'
     )
@@ -112,10 +104,10 @@ def test_golden_plane_header(tmp_path: Path) -> None:
 
 def test_same_input_same_bytes_whatever_the_order(tmp_path: Path) -> None:
     def write(out: Path, names: list[str]) -> None:
-        specs = [StoredGroup(n, (n,), 8, "u", {"kind": "none"}) for n in ("x", "y")]
+        specs = [StoredGroup(n, (n,), 8, "u") for n in ("x", "y")]
         with CheckpointWriter(out) as writer:
             for spec in specs:
-                writer.add_group(spec, Rotation.make(8, "none"))
+                writer.add_group(spec, Rotation.make(8))
             for name in names:
                 codes = [torch.full((2, 1), ord(name), dtype=torch.uint8)]
                 writer.add_linear(name, codes, torch.full((2,), 0.5))
@@ -139,13 +131,13 @@ def test_files_are_plain_safetensors(tmp_path: Path) -> None:
     rest = load_file(tmp_path / "out" / "model.safetensors")
     assert rest["codebooks.universal.2"].dtype == torch.float16
     assert rest["rotations.odd3"].shape == (3, 3)
-    assert rest["sites.0.signs"].tolist() == [0b10110010, 0b00101100, 0b11001011]
+    assert rest["input_groups.0.input_scales"].shape == (24,)
     assert rest["a.weight"].shape == (0,)
     assert torch.equal(rest["e.rows"][0].float() * rest["e.row_scales"][0].float(), GOLDEN_ROW)
     raw = (tmp_path / "out" / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
-    assert header.pop("__metadata__") == {"format": "pt", "dropbydrop_version": "1"}
+    assert header.pop("__metadata__") == {"format": "pt", "format_version": "1"}
     assert (8 + length) % 8 == 0
     for name, entry in header.items():
         itemsize = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}[entry["dtype"]]
@@ -177,7 +169,7 @@ def test_header_round_trip(tmp_path: Path) -> None:
         (lambda raw: raw.replace(b"[2,3]", b"[2,4]"), "cut off or damaged"),
         (lambda raw: raw.replace(b'"F32"', b'"F99"'), "header is damaged"),
         (lambda raw: raw.replace(b'version":"1"', b'version":"2"'), "format_version '2'"),
-        (lambda raw: raw.replace(b"dropbydrop_version", b"dropbydrop_wersion"), "version None"),
+        (lambda raw: raw.replace(b"format_version", b"format_wersion"), "version None"),
     ],
 )
 def test_damaged_header(tmp_path: Path, change: Any, message: str) -> None:
@@ -191,7 +183,13 @@ def test_damaged_header(tmp_path: Path, change: Any, message: str) -> None:
 
 
 def valid_config() -> dict[str, Any]:
-    plane = {"entries": 256, "group": 8, "dtype": "uint8", "sign_symmetric": True}
+    plane = {
+        "kind": "bytes",
+        "entries": 256,
+        "group": 8,
+        "dtype": "uint8",
+        "sign_symmetric": True,
+    }
     input_group = {
         "name": "s",
         "modules": ["m.q", "m.k"],
@@ -199,31 +197,17 @@ def valid_config() -> dict[str, Any]:
         "codebooks": "universal",
         "rotation": {"kind": "full"},
     }
-    other = {
-        **input_group,
-        "name": "t",
-        "modules": ["m.o"],
-        "rotation": {"kind": "block", "block": 32},
-    }
+    other = {**input_group, "name": "t", "modules": ["m.o"]}
     return {
         "quant_method": "dropbydrop",
         "format_version": 1,
         "bits": 3,
         "levels": [2, 3],
         "planes": [dict(plane), dict(plane), dict(plane)],
-        "sites": [input_group, other],
+        "input_groups": [input_group, other],
         "embeddings": {"bits": 8, "modules": ["embed"], "tied": True},
         "provenance": {"anything": ["goes", 1]},
     }
-
-
-def test_version_2_has_scaled_rotations() -> None:
-    data = valid_config()
-    data["format_version"] = 2
-    data["sites"][1]["rotation"]["scaled"] = True
-    config = QuantizationConfig.from_dict(data)
-    assert config.to_dict() == data
-    assert config.format_version == 2
 
 
 def test_config_round_trip() -> None:
@@ -249,11 +233,7 @@ def _set(*path: Any) -> Any:
     ("change", "message"),
     [
         (_set("quant_method", "aqlm"), "quant_method is not"),
-        (_set("format_version", 3), "format_version 3; this dropbydrop reads version 1 and 2"),
-        (_set("format_version", 2), "format_version 2 without scaled rotations"),
-        (_set("sites", 0, "rotation", {"kind": "full", "scaled": True}), "1 with scaled rotations"),
-        (_set("sites", 0, "rotation", {"kind": "full", "scaled": False}), "true or not there"),
-        (_set("sites", 0, "rotation", {"kind": "none", "scaled": True}), "cannot be scaled"),
+        (_set("format_version", 2), "format_version 2; this dropbydrop reads version 1"),
         (_set("format_version", True), "format_version True"),
         (_set("format_version", "1"), "format_version '1'"),
         (_set("surprise", 1), r"unknown keys \['surprise'\]"),
@@ -270,20 +250,22 @@ def _set(*path: Any) -> Any:
         (_set("planes", 1, "dtype", "uint16"), "uint16"),
         (_set("planes", 1, "rotate", 1), r"plane 2 has unknown keys \['rotate'\]"),
         (_set("planes", 1, 3), "plane 2 is int, not a JSON object"),
-        (_set("sites", []), "lists no input groups"),
-        (_set("sites", 0, "modules", []), "none, or one twice"),
-        (_set("sites", 0, "modules", ["m.q", "m.q"]), "none, or one twice"),
-        (_set("sites", 0, "modules", ["m.o"]), r"module \['m.o'\] appears more than once"),
-        (_set("sites", 0, "modules", ["../m"]), "is not a module name"),
-        (_set("sites", 0, "name", "t"), r"site \['t'\] appears more than once"),
-        (_set("sites", 0, "d_in", 100), "100 is not a multiple of the group 8"),
-        (_set("sites", 0, "codebooks", "a/b"), "is not a module name"),
-        (_set("sites", 0, "rotation", {"kind": "butterfly"}), "unknown to this version"),
-        (_set("sites", 0, "rotation", {"kind": "full", "x": 1}), "unknown to this version"),
-        (_set("sites", 0, "rotation", {"kind": "full", "block": 8}), "belongs to kind 'block'"),
-        (_set("sites", 0, "rotation", {"kind": "block"}), "belongs to kind 'block'"),
-        (_set("sites", 0, "rotation", {"kind": "block", "block": 64}), "does not divide 96"),
-        (_set("sites", 0, "rotation", {"kind": "block", "block": 24}), "does not divide 96"),
+        (_set("input_groups", []), "lists no input groups"),
+        (_set("input_groups", 0, "modules", []), "none, or one twice"),
+        (_set("input_groups", 0, "modules", ["m.q", "m.q"]), "none, or one twice"),
+        (_set("input_groups", 0, "modules", ["m.o"]), r"module \['m.o'\] appears more than once"),
+        (_set("input_groups", 0, "modules", ["../m"]), "is not a module name"),
+        (_set("input_groups", 0, "name", "t"), r"input group \['t'\] appears more than once"),
+        (_set("input_groups", 0, "d_in", 100), "100 is not a multiple of the group 8"),
+        (_set("input_groups", 0, "codebooks", "a/b"), "is not a module name"),
+        (_set("input_groups", 0, "rotation", {"kind": "butterfly"}), "unknown to this version"),
+        (_set("input_groups", 0, "rotation", {"kind": "none"}), "unknown to this version"),
+        (
+            _set("input_groups", 0, "rotation", {"kind": "full", "x": 1}),
+            r"rotation has unknown keys",
+        ),
+        (_set("input_groups", 0, "rotation", {}), "rotation lacks 'kind'"),
+        (_set("planes", 1, "kind", "trellis"), "plane of kind 'trellis'"),
         (_set("embeddings", "bits", 4), "embeddings of 4 bits"),
         (_set("embeddings", "modules", ["m.q"]), "quantized linears and as embeddings"),
     ],
@@ -295,7 +277,7 @@ def test_config_refused(change: Any, message: str) -> None:
         QuantizationConfig.from_dict(data)
 
 
-@pytest.mark.parametrize("key", ["bits", "levels", "planes", "sites", "embeddings"])
+@pytest.mark.parametrize("key", ["bits", "levels", "planes", "input_groups", "embeddings"])
 def test_config_lacks_a_key(key: str) -> None:
     data = valid_config()
     del data[key]
@@ -347,7 +329,7 @@ def test_manifest_round_trip() -> None:
         (_set("planes", 0, ["plane-2.safetensors"]), r"expected \['plane-1.safetensors'\]"),
         (_set("planes", 0, []), "plane 1 names no files"),
         (_set("planes", 1, ["plane-2.safetensors"]), "have no size and hash"),
-        (_set("rest", ["other.safetensors"]), r"version 1 has \['model.safetensors'\]"),
+        (_set("rest", ["other.safetensors"]), r"this version has \['model.safetensors'\]"),
         (_set("parameters", {"quantized": 13, "total": 12}), "13 quantized of 12"),
         (_set("parameters", {"quantized": 1, "total": 2, "x": 3}), "unknown keys"),
     ],

@@ -288,7 +288,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "untied in 16 bits": ({"tie_word_embeddings": False}, {"embedding_bits": 16}, "float16"),
     "biases": ({"attention_bias": True, "mlp_bias": True}, {}, torch.bfloat16),
     "scales per level": ({}, {"level_scales": True}, None),
-    "block rotation, 256 entries": ({}, {"rotation": "block", "sign_symmetric": False}, None),
+    "256 entries": ({}, {"sign_symmetric": False}, None),
 }
 
 
@@ -305,7 +305,7 @@ def test_bytes_are_as_predicted(tmp_path: Path, variant: str) -> None:
         assert need.shared == sum(
             info.nbytes
             for name, info in checkpoint.rest.items()
-            if name.startswith(("codebooks.", "sites.", "rotations."))
+            if name.startswith(("codebooks.", "input_groups.", "rotations."))
         )
 
 

@@ -105,7 +105,7 @@ def test_precision_by_config(out: Path) -> None:
 
 def test_config_of_another_checkpoint(out: Path) -> None:
     config = AutoConfig.from_pretrained(out)
-    config.quantization_config["sites"][0]["codebooks"] = "learned"
+    config.quantization_config["input_groups"][0]["codebooks"] = "learned"
     with pytest.raises(FormatError, match="only 'bits' may be changed"):
         AutoModelForCausalLM.from_pretrained(out, config=config)
 

@@ -54,8 +54,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "biases": ({"attention_bias": True, "mlp_bias": True}, {}),
     "scales per level": ({}, {"level_scales": True}),
     "256 entries": ({}, {"sign_symmetric": False}),
-    "block rotation": ({}, {"rotation": "block"}),
-    "no rotation": ({}, {"rotation": "none"}),
     "sharded planes": ({}, {"shard_bytes": 2000}),
 }
 

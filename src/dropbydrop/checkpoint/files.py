@@ -12,15 +12,8 @@ from typing import Any
 from dropbydrop.errors import DropError, FormatError
 from dropbydrop.system.digest import FileEntry
 
-from .config import (
-    FORMAT,
-    FORMAT_VERSION,
-    MANIFEST_FILE,
-    REST_FILE,
-    Fields,
-    check_version,
-    plain_name,
-)
+from .config import FORMAT, MANIFEST_FILE, REST_FILE
+from .fields import FORMAT_VERSION, Fields, check_version, plain_name
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -74,7 +67,7 @@ class Manifest:
     Attributes:
         files: name -> size and hash.
         planes: planes[m - 1] are the file names of plane m (several when sharded).
-        rest: files that every precision needs; version 1 writes exactly `model.safetensors`.
+        rest: files that every precision needs: exactly `model.safetensors`.
         quantized_parameters: weights of the quantized linears (d_out * d_in each).
         total_parameters: parameters of the original model, tied ones once.
     """
@@ -112,7 +105,7 @@ class Manifest:
         counts.done()
         fields.done()
         if rest != (REST_FILE,):
-            raise FormatError(f"{where}: rest is {list(rest)}; version 1 has [{REST_FILE!r}].")
+            raise FormatError(f"{where}: rest is {list(rest)}; this version has [{REST_FILE!r}].")
         unlisted = {name for names in (*planes, rest) for name in names} - set(files)
         if unlisted:
             raise FormatError(f"{where}: {sorted(unlisted)} have no size and hash. Damaged.")

@@ -38,9 +38,8 @@ from .config import (
     QuantizationConfig,
     codebook_name,
     codes_name,
-    inputs_name,
+    input_scales_name,
     odd_name,
-    signs_name,
 )
 from .files import Manifest, dump_json, read_json
 from .tensor_files import TensorInfo, read_header
@@ -182,7 +181,7 @@ class Checkpoint:
     def true_bits(self, bits: int) -> float:
         """Bits a weight of the quantized linears at precision `bits`, everything counted.
 
-        8 * bytes(codes 1..P, one scale row a matrix, codebooks 1..P, signs or factors of inputs,
+        8 * bytes(codes 1..P, one scale row a matrix, codebooks 1..P, input scales,
         odd factors) / sum(d_out * d_in).
 
         Raises:
@@ -196,7 +195,7 @@ class Checkpoint:
         total += sum(
             info.nbytes
             for name, info in self.rest.items()
-            if name.startswith(("sites.", "rotations."))
+            if name.startswith(("input_groups.", "rotations."))
         )
         return 8 * total / weights
 
@@ -252,14 +251,12 @@ class Checkpoint:
 
     def read_rotation(self, input_group: int) -> Rotation:
         """The rotation of input group i."""
-        spec = self.quantization.input_groups[input_group]
-        if spec.rotation["kind"] == "none":
-            return Rotation.from_stored(dict(spec.rotation), spec.d_in, None, None)
-        odd = split_odd(spec.d_in)[1]
-        stored = self.read(odd_name(odd)) if spec.rotation["kind"] == "full" and odd > 1 else None
-        scaled = spec.rotation.get("scaled", False)
-        signs = self.read(inputs_name(input_group) if scaled else signs_name(input_group))
-        return Rotation.from_stored(dict(spec.rotation), spec.d_in, signs, stored)
+        group = self.quantization.input_groups[input_group]
+        odd = split_odd(group.d_in)[1]
+        factor = self.read(odd_name(odd)) if odd > 1 else None
+        scales = self.read(input_scales_name(input_group))
+        spec = {"kind": group.rotation, "scaled": True}
+        return Rotation.from_stored(spec, group.d_in, scales, factor)
 
     # -- checking -------------------------------------------------------------------------
 
@@ -330,11 +327,8 @@ class Checkpoint:
                 expected[codebook_name(name, m)] = book
         for i, input_group in enumerate(q.input_groups):
             odd = split_odd(input_group.d_in)[1]
-            if input_group.rotation.get("scaled", False):
-                expected[inputs_name(i)] = TensorInfo("U8", (input_group.d_in,))
-            elif input_group.rotation["kind"] != "none":
-                expected[signs_name(i)] = TensorInfo("U8", (-(-input_group.d_in // 8),))
-            if input_group.rotation["kind"] == "full" and odd > 1:
+            expected[input_scales_name(i)] = TensorInfo("U8", (input_group.d_in,))
+            if odd > 1:
                 expected[odd_name(odd)] = TensorInfo("F32", (odd, odd))
         ours = {name for name in rest if name.startswith(RESERVED_PREFIXES)}
         for name in sorted(ours - set(expected)):

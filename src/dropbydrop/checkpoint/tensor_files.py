@@ -23,9 +23,9 @@ from torch import Tensor
 from dropbydrop.errors import FormatError
 from dropbydrop.system.atomic_folder import AtomicFolder
 
-from .config import FORMAT_VERSION, check_version
+from .fields import FORMAT_VERSION, check_version
 
-METADATA = {"format": "pt", "dropbydrop_version": str(FORMAT_VERSION)}
+METADATA = {"format": "pt", "format_version": str(FORMAT_VERSION)}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 DTYPES = {  # by their safetensors names
     "U8": torch.uint8,
@@ -185,6 +185,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             f"{path} has {size} bytes but its header describes {8 + length + end}: cut off or "
             "damaged. Fetch it again."
         )
-    if metadata.get("dropbydrop_version") != METADATA["dropbydrop_version"]:
-        check_version(metadata.get("dropbydrop_version"), str(path))
+    if metadata.get("format_version") != METADATA["format_version"]:
+        check_version(metadata.get("format_version"), str(path))
     return tensors

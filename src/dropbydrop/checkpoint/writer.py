@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from dropbydrop.coding.code import GROUP
-from dropbydrop.coding.rotation import Rotation
+from dropbydrop.coding.rotation import Rotation, pack_input_scales
 from dropbydrop.errors import DropError, FormatError
 from dropbydrop.system.atomic_folder import AtomicFolder
 
@@ -47,11 +47,10 @@ from .config import (
     StoredGroup,
     codebook_name,
     codes_name,
-    inputs_name,
+    input_scales_name,
     odd_name,
-    plain_name,
-    signs_name,
 )
+from .fields import plain_name
 from .files import Manifest, check_replaceable, dump_json, plane_file
 from .int8_rows import half, quantize_rows
 from .staging import StagingFile
@@ -124,7 +123,7 @@ class CheckpointWriter:
         return {
             "staged": staged,
             "linears": [[name, *shape] for name, shape in list(self._linears.items())[linears:]],
-            "sites": [input_group.to_dict() for input_group in self._input_groups[input_groups:]],
+            "input_groups": [group.to_dict() for group in self._input_groups[input_groups:]],
             "sets": self._sets.copy(),
         }
 
@@ -136,7 +135,7 @@ class CheckpointWriter:
                 entries.setdefault(name, []).extend(new)
             self._linears |= {name: (rows, columns) for name, rows, columns in record["linears"]}
             self._input_groups += [
-                StoredGroup.from_dict(input_group) for input_group in record["sites"]
+                StoredGroup.from_dict(input_group) for input_group in record["input_groups"]
             ]
             self._sets |= record["sets"]
         self._rest = StagingFile.restore(self._work / "rest.raw", entries.pop("rest"))
@@ -196,13 +195,13 @@ class CheckpointWriter:
         self._sets[name] = len(codebooks)
 
     def add_group(self, input_group: StoredGroup, rotation: Rotation) -> None:
-        """Add an input group and its rotation; the order of the calls numbers the sites."""
-        if dict(input_group.rotation) != rotation.spec() or input_group.d_in != rotation.d_in:
+        """Add an input group and its rotation; the order of the calls numbers the groups."""
+        if input_group.rotation != rotation.kind or input_group.d_in != rotation.d_in:
             raise ValueError(f"{input_group.name}: the rotation does not match its description")
+        assert rotation.signs is not None  # of every full rotation
         with self._folder.disk_errors():
-            if (packed := rotation.packed()) is not None:
-                named = inputs_name if rotation.scaled else signs_name
-                self._rest.add(named(len(self._input_groups)), packed)
+            packed = pack_input_scales(rotation.signs.cpu())  # 1 where inputs are not scaled
+            self._rest.add(input_scales_name(len(self._input_groups)), packed)
             if rotation.odd is not None:
                 name = odd_name(rotation.odd.shape[0])
                 if name not in self._rest.tensors:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.checkpoint.config import Fields, check_version
+from dropbydrop.checkpoint.fields import Fields, check_version
 from dropbydrop.checkpoint.files import dump_json, read_json
 from dropbydrop.coding.code import GROUP
 from dropbydrop.errors import FormatError

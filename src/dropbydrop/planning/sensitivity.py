@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.checkpoint.config import LOG_FILE, Fields, check_version
+from dropbydrop.checkpoint.config import LOG_FILE
+from dropbydrop.checkpoint.fields import Fields, check_version
 from dropbydrop.checkpoint.files import dump_json, read_json
 from dropbydrop.errors import DropError, FormatError
 from dropbydrop.system.atomic_folder import write_whole

@@ -98,7 +98,7 @@ class BlockEncoder:
         if learned is not None:
             name = f"input-group-{len(self.writer.input_groups)}"
             self.writer.add_codebook_set(name, list(learned.cpu()))
-        stored = StoredGroup(group.name, group.modules, group.d_in, name, rotation.spec())
+        stored = StoredGroup(group.name, group.modules, group.d_in, name)
         self.writer.add_group(stored, rotation)
 
     def _keep_others(self, prefix: str, block: nn.Module, coded: Mapping[str, Any]) -> None:

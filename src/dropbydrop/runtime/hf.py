@@ -132,7 +132,7 @@ class DropByDropQuantizer(HfQuantizer):
         # _process_model_after_weight_loading refuses.
         files.extend(str(p) for m in range(1, prefix + 1) for p in checkpoint.plane_paths(m))
         quiet = model._keys_to_ignore_on_load_unexpected
-        quiet |= {r"^(codebooks|sites|rotations)\."}
+        quiet |= {r"^(codebooks|input_groups|rotations)\."}
         quiet |= {f"^{re.escape(name)}$" for name in checkpoint.quantization.guards}
         if checkpoint.per_level:
             quiet.add(re.escape(LEVELS_SUFFIX) + "$")

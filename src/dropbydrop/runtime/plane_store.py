@@ -44,9 +44,9 @@ class GroupEntries:
     their common input can do it once (compare with `is`) without keeping state between calls.
 
     Attributes:
-        name: name of the site.
+        name: name of the group.
         codebooks: name of its codebook set; equal sets share the identical `entries`.
-        rotation: x -> x' of this site.
+        rotation: x -> x' of this group.
         entries: M expanded codebooks, float32 [K, g]; all planes, whatever the view's prefix.
         sign_symmetric: per plane; when true, tables[m][c + K/2] == -tables[m][c].
     """

@@ -56,7 +56,7 @@ def check_intact(checkpoint: Checkpoint) -> None:
 
 
 def with_sets(quantization: QuantizationConfig, sets: Sequence[str]) -> QuantizationConfig:
-    """The same description with another codebook set for each site."""
+    """The same description with another codebook set for each input group."""
     pairs = zip(quantization.input_groups, sets, strict=True)
     return replace(
         quantization, input_groups=tuple(replace(s, codebooks=name) for s, name in pairs)
@@ -77,7 +77,7 @@ def write_tuned(
     Args:
         quantization: of the new checkpoint; its sets and provenance may differ from the old one's.
         tensors: tuned tensors by name, in the types they are stored in. A set without tuned
-            codebooks is taken from the old checkpoint's set of the same site.
+            codebooks is taken from the old checkpoint's set of the same input group.
         log: lines that are appended to the log of tuning.
         card: what is appended to the model card.
         before_publish: called with the manifest's SHA-256 when all but the rename is done.

@@ -1,0 +1,78 @@
+"""Strict parsing of JSON that others wrote: typed values, nothing left over, plain names.
+
+An unknown version, an unknown key or a wrong type raises `FormatError`. A reader that guesses would
+decode wrong weights without a sign of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dropbydrop.errors import FormatError
+
+FORMAT_VERSION = 1  # of everything: config, manifest, safetensors metadata
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+
+
+class Fields:
+    """Takes typed values out of a JSON object and refuses what is left over."""
+
+    def __init__(self, data: object, where: str) -> None:
+        if not isinstance(data, Mapping):
+            raise FormatError(f"{where} is {type(data).__name__}, not a JSON object: damaged file.")
+        self.data, self.where = dict(data), where
+
+    def take(self, key: str, kind: type, **default: Any) -> Any:
+        """The value of `key`, which must have type `kind`; `default=` makes it optional."""
+        if key not in self.data:
+            if "default" in default:
+                return default["default"]
+            raise FormatError(f"{self.where} lacks {key!r}: damaged, or not one of ours.")
+        value = self.data.pop(key)
+        # JSON true is an int in Python; never let it pass as a number.
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise FormatError(f"{self.where}: {key!r} is {value!r}; expected {kind.__name__}.")
+        return value
+
+    def done(self) -> None:
+        """Every key must have been taken."""
+        if self.data:
+            raise FormatError(
+                f"{self.where} has unknown keys {sorted(self.data)}; they may change what "
+                "the codes mean. Written by a newer version? Upgrade dropbydrop."
+            )
+
+
+def module_names(values: Sequence[Any], where: str) -> tuple[str, ...]:
+    """The values, all of which must be names of modules or of codebook sets (FormatError)."""
+    for value in values:
+        if not isinstance(value, str) or not _TENSOR_NAME.fullmatch(value):
+            raise FormatError(f"{where}: {value!r} is not a module name. The config is damaged.")
+    return tuple(values)
+
+
+def check_version(version: object, where: str) -> None:
+    """Raises FormatError unless `version` is the one that this package reads."""
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise FormatError(
+            f"{where} has format_version {version!r}; this dropbydrop reads version "
+            f"{FORMAT_VERSION}. Upgrade dropbydrop, or fetch a checkpoint of that version."
+        )
+
+
+def plain_name(name: object, where: str) -> str:
+    """A file name without any path in it.
+
+    Raises:
+        FormatError: it could leave the folder, or is no name at all.
+    """
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name) or ".." in name:
+        raise FormatError(
+            f"{where} names the file {name!r}; only plain file names are allowed (letters, digits, "
+            "'.', '_', '-'), because a path could leave the folder. Do not use this checkpoint."
+        )
+    return name
