@@ -45,9 +45,9 @@ def main() -> None:
     try:
         out = quantize(args)
         command("info", out)
-        for bits in LEVELS:
+        for bits in reversed(LEVELS):
             command("generate", out, "--bits", bits, "--prompt", PROMPT, "--max-new-tokens", 40)
-            if bits == LEVELS[0]:
+            if bits == LEVELS[-1]:
                 say(f"first answer after {timedelta(seconds=round(time.monotonic() - start))}")
         figures = evaluate(args, out)
     except (KeyboardInterrupt, SystemExit) as stop:
@@ -114,25 +114,30 @@ def evaluate(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 def draw(figures: dict[str, Any], file: Path, name: str) -> None:
     """KL against the original over true bits, as a line of text and as a picture in `file`."""
-    rows = sorted((row["true_bits"], row["kl"]) for row in figures["bits"].values())
-    numbers = ", ".join(f"{kl:.4f} at {bits:.2f} bits" for bits, kl in rows)
+    rows = sorted((row["true_bits"], row["kl"], row["bytes"]) for row in figures["bits"].values())
+    numbers = ", ".join(f"{kl:.4f} at {bits:.2f} bits" for bits, kl, _ in rows)
     say(f"KL divergence from the original, in nats a token: {numbers}")
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         print("no picture: matplotlib is missing. Install it: pip install 'matplotlib>=3.8'")
         return
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    axes.semilogy(*zip(*rows, strict=True), "o-", color="#1f5f8b")
-    for bits, kl in rows:
-        axes.annotate(f" {kl:.4f}", (bits, kl), va="bottom")
+    axes.semilogy([row[0] for row in rows], [row[1] for row in rows], "o-", color="#1f5f8b")
+    for bits, kl, size in rows:
+        label = f"{kl:.4f}, {size / 1e6:.0f} MB"
+        axes.annotate(label, (bits, kl), (8, 4), textcoords="offset points")
     axes.set(
         xlabel="true bits a weight",
         ylabel="KL divergence from the original (nats a token)",
         title=f"{name}: one checkpoint, every level",
     )
-    axes.margins(0.15)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter("")
+    axes.margins(0.4, 0.15)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(file, dpi=150)
     say(f"picture: {file}")

@@ -102,7 +102,7 @@ def test_without_matplotlib_it_says_what_to_install(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    figures = {"bits": {"2": {"true_bits": 2.03, "kl": 0.25}}}
+    figures = {"bits": {"2": {"true_bits": 2.03, "kl": 0.25, "bytes": 1}}}
     demo.draw(figures, tmp_path / "picture.png", "tiny")
     out = capfd.readouterr().out
     assert "0.2500 at 2.03 bits" in out
