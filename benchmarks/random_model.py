@@ -105,7 +105,6 @@ def random_checkpoint(
     embedding_bits: int = 8,
     sign_symmetric: bool = True,
     scaled_inputs: bool = False,
-    level_scales: bool = False,
     files: Mapping[str, bytes | Path] | None = None,
     seed: int = 0,
     **writer: Any,
@@ -122,7 +121,6 @@ def random_checkpoint(
         embedding_bits: of embedding and head.
         sign_symmetric: codebooks of K/2 stored entries and their negatives, else of K.
         scaled_inputs: give every second input group input scales.
-        level_scales: a row scale for each level instead of one for all.
         files: further files of the folder.
         seed: of codes, codebooks and row scales.
         writer: further arguments of `CheckpointWriter`.
@@ -147,9 +145,8 @@ def random_checkpoint(
                     for _ in planes
                 ]
                 scales = 0.4 * (1 + torch.rand(shape[0], generator=generator)) / d_in**0.5
-                rows = torch.stack([scales * (1 + 0.1 * i) for i in range(len(levels))])
                 bias = None if linear.bias is None else _values(linear.bias, generator)
-                checkpoint.add_linear(module, codes, scales, rows if level_scales else None, bias)
+                checkpoint.add_linear(module, codes, scales, bias)
                 done |= {f"{module}.weight", f"{module}.bias"}
         tables = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
         for module in tables:

@@ -50,7 +50,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "untied": ({"tie_word_embeddings": False}, {}),
     "untied, 16-bit head": ({"tie_word_embeddings": False}, {"embedding_bits": 16}),
     "biases": ({"attention_bias": True, "mlp_bias": True}, {}),
-    "scales per level": ({}, {"level_scales": True}),
     "256 entries": ({}, {"sign_symmetric": False}),
     "sharded planes": ({}, {"shard_bytes": 2000}),
 }

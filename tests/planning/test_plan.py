@@ -287,7 +287,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "untied": ({"tie_word_embeddings": False}, {}, None),
     "untied in 16 bits": ({"tie_word_embeddings": False}, {"embedding_bits": 16}, "float16"),
     "biases": ({"attention_bias": True, "mlp_bias": True}, {}, torch.bfloat16),
-    "scales per level": ({}, {"level_scales": True}, None),
     "256 entries": ({}, {"sign_symmetric": False}, None),
 }
 

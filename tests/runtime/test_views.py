@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import dropbydrop
 from dropbydrop import kernels
-from dropbydrop.checkpoint import Checkpoint, CheckpointWriter
+from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.runtime import fused_decode
 from dropbydrop.runtime.int8_modules import NestedEmbedding, NestedHead
@@ -52,7 +52,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "untied head": ({"tie_word_embeddings": False}, {}),
     "untied head in 16 bits": ({"tie_word_embeddings": False}, {"embedding_bits": 16}),
     "biases": ({"attention_bias": True, "mlp_bias": True}, {}),
-    "scales per level": ({}, {"level_scales": True}),
     "256 entries": ({}, {"sign_symmetric": False}),
     "sharded planes": ({}, {"shard_bytes": 2000}),
 }
@@ -424,33 +423,6 @@ def test_only_our_models_have_views() -> None:
     for function in (dropbydrop.precision, lambda model: dropbydrop.view(model, 2)):
         with pytest.raises(DropError, match="LlamaForCausalLM was not loaded from a dropbydrop"):
             function(tiny_llama())
-
-
-def test_parameters_per_level(out: Path, tmp_path: Path) -> None:
-    """`<parameter>.levels`: norms that differ between precisions (docs/format.md)."""
-    base = tiny_llama()
-    rows = torch.stack([base.model.norm.weight.detach() * f for f in (1, 2, 3)])
-    add = CheckpointWriter.add_tensor
-
-    def with_levels(self: Any, name: str, tensor: Tensor, **kwargs: Any) -> None:
-        if name == "model.norm.weight":
-            add(self, name, rows, per_level=True)
-        else:
-            add(self, name, tensor, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckpointWriter, "add_tensor", with_levels)
-        path = write_checkpoint(tmp_path / "levels", base)
-    model = dropbydrop.load(path)
-    for bits, factor in ((4, 3), (3, 2), (2, 1)):
-        view = dropbydrop.view(model, bits)
-        plain = logits(dropbydrop.load(out, bits=bits))
-        torch.testing.assert_close(logits(view), plain * factor, rtol=1e-4, atol=1e-4)
-        assert torch.equal(logits(dropbydrop.load(path, bits=bits)), logits(view))
-    assert torch.equal(model.model.norm.weight, rows[2])
-    pointer = model.model.norm.weight.data_ptr()
-    assert dropbydrop.view(model, 4).model.norm.weight.data_ptr() == pointer
-    assert dropbydrop.precision(model) == 4
 
 
 def test_loading_what_is_no_checkpoint(tmp_path: Path) -> None:

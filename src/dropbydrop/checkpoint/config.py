@@ -33,7 +33,6 @@ CARD_FILE = "README.md"  # the model card
 LOG_FILE = "quantize-log.jsonl"  # one line a matrix
 RESERVED_PREFIXES = ("codebooks.", "input_groups.", "rotations.")  # of our tensors alone
 SIGNPOST = "import_dropbydrop_before_loading"  # a tensor whose name tells others what to do
-LEVELS_SUFFIX = ".levels"  # `<parameter>.levels`: one variant of an ordinary parameter per level
 
 
 # ---------------------------------------------------------------------------------- names

@@ -33,7 +33,7 @@ from dropbydrop.system.atomic_folder import AtomicFolder
 from dropbydrop.system.console import progress_bar
 
 from . import Checkpoint
-from .config import CARD_FILE, CONFIG_FILE, LEVELS_SUFFIX, LOG_FILE, RESERVED_PREFIXES
+from .config import CARD_FILE, CONFIG_FILE, LOG_FILE, RESERVED_PREFIXES
 from .files import dump_json
 from .tensor_files import (
     DTYPE_NAMES,
@@ -123,7 +123,7 @@ def _plan(checkpoint: Checkpoint, prefix: int, dtype: torch.dtype) -> list[Strea
     """Every tensor of the dense model."""
     parts: dict[str, tuple[tuple[int, ...], torch.dtype, Rows]] = {}
     quantization = checkpoint.quantization
-    ours = {f"{m}.{kind}" for m in checkpoint.shapes for kind in ("scales", "level_scales")}
+    ours = {f"{module}.scales" for module in checkpoint.shapes}
     ours |= set(quantization.guards)
     for module, matrix in checkpoint.shapes.items():
         parts[f"{module}.weight"] = (matrix, dtype, _linear_rows(checkpoint, module, prefix))
@@ -132,16 +132,12 @@ def _plan(checkpoint: Checkpoint, prefix: int, dtype: torch.dtype) -> list[Strea
             ours |= {f"{module}.rows", f"{module}.row_scales"}
             shape = checkpoint.rest[f"{module}.rows"].shape
             parts[f"{module}.weight"] = (shape, dtype, _embedding_rows(checkpoint, module))
-    row = checkpoint.level_index(prefix)
     for stored, info in checkpoint.rest.items():
         if stored in ours or stored.startswith(RESERVED_PREFIXES):
             continue
         kept = DTYPES[info.dtype]
         target = dtype if kept.is_floating_point else kept
-        per_level = stored.endswith(LEVELS_SUFFIX)
-        name = stored.removesuffix(LEVELS_SUFFIX) if per_level else stored
-        shape = info.shape[1:] if per_level else info.shape
-        parts[name] = (shape, target, _kept_rows(checkpoint, stored, row if per_level else None))
+        parts[stored] = (info.shape, target, _kept_rows(checkpoint, stored))
     tensors = []
     for name, (shape, target, rows) in parts.items():
         info = TensorInfo(DTYPE_NAMES[target], tuple(shape))
@@ -160,10 +156,7 @@ def _linear_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Rows:
             expand_codebook(book, plane.sign_symmetric)
             for book, plane in zip(stored, quantization.planes, strict=True)
         ]
-        if f"{module}.scales" in checkpoint.rest:
-            scales = checkpoint.read(f"{module}.scales")
-        else:
-            scales = checkpoint.read(f"{module}.level_scales")[checkpoint.level_index(prefix)]
+        scales = checkpoint.read(f"{module}.scales")
         codes = [checkpoint.read_codes(module, m)[low:high] for m in range(1, prefix + 1)]
         rotated = decode(codes, entries, scales[low:high], prefix)
         return checkpoint.read_rotation(input_group).transpose(rotated)
@@ -179,12 +172,11 @@ def _embedding_rows(checkpoint: Checkpoint, module: str) -> Rows:
     return rows
 
 
-def _kept_rows(checkpoint: Checkpoint, stored: str, level: int | None) -> Rows:
-    """A tensor that is stored as it is, or the variant of it for row `level`."""
+def _kept_rows(checkpoint: Checkpoint, stored: str) -> Rows:
+    """A tensor that is stored as it is."""
 
     def rows(low: int, high: int) -> Tensor:
-        whole = checkpoint.read(stored)
-        tensor = whole if level is None else whole[level]
+        tensor = checkpoint.read(stored)
         return tensor[low:high] if tensor.dim() else tensor
 
     return rows

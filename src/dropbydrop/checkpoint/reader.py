@@ -31,7 +31,6 @@ from dropbydrop.system.digest import file_digest
 
 from .config import (
     CONFIG_FILE,
-    LEVELS_SUFFIX,
     MANIFEST_FILE,
     RESERVED_PREFIXES,
     REST_FILE,
@@ -138,27 +137,17 @@ class Checkpoint:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Quantized module -> (d_out, d_in)."""
-        result = {}
-        for input_group in self.quantization.input_groups:
-            for module in input_group.modules:
-                info = self.rest.get(f"{module}.scales") or self.rest[f"{module}.level_scales"]
-                result[module] = (info.shape[-1], input_group.d_in)
-        return result
+        return {
+            module: (self.rest[f"{module}.scales"].shape[0], group.d_in)
+            for group in self.quantization.input_groups
+            for module in group.modules
+        }
 
     @cached_property
     def rest(self) -> dict[str, TensorInfo]:
         """Header of model.safetensors."""
         self._check_size(REST_FILE)
         return read_header(self.path / REST_FILE)
-
-    @property
-    def per_level(self) -> tuple[str, ...]:
-        """Ordinary parameters that are stored in one variant per level."""
-        return tuple(n[: -len(LEVELS_SUFFIX)] for n in self.rest if n.endswith(LEVELS_SUFFIX))
-
-    def level_index(self, bits: int) -> int:
-        """Row of a precision in level_scales and in `.levels` tensors (PrecisionError)."""
-        return self.levels.index(self.quantization.check_level(bits))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -334,22 +323,14 @@ class Checkpoint:
         for name in sorted(ours - set(expected)):
             yield f"{name} is not described"
         for module in q.modules:
-            row, table = rest.get(f"{module}.scales"), rest.get(f"{module}.level_scales")
-            if (row is None) == (table is None):
-                yield f"{module} needs either scales or level_scales"
-            elif row is not None:
-                expected[f"{module}.scales"] = TensorInfo("F16", row.shape[:1] or (0,))
-            elif table is not None:
-                shape = (len(q.levels), *table.shape[1:2])
-                expected[f"{module}.level_scales"] = TensorInfo("F16", shape)
+            row = rest.get(f"{module}.scales")
+            shape = row.shape[:1] if row else ()
+            expected[f"{module}.scales"] = TensorInfo("F16", shape or (0,))
         if q.embeddings.bits == 8:
             for module in q.embeddings.modules:
                 rows = rest[f"{module}.rows"].shape if f"{module}.rows" in rest else (0, 0)
                 expected[f"{module}.rows"] = TensorInfo("I8", rows)
                 expected[f"{module}.row_scales"] = TensorInfo("F16", rows[:1])
-        for name in (n for n in rest if n.endswith(LEVELS_SUFFIX)):
-            if rest[name].shape[:1] != (len(q.levels),) or name[: -len(LEVELS_SUFFIX)] in rest:
-                yield f"{name} does not have one variant for each of {len(q.levels)} levels"
         for name, info in expected.items():
             if name not in rest:
                 yield f"{name} is missing"

@@ -39,7 +39,6 @@ from dropbydrop.system.atomic_folder import AtomicFolder
 
 from .config import (
     CONFIG_FILE,
-    LEVELS_SUFFIX,
     MANIFEST_FILE,
     RESERVED_PREFIXES,
     REST_FILE,
@@ -150,8 +149,7 @@ class CheckpointWriter:
         self,
         module: str,
         codes: Sequence[Tensor],
-        scales: Tensor | None = None,
-        level_scales: Tensor | None = None,
+        scales: Tensor,
         bias: Tensor | None = None,
     ) -> None:
         """Add a quantized linear.
@@ -159,8 +157,7 @@ class CheckpointWriter:
         Args:
             module: its full name in the Hugging Face model.
             codes: M planes, uint8 [d_out, G].
-            scales: [d_out], one row scale for all levels; not stored when `level_scales` is given.
-            level_scales: [levels, d_out], a row scale for each level.
+            scales: [d_out], the row scales of every level.
             bias: [d_out], stored in its own dtype.
 
         Raises:
@@ -172,17 +169,15 @@ class CheckpointWriter:
         if self._planes and len(self._planes) != len(codes):
             raise ValueError(f"{module}: {len(codes)} planes, other matrices {len(self._planes)}")
         d_out = shape[0]
-        kind, rows = ("scales", scales) if level_scales is None else ("level_scales", level_scales)
-        dims = 1 if level_scales is None else 2
-        if rows is None or rows.dim() != dims or rows.shape[-1] != d_out:
-            raise ValueError(f"{module}: scales must be [{d_out}], level_scales [levels, {d_out}]")
-        rows = half(rows, module)
+        if tuple(scales.shape) != (d_out,):
+            raise ValueError(f"{module}: scales must be [{d_out}]")
+        rows = half(scales, module)
         with self._folder.disk_errors():
             if not self._planes:
                 self._planes = [self._stage(f"plane-{m}") for m in range(1, len(codes) + 1)]
             for m, (staging, plane) in enumerate(zip(self._planes, codes, strict=True), 1):
                 staging.add(codes_name(module, m), plane)
-            self._rest.add(f"{module}.{kind}", rows)
+            self._rest.add(f"{module}.scales", rows)
             if bias is not None:
                 self._rest.add(f"{module}.bias", bias)
         self._linears[module] = (d_out, shape[1] * GROUP)
@@ -226,15 +221,12 @@ class CheckpointWriter:
             else:
                 self._rest.add(f"{module}.weight", half(weight, module))
 
-    def add_tensor(self, name: str, tensor: Tensor, *, per_level: bool = False) -> None:
-        """Add any other parameter (norms, ...) under its Hugging Face name, in its own dtype.
-
-        With `per_level`, tensor is [levels, *shape]: one variant of the parameter per level.
-        """
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Add any other parameter (norms, ...) under its Hugging Face name, in its own dtype."""
         if name.startswith(RESERVED_PREFIXES):
             raise ValueError(f"{name}: this prefix is reserved for the format")
         with self._folder.disk_errors():
-            self._rest.add(name + LEVELS_SUFFIX if per_level else name, tensor)
+            self._rest.add(name, tensor)
 
     # -- finishing ------------------------------------------------------------------------
 

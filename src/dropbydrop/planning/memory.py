@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.checkpoint.config import LEVELS_SUFFIX, RESERVED_PREFIXES
+from dropbydrop.checkpoint.config import RESERVED_PREFIXES
 from dropbydrop.coding.code import GROUP
 from dropbydrop.errors import DropError
 from dropbydrop.kernels.layout import STRIP
@@ -103,14 +103,12 @@ def estimate(
         count = info.nbytes // max(info.itemsize, 1)
         if name.startswith(RESERVED_PREFIXES):
             shared += info.nbytes
-        elif module in checkpoint.shapes and leaf in ("scales", "level_scales"):
+        elif module in checkpoint.shapes and leaf == "scales":
             scales += info.nbytes
         elif module in q.embeddings.modules and leaf in ("rows", "row_scales"):
             embeddings += info.nbytes
         elif module in q.embeddings.modules:
             embeddings += count * width
-        elif name.endswith(LEVELS_SUFFIX):
-            other += count * width // len(q.levels)  # the row in use
         else:
             other += count * (width if info.itemsize > 1 else 1)
     if not context:

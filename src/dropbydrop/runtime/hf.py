@@ -33,7 +33,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dropbydrop.checkpoint import Checkpoint, QuantizationConfig
-from dropbydrop.checkpoint.config import FORMAT, LEVELS_SUFFIX
+from dropbydrop.checkpoint.config import FORMAT
 from dropbydrop.errors import DropError, FormatError, PrecisionError, UnsupportedModelError
 from dropbydrop.models.embeddings import output_scale
 
@@ -134,10 +134,6 @@ class DropByDropQuantizer(HfQuantizer):
         quiet = model._keys_to_ignore_on_load_unexpected
         quiet |= {r"^(codebooks|input_groups|rotations)\."}
         quiet |= {f"^{re.escape(name)}$" for name in checkpoint.quantization.guards}
-        if checkpoint.per_level:
-            quiet.add(re.escape(LEVELS_SUFFIX) + "$")
-            names = {_located(model, name) for name in checkpoint.per_level} - {None}
-            model._keys_to_ignore_on_load_missing |= {f"^{re.escape(n)}$" for n in names if n}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         linears = [m for m in model.modules() if isinstance(m, NestedLinear)]
@@ -156,7 +152,6 @@ class DropByDropQuantizer(HfQuantizer):
         head, embedding = _output_head(model), model.get_input_embeddings()
         if isinstance(head, NestedHead) and head.tied:
             head.row_scales = embedding.row_scales.to(head.rows.device)
-        set_level_parameters(model, linears[0].store, linears[0].prefix)
         attach(model, prepared_group_of)
         multiply_together(model)
         return model
@@ -185,17 +180,6 @@ class DropByDropQuantizer(HfQuantizer):
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.tie_weights()
         return model
-
-
-def set_level_parameters(model: Any, store: PlaneStore, prefix: int) -> None:
-    """Point parameters that are stored per level (`<name>.levels`) at their row for `prefix`."""
-    row = store.checkpoint.level_index(prefix)
-    for stored in store.checkpoint.per_level:
-        if name := _located(model, stored):
-            old = model.get_parameter(name)
-            rows = store.variants(stored + LEVELS_SUFFIX, old.device, old.dtype)
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, nn.Parameter(rows[row], requires_grad=False))
 
 
 def _place_modules(model: Any, checkpoint: Checkpoint, prefix: int, dtype: Any) -> None:

@@ -112,13 +112,13 @@ class NestedLinear(FixedScales):
 
     Attributes (on disk under the same names, see docs/format.md):
         codes: `Planes`, uint8 [d_out, G] each in a state_dict.
-        scales: float16 [d_out], or level_scales: float16 [levels, d_out].
+        scales: float16 [d_out], the row scales of every level.
         bias: [d_out] or None.
         store, name: where planes, codebooks and rotation are, and the key to them.
     """
 
     bias: nn.Parameter | None
-    _fixed = ("scales", "level_scales")
+    _fixed = ("scales",)
 
     def __init__(self, store: PlaneStore, name: str, prefix: int, bias: Tensor | None) -> None:
         """Build the module of `name` on the meta device; transformers then loads its tensors."""
@@ -128,10 +128,8 @@ class NestedLinear(FixedScales):
         grid = (self.out_features, self.in_features // GROUP)
         codes = torch.empty(grid, dtype=torch.uint8, device="meta")
         self.codes = Planes([codes] * prefix, *grid)
-        rest = store.checkpoint.rest
-        kind = "scales" if f"{name}.scales" in rest else "level_scales"
-        shape = rest[f"{name}.{kind}"].shape
-        self.register_buffer(kind, torch.empty(shape, dtype=torch.float16, device="meta"))
+        scales = torch.empty(self.out_features, dtype=torch.float16, device="meta")
+        self.register_buffer("scales", scales)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
 
     @property
@@ -153,11 +151,8 @@ class NestedLinear(FixedScales):
 
     @property
     def row_scales(self) -> Tensor:
-        """The row scales of this precision: float16 [d_out]."""
-        if "scales" in self._buffers:
-            return cast(Tensor, self.scales)
-        index = self.store.checkpoint.level_index(self._prefix)
-        return cast(Tensor, self.level_scales)[index]
+        """The row scales: float16 [d_out]."""
+        return cast(Tensor, self.scales)
 
     def rotated_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W' = W Q^-1 decoded from P planes: [d_out, d_in], for rotated inputs."""

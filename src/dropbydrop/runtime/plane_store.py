@@ -160,11 +160,6 @@ class PlaneStore:
         index = self.checkpoint.quantization.group_index[module]
         return self.derived(("site", index, device), lambda: self._make_group(index, device))
 
-    def variants(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """A tensor of model.safetensors that has one row per level, on `device`."""
-        key = ("variants", name, device, dtype)
-        return self.derived(key, lambda: self.checkpoint.read(name).to(device, dtype))
-
     def derived(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """The value of `key`, built at most once for all views.
 

@@ -20,7 +20,7 @@ from dropbydrop.errors import DropError, MissingPlaneError
 from dropbydrop.planning.plan import Plan
 from dropbydrop.planning.precision import Precision
 
-from .hf import DropByDropConfig, set_level_parameters
+from .hf import DropByDropConfig
 from .modules import NestedLinear
 from .plane_store import PlaneStore
 
@@ -73,7 +73,6 @@ def view(
     for module in made.modules():
         if isinstance(module, NestedLinear):
             module._set_prefix(prefixes[module.name])
-    set_level_parameters(made, store, _nearest_level(store, prefixes))
     for config in {id(m.config): m.config for m in made.modules() if hasattr(m, "config")}.values():
         if isinstance(getattr(config, "quantization_config", None), DropByDropConfig):
             config.quantization_config = config.quantization_config.with_bits(resolved.highest)
@@ -173,9 +172,3 @@ def _average(store: PlaneStore, prefixes: Mapping[str, int]) -> float:
     shapes = store.checkpoint.shapes
     weights = {name: shapes[name][0] * shapes[name][1] for name in prefixes}
     return sum(p * weights[name] for name, p in prefixes.items()) / sum(weights.values())
-
-
-def _nearest_level(store: PlaneStore, prefixes: Mapping[str, int]) -> int:
-    """The level nearest to the average of a plan: for parameters that are stored per level."""
-    average = _average(store, prefixes)
-    return min(store.checkpoint.levels, key=lambda level: (abs(level - average), level))

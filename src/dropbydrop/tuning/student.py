@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.checkpoint.config import LEVELS_SUFFIX, RESERVED_PREFIXES, codebook_name
+from dropbydrop.checkpoint.config import RESERVED_PREFIXES, codebook_name
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import FormatError, UnsupportedModelError
 from dropbydrop.models.block_runner import BlockRunner
@@ -52,9 +52,8 @@ class StoredWeights(WeightFiles):
         self.folder, self.checkpoint = checkpoint.path, checkpoint
         eight = checkpoint.quantization.embeddings
         self._rows = set(eight.modules) if eight.bits == 8 else set()
-        names = [n.removesuffix(LEVELS_SUFFIX) for n in checkpoint.rest]
         weights = [*checkpoint.quantization.modules, *self._rows]
-        self._names = dict.fromkeys([*names, *(f"{module}.weight" for module in weights)])
+        self._names = dict.fromkeys([*checkpoint.rest, *(f"{module}.weight" for module in weights)])
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
@@ -70,10 +69,8 @@ class StoredWeights(WeightFiles):
         if module in self._rows:
             scales = self.checkpoint.read(f"{module}.row_scales").float()
             tensor = self.checkpoint.read(f"{module}.rows").float() * scales[:, None]
-        elif name in self.checkpoint.rest:
-            tensor = self.checkpoint.read(name)
         else:
-            tensor = self.checkpoint.read(name + LEVELS_SUFFIX)[-1]
+            tensor = self.checkpoint.read(name)
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         return tensor.to(wanted, copy=True)
 
@@ -153,7 +150,6 @@ class Student:
         self._input_groups: dict[int, list[_TunedGroup]] = {i: [] for i in range(runner.num_blocks)}
         for number, input_group in enumerate(q.input_groups):
             self._input_groups[self._block_of(input_group.modules)].append(self._open_group(number))
-        self._index = {level: checkpoint.level_index(level) for level in levels}
         self.start: dict[str, Tensor] = {}
         self.elementwise: set[str] = set()
         self._fixed: dict[str, Tensor] = {}
@@ -221,12 +217,11 @@ class Student:
             if name.startswith(RESERVED_PREFIXES) or name in skipped:
                 continue
             owner, _, leaf = name.rpartition(".")
-            variants = name.endswith(LEVELS_SUFFIX)
             tensor = checkpoint.read(name)
-            if owner in modules and leaf in ("scales", "level_scales"):
+            if owner in modules and leaf == "scales":
                 self.elementwise.add(name)
                 self.start[name] = tensor
-            elif tensor.is_floating_point() and len(info.shape) - variants == 1:
+            elif tensor.is_floating_point() and len(info.shape) == 1:
                 self.start[name] = tensor
             elif name.startswith(blocks):
                 self._fixed[name] = tensor
@@ -257,17 +252,12 @@ class Student:
         for tensors in (leaves, self._fixed):
             if name in tensors:
                 return tensors[name]
-            if name + LEVELS_SUFFIX in tensors:
-                return tensors[name + LEVELS_SUFFIX][self._index[level]]
         raise KeyError(name)
 
-    def _scales(self, leaves: Mapping[str, Tensor], input_group: _TunedGroup, level: int) -> Tensor:
-        parts = []
-        for module in input_group.modules:
-            shared = leaves.get(f"{module}.scales")
-            row = self._index[level]
-            parts.append(leaves[f"{module}.level_scales"][row] if shared is None else shared)
-        return torch.cat(parts)
+    @staticmethod
+    def _scales(leaves: Mapping[str, Tensor], input_group: _TunedGroup) -> Tensor:
+        """Row scales of all matrices of a group: [sum of d_out]."""
+        return torch.cat([leaves[f"{module}.scales"] for module in input_group.modules])
 
     def _weights(
         self, block: int, leaves: Mapping[str, Tensor], levels: Sequence[int]
@@ -283,7 +273,7 @@ class Student:
                 )
                 for m, symmetric in enumerate(input_group.symmetric[: levels[-1]], 1)
             ]
-            scales = [self._scales(leaves, input_group, level) for level in levels]
+            scales = [self._scales(leaves, input_group) for _ in levels]
             decoded = decode_levels(input_group.codes, entries, scales, levels)
             for weights, rotated in zip(out, decoded, strict=True):
                 for module, weight in zip(
@@ -330,11 +320,7 @@ class Student:
     def logits(self, hidden: Tensor, leaves: Mapping[str, Tensor], level: int) -> Tensor:
         """Output of the last block [b, T, d] -> logits [b, T, vocab] float32, with gradients."""
         blocks = f"{self.runner.blocks_name}."
-        outer = {
-            name.removesuffix(LEVELS_SUFFIX)
-            for name in leaves
-            if not name.startswith((blocks, *RESERVED_PREFIXES))
-        }
+        outer = {name for name in leaves if not name.startswith((blocks, *RESERVED_PREFIXES))}
         values = {name: self._tensor(leaves, name, level) for name in outer}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             return self.runner.apply_head(hidden, values).float()
