@@ -17,7 +17,7 @@ Steps, in this order, each written to the state file when it is done and not rep
     generate   a token through transformers' static cache and compile path, with few blocks of a
                checkpoint; time a block is the difference between two depths, and the model's is
                EXTRAPOLATED from it
-    smollm2    --model with --preset best: seconds, and perplexity and KL of levels 2, 3, 4
+    smollm2    --model quantized with --preset best: seconds, perplexity and KL of levels 2, 3, 4
     tuned      that checkpoint fine-tuned: the same table. It needs --work, or the run of smollm2
 
 Every product reads memory that is in no cache: the matrices of a graph total more than --megabytes
@@ -92,7 +92,7 @@ def targets(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine(b: Bench) -> dict[str, Any]:
-    """What was measured on."""
+    """The device that is measured, and versions."""
     found = {"torch": torch.__version__, "device": str(b.device), "kernels": b.names}
     if b.cuda:
         found |= {"gpu": torch.cuda.get_device_name(b.device), "cuda": torch.version.cuda}
@@ -100,7 +100,7 @@ def machine(b: Bench) -> dict[str, Any]:
 
 
 def plan(b: Bench, steps: list[str]) -> dict[str, Any]:
-    """What would run; memory is that of the largest set of matrices."""
+    """Steps, shapes and seconds foreseen; memory is that of the largest set of matrices."""
     s = b.sizes
     sizes = [2 * d_out * d_in for d_out, d_in in s.matvec]
     return {
@@ -117,16 +117,16 @@ def plan(b: Bench, steps: list[str]) -> dict[str, Any]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--state", type=Path, help="finished steps are kept here and not repeated")
+    parser.add_argument("--state", type=Path, help="file of finished steps, which are not repeated")
     parser.add_argument("--only", help="steps, comma separated [all that are not done]")
     parser.add_argument(
         "--minutes", type=float, default=9.5, help="begin nothing that takes longer"
     )
-    parser.add_argument("--megabytes", type=float, default=256, help="read by a graph, at least")
-    parser.add_argument("--model", default="smollm2", help="of the last two steps")
-    parser.add_argument("--text", type=Path, help="to evaluate on [the reference of Python]")
+    parser.add_argument("--megabytes", type=float, default=256, help="least size of a graph")
+    parser.add_argument("--model", default="smollm2", help="model of the last two steps")
+    parser.add_argument("--text", type=Path, help="text to evaluate on [the reference of Python]")
     parser.add_argument("--work", type=Path, help="folder that keeps the checkpoints")
-    parser.add_argument("--plan", action="store_true", help="only print what would run")
+    parser.add_argument("--plan", action="store_true", help="print what would run, and stop")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     args = parser.parse_args(argv)
     args.named = args.only is not None

@@ -2,10 +2,10 @@
 
     python scripts/train_universal.py [LEVELS ...]      e.g. 2,3,4 3,4,5
 
-Writes src/dropbydrop/universal_sets/<levels>.safetensors and prints the distortion of each prefix
-on fresh N(0, 1) samples beside the Shannon bound 2^(-2 bits). Deterministic for a given machine,
-build and number of threads; elsewhere sums are rounded differently, and the sets are as good but
-not the same. What the levels were weighted with, and the distortions, stand in the file's metadata.
+Writes src/dropbydrop/coding/universal_sets/<levels>.safetensors and prints the distortion of each
+prefix on fresh N(0, 1) samples beside the Shannon bound 2^(-2 bits). Deterministic for a given
+machine, build and number of threads; elsewhere sums are rounded differently, and the sets are as
+good but not the same. The weights of the levels and the distortions stand in the file's metadata.
 """
 
 import json

@@ -198,10 +198,10 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=random_model.SIZES, default="1gb", help="random shape")
+    parser.add_argument("--size", choices=random_model.SIZES, default="1gb", help="shape")
     parser.add_argument("--model", type=Path, help="a checkpoint folder instead of a random one")
     parser.add_argument("--bits", default="2,3,4")
-    parser.add_argument("--dtype", default="bfloat16", help="of our activations, and of prefill")
+    parser.add_argument("--dtype", default="bfloat16", help="type of our activations")
     parser.add_argument("--eager", action="store_true", help="also without the native step")
     parser.add_argument("--torch", default="bfloat16,float32", help="types of dense baselines")
     parser.add_argument("--llama", default="", help="kinds that llama.cpp quantizes to: Q4_0,Q2_K")

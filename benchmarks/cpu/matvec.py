@@ -86,7 +86,7 @@ def product_sweeps(
                 )
                 for planes in memory[: count * plane * prefix].view(count, prefix, plane)
             ]  # fmt: skip
-            calls = [lambda input_group=input_group: input_group(x) for input_group in prepared]
+            calls = [lambda group=group: group(x) for group in prepared]
             sweeps.append(Sweep(f"{name} P={prefix}", calls, plane * prefix))
     for dtype in (torch.bfloat16, torch.float32):
         size = rows * d_in * dtype.itemsize

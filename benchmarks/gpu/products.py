@@ -56,7 +56,7 @@ def matvec(b: Bench) -> dict[str, Any]:
     def measure(d_out: int, d_in: int, prefix: int, name: str, plain_us: float) -> dict[str, Any]:
         size = prefix * d_out * d_in // 8
         x = torch.randn(1, d_in, dtype=torch.bfloat16, device=b.device)
-        products = [b.input_group([d_out], d_in, prefix, name) for _ in range(b.copies(size))]
+        products = [b.products([d_out], d_in, prefix, name) for _ in range(b.copies(size))]
         spent = b.seconds([partial(p, x) for p in products])
         return {
             "us": spent * 1e6,
@@ -75,7 +75,7 @@ def matvec(b: Bench) -> dict[str, Any]:
 
 def prefill(b: Bench) -> dict[str, Any]:
     """Decoding to bfloat16 as a share of a product of many rows."""
-    books = kernels.prepare_codebooks(b.tables, True)
+    books = kernels.prepare_codebooks(b.entries, True)
     product_us: dict[tuple[int, int], float] = {}
     for d_out, d_in in b.sizes.matvec:
         x = torch.randn(b.sizes.prefill, d_in, dtype=torch.bfloat16, device=b.device)
@@ -90,7 +90,7 @@ def prefill(b: Bench) -> dict[str, Any]:
                 kernels.decode_dense, packed, books, scales, prefix, torch.bfloat16, name
             )
         else:  # without making the tables anew
-            group: Any = b.input_group(shape[:1], shape[1], prefix, name)._call
+            group: Any = b.products(shape[:1], shape[1], prefix, name)._call
             run = partial(group.weight, 0, torch.bfloat16)
         spent, whole = 1e6 * b.seconds([run] * 2), product_us[shape]
         return {"decode_us": spent, "product_us": whole, "share": spent / whole}
@@ -147,7 +147,7 @@ def decode(b: Bench) -> dict[str, Any]:
     plain = token(lambda rows, d_in: Dense(b, rows, d_in))
 
     def measure(name: str, prefix: int) -> dict[str, Any]:
-        spent = token(lambda rows, d_in: b.input_group(rows, d_in, prefix, name))
+        spent = token(lambda rows, d_in: b.products(rows, d_in, prefix, name))
         return {"ms": spent * 1e3, "times_bf16": plain / spent}
 
     out = b.partial

@@ -54,7 +54,7 @@ class Bench:
         self.partial: dict[str, Any] = {}  # of the step that runs, kept if it fails
         fitting = [k for k in kernels.available() if k.takes(self.device.type)]
         self.names = [k.name for k in fitting if k.gpu] or ["torch"]
-        self.tables = [expand_codebook(book) for book in universal_set((2, 3, 4))]
+        self.entries = [expand_codebook(book) for book in universal_set((2, 3, 4))]
 
     def seconds(self, calls: list[Callable[[], object]]) -> float:
         """Median time of one call when all are done in turn; on a GPU replayed as one graph."""
@@ -101,7 +101,7 @@ class Bench:
         )
         return Packed(planes, d_out, d_in // 8, False)
 
-    def input_group(self, rows: Sequence[int], d_in: int, prefix: int, kernel: str) -> Products:
+    def products(self, rows: Sequence[int], d_in: int, prefix: int, kernel: str) -> Products:
         """Matrices of P random planes that share an input; the rotation is part of the product."""
         matrices = [
             Matrix(
@@ -111,26 +111,31 @@ class Bench:
             for d_out in rows
         ]
         rotation = Rotation.make(d_in, seed=0).to(self.device)
-        return Products(matrices, self.tables, rotation, prefix, kernel)
+        return Products(matrices, self.entries, rotation, prefix, kernel)
 
 
 class Products(nn.Module):
-    """x -> W x for each matrix of an input group, from planes, by a kernel of its name."""
+    """x -> W x for each matrix of an input group, from planes, by a kernel.
+
+    Args:
+        entries: expanded codebook of each plane, [K, g].
+        kernel: name of the kernel; "torch" decodes a dense matrix.
+    """
 
     def __init__(
         self,
         matrices: list[Matrix],
-        tables: list[Tensor],
+        entries: list[Tensor],
         rotation: Rotation,
         prefix: int,
         kernel: str,
     ) -> None:
         super().__init__()
         if kernel == "torch":
-            books = kernels.prepare_codebooks(tables, True)
+            books = kernels.prepare_codebooks(entries, True)
             self._call: Any = kernels.PreparedGroup(matrices, books, rotation, prefix, kernel)
         else:
-            on_device = gpu.device_tables(tables, matrices[0].scales.device)
+            on_device = gpu.device_tables(entries, matrices[0].scales.device)
             self._call = gpu.CudaGroup(matrices, on_device, rotation, prefix, kernel)
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:

@@ -33,19 +33,17 @@ Out = Annotated[
     Path | None, typer.Option(help="Folder for plots (PNG, SVG) and the JSON behind them.")
 ]
 Calibration = Annotated[
-    str | None, typer.Option(help="Text for H, or self: text the model writes itself.")
+    str | None, typer.Option(help="Text for H, or self: text that the model writes.")
 ]
-HeldOut = Annotated[
-    str | None, typer.Option(help="Text for the estimate beside it (default: unused windows).")
-]
-Windows = Annotated[int | None, typer.Option(help="Calibration windows (64).")]
+HeldOut = Annotated[str | None, typer.Option(help="Held-out text (default: unused windows).")]
+Windows = Annotated[int | None, typer.Option(help="Number of calibration windows (64).")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens of a window (1024).")]
-Seed = Annotated[int | None, typer.Option(help="Of calibration and rotation (0).")]
-Cache = Annotated[Path | None, typer.Option(help="Where statistics of inputs are kept.")]
-Top = Annotated[int, typer.Option(help="Rows of the ranked tables.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of calibration and rotation (0).")]
+Cache = Annotated[Path | None, typer.Option(help="Folder of cached Gram matrices.")]
+Top = Annotated[int, typer.Option(help="Number of rows of ranked tables.")]
 Levels = Annotated[str, typer.Option(help="Supervised levels of the nested code.")]
 Preset = Annotated[str, typer.Option(help="Search effort: fast, balanced or best.")]
-Width = Annotated[int, typer.Option(help="Inputs and rows of the synthetic matrix.")]
+Width = Annotated[int, typer.Option(help="Inputs and rows of the synthetic matrix, d_in = d_out.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -101,7 +99,8 @@ def bound(
         str | None, typer.Option(help="Levels (1,2,3,4; of a checkpoint, those it has).")
     ] = None,
     original: Annotated[
-        str | None, typer.Option("--model", help="Original of a checkpoint (as it records).")
+        str | None,
+        typer.Option("--model", help="Original of a checkpoint (as it says)."),
     ] = None,
     out: Out = None,
     calibration: Calibration = None,

@@ -29,6 +29,7 @@ from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source
 from dropbydrop.models.statistics import CLIP
 from dropbydrop.system.cache import cache_dir
+from dropbydrop.system.digest import file_digest
 
 from .data import GramFolder, Progress, collect, fingerprint
 
@@ -99,8 +100,7 @@ def _key(options: Statistics) -> str:
 
 def _file_hash(path: Path) -> str:
     try:
-        with path.open("rb") as handle:
-            return f"{path.suffix} {hashlib.file_digest(handle, 'sha256').hexdigest()}"
+        return f"{path.suffix} {file_digest(path)}"
     except OSError as error:
         raise CalibrationError(f"cannot read the text {path}: {error.strerror}.") from error
 
