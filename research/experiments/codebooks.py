@@ -31,11 +31,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dropbydrop.coding.code import expand_set, partial_sums
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import EFFORTS, Encoded, encode_group
 from dropbydrop.coding.learned_codebooks import ROUNDS, learn_group
 from dropbydrop.coding.objective import weighted_errors
-from dropbydrop.coding.refit import prefixes
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.data.calibration import load_windows
 from dropbydrop.models.block_runner import BlockRunner
@@ -98,7 +98,8 @@ def errors(
     for level in range(len(LEVELS)):
         parts = [
             rotation.transpose(
-                e.scales.float()[:, None] * prefixes(e.codes, codebooks, LEVELS)[level]
+                e.scales.float()[:, None]
+                * partial_sums(e.codes, expand_set(codebooks), LEVELS)[level]
             )
             for e in coded.values()
         ]

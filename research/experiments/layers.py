@@ -35,11 +35,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.code import GROUP, expand_set, partial_sums
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import EFFORTS, encode_group, group_rotation
 from dropbydrop.coding.objective import weighted_errors
-from dropbydrop.coding.refit import prefixes
 from dropbydrop.data.text_files import text_windows
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import resolve
@@ -105,7 +104,7 @@ def nested(weight: Tensor, h: Tensor, seed: int, preset: str) -> tuple[list[Tens
     ]
     seconds = time.perf_counter() - start
     scaled = code.scales.float()[:, None]
-    decoded = prefixes(code.codes, codebooks, LEVELS)
+    decoded = partial_sums(code.codes, expand_set(codebooks), LEVELS)
     return [rotation.transpose(scaled * q) for q in decoded], seconds
 
 

@@ -30,11 +30,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.code import GROUP, expand_set, partial_sums
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import EFFORTS, encode_group
 from dropbydrop.coding.objective import weighted_errors
-from dropbydrop.coding.refit import prefixes
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.data.calibration import load_windows
 from dropbydrop.data.text_files import text_windows
@@ -75,7 +74,7 @@ def decode(weight: Tensor, h: Tensor, variant: str, seed: int, effort: str) -> l
         EFFORTS[effort],
     )["w"]
     out = []
-    for q in prefixes(found.codes, books, LEVELS):
+    for q in partial_sums(found.codes, expand_set(books), LEVELS):
         whole = weight.half().float()
         whole[:, coded] = rotation.transpose(found.scales.float()[:, None] * q)
         out.append(whole)

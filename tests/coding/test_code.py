@@ -2,8 +2,17 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dropbydrop.coding.code import ENTRIES, GROUP, decode, expand_codebook
+from dropbydrop.coding.code import (
+    ENTRIES,
+    GROUP,
+    decode,
+    expand_codebook,
+    expand_set,
+    partial_sums,
+)
 from dropbydrop.coding.rotation import (
     Rotation,
     hadamard,
@@ -58,6 +67,42 @@ def test_a_prefix_reads_no_later_plane_and_is_a_partial_sum_bit_for_bit():
     assert torch.equal(two, decode(codes, entries, one, 2))
     third = entries[2][codes[2].long()].reshape(7, -1)
     assert torch.equal(two + third, decode(codes, entries, one, 3))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    d_out=st.integers(1, 5), groups=st.integers(1, 6), planes=st.integers(1, 8),
+    seed=st.integers(0, 99), data=st.data(),
+)  # fmt: skip
+def test_partial_sums_are_those_of_the_naive_code(d_out, groups, planes, seed, data):
+    """At any choice of levels; bit for bit, whatever else is asked for."""
+    some = st.lists(st.integers(1, planes), min_size=1, unique=True).map(sorted)
+    levels = data.draw(some)
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (planes, d_out, groups), dtype=torch.uint8, generator=generator)
+    stored = torch.randn(planes, ENTRIES // 2, GROUP, generator=generator)
+    entries = expand_set(stored)
+    sums = partial_sums(codes, entries, levels)
+    assert len(sums) == len(levels)
+    for prefix, found in zip(levels, sums, strict=True):
+        assert found.shape == (d_out, groups * GROUP)
+        expected = naive_decode(codes, stored, torch.ones(d_out), prefix, True)
+        torch.testing.assert_close(found, expected)
+        (alone,) = partial_sums(codes[:prefix], entries[:prefix], [prefix])
+        assert torch.equal(found, alone)
+        assert torch.equal(found, decode(codes, entries, torch.ones(d_out), prefix))
+    assert len({t.data_ptr() for t in sums}) == len(sums)
+
+
+@settings(deadline=None, max_examples=25)
+@given(rows=st.integers(1, 9), planes=st.integers(1, 4))
+def test_partial_sums_of_one_group(rows, planes):
+    """Codes [M, n, 1], as the search has them: [n, g]."""
+    codes = torch.randint(0, 256, (planes, rows, 1), dtype=torch.uint8)
+    entries = torch.randn(planes, ENTRIES, GROUP)
+    (found,) = partial_sums(codes, entries, [planes])
+    expected = sum(entries[m][codes[m, :, 0].long()] for m in range(planes))
+    torch.testing.assert_close(found, expected)
 
 
 def test_codebook_shapes_are_checked():
@@ -130,7 +175,7 @@ def test_every_byte_is_a_signed_factor():
         2**-8,
         pytest.approx(2**7.875),
     ]
-    with pytest.raises(ValueError, match="round_factors"):
+    with pytest.raises(ValueError, match="round_input_scales"):
         pack_input_scales(torch.tensor([1.0, 2.0**-9]))
 
 
@@ -161,13 +206,13 @@ def test_scaled_rotation_equals_its_matrix(d_in, kind):
 def test_bad_rotations_are_refused():
     with pytest.raises(ValueError, match="no place"):
         Rotation.make(16, "none").scale(torch.ones(16))
-    with pytest.raises(ValueError, match="factors already"):
+    with pytest.raises(ValueError, match="input scales already"):
         Rotation.make(16).scale(torch.ones(16)).scale(torch.ones(16))
     for bad in (0.0, -1.0, torch.nan, torch.inf):
         with pytest.raises(ValueError, match="finite and above 0"):
             Rotation.make(16).scale(torch.full((16,), bad))
     spec = {"kind": "full", "scaled": True}
-    with pytest.raises(FormatError, match="factors of inputs"):
+    with pytest.raises(FormatError, match="input scales"):
         Rotation.from_stored(spec, 16, torch.zeros(2, dtype=torch.uint8), None)
     with pytest.raises(FormatError, match="expected 2 bytes"):
         unpack_signs(torch.zeros(3, dtype=torch.uint8), 16)
@@ -178,3 +223,57 @@ def test_bad_rotations_are_refused():
     with pytest.raises(ValueError, match="power of two"):
         Rotation.make(96, "block", 48)
     assert split_odd(1536) == (512, 3)
+
+
+odd_widths = st.builds(
+    lambda power, odd: 2**power * odd, st.integers(0, 6), st.sampled_from([1, 3, 5, 7, 9, 15])
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(d_in=odd_widths, seed=st.integers(0, 999))
+def test_signs_survive_packing(d_in, seed):
+    signs = 1.0 - 2.0 * torch.randint(0, 2, (d_in,), generator=torch.Generator().manual_seed(seed))
+    packed = pack_signs(signs)
+    assert packed.shape == (-(-d_in // 8),)
+    assert packed.dtype == torch.uint8
+    assert torch.equal(unpack_signs(packed, d_in), signs)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.floats(2.0**-8, 2.0**7.8), min_size=1, max_size=40), st.integers(0, 999))
+def test_input_scales_survive_packing(values, seed):
+    """Rounded once, they come back exactly; rounding moves them by at most half a step."""
+    scales = torch.tensor(values, dtype=torch.float32)
+    rounded = round_input_scales(scales)
+    assert float((rounded.log2() - scales.log2()).abs().max()) <= 1 / 16 + 1e-5
+    generator = torch.Generator().manual_seed(seed)
+    signed = rounded * (1.0 - 2.0 * torch.randint(0, 2, rounded.shape, generator=generator))
+    packed = pack_input_scales(signed)
+    assert packed.shape == signed.shape
+    assert torch.equal(unpack_input_scales(packed, len(signed)), signed)
+    assert torch.equal(round_input_scales(rounded), rounded)
+
+
+@settings(deadline=None, max_examples=40)
+@given(d_in=odd_widths, rows=st.integers(1, 4), scaled=st.booleans(), seed=st.integers(0, 99))
+def test_rotations_of_any_width_keep_products(d_in, rows, scaled, seed):
+    """W' x' = W x; Q^T is the transpose of Q; and Q comes back from what is stored."""
+    generator = torch.Generator().manual_seed(seed)
+    rotation = Rotation.make(d_in, seed=seed)
+    if scaled:
+        rotation = rotation.scale(torch.rand(d_in, generator=generator) + 0.25)
+    x = torch.randn(3, d_in, generator=generator)
+    weight = torch.randn(rows, d_in, generator=generator)
+    turned = rotation.apply(x)
+    assert turned.shape == x.shape
+    close = {"rtol": 1e-4, "atol": 1e-4 * d_in**0.5}
+    torch.testing.assert_close(turned @ rotation.apply_weight(weight).T, x @ weight.T, **close)
+    torch.testing.assert_close(  # <Q x, w> = <x, Q^T w>
+        turned @ weight.T, x @ rotation.transpose(weight).T, **close
+    )
+    again = Rotation.from_stored(rotation.spec(), d_in, rotation.packed(), rotation.odd)
+    assert torch.equal(again.apply(x), turned)
+    if not scaled:
+        torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+        torch.testing.assert_close(rotation.transpose(turned), x, **close)

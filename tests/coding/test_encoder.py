@@ -11,6 +11,7 @@ from safetensors import safe_open
 from dropbydrop.coding import codebooks as universal
 from dropbydrop.coding import learned_codebooks as learned
 from dropbydrop.coding.channel_scaling import input_scales_of
+from dropbydrop.coding.code import expand_set, partial_sums
 from dropbydrop.coding.codebooks import (
     default_lambdas,
     distortions,
@@ -20,7 +21,7 @@ from dropbydrop.coding.codebooks import (
 )
 from dropbydrop.coding.encoder import EFFORTS, Effort, encode_group, group_rotation, stored_scales
 from dropbydrop.coding.objective import condition, descent_metric, feedback_metric, weighted_errors
-from dropbydrop.coding.refit import Coded, objective, prefixes, refit_codebooks, refit_scales
+from dropbydrop.coding.refit import Coded, objective, refit_codebooks, refit_scales
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.coding.search import search
 from dropbydrop.errors import CalibrationError
@@ -90,7 +91,7 @@ def test_objective_and_errors_equal_the_definition():
         errors.append(float(torch.trace(e @ h @ e.T) / torch.trace(x.weight @ h @ x.weight.T)))
     x = Coded(x.weight, x.scales, x.codes)
     assert objective(x, h, books[:3], LEVELS, LAMBDAS) == pytest.approx(value, rel=1e-5)
-    decoded = [x.scales[:, None] * q for q in prefixes(x.codes, books, LEVELS)]
+    decoded = [x.scales[:, None] * q for q in x.sums(books, LEVELS)]
     assert weighted_errors(x.weight, decoded, h) == pytest.approx(errors, rel=1e-5)
 
 
@@ -260,7 +261,7 @@ def test_encoding_a_site(preset):
         assert e.scales.dtype == torch.float16
         decoded = [
             rotation.transpose(e.scales.float()[:, None] * q)
-            for q in prefixes(e.codes, books, [2, 3, 4])
+            for q in partial_sums(e.codes, expand_set(books), [2, 3, 4])
         ]
         assert weighted_errors(weights[name], decoded, h) == pytest.approx(e.errors, rel=1e-2)
         assert e.errors[0] > e.errors[1] > e.errors[2]
@@ -320,7 +321,8 @@ def test_learned_codebooks_fit_their_site():
     assert own.shape == books.shape
     assert torch.equal(own, own.half().float())
     for name, e in fitted.items():
-        decoded = [e.scales.float()[:, None] * q for q in prefixes(e.codes, own, levels)]
+        sums = partial_sums(e.codes, expand_set(own), levels)
+        decoded = [e.scales.float()[:, None] * q for q in sums]
         assert weighted_errors(weights[name], decoded, h) == pytest.approx(e.errors, rel=1e-2)
         # signs are no Gaussian samples: much of what the universal set misses can be learned
         assert e.errors[1] < 0.7 * plain[name].errors[1]

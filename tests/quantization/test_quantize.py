@@ -132,10 +132,8 @@ def test_other_levels(folder, bits, monkeypatch):
     from dropbydrop.coding import codebooks as universal
 
     # Real sets for rare levels take a while to train; the path is the same with a quick one.
-    quick = universal.train
-    monkeypatch.setattr(
-        universal, "train", lambda lv, lam: quick(lv, lam, samples=2048, rounds=1, beam=1)
-    )
+    monkeypatch.setattr(universal, "TRAINING", {"samples": 2048, "rounds": 1, "beam": 1, "seed": 0})
+    monkeypatch.setenv("DROPBYDROP_CACHE", str(folder / "cache"))
     universal.universal_set.cache_clear()
     out = folder / ("levels" + "".join(map(str, bits)))
     try:

@@ -1,4 +1,4 @@
-"""Factors of an input group's inputs, by which its rotation multiplies them: noise shaping for
+"""Input scales of an input group, by which its rotation multiplies the inputs: noise shaping for
 nothing.
 
 A code of rotated coordinates makes white noise there, so with x_i multiplied by t_i before the
@@ -9,19 +9,19 @@ divided by their rms) and h_i = H_ii, the weighted error is, up to what the code
     without error feedback         mean_i(w_i^2 / t_i^2) * mean_i(h_i t_i^2)    t^4 = w^2 / h
     with perfect error feedback    mean_i(w_i^2 / t_i^2) * GM_i(h_i t_i^2)      t^2 = w^2
 
-since feedback makes the geometric mean of H's spectrum count, which factors only move by their own
-(GM: geometric mean). On the right is what minimises each, by Cauchy-Schwarz and by the inequality
-of the means. Real feedback is damped (objective.py), so we take the geometric middle of the two,
+since feedback makes the geometric mean (GM) of H's spectrum count, which scales move by no more
+than their product. On the right is what minimises each, by Cauchy-Schwarz and by the inequality of
+the means. Real feedback is damped (objective.py), so we take the geometric middle of the two,
 
     t_i = w_i^(3/4) h_i^(-1/8),
 
-measured against others in docs/log.md. Factors stay within 2^-4 ... 2^4: a column that is
-thousands of times the rest must not raise the damping of everything else. Inputs that calibration
-never saw at work get about three times the factor of the others, hence more noise should they ever
-wake. Related: the scales of channels of AWQ (Lin et al. 2024), searched there for a quantizer that
-rounds to nearest, without rotation.
+measured against others in docs/log.md. Scales stay within 2^-4 ... 2^4: a column that is thousands
+of times the rest must not raise the damping of everything else. Inputs that calibration never saw
+at work get about three times the scale of the others, hence more noise should they ever wake.
+Related: the channel scales of AWQ (Lin et al. 2024), searched there for a quantizer that rounds to
+nearest, without rotation.
 
-Means over columns are those of all matrices of the input group, which share the factors.
+Means over columns are those of all matrices of the input group, which share the scales.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _LIMIT = 4  # octaves
 def input_scales_of(weights: Iterable[Tensor], gram: Tensor) -> Tensor:
     """t > 0, float32 [d_in], of geometric mean 1 before the limits.
 
-    weights: the input group's matrices [d_out, d_in]; gram: H = E[x x^T] [d_in, d_in] of the
-        unrotated
-    inputs. Not finite or all-zero statistics give ones where they say nothing; the encoder refuses
-    them.
+    Args:
+        weights: the input group's matrices, [d_out, d_in] each, unrotated.
+        gram: H = E[x x^T] of the unrotated inputs, [d_in, d_in]. Not finite or all-zero statistics
+            give ones where they say nothing; the encoder refuses them.
     """
     power = torch.zeros(gram.shape[0], dtype=torch.float64, device=gram.device)
     for weight in weights:
@@ -55,6 +55,7 @@ def input_scales_of(weights: Iterable[Tensor], gram: Tensor) -> Tensor:
 
 
 def _log(values: Tensor) -> Tensor:
+    """Logarithms [d_in] with a floor; zeros for values that say nothing."""
     mean = values.mean()
     if not bool(torch.isfinite(mean)) or float(mean) <= 0:
         return torch.zeros_like(values)

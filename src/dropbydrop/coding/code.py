@@ -9,10 +9,13 @@ Invariant: lower precision = prefix. Decoding P planes reads codes_1..codes_P an
 and equals, bit for bit, the P-th partial sum of decoding more planes.
 
 Sign symmetry: a codebook may store only K/2 entries; the top bit of a code is then the sign,
-C[c] = -stored[c - K/2] for c >= K/2. It halves tables and search at no loss on symmetric sources.
+C[c] = -stored[c - K/2] for c >= K/2. It halves codebooks and search at no loss on symmetric
+sources.
 
 Limits: g = 8, K = 256, uint8 codes (one plane = 1 bit a weight). Others raise FormatError.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -48,6 +51,39 @@ def expand_codebook(stored: Tensor, sign_symmetric: bool = True) -> Tensor:
     return torch.cat([table, -table]) if sign_symmetric else table
 
 
+def expand_set(codebooks: Tensor) -> Tensor:
+    """A set of sign-symmetric codebooks [..., K/2, g] -> all entries [..., K, g], same dtype."""
+    return torch.cat([codebooks, -codebooks], dim=-2)
+
+
+def partial_sums(
+    codes: Sequence[Tensor] | Tensor, entries: Sequence[Tensor] | Tensor, levels: Sequence[int]
+) -> list[Tensor]:
+    """Sums of the first P entries for each P in `levels`, before scaling.
+
+    The one place where a prefix is decoded. It runs in the order of the planes, in the dtype of the
+    entries, and each sum goes on from the one before, so a prefix does not depend on what follows.
+
+    Args:
+        codes: M planes of one shape, integers [..., G]; only the first `levels[-1]` are read.
+        entries: M tensors [K, g], all entries of each codebook.
+        levels: ascending, from 1 to M.
+
+    Returns:
+        [..., G * g] for each level.
+    """
+    groups = codes[0].shape[-1]
+    size = entries[0].shape[-1]
+    total = entries[0].new_zeros(codes[0].numel(), size)  # [... * G, g]
+    sums = []
+    for m in range(levels[-1]):
+        total += torch.nn.functional.embedding(codes[m].reshape(-1).to(torch.int32), entries[m])
+        if m + 1 in levels:
+            done = total.clone() if m + 1 < levels[-1] else total
+            sums.append(done.view(*codes[0].shape[:-1], groups * size))  # [..., G * g]
+    return sums
+
+
 def decode(
     codes: Sequence[Tensor],
     entries: Sequence[Tensor],
@@ -71,10 +107,5 @@ def decode(
     """
     if not 1 <= prefix <= min(len(codes), len(entries)):
         raise ValueError(f"prefix {prefix} with {len(codes)} planes and {len(entries)} codebooks")
-    d_out, n_groups = codes[0].shape
-    total = torch.zeros(d_out * n_groups, GROUP, dtype=torch.float32, device=codes[0].device)
-    for m in range(prefix):
-        index = codes[m].reshape(-1).to(torch.int32)
-        total += torch.nn.functional.embedding(index, entries[m].to(torch.float32))
-    weight = total.view(d_out, n_groups * GROUP)
+    (weight,) = partial_sums(codes, [e.to(torch.float32) for e in entries[:prefix]], [prefix])
     return weight.mul_(scales.to(torch.float32)[:, None]).to(dtype)

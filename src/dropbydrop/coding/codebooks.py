@@ -11,26 +11,36 @@ Training (`train`), on n Gaussian vectors of 8, for the levels P with weights la
        sum_{P >= m} lambda_P (LSQ, Martinez et al. 2016, with the block weights of the nested loss).
 Annealing noise on the codebooks (SR-D of LSQ++) was tried and did not help at these sizes.
 Sets for common levels ship with the package as `universal_sets/<levels>.safetensors`, written by
-`scripts/train_universal.py` from more samples and rounds; any other choice of levels is trained
-when it is first needed (under a minute) and kept for the process.
+`scripts/train_universal.py` from more samples and rounds. Any other choice of levels or weights is
+trained when it is first needed (under a minute) and kept in the user's cache, named by all that it
+depends on: levels, weights, effort, and the sources and libraries of this folder.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .code import ENTRIES, GROUP
+from dropbydrop.system.atomic_folder import replacing
+from dropbydrop.system.cache import cache_dir
+from dropbydrop.system.digest import code_digest
+
+from .code import ENTRIES, GROUP, expand_set, partial_sums
 from .objective import feedback_metric
 from .search import search
 
 UNIVERSAL = "universal"  # the name of the set in a checkpoint
 HALF = ENTRIES // 2
+TRAINING = {"samples": 1 << 16, "rounds": 25, "beam": 8, "seed": 0}  # of sets that do not ship
 _FOLDER = Path(__file__).parent / "universal_sets"
 
 
@@ -56,12 +66,26 @@ def ships(levels: Sequence[int]) -> bool:
 
 
 @lru_cache(maxsize=16)
-def universal_set(levels: tuple[int, ...]) -> Tensor:
-    """The set for these levels: float32 [M, K/2, g] with entries exact in float16."""
-    if ships(levels):
+def universal_set(levels: tuple[int, ...], lambdas: tuple[float, ...] | None = None) -> Tensor:
+    """The set for these levels: float32 [M, K/2, g] with entries exact in float16.
+
+    Args:
+        levels: supervised prefixes, ascending; M is the last.
+        lambdas: their weights in J, by default `default_lambdas`.
+    """
+    weights = default_lambdas(levels) if lambdas is None else list(lambdas)
+    if weights == default_lambdas(levels) and ships(levels):
         path = _FOLDER / f"{name_of(levels)}.safetensors"
         return load_file(path)["codebooks"].to(torch.float32)
-    return train(levels, default_lambdas(levels))
+    key = json.dumps([levels, weights, TRAINING, code_digest("coding")])
+    name = f"{name_of(levels)}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    path = cache_dir() / "universal" / name
+    with suppress(OSError, SafetensorError, KeyError):  # not there, or damaged: trained again
+        return load_file(path)["codebooks"].to(torch.float32)
+    codebooks = train(levels, weights, **TRAINING)
+    with suppress(OSError), replacing(path) as partial:  # a cache that is full costs time, no more
+        save_file({"codebooks": codebooks}, partial)
+    return codebooks
 
 
 def least_squares(x: Tensor, codes: Tensor, lambdas: Sequence[float], ridge: float) -> Tensor:
@@ -90,18 +114,24 @@ def least_squares(x: Tensor, codes: Tensor, lambdas: Sequence[float], ridge: flo
             a[rows, columns] = block
             a[columns, rows] = block.T
     a.diagonal().add_(ridge * reach[0] * n / HALF)
-    return torch.linalg.solve(a, b).view(planes, HALF, GROUP).to(torch.float32).contiguous()
+    found: Tensor = torch.linalg.solve(a, b).view(planes, HALF, GROUP)
+    return found.to(torch.float32).contiguous()
 
 
 def train(
     levels: Sequence[int],
     lambdas: Sequence[float],
-    samples: int = 1 << 16,
-    rounds: int = 25,
-    beam: int = 8,
-    seed: int = 0,
+    samples: int = TRAINING["samples"],
+    rounds: int = TRAINING["rounds"],
+    beam: int = TRAINING["beam"],
+    seed: int = TRAINING["seed"],
 ) -> Tensor:
     """Train a set on N(0, 1) samples; see the module's note.
+
+    Args:
+        levels, lambdas: supervised prefixes and their weights in J.
+        samples: number of vectors of g. rounds: of codes and least squares, after the start.
+        beam: candidates that the search keeps. seed: for the samples and the start.
 
     Returns:
         float32 [M, K/2, g], M = levels[-1], rounded to float16 values.
@@ -125,8 +155,8 @@ def train(
         book = rest[pick].clone()
         for _ in range(8):
             book = least_squares(rest, encode(rest, book[None], [1], [1.0]), [1.0], 1e-4)[0]
-        code = encode(rest, book[None], [1], [1.0])[0].long()
-        rest = rest - torch.cat([book, -book])[code]
+        code = encode(rest, book[None], [1], [1.0])[0].long()  # [n]
+        rest = rest - expand_set(book)[code]
         books.append(book)
     codebooks = torch.stack(books)
     for _ in range(rounds):
@@ -135,13 +165,13 @@ def train(
 
 
 def distortions(codebooks: Tensor, levels: Sequence[int], lambdas: Sequence[float]) -> list[float]:
-    """E ||x - x^_P||^2 / 8 on fresh N(0, 1) samples, for every P = 1..M. Beam 16."""
+    """E ||x - x^_P||^2 / 8 on fresh N(0, 1) samples, for every P = 1..M. Beam 16.
+
+    codebooks float32 [M, K/2, g].
+    """
     generator = torch.Generator().manual_seed(12345)
     x = torch.randn(1 << 14, GROUP, generator=generator)
     metric = feedback_metric(torch.eye(GROUP, dtype=torch.float64))
     codes, _ = search(x, codebooks, levels, lambdas, beam=16, sweeps=0, feedback=metric)
-    rest, out = x, []
-    for m in range(codebooks.shape[0]):
-        rest = rest - torch.cat([codebooks[m], -codebooks[m]])[codes[m, :, 0].long()]
-        out.append(float(rest.square().mean()))
-    return out
+    sums = partial_sums(codes, expand_set(codebooks), range(1, len(codebooks) + 1))  # [n, g] each
+    return [float((x - q).square().mean()) for q in sums]

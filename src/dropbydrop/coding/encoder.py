@@ -1,16 +1,16 @@
 """Encode the matrices of one input group: rotate, condition, search, refit.
 
 Steps, for the matrices W of an input group that share an input with Gram matrix H:
-    1. rotate: W' = W Q^-1, H' = Q H Q^T (rotation.py), Q with factors of the inputs that suit W and
-       H (balance.py); condition H' and factor it in float64
-       (objective.py). Done once an input group.
+    1. rotate: W' = W Q^-1, H' = Q H Q^T (rotation.py), Q with input scales that suit W and H
+       (channel_scaling.py); condition H' and factor it in float64 (objective.py). Done once an
+       input group.
     2. start: row scales = rms of the rows; codes by error feedback with the universal set; then
        descent sweeps.
     3. for every further round: row scales in closed form, then sweeps with the new scales. A round
        that does not lower J is not kept.
     4. scales are rounded to float16 before the last sweeps, so the codes fit what is stored.
-The weights of the levels (universal.default_lambdas) are those the universal set was trained with.
-learned.py goes on from here with codebooks of the input group's own.
+The weights of the levels (codebooks.default_lambdas) are those the universal set was trained with.
+learned_codebooks.py goes on from here with codebooks for each input group.
 
 Pure computation: no files, no models. Everything runs on the device of its inputs.
 """
@@ -27,7 +27,7 @@ from dropbydrop.errors import CalibrationError
 
 from .channel_scaling import input_scales_of
 from .objective import condition, descent_metric, feedback_metric, weighted_errors
-from .refit import Coded, objective, prefixes, refit_scales
+from .refit import Coded, objective, refit_scales
 from .rotation import Rotation
 from .search import search
 
@@ -106,7 +106,7 @@ class GroupEncoder:
         self.h = h.to(torch.float32)  # conditioned, [d_in, d_in]
 
     def value(self, coded: Coded, codebooks: Tensor) -> float:
-        """J of one matrix."""
+        """J of one matrix; codebooks float32 [M, K/2, g], as for the other methods."""
         return objective(coded, self.h, codebooks, self.levels, self.lambdas)
 
     def search(self, coded: Coded, codebooks: Tensor, start: bool = False) -> Coded:
@@ -147,16 +147,18 @@ class GroupEncoder:
 
     def result(self, coded: Coded, codebooks: Tensor) -> Encoded:
         """What is stored of a matrix, and its errors."""
-        decoded = [coded.scales[:, None] * q for q in prefixes(coded.codes, codebooks, self.levels)]
+        decoded = [coded.scales[:, None] * q for q in coded.sums(codebooks, self.levels)]
         errors = weighted_errors(coded.weight, decoded, self._gram)
         return Encoded(coded.codes, coded.scales.half(), errors)
 
 
 def group_rotation(weights: Mapping[str, Tensor], gram: Tensor, seed: int) -> Rotation:
-    """The rotation of an input group: full mixing of its inputs, balanced for these matrices and
-    this H.
+    """The rotation of an input group: full mixing, with input scales for these matrices and this H.
 
-    weights, gram: as in `encode_group`. On the device of `gram`.
+    Args:
+        weights: module name -> [d_out, d_in], unrotated.
+        gram: H = E[x x^T] of the unrotated inputs, float32 [d_in, d_in]; the result is where it is.
+        seed: for the signs.
     """
     input_scales = input_scales_of(weights.values(), gram)
     return Rotation.make(gram.shape[0], seed=seed).scale(input_scales).to(gram.device)
@@ -177,18 +179,20 @@ def encode_group(
     Args:
         weights: module name -> float32 [d_out, d_in], unrotated.
         gram: H = E[x x^T] of the unrotated inputs, float32 [d_in, d_in].
-        rotation: of the site.
+        rotation: the input group's, as `group_rotation` makes it.
         codebooks: float32 [M, K/2, g].
         levels, lambdas: supervised prefixes and their weights in J.
+        backend: of the search, by name; None takes the best here.
+
+    Returns:
+        module name -> codes, scales and errors.
 
     Raises:
         CalibrationError: H is not finite or not positive definite even after damping.
     """
-    input_group = GroupEncoder(
-        next(iter(weights)), gram, rotation, levels, lambdas, effort, backend
-    )
+    encoder = GroupEncoder(next(iter(weights)), gram, rotation, levels, lambdas, effort, backend)
     return {
-        name: input_group.result(input_group.encode(weight, codebooks), codebooks)
+        name: encoder.result(encoder.encode(weight, codebooks), codebooks)
         for name, weight in weights.items()
     }
 

@@ -7,7 +7,7 @@ coordinates.
 
 Conditioning. H from a few ten thousand tokens of a real model is nearly singular, and factoring it
 in float32 fails; so all factorisations run in float64 after a ridge of `damp` times the mean
-diagonal has been added (the token clipping in the capture has already removed the first token's
+diagonal has been added (the token clipping of the statistics has already removed the first token's
 massive activations, which would make that mean meaningless).
 
 Two packed forms of H feed the search, each [G, d_in, g] "coupling" and [G, g, g] "factor":
@@ -52,8 +52,7 @@ def feedback_metric(h: Tensor) -> Metric:
     Raises:
         torch.linalg.LinAlgError: H is not positive definite (damping too small).
     """
-    n = h.shape[0]
-    groups = n // GROUP
+    n, groups = h.shape[0], h.shape[0] // GROUP
     lower = torch.linalg.cholesky(h)
     coupling = lower.view(n, groups, GROUP).transpose(0, 1).clone()  # [G, d_in, g]
     factor = torch.stack([coupling[j, j * GROUP : (j + 1) * GROUP] for j in range(groups)])
@@ -64,8 +63,7 @@ def feedback_metric(h: Tensor) -> Metric:
 
 def descent_metric(h: Tensor) -> Metric:
     """Block form of a conditioned H [d_in, d_in] float64 for block descent."""
-    n = h.shape[0]
-    groups = n // GROUP
+    n, groups = h.shape[0], h.shape[0] // GROUP
     columns = h.view(n, groups, GROUP).transpose(0, 1).clone()  # [G, d_in, g]
     blocks = torch.stack([columns[j, j * GROUP : (j + 1) * GROUP] for j in range(groups)])
     factor = torch.linalg.cholesky(blocks)

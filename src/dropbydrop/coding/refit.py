@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .code import GROUP
+from .code import GROUP, expand_set, partial_sums
 
 
 @dataclass
@@ -31,26 +31,23 @@ class Coded:
     scales: Tensor  # float32 [d_out]
     codes: Tensor  # uint8 [M, d_out, G]
 
+    def sums(self, codebooks: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """What the codes decode to at each level, before scaling: float32 [d_out, d_in].
 
-def prefixes(codes: Tensor, codebooks: Tensor, levels: Sequence[int]) -> list[Tensor]:
-    """Unscaled partial sums [d_out, d_in] at each level; codebooks [M, K/2, g] (sign-symmetric)."""
-    total = torch.zeros(codes[0].numel(), GROUP, device=codebooks.device)
-    shape = (codes.shape[1], codes.shape[2] * GROUP)
-    entries = torch.cat([codebooks, -codebooks], dim=1)
-    out = []
-    for m in range(levels[-1]):
-        total = total + torch.nn.functional.embedding(codes[m].reshape(-1).int(), entries[m])
-        if m + 1 in levels:
-            out.append(total.view(shape))
-    return out
+        codebooks float32 [M, K/2, g].
+        """
+        return partial_sums(self.codes, expand_set(codebooks), levels)
 
 
 def objective(
     coded: Coded, h: Tensor, codebooks: Tensor, levels: Sequence[int], lambdas: Sequence[float]
 ) -> float:
-    """J of one matrix in the units of its weights (not divided by the scales). h [d_in, d_in]."""
+    """J of one matrix in the units of its weights (not divided by the scales).
+
+    h float32 [d_in, d_in], conditioned; codebooks float32 [M, K/2, g].
+    """
     total = 0.0
-    for q, lam in zip(prefixes(coded.codes, codebooks, levels), lambdas, strict=True):
+    for q, lam in zip(coded.sums(codebooks, levels), lambdas, strict=True):
         e = coded.weight - coded.scales[:, None] * q
         total += lam * float(((e @ h) * e).sum(dtype=torch.float64))
     return total
@@ -59,10 +56,13 @@ def objective(
 def refit_scales(
     coded: Coded, h: Tensor, codebooks: Tensor, levels: Sequence[int], lambdas: Sequence[float]
 ) -> Tensor:
-    """Row scales [d_out] that minimise J for fixed codes; rows that decode to zero keep theirs."""
+    """Row scales [d_out] that minimise J for fixed codes; rows that decode to zero keep theirs.
+
+    h float32 [d_in, d_in], conditioned; codebooks float32 [M, K/2, g].
+    """
     top = torch.zeros_like(coded.scales)
     bottom = torch.zeros_like(coded.scales)
-    for q, lam in zip(prefixes(coded.codes, codebooks, levels), lambdas, strict=True):
+    for q, lam in zip(coded.sums(codebooks, levels), lambdas, strict=True):
         qh = q @ h
         top += lam * (qh * coded.weight).sum(1)
         bottom += lam * (qh * q).sum(1)
@@ -86,65 +86,94 @@ def refit_codebooks(
         codebooks: start, float32 [M, K/2, g]; entries nobody uses stay where they are.
         lambdas: for each matrix, the weight of each level.
     """
-    planes, half, _ = codebooks.shape
-    groups = h.shape[0] // GROUP
-    device = h.device
-    blocks = torch.stack(
-        [h[j * GROUP : (j + 1) * GROUP, j * GROUP : (j + 1) * GROUP] for j in range(groups)]
-    )
-    entry = [(x.codes & (half - 1)).int() for x in matrices]
-    sign = [1.0 - 2.0 * (x.codes >= half).float() for x in matrices]
+    problem = _Quadratic(matrices, h, levels, lambdas, codebooks.shape)
+    blocks = problem.diagonal()  # [M, K/2, g, g]
+    mean = blocks.diagonal(dim1=-2, dim2=-1).mean().clamp_min(1e-30)
+    inverse: Tensor = torch.linalg.inv(blocks + 1e-4 * mean * torch.eye(GROUP, device=h.device))
 
-    def gradient(sources: list[list[Tensor]]) -> Tensor:
-        """Adjoint of decoding: sources[i][level] [d_out, d_in] -> [M, K/2, g]."""
-        out = torch.zeros_like(codebooks)
-        for x, k, s, per_level in zip(matrices, entry, sign, sources, strict=True):
-            total = torch.zeros_like(x.weight)
-            for m in reversed(range(planes)):
-                if m + 1 in levels:
-                    total = total + per_level[levels.index(m + 1)]
-                values = (total * x.scales[:, None]).view(-1, groups, GROUP) * s[m][..., None]
-                out[m].index_add_(0, k[m].reshape(-1), values.reshape(-1, GROUP))
-        return out
+    def precondition(residual: Tensor) -> Tensor:
+        return (inverse @ residual[..., None])[..., 0]  # [M, K/2, g]
 
-    def weighted(i: int, parts: list[Tensor]) -> list[Tensor]:
-        return [lam * (e @ h) for e, lam in zip(parts, lambdas[i], strict=True)]
-
-    def apply(books: Tensor) -> Tensor:
-        sources = []
-        for i, x in enumerate(matrices):
-            parts = [x.scales[:, None] * q for q in prefixes(x.codes, books, levels)]
-            sources.append(weighted(i, parts))
-        return gradient(sources)
-
-    block = torch.zeros(planes, half, GROUP * GROUP, device=device)
-    for i, x in enumerate(matrices):
-        group = torch.arange(groups, device=device)
-        for m in range(planes):
-            reach = sum(lam for p, lam in zip(levels, lambdas[i], strict=True) if p > m)
-            use = torch.zeros(half * groups, device=device)
-            where = (entry[i][m] * groups + group).reshape(-1)
-            use.index_add_(0, where, x.scales.square()[:, None].expand(-1, groups).reshape(-1))
-            block[m] += reach * (use.view(half, groups) @ blocks.reshape(groups, -1))
-    block = block.view(planes, half, GROUP, GROUP)
-    mean = block.diagonal(dim1=-2, dim2=-1).mean().clamp_min(1e-30)
-    inverse = torch.linalg.inv(block + 1e-4 * mean * torch.eye(GROUP, device=device))
-
-    residuals = []
-    for i, x in enumerate(matrices):
-        qs = prefixes(x.codes, codebooks, levels)
-        residuals.append(weighted(i, [x.weight - x.scales[:, None] * q for q in qs]))
-    r = gradient(residuals)
-    z = (inverse @ r[..., None])[..., 0]
-    p, rz, out = z, (r * z).sum(), codebooks.clone()
+    r = problem.residual(codebooks)
+    z = precondition(r)
+    p, rz = z, (r * z).sum()
+    out: Tensor = codebooks.clone()
     for _ in range(iterations):
         if float(rz) <= 0:
             break
-        ap = apply(p)
+        ap = problem.apply(p)
         step = rz / (p * ap).sum().clamp_min(1e-30)
         out = out + step * p
         r = r - step * ap
-        z = (inverse @ r[..., None])[..., 0]
+        z = precondition(r)
         rz, last = (r * z).sum(), rz
         p = z + rz / last * p
     return out
+
+
+class _Quadratic:
+    """J as a quadratic in the stacked codebooks C [M, K/2, g], up to a constant: C.(A C) - 2 B.C.
+
+    Args as for `refit_codebooks`; `shape` is that of C.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Coded],
+        h: Tensor,
+        levels: Sequence[int],
+        lambdas: Sequence[Sequence[float]],
+        shape: torch.Size,
+    ) -> None:
+        self.matrices, self.h, self.levels, self.lambdas = matrices, h, list(levels), lambdas
+        self.shape, self.groups = shape, h.shape[0] // GROUP
+        half = shape[1]
+        self._entry = [(x.codes & (half - 1)).int() for x in matrices]  # [M, d_out, G] each
+        self._sign = [1.0 - 2.0 * (x.codes >= half).float() for x in matrices]
+
+    def apply(self, codebooks: Tensor) -> Tensor:
+        """A C, [M, K/2, g]."""
+        return self._adjoint([self._decode(x, codebooks) for x in self.matrices])
+
+    def residual(self, codebooks: Tensor) -> Tensor:
+        """B - A C, [M, K/2, g]: half the negative gradient of J."""
+        return self._adjoint(
+            [[x.weight - q for q in self._decode(x, codebooks)] for x in self.matrices]
+        )
+
+    def diagonal(self) -> Tensor:
+        """The g x g block of A of every entry, [M, K/2, g, g]."""
+        planes, half, _ = self.shape
+        corners = [slice(j * GROUP, (j + 1) * GROUP) for j in range(self.groups)]
+        h_blocks = torch.stack([self.h[part, part] for part in corners])  # [G, g, g]
+        group = torch.arange(self.groups, device=self.h.device)
+        blocks = torch.zeros(planes, half, GROUP * GROUP, device=self.h.device)
+        for x, entry, lambdas in zip(self.matrices, self._entry, self.lambdas, strict=True):
+            energy = x.scales.square()[:, None].expand(-1, self.groups).reshape(-1)  # [d_out * G]
+            for m in range(planes):
+                reach = sum(lam for p, lam in zip(self.levels, lambdas, strict=True) if p > m)
+                use = torch.zeros(half * self.groups, device=self.h.device)
+                use.index_add_(0, (entry[m] * self.groups + group).reshape(-1), energy)
+                use = use.view(half, self.groups)
+                blocks[m] += reach * (use @ h_blocks.reshape(self.groups, -1))  # [K/2, g * g]
+        return blocks.view(planes, half, GROUP, GROUP)
+
+    def _decode(self, x: Coded, codebooks: Tensor) -> list[Tensor]:
+        """One matrix at each level, [d_out, d_in]."""
+        return [x.scales[:, None] * q for q in x.sums(codebooks, self.levels)]
+
+    def _adjoint(self, errors: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Adjoint of decoding, on errors [d_out, d_in] of each matrix at each level times
+        lambda H: [M, K/2, g]."""
+        out = torch.zeros(self.shape, device=self.h.device)
+        rows = zip(self.matrices, self._entry, self._sign, errors, self.lambdas, strict=True)
+        for x, entry, sign, parts, lambdas in rows:
+            sources = [lam * (e @ self.h) for e, lam in zip(parts, lambdas, strict=True)]
+            total = torch.zeros_like(x.weight)
+            for m in reversed(range(self.shape[0])):
+                if m + 1 in self.levels:
+                    total = total + sources[self.levels.index(m + 1)]
+                scaled = (total * x.scales[:, None]).view(-1, self.groups, GROUP)  # [d_out, G, g]
+                values = scaled * sign[m][..., None]
+                out[m].index_add_(0, entry[m].reshape(-1), values.reshape(-1, GROUP))
+        return out

@@ -1,4 +1,4 @@
-"""Input-side rotation of an input group: balance its inputs, then spread outliers over all of them.
+"""Input-side rotation of an input group: scale its inputs, then spread outliers over all of them.
 
 An input group (matrices that share one input x) is coded in rotated coordinates, x' = Q x and
 W' = W Q^-1, so W' x' = W x. Q is applied online to the activations; it is never merged into norms,
@@ -6,17 +6,17 @@ embeddings or the residual stream.
 
     d_in = 2^k * odd,  Q = (O_odd (x) H_{2^k} / sqrt(2^k)) diag(signs)
 
-`signs` are +-1, and Q is orthogonal; or, in a scaled rotation, +-t_i with a factor t_i > 0 of each
-input (balance.py chooses it). The noise of a code is white in rotated coordinates, so in W it is
-proportional to t_i; that is noise shaping which costs nothing at run time and is the same at every
-level. Everything that decodes uses Q^T (W = W' Q, gradients of x), which is the inverse of an
+`signs` are +-1, and Q is orthogonal; or, in a scaled rotation, +-t_i with an input scale t_i > 0
+for each input (channel_scaling.py chooses it). The noise of a code is white in rotated coordinates,
+so in W it is proportional to t_i; that is noise shaping which costs nothing at run time and is the
+same at every level. Everything that decodes uses Q^T (W = W' Q, gradients of x), the inverse of an
 unscaled Q only.
 
 Steps of `apply`: multiply by the signs, view as [odd, 2^k], Walsh-Hadamard along the last
 dimension (Sylvester order, normalised), multiply by the orthogonal O_odd along the first. This is
 full mixing: one outlier input reaches every rotated coordinate. A block rotation (kind "block")
 keeps only the Hadamard over consecutive blocks, for shards that cannot be mixed; "none" is the
-identity. Stored: d_in sign bits an input group, or d_in bytes for signs with factors
+identity. Stored: d_in sign bits an input group, or d_in bytes for signs with scales
 (`pack_input_scales`), and one O_odd per odd factor of the whole model.
 
 The Hadamard product runs as one or two small dense products (at most 64 wide each), which a BLAS
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,10 +54,11 @@ def hadamard(size: int) -> Tensor:
         two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
         while matrix.shape[0] < size:
             matrix = torch.kron(two, matrix)
-        return (matrix / size**0.5).to(torch.float32)
+        normal: Tensor = matrix / float(size) ** 0.5
+        return normal.to(torch.float32)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=64)
 def hadamard_on(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """`hadamard(size)` on a device, copied there once: every call of every input group needs it.
@@ -68,13 +70,16 @@ def hadamard_on(size: int, device: torch.device, dtype: torch.dtype = torch.floa
 
 
 def mix_hadamard(x: Tensor, size: int) -> Tensor:
-    """Walsh-Hadamard over consecutive blocks of `size` along the last dimension. x [..., d]."""
+    """Walsh-Hadamard over consecutive blocks of `size` along the last dimension.
+
+    x [..., d], `size` dividing d; same shape and dtype.
+    """
     shape = x.shape
     low = min(size, 64)
-    y = x.reshape(-1, low) @ hadamard_on(low, x.device, x.dtype)
+    y: Tensor = x.reshape(-1, low) @ hadamard_on(low, x.device, x.dtype)  # [n * d / low, low]
     if size > low:
         high = size // low
-        y = y.view(-1, high, low).transpose(1, 2)
+        y = y.view(-1, high, low).transpose(1, 2)  # [n * d / size, low, high]
         y = mix_hadamard(y.reshape(-1, high), high).view(-1, low, high).transpose(1, 2)
     return y.reshape(shape)
 
@@ -89,13 +94,14 @@ def odd_factor(odd: int) -> Tensor:
     generator = torch.Generator().manual_seed(odd)
     gauss = torch.randn(odd, odd, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gauss)
-    return (q * r.diagonal().sign()).to(torch.float32).contiguous()
+    factor: Tensor = (q * r.diagonal().sign()).to(torch.float32)
+    return factor.contiguous()
 
 
 def pack_signs(signs: Tensor) -> Tensor:
     """float ±1 [d_in] -> uint8 [ceil(d_in / 8)], bit i % 8 of byte i // 8 set where sign is -1."""
     bits = (signs < 0).to(torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
+    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)  # [bytes, 8]
     weights = (1 << torch.arange(8)).to(torch.uint8)
     return (bits * weights).sum(1).to(torch.uint8)
 
@@ -107,31 +113,33 @@ def unpack_signs(packed: Tensor, d_in: int) -> Tensor:
             f"signs of {packed.numel()} x {packed.dtype} for {d_in} inputs; "
             f"expected {-(-d_in // 8)} bytes. The checkpoint is damaged."
         )
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    bits = (
+        packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)
+    ) & 1  # [bytes, 8]
     return 1.0 - 2.0 * bits.reshape(-1)[:d_in].to(torch.float32)
 
 
-STEPS = 8  # factors an octave
-_ONE = 64  # exponent of the factor 1; exponents take 7 bits
+STEPS = 8  # input scales an octave
+_ONE = 64  # exponent of the scale 1; exponents take 7 bits
 
 
 def round_input_scales(input_scales: Tensor) -> Tensor:
-    """Factors [d_in] to the nearest that can be stored: 2^(e / 8), e = -64 ... 63.
+    """Input scales [d_in] to the nearest that can be stored: 2^(e / 8), e = -64 ... 63.
 
     Raises:
-        ValueError: factors that are not finite or not above 0.
+        ValueError: scales that are not finite or not above 0.
     """
     if not bool((torch.isfinite(input_scales) & (input_scales > 0)).all()):
-        raise ValueError("factors of inputs must be finite and above 0")
+        raise ValueError("input scales must be finite and above 0")
     exponent = (input_scales.double().log2() * STEPS).round().clamp(-_ONE, _ONE - 1)
     return torch.exp2(exponent / STEPS).float()
 
 
 def pack_input_scales(signs: Tensor) -> Tensor:
-    """Signed factors [d_in] -> uint8 [d_in]: bit 7 the sign, the others e + 64 for 2^(e / 8)."""
+    """Signed scales [d_in] -> uint8 [d_in]: bit 7 the sign, the others e + 64 for 2^(e / 8)."""
     exponent = (signs.abs().double().log2() * STEPS).round().to(torch.int64) + _ONE
     if not bool(((exponent >= 0) & (exponent < 2 * _ONE)).all()):
-        raise ValueError("factors of inputs beyond 2^-8 ... 2^7.875: round_factors first")
+        raise ValueError("input scales beyond 2^-8 ... 2^7.875: round_input_scales first")
     return (exponent + 128 * (signs < 0)).to(torch.uint8)
 
 
@@ -139,7 +147,7 @@ def unpack_input_scales(packed: Tensor, d_in: int) -> Tensor:
     """Inverse of `pack_input_scales`: float32 [d_in], every byte is valid."""
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (d_in,):
         raise FormatError(
-            f"factors of inputs {tuple(packed.shape)} x {packed.dtype} for {d_in} inputs. "
+            f"input scales {tuple(packed.shape)} x {packed.dtype} for {d_in} inputs. "
             "The checkpoint is damaged."
         )
     exponent = (packed & 127).to(torch.float64) - _ONE
@@ -148,12 +156,12 @@ def unpack_input_scales(packed: Tensor, d_in: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """A map on the d_in inputs of an input group. Immutable; see the module's note."""
+    """A map Q on the d_in inputs of an input group. Immutable; see the module's note."""
 
     kind: str  # "full", "block" or "none"
     d_in: int
     block: int  # size of the Hadamard factor (1 for "none")
-    signs: Tensor | None  # float32 [d_in], ±1 or, if scaled, ±factor; None for "none"
+    signs: Tensor | None  # float32 [d_in], ±1 or, if scaled, ±scale; None for "none"
     odd: Tensor | None  # float32 [odd, odd]; None unless "full" with odd > 1
     scaled: bool = False
 
@@ -180,7 +188,7 @@ class Rotation:
 
     @staticmethod
     def from_stored(
-        spec: dict, d_in: int, packed_signs: Tensor | None, odd: Tensor | None
+        spec: dict[str, Any], d_in: int, packed_signs: Tensor | None, odd: Tensor | None
     ) -> Rotation:
         """Rebuild a rotation from a checkpoint's input group entry and tensors.
 
@@ -211,23 +219,25 @@ class Rotation:
         return Rotation("full", d_in, power, signs, odd if size > 1 else None, scaled)
 
     def scale(self, input_scales: Tensor) -> Rotation:
-        """This rotation after multiplying each input by its factor > 0 [d_in], rounded to what can
-        be stored.
+        """This rotation after multiplying each input by its scale, rounded to what can be stored.
+
+        Args:
+            input_scales: [d_in], above 0.
 
         Raises:
-            ValueError: kind "none", which multiplies by nothing; a rotation that has factors;
-                factors that are not finite or not above 0.
+            ValueError: kind "none", which multiplies by nothing; a rotation that has scales;
+                scales that are not finite or not above 0.
         """
         if self.signs is None:
-            raise ValueError("a rotation of kind 'none' has no place for factors")
+            raise ValueError("a rotation of kind 'none' has no place for input scales")
         if self.scaled:
-            raise ValueError("this rotation has factors already")
+            raise ValueError("this rotation has input scales already")
         signs = self.signs.sign() * round_input_scales(input_scales).to(self.signs)
         return replace(self, signs=signs, scaled=True)
 
-    def spec(self) -> dict:
+    def spec(self) -> dict[str, Any]:
         """The JSON form kept in the checkpoint's config."""
-        spec: dict = {"kind": self.kind}
+        spec: dict[str, Any] = {"kind": self.kind}
         if self.kind == "block":
             spec["block"] = self.block
         if self.scaled:
@@ -249,16 +259,20 @@ class Rotation:
         )
 
     def apply(self, x: Tensor) -> Tensor:
-        """x [..., d_in] -> Q x, same shape and dtype; 16-bit types round the factors too, so that
-        whatever must agree with the codes rotates in float32 or better."""
+        """x [..., d_in] -> Q x, same shape and dtype.
+
+        16-bit types round signs with scales too, so that whatever must agree with the codes rotates
+        in float32 or better.
+        """
         return x if self.signs is None else self._mix(x * self.signs.to(x))
 
     def _mix(self, x: Tensor) -> Tensor:
-        """The orthogonal part of Q, without signs and factors."""
+        """The orthogonal part of Q, without signs and scales: x [..., d_in] -> the same shape."""
         y = mix_hadamard(x, self.block)
         if self.odd is not None:
             odd = self.odd.to(x)
-            y = (odd @ y.reshape(*x.shape[:-1], odd.shape[0], self.block)).reshape(x.shape)
+            y = y.reshape(*x.shape[:-1], odd.shape[0], self.block)  # [..., odd, 2^k]
+            y = (odd @ y).reshape(x.shape)  # [..., d_in]
         return y
 
     def transpose(self, x: Tensor) -> Tensor:
@@ -268,7 +282,8 @@ class Rotation:
         y = x
         if self.odd is not None:
             odd = self.odd.to(x)
-            y = (odd.T @ y.reshape(*x.shape[:-1], odd.shape[0], self.block)).reshape(x.shape)
+            y = y.reshape(*x.shape[:-1], odd.shape[0], self.block)  # [..., odd, 2^k]
+            y = (odd.T @ y).reshape(x.shape)  # [..., d_in]
         return mix_hadamard(y, self.block) * self.signs.to(x)
 
     def apply_weight(self, weight: Tensor) -> Tensor:

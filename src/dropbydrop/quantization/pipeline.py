@@ -152,9 +152,12 @@ def _carry_out(
         return RunLog(job.config.levels)
     kept = bool(ranks.broadcast(journal is not None))  # whether steps are kept for --resume
     mark = time.perf_counter()
-    with phase("training codebooks", progress and not ships(job.config.levels)):
-        universal = universal_set(job.config.levels)
-    trained = time.perf_counter() - mark  # a while, for levels whose set does not ship
+    levels = job.config.levels
+    with phase("training codebooks", progress and not ships(levels)):
+        universal = ranks.broadcast(
+            ranks.on_all_ranks(lambda: universal_set(levels) if ranks.root else None)
+        )
+    trained = time.perf_counter() - mark  # a while, once a machine, if the set does not ship
     encoder = BlockEncoder(runner, writer, job.config, job.effort, universal, ranks)
     log = encoder.log
     log.seconds["encode"] += trained

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.code import GROUP, partial_sums
 
 
 def expand(stored: Tensor, sign_symmetric: bool) -> Tensor:
@@ -62,14 +62,7 @@ class _Decode(torch.autograd.Function):
         ctx: Any, codes: Sequence[Tensor], prefixes: tuple[int, ...], *small: Tensor
     ) -> tuple[Tensor, ...]:
         entries, scales = small[: len(codes)], small[len(codes) :]
-        d_out, groups = codes[0].shape
-        total = entries[0].new_zeros(d_out * groups, GROUP)
-        sums: list[Tensor] = []
-        for m, (plane, table) in enumerate(zip(codes, entries, strict=True), 1):
-            total += torch.nn.functional.embedding(plane.reshape(-1).to(torch.int32), table)
-            if m in prefixes:
-                sums.append(total.clone() if m < prefixes[-1] else total)
-        sums = [t.view(d_out, groups * GROUP) for t in sums]
+        sums = partial_sums(codes, entries, prefixes)  # [d_out, d_in] each
         ctx.codes, ctx.prefixes, ctx.entries = codes, prefixes, len(entries[0])
         ctx.save_for_backward(*sums, *scales)
         return tuple(t * s[:, None] for t, s in zip(sums, scales, strict=True))

@@ -130,7 +130,7 @@ def _grouped(method: Callable[..., dict[str, Suite]]) -> Encode:
     )
 
 
-_ENCODER = ("baselines/drop.py", "coding", "study/encode.py")
+_ENCODER = ("baselines/drop.py", "coding")
 _AQLM = ("baselines/additive.py", "baselines/aqlm.py", "coding/code.py")
 _SCALAR = ("baselines/grid.py", "baselines/columns.py")
 

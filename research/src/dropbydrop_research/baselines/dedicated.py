@@ -3,7 +3,7 @@
 Same search, rotation, scales and effort as `drop`; each level has a universal set trained for it
 alone, and its error is the whole loss. What `drop` loses against it is the price of nesting.
 
-Sets for single levels do not ship with the package; `study.encode.codebooks_for` trains each once
+Sets for single levels do not ship with the package; `universal_set` trains each once
 (up to a minute) and keeps it in the user's cache. That is not part of quantizing a model.
 """
 

@@ -12,12 +12,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dropbydrop.coding.code import ENTRIES, GROUP
-from dropbydrop.coding.codebooks import default_lambdas
+from dropbydrop.coding.code import ENTRIES, GROUP, expand_set, partial_sums
+from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import EFFORTS, encode_group, group_rotation
-from dropbydrop.coding.refit import prefixes
 from dropbydrop.coding.rotation import split_odd
-from dropbydrop_research.study.encode import codebooks_for
 
 from .suite import Level, Suite
 
@@ -58,16 +56,17 @@ def drop(
     d_in = gram.shape[0]
     rotation = group_rotation(weights, gram, seed)
     at, lambdas = supervision or Supervision.default(chosen)
-    books = codebooks_for(at, lambdas).to(gram.device)
+    books = universal_set(at, lambdas).to(gram.device)
     coded = encode_group(weights, gram, rotation, books, at, lambdas, EFFORTS[preset])
     suites, inputs = {}, d_in
     for name, code in coded.items():
         scales = code.scales.float()[:, None]
         fixed = 2 * len(scales) + inputs
         plane = code.codes[0].numel()
+        sums = partial_sums(code.codes, expand_set(books), chosen)  # [d_out, d_in] each
         served = {
             p: Level(rotation.transpose(scales * q), p * plane + fixed)
-            for p, q in zip(chosen, prefixes(code.codes, books, chosen), strict=True)
+            for p, q in zip(chosen, sums, strict=True)
         }
         suites[name] = Suite(served, (chosen[-1] * plane + fixed,))
         inputs = 0
@@ -76,7 +75,7 @@ def drop(
 
 def prepare(levels: Sequence[int], supervision: Supervision | None = None) -> None:
     """Train the universal set for these levels if it neither ships nor is in the cache."""
-    codebooks_for(*(supervision or Supervision.default(levels)))
+    universal_set(*(supervision or Supervision.default(levels)))
 
 
 def shared_bytes(level: int, widths: Collection[int]) -> int:

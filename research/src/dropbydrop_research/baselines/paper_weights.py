@@ -4,7 +4,7 @@ Same search, rotation, scales and effort as `drop`. Where `drop` supervises ever
 `universal.default_lambdas`, this one supervises the lowest and the highest alone, one half each
 on their raw errors, as the paper does for 3 and 5 bits (arXiv 2606.12876). Raw errors fall by about
 3.5 a level, so the lowest dominates; what lies between is whatever its codes give. The universal
-set is trained with the same weights (`study.encode.codebooks_for`), once a machine.
+set is trained with the same weights (`coding.codebooks.universal_set`), once a machine.
 """
 
 from __future__ import annotations

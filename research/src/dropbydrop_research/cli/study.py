@@ -332,9 +332,10 @@ def _bound(
 
 
 def _refinement(levels: str, width: int, preset: str, seed: int | None) -> dict[str, Any]:
+    from dropbydrop.coding.codebooks import universal_set
     from dropbydrop.coding.encoder import EFFORTS
     from dropbydrop_research.study import refinement as study
-    from dropbydrop_research.study.encode import codebooks_for, overhead, package_encoder
+    from dropbydrop_research.study.encode import overhead, package_encoder
 
     chosen = _levels(levels)
     if preset not in EFFORTS:
@@ -345,7 +346,7 @@ def _refinement(levels: str, width: int, preset: str, seed: int | None) -> dict[
     with _reporting("codebooks") as progress:
         for i, wanted in enumerate(sets):
             progress(i, len(sets), f"for {'-'.join(map(str, wanted))} bits")
-            codebooks_for(wanted)
+            universal_set(wanted)
         progress(len(sets), len(sets), "")
     with _reporting("refinement") as progress:
         return study.run(

@@ -20,12 +20,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.objective import Metric
 from dropbydrop.errors import KernelError
 from dropbydrop.system.accelerator import triton_interpreted
 
-from . import batched as torch_search
-from . import cpu as native
+from ..objective import Metric
+from . import batched, cpu
 
 LOOKAHEAD = 0.25  # what one more stage leaves of a squared error; flat optimum, see docs/log.md
 
@@ -35,7 +34,7 @@ def backends(device: torch.device | str = "cpu") -> list[str]:
     if torch.device(device).type != "cpu":
         triton = torch.device(device).type == "cuda" and find_spec("triton") is not None
         return ["triton", "torch"] if triton else ["torch"]
-    return [*native.backends(), "torch", *(["triton"] if triton_interpreted() else [])]
+    return [*cpu.backends(), "torch", *(["triton"] if triton_interpreted() else [])]
 
 
 def search(
@@ -85,16 +84,16 @@ def search(
     if name not in names:
         raise KernelError(f"search backend {name!r} is not available here; choose one of {names}.")
     if name == "torch":
-        return torch_search.search(
+        return batched.search(
             w, codebooks, levels, lambdas, beam, LOOKAHEAD, feedback, descent, sweeps, codes
         )
     if name == "triton":
         from .triton import TritonVisits
 
-        return torch_search.search(
+        return batched.search(
             w, codebooks, levels, lambdas, beam, LOOKAHEAD, feedback, descent, sweeps, codes,
             TritonVisits,
         )  # fmt: skip
-    return native.search(
+    return cpu.search(
         name, w, codebooks, levels, lambdas, beam, LOOKAHEAD, feedback, descent, sweeps, codes
     )

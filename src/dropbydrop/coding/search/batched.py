@@ -2,7 +2,7 @@
 
 Serves GPUs and machines without a compiler. The steps are those of native/search/search_core.h;
 the beam keeps its candidates by exact scores. Memory: what is left of W at each level, [L, rows,
-d_in], and the scores [rows, B, K/2] of one group, so rows are cut into chunks. triton_beam.py does
+d_in], and the scores [rows, B, K/2] of one group, so rows are cut into chunks. triton.py does
 what follows the product of a visit in one kernel.
 
 Nothing in a pass over the groups waits for the device: constants are put there once, and the number
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.code import GROUP
-from dropbydrop.coding.objective import Metric
+from ..code import GROUP, expand_set, partial_sums
+from ..objective import Metric
 
 
 def _schedule(
@@ -80,14 +80,8 @@ def _beam(
 
 
 def _prefixes(codes: Tensor, entries: Tensor, levels: Sequence[int]) -> Tensor:
-    """Partial sums [L, n, g] of codes [M, n] at the supervised levels; tables [M, K, g]."""
-    total = torch.zeros(codes.shape[1], GROUP, device=entries.device)
-    out = []
-    for m in range(codes.shape[0]):
-        total = total + entries[m][codes[m].long()]
-        if m + 1 in levels:
-            out.append(total)
-    return torch.stack(out)
+    """One group decoded at the supervised levels, [L, n, g]; codes [M, n], entries [M, K, g]."""
+    return torch.stack(partial_sums(codes[..., None], entries, levels))
 
 
 class Visits:
@@ -117,7 +111,7 @@ class Visits:
         rows, d_in = part.shape
         self.groups, self.device = d_in // GROUP, part.device
         self.schedule = _schedule(codebooks.shape[0], levels, lambdas, lookahead)
-        self.entries = torch.cat([codebooks, -codebooks], dim=1)
+        self.entries = expand_set(codebooks)
         self.weights = torch.tensor(self.lambdas, device=self.device)
         self.error = part.expand(len(levels), -1, -1).clone()
         shape = (codebooks.shape[0], rows, self.groups)
@@ -132,7 +126,7 @@ class Visits:
 
     def pass_over(self, metric: Metric, order: Sequence[int], start: bool) -> None:
         """Visit groups in this order, to choose (`start`) or to improve their codes."""
-        groups = self.part.view(-1, self.groups, GROUP).transpose(0, 1)
+        groups = self.part.view(-1, self.groups, GROUP).transpose(0, 1)  # [G, rows, g]
         own = (groups @ metric.factor).contiguous()  # [G, rows, g], whitened
         books = torch.einsum("mkg,jgh->jmkh", self.codebooks, metric.factor).contiguous()
         for j in order:
@@ -157,7 +151,7 @@ class Visits:
         new = found.to(torch.uint8)
         if not start:
             old = self.chosen[:, :, j]
-            whitened = _prefixes(old, torch.cat([books, -books], dim=1), self.levels)
+            whitened = _prefixes(old, expand_set(books), self.levels)
             before = (target - whitened).square().sum(-1)  # [L, rows]
             better = cost < (self.weights[:, None] * before).sum(0) * (1 - 1e-6)
             self.moved += better

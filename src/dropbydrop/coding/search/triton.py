@@ -1,6 +1,6 @@
 """A visit of the search as one Triton kernel: all stages of a group, one row of W a program.
 
-The same steps as `torch_search.Visits`, which is written in a dozen torch operations a stage and
+The same steps as `batched.Visits`, which is written in a dozen torch operations a stage and
 keeps all candidates' scores in memory: [rows, B, K/2] floats a stage. Here they stay in registers,
 and a visit is two launches: the product with the errors of the other groups, and this.
 
@@ -25,8 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dropbydrop.coding.code import ENTRIES
-
+from ..code import ENTRIES
 from .batched import Visits
 
 HALF = ENTRIES // 2
