@@ -25,6 +25,7 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.data.text_files import text_windows
 from dropbydrop.evaluation.perplexity import evaluate
 from dropbydrop.models.sources import load_tokenizer, resolve
+from dropbydrop.planning.plan import Plan
 from dropbydrop.planning.precision import Precision
 from dropbydrop.planning.sensitivity import known_sensitivity
 from dropbydrop.runtime.load import load_views
@@ -49,6 +50,31 @@ def saving(kl: torch.Tensor, line: torch.Tensor) -> tuple[float, list[float]]:
     drawn = 1 - kl[index].mean(1) / line[index].mean(1)
     ends = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype))
     return float(1 - kl.mean() / line.mean()), ends.tolist()
+
+
+def figures_of(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    figures: dict[str, Any],
+    kl: torch.Tensor,
+    line: torch.Tensor,
+) -> dict[str, Any]:
+    """A plan's row: bits, KL and perplexity, and what it saves against the line.
+
+    Args:
+        figures: of `evaluate`; kl: KL of every window; line: the same on the line.
+    """
+    saved, interval = saving(kl, line)
+    return {
+        "bits": plan.average_bits(checkpoint),
+        "true_bits": plan.true_bits(checkpoint),
+        "kl": float(kl.mean()),
+        "kl_interval": figures["kl_interval"],
+        "ppl": figures["ppl"],
+        "line": float(line.mean()),
+        "saved": saved,
+        "saved_interval": interval,
+    }
 
 
 @styled
@@ -99,25 +125,16 @@ def main() -> None:
     rows = []
     print(f"{'bits':>6}{'true bits':>11}{'KL':>9}{'line':>9}{'saved':>8}  95 %")
     for name, (plan, _) in loaded.items():
-        average = plan.average_bits(checkpoint)
-        line = between(checkpoint.levels, average, at_levels)
-        saved, interval = saving(kls[name], line)
-        predicted = sum(known.losses[input_group][p] for input_group, p in plan.prefixes.items())
-        row = {
-            "bits": average,
-            "true_bits": plan.true_bits(checkpoint),
-            "uniform": isinstance(chosen[name], int),
-            "kl": float(kls[name].mean()),
-            "kl_interval": figures["bits"][name]["kl_interval"],
-            "ppl": figures["bits"][name]["ppl"],
-            "line": float(line.mean()),
-            "saved": saved,
-            "saved_interval": interval,
-            "predicted_to_highest": predicted,
-        }
+        line = between(checkpoint.levels, plan.average_bits(checkpoint), at_levels)
+        row = figures_of(plan, checkpoint, figures["bits"][name], kls[name], line)
+        row["uniform"] = chosen[name].bits is not None
+        row["predicted_to_highest"] = sum(known.losses[g][p] for g, p in plan.prefixes.items())
         rows.append(row)
-        shown = "" if row["uniform"] else f"{saved:8.1%}  {interval[0]:.1%} to {interval[1]:.1%}"
-        print(f"{average:6.3f}{row['true_bits']:11.3f}{row['kl']:9.4f}{row['line']:9.4f}{shown}")
+        low, high = row["saved_interval"]
+        shown = "" if row["uniform"] else f"{row['saved']:8.1%}  {low:.1%} to {high:.1%}"
+        print(
+            f"{row['bits']:6.3f}{row['true_bits']:11.3f}{row['kl']:9.4f}{row['line']:9.4f}{shown}"
+        )
     if args.picture:
         save(plot(rows), args.picture)
     result = {

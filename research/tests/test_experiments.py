@@ -17,6 +17,7 @@ from dropbydrop.coding.encoder import EFFORTS, Effort
 from dropbydrop.data.self_generated import Writing
 from dropbydrop.errors import DropError
 from dropbydrop.quantization import pipeline as quantize
+from dropbydrop.quantization.config import QuantizeConfig
 from dropbydrop_research.baselines.additive import Training
 from tiny import save_tiny
 
@@ -214,3 +215,53 @@ def test_codebooks(place: Path, run: Any, small_windows: Any) -> None:
     for row in result["rows"]:
         assert row["ratio"] < 1.0001
         assert row["bits_cost"] == 16 * row["level"] * 128 * 8 / row["weights"]
+
+
+# ------------------------------------------------------- plans, speculation, progressive loading
+
+
+@pytest.fixture(scope="module")
+def out(place: Path) -> Path:
+    """A checkpoint of the tiny model."""
+    config = QuantizeConfig(
+        calibration=str(place / "one.txt"), preset="fast", windows=4, seq_len=32
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EFFORTS, "fast", Effort(2, 1, 0))
+        quantize.quantize(place / "model", place / "out", config=config, progress=False)
+    return place / "out"
+
+
+def test_plans(place: Path, out: Path, tmp_path: Path, run: Any) -> None:
+    pytest.importorskip("matplotlib")
+    result, printed = run(
+        load("plans"), out, "--text", place / "two.txt", "--reference", place / "model",
+        "--averages", "2.5", "--windows", 3, "--seq-len", 32, "--picture", tmp_path / "plans",
+    )  # fmt: skip
+    rows = result["rows"]
+    assert [row["uniform"] for row in rows] == [True, False, True, True]
+    for row in rows:
+        assert row["kl"] > 0
+        if row["uniform"]:  # a level lies on the line
+            assert row["saved"] == pytest.approx(0)
+    assert rows[0]["bits"] < rows[1]["bits"] <= 2.5
+    assert rows[-1]["predicted_to_highest"] < rows[0]["predicted_to_highest"]
+    assert sum("%" in line for line in printed.splitlines()[1:-1]) == 1
+    assert (tmp_path / "plans.svg").is_file()
+
+
+def test_speculation(place: Path, out: Path, run: Any) -> None:
+    result, _ = run(
+        load("speculation"), out, "--text", place / "two.txt", "--drafts", 2, "--lengths", "2,0",
+        "--prompts", 2, "--prompt", 8, "--tokens", 12,
+    )  # fmt: skip
+    assert [row["k"] for row in result["rows"]] == [2, "chosen"]
+    assert all(row["equal"] == row["prompts"] == 2 for row in result["rows"])
+
+
+def test_progressive(out: Path, run: Any) -> None:
+    result, _ = run(load("progressive"), out, "--mb-per-s", 1)
+    seconds = [row["seconds"] for row in result["levels"]]
+    assert [row["bits"] for row in result["levels"]] == [2, 3, 4]
+    assert seconds == sorted(seconds)
+    assert result["levels"][-1]["token"] == result["all_first"]["token"]
