@@ -19,7 +19,8 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint import origins as origin
 from dropbydrop.checkpoint import pull as transfer
 from dropbydrop.checkpoint.origins import HttpOrigin, TransferError
-from dropbydrop.checkpoint.pull import pull, slice_checkpoint
+from dropbydrop.checkpoint.pull import pull
+from dropbydrop.checkpoint.slice import slice_checkpoint
 from dropbydrop.cli import main as cli
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from file_server import Server, flip

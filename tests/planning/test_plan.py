@@ -16,7 +16,8 @@ import torch
 import dropbydrop
 from dropbydrop import Plan, make_plan
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.checkpoint.pull import pull, slice_checkpoint
+from dropbydrop.checkpoint.pull import pull
+from dropbydrop.checkpoint.slice import slice_checkpoint
 from dropbydrop.cli import main as cli
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.evaluation.sensitivity_probe import measure

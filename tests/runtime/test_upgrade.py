@@ -14,7 +14,8 @@ import torch
 
 import dropbydrop
 from dropbydrop.checkpoint import origins as origin
-from dropbydrop.checkpoint.pull import pull, slice_checkpoint
+from dropbydrop.checkpoint.pull import pull
+from dropbydrop.checkpoint.slice import slice_checkpoint
 from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.runtime import plane_store as store
 from dropbydrop.runtime.views import store_of

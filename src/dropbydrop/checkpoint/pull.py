@@ -1,15 +1,14 @@
-"""Move checkpoints: `slice` copies a precision out of a folder, `pull` fetches one, piece by piece.
+"""Fetch a checkpoint at a precision, piece by piece, into a folder that may hold a lower one.
 
-Both copy what P bits need (everything but planes P+1 .. M) and leave the manifest as it is, so the
-result is an ordinary partial checkpoint, and a later `pull --bits 4` adds the planes that lack.
+What P bits need is everything but planes P+1 .. M. The manifest stays as it is, so the result is an
+ordinary partial checkpoint, and a later `pull --bits 4` adds the planes that lack.
 
-    slice   into a hidden folder, renamed when every hash was right: all or nothing.
-    pull    1. manifest.json first. It is the root of trust: names (plain ones only), sizes, hashes.
-            2. small files, model.safetensors, plane 1, plane 2, ...: what is needed first comes
-               first, so that `load(..., upgrade=True)` can begin while the rest is on its way.
-            3. each file into `<name>.part`, hashed as it is written, renamed when size and SHA-256
-               are those of the manifest. A broken transfer leaves the .part; the next pull goes on
-               from its end. A wrong hash removes it.
+    1. manifest.json first. It is the root of trust: names (plain ones only), sizes, hashes.
+    2. small files, model.safetensors, plane 1, plane 2, ...: what is needed first comes first, so
+       that `load(..., upgrade=True)` can begin while the rest is on its way.
+    3. each file into `<name>.part`, hashed as it is written, renamed when size and SHA-256 are
+       those of the manifest. A broken transfer leaves the .part; the next pull goes on from its
+       end. A wrong hash removes it.
 
 In DEST, a file under its own name is therefore always a verified one. Text files may be edited
 after publication (docs/format.md, section 5): they are kept and reported when they differ.
@@ -25,92 +24,27 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from dropbydrop.errors import FormatError
-from dropbydrop.system.atomic_folder import AtomicFolder, is_locked, lock, sync, write_whole
+from dropbydrop.system.atomic_folder import is_locked, lock, sync, write_whole
+from dropbydrop.system.console import progress_bar
 from dropbydrop.system.digest import FileEntry, file_digest
 
 from . import Checkpoint, Manifest, QuantizationConfig
 from .config import CONFIG_FILE, MANIFEST_FILE
-from .files import check_replaceable, read_json
+from .files import read_json
 from .origins import CHUNK, CutError, FolderOrigin, Origin, TransferError, origin
+from .slice import MAX_TEXT, SIDECARS, Transfer, differs, files_for, is_tensors
 
 T = TypeVar("T")
 
 LOCK_FILE = ".pull.lock"
 STAGING = ".pull-staging"
-SIDECARS = ("sensitivity.json",)  # measured later, not in the manifest; fetched when there
 _PART = ".part"
 _MAX_MANIFEST = 16 << 20
-_MAX_TEXT = 256 << 20
 _PAUSE = 0.5  # seconds before another attempt
-
-
-@dataclass
-class Transfer:
-    """What a slice or pull did.
-
-    Attributes:
-        path, bits: the folder, and the precision that it can now be loaded at.
-        fetched, kept: files that were copied, and that were already there and intact.
-        edited: text files that differ from the manifest (edited since; see docs/format.md).
-        bytes: bytes received; resumed: bytes that an earlier, broken transfer had left.
-    """
-
-    path: Path
-    bits: int
-    fetched: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    edited: list[str] = field(default_factory=list)
-    bytes: int = 0
-    resumed: int = 0
-
-
-def files_for(manifest: Manifest, bits: int) -> list[str]:
-    """Files of precision `bits` in the order of need: text files, model.safetensors, planes."""
-    planes = {name for names in manifest.planes for name in names}
-    needed = [*manifest.rest, *(n for names in manifest.planes[:bits] for n in names)]
-    texts = sorted(set(manifest.files) - planes - set(manifest.rest))
-    return [*texts, *needed]
-
-
-def slice_checkpoint(
-    source: Path | str, dest: Path | str, bits: int, *, overwrite: bool = False
-) -> Transfer:
-    """Write the folder `dest` with what precision `bits` needs of the checkpoint `source`.
-
-    Raises:
-        PrecisionError, MissingPlaneError, FormatError: `bits` is no level, a plane is absent, or a
-            file differs from the manifest. `dest` is then as it was.
-        DropError: `dest` exists, or the disk is full.
-    """
-    checkpoint = Checkpoint.open(source)
-    checkpoint.require(bits)
-    target = Path(os.path.abspath(dest))
-    done, start = Transfer(target, bits), FolderOrigin(checkpoint.path)
-    replace = check_replaceable if overwrite else None
-    with AtomicFolder(target, replace) as folder, folder.disk_errors():
-        for name in files_for(checkpoint.manifest, bits):
-            entry = checkpoint.manifest.files[name]
-            path = checkpoint.path / name
-            if not path.is_file():
-                raise FormatError(f"{path} is missing. Fetch it again.")
-            folder.write(name, start.open(name, 0, path.stat().st_size).chunks)
-            if folder.files[name] != entry:
-                if _is_tensors(name):
-                    raise _differs(str(path), folder.files[name].sha256, entry)
-                done.edited.append(name)
-            done.fetched.append(name)
-            done.bytes += folder.files[name].size
-        for name in SIDECARS:
-            if (data := start.read(name, _MAX_TEXT)) is not None:
-                folder.write(name, [data])
-        folder.write(MANIFEST_FILE, [(checkpoint.path / MANIFEST_FILE).read_bytes()])
-        folder.publish()
-    return done
 
 
 def pull(
@@ -154,7 +88,7 @@ def pull(
                 "address, or make one with: dropbydrop quantize MODEL OUT --bits 2,3,4"
             )
         manifest = Manifest.from_dict(_parse(raw, here.name), f"{MANIFEST_FILE} of {here.name}")
-        config = here.read(CONFIG_FILE, _MAX_TEXT)
+        config = here.read(CONFIG_FILE, MAX_TEXT)
         if config is None:
             raise FormatError(f"{here.name} has no {CONFIG_FILE}: an incomplete checkpoint.")
         bits = _level(_parse(config, here.name), bits)
@@ -182,10 +116,6 @@ class _Pull:
         self.done = Transfer(target, bits)
 
     def run(self, progress: bool) -> Transfer:
-        from dropbydrop.system.console import (
-            progress_bar,  # `import dropbydrop` comes by here, and stays lean
-        )
-
         names = files_for(self.manifest, self.done.bits)
         self._check_space(names)
         total = sum(self.manifest.files[name].size for name in names)
@@ -196,7 +126,7 @@ class _Pull:
                 self._file(name, lambda n: bar.advance(task, n / 1e6))
         for name in SIDECARS:
             with suppress(TransferError):  # nobody needs them; whoever reads them checks them
-                data = None if (self.target / name).exists() else self.here.read(name, _MAX_TEXT)
+                data = None if (self.target / name).exists() else self.here.read(name, MAX_TEXT)
                 if data is not None:
                     write_whole(self.target / name, data)
         Checkpoint.open(self.target).require(self.done.bits)
@@ -221,11 +151,11 @@ class _Pull:
             if final.stat().st_size == entry.size and file_digest(final) == entry.sha256:
                 self.done.kept.append(name)
                 return advance(entry.size)
-            if not _is_tensors(name):  # edited, here or there: what is here stays
+            if not is_tensors(name):  # edited, here or there: what is here stays
                 self.done.kept.append(name)
                 self.done.edited.append(name)
                 return None
-        if _is_tensors(name):
+        if is_tensors(name):
             self._tensors(name, entry, final, advance)
         else:
             self._text(name, entry, final, advance)
@@ -235,7 +165,7 @@ class _Pull:
     def _text(
         self, name: str, entry: FileEntry, final: Path, advance: Callable[[int], None]
     ) -> None:
-        data = self._again(lambda: self.here.read(name, _MAX_TEXT))
+        data = self._again(lambda: self.here.read(name, MAX_TEXT))
         if data is None:
             raise TransferError(f"{self.here.name} lacks {name}, which its manifest lists.")
         if hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -260,7 +190,7 @@ class _Pull:
             found = self._again(lambda: self._receive(name, entry, part, lambda _: None))
         if found != entry.sha256:
             part.unlink()
-            raise _differs(f"{name} from {self.here.name}", found, entry)
+            raise differs(f"{name} from {self.here.name}", found, entry)
         self.done.resumed += begun
         os.replace(part, final)
 
@@ -358,21 +288,9 @@ def _parse(raw: bytes, name: str) -> object:
         raise FormatError(f"{name}: not JSON ({error}); not a dropbydrop checkpoint.") from error
 
 
-def _is_tensors(name: str) -> bool:
-    return name.endswith(".safetensors")
-
-
 def _hash(path: Path) -> hashlib._Hash:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest
-
-
-def _differs(what: str, found: str, entry: FileEntry) -> TransferError:
-    return TransferError(
-        f"{what} has SHA-256 {found[:16]}…, the manifest says {entry.sha256[:16]}…: damaged, or "
-        "not the file of this checkpoint. It was not kept. Try again; if it happens again, the "
-        "source itself is damaged."
-    )

@@ -224,14 +224,16 @@ class Checkpoint:
         for file in self.manifest.planes[m - 1]:
             handle = self._handle(file)
             if name in handle.keys():  # noqa: SIM118 - a safetensors handle is no dict
-                return handle.get_tensor(name)
+                tensor: Tensor = handle.get_tensor(name)
+                return tensor
         raise AssertionError(name)  # _check_plane has seen it
 
     def read(self, name: str) -> Tensor:
         """A tensor of model.safetensors (KeyError if there is none of this name)."""
         if name not in self.rest:
             raise KeyError(name)
-        return self._handle(REST_FILE).get_tensor(name)
+        tensor: Tensor = self._handle(REST_FILE).get_tensor(name)
+        return tensor
 
     def read_codebooks(self, set_name: str) -> list[Tensor]:
         """The stored codebooks of a set: M tensors float16 [K/2 or K, g]."""

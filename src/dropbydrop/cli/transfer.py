@@ -11,7 +11,7 @@ import typer
 from .options import CheckpointFolder, Json, Overwrite, console, finish
 
 if TYPE_CHECKING:
-    from dropbydrop.checkpoint.pull import Transfer
+    from dropbydrop.checkpoint.slice import Transfer
 
 
 def slice_(
@@ -22,7 +22,7 @@ def slice_(
     as_json: Json = False,
 ) -> None:
     """Copy what BITS need of OUT into the new folder DEST; every hash is compared."""
-    from dropbydrop.checkpoint.pull import slice_checkpoint
+    from dropbydrop.checkpoint.slice import slice_checkpoint
 
     _report(slice_checkpoint(out, dest, bits, overwrite=overwrite), as_json)
 

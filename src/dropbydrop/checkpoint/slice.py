@@ -1,0 +1,101 @@
+"""Copy a precision out of a checkpoint folder: everything but planes P+1 .. M.
+
+The manifest stays as it is, so the result is an ordinary partial checkpoint. It is written into a
+hidden folder that is renamed when every hash was right: all or nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dropbydrop.errors import FormatError
+from dropbydrop.system.atomic_folder import AtomicFolder
+from dropbydrop.system.digest import FileEntry
+
+from . import Checkpoint, Manifest
+from .config import MANIFEST_FILE
+from .files import check_replaceable
+from .origins import FolderOrigin, TransferError
+
+SIDECARS = ("sensitivity.json",)  # measured later, not in the manifest; copied when there
+MAX_TEXT = 256 << 20  # bytes of a text file
+
+
+@dataclass
+class Transfer:
+    """What a slice or pull did.
+
+    Attributes:
+        path, bits: the folder, and the precision that it can now be loaded at.
+        fetched, kept: files that were copied, and that were already there and intact.
+        edited: text files that differ from the manifest (edited since; see docs/format.md).
+        bytes: bytes received; resumed: bytes that an earlier, broken transfer had left.
+    """
+
+    path: Path
+    bits: int
+    fetched: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    edited: list[str] = field(default_factory=list)
+    bytes: int = 0
+    resumed: int = 0
+
+
+def files_for(manifest: Manifest, bits: int) -> list[str]:
+    """Files of precision `bits` in the order of need: text files, model.safetensors, planes."""
+    planes = {name for names in manifest.planes for name in names}
+    needed = [*manifest.rest, *(n for names in manifest.planes[:bits] for n in names)]
+    texts = sorted(set(manifest.files) - planes - set(manifest.rest))
+    return [*texts, *needed]
+
+
+def slice_checkpoint(
+    source: Path | str, dest: Path | str, bits: int, *, overwrite: bool = False
+) -> Transfer:
+    """Write the folder `dest` with what precision `bits` needs of the checkpoint `source`.
+
+    Raises:
+        PrecisionError, MissingPlaneError, FormatError: `bits` is no level, a plane is absent, or a
+            file differs from the manifest. `dest` is then as it was.
+        DropError: `dest` exists, or the disk is full.
+    """
+    checkpoint = Checkpoint.open(source)
+    checkpoint.require(bits)
+    target = Path(os.path.abspath(dest))
+    done, start = Transfer(target, bits), FolderOrigin(checkpoint.path)
+    replace = check_replaceable if overwrite else None
+    with AtomicFolder(target, replace) as folder, folder.disk_errors():
+        for name in files_for(checkpoint.manifest, bits):
+            entry = checkpoint.manifest.files[name]
+            path = checkpoint.path / name
+            if not path.is_file():
+                raise FormatError(f"{path} is missing. Fetch it again.")
+            folder.write(name, start.open(name, 0, path.stat().st_size).chunks)
+            if folder.files[name] != entry:
+                if is_tensors(name):
+                    raise differs(str(path), folder.files[name].sha256, entry)
+                done.edited.append(name)
+            done.fetched.append(name)
+            done.bytes += folder.files[name].size
+        for name in SIDECARS:
+            if (data := start.read(name, MAX_TEXT)) is not None:
+                folder.write(name, [data])
+        folder.write(MANIFEST_FILE, [(checkpoint.path / MANIFEST_FILE).read_bytes()])
+        folder.publish()
+    return done
+
+
+def is_tensors(name: str) -> bool:
+    """Whether a file holds tensors: it must be what the manifest says; a text may be edited."""
+    return name.endswith(".safetensors")
+
+
+def differs(what: str, found: str, entry: FileEntry) -> TransferError:
+    """The error of a file with another SHA-256 than the manifest's."""
+    return TransferError(
+        f"{what} has SHA-256 {found[:16]}…, the manifest says {entry.sha256[:16]}…: damaged, or "
+        "not the file of this checkpoint. It was not kept. Try again; if it happens again, the "
+        "source itself is damaged."
+    )
