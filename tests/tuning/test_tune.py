@@ -33,7 +33,7 @@ from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.tuning import distill
 from dropbydrop.tuning.blocks import output_errors
-from dropbydrop.tuning.decode import decode_levels, expand
+from dropbydrop.tuning.decode import decode_levels
 from dropbydrop.tuning.optimizer import Values, rate_at
 from dropbydrop.tuning.pipeline import tune
 from dropbydrop.tuning.report import TuneReport
@@ -128,7 +128,7 @@ def test_gradients_of_decoding_equal_those_of_the_definition(levels: tuple[int, 
         pairs = zip(weights, decoded, strict=True)
         return torch.stack([(w * d + d.square()).sum() for w, d in pairs]).sum()
 
-    entries = [expand(book, True) for book in stored]
+    entries = [torch.cat([book, -book]) for book in stored]
     got = torch.autograd.grad(
         loss(decode_levels(codes, entries, scales[: len(levels)], levels)),
         leaves,
@@ -148,7 +148,7 @@ def test_gradients_of_decoding_equal_finite_differences() -> None:
 
     def decoded(first: Tensor, last: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         books = [first, *stored[1:3], last]
-        entries = [expand(book, True) for book in books]
+        entries = [torch.cat([book, -book]) for book in books]
         return tuple(decode_levels(codes, entries, [scale, scale * 2, scales[2]], LEVELS))
 
     inputs = [t.clone().requires_grad_() for t in (stored[0], stored[3], scales[0])]

@@ -24,14 +24,6 @@ from torch import Tensor
 from dropbydrop.coding.code import GROUP, partial_sums
 
 
-def expand(stored: Tensor, sign_symmetric: bool) -> Tensor:
-    """A stored codebook [K/2 or K, g] -> all entries [K, g], with gradients.
-
-    A stored entry of a sign-symmetric plane stands for two, with opposite signs.
-    """
-    return torch.cat([stored, -stored]) if sign_symmetric else stored
-
-
 def decode_levels(
     codes: Sequence[Tensor],
     entries: Sequence[Tensor],

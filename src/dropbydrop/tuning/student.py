@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import RESERVED_PREFIXES, codebook_name
+from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import FormatError, UnsupportedModelError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.weight_files import WeightFiles
 
-from .decode import decode_levels, expand
+from .decode import decode_levels
 from .optimizer import Values
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -267,7 +268,7 @@ class Student:
         out: list[dict[str, Tensor]] = [{} for _ in levels]
         for input_group in self._input_groups[block]:
             entries = [
-                expand(
+                expand_codebook(
                     self._tensor(leaves, codebook_name(input_group.codebooks, m), levels[0]),
                     symmetric,
                 )
