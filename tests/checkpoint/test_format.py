@@ -33,8 +33,8 @@ from dropbydrop.errors import FormatError, PrecisionError
 
 GOLDEN = {
     "config.json": "b3cdf0df8bba063b11274edd65ac2d8d3359b7e31da8d749878c862a73280548",
-    "manifest.json": "86b30f2ae66ededee54551496f6b918299f42b0016b932f85ac9f06348709d1c",
-    "model.safetensors": "91824e0b55fb5997765999818fe29c4d213b3f313a96a355f1df1fecc954418f",
+    "manifest.json": "b30d041df11a20a16ec00c712c7bed85269251d61ad28471aea8d73217857902",
+    "model.safetensors": "125fd8ceaeaf4ec4ac8e6fadc0d05ed4ec51047ee0f507c3f6daf6760f6518c5",
     "notes.txt": "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03",
     "plane-1.safetensors": "be12e73fd65afca10dd2536e04644af5003172038e8facca92afbf37a7e7092b",
     "plane-2.safetensors": "b9cb71c65988a19671038f0f951b2c8088a58b6a38ab13a4c71499e4a340d36d",

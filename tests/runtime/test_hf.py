@@ -339,7 +339,7 @@ def test_stock_transformers_refuses(out: Path) -> None:
     for line in lines:
         assert line.startswith("refused: You set `ignore_mismatched_sizes` to `False`")
     assert "q_proj.weight" in run.stderr
-    assert "import_dropbydrop_before_loading" in run.stderr  # the way out, where one looks
+    assert "call_dropbydrop_register_before_loading" in run.stderr  # the way out, where one looks
 
 
 def test_plain_torch_refuses(out: Path) -> None:
