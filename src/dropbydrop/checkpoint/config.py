@@ -32,7 +32,7 @@ REST_FILE = "model.safetensors"
 CARD_FILE = "README.md"  # the model card
 LOG_FILE = "quantize-log.jsonl"  # one line a matrix
 RESERVED_PREFIXES = ("codebooks.", "input_groups.", "rotations.")  # of our tensors alone
-SIGNPOST = "call_dropbydrop_register_before_loading"  # a tensor whose name tells others what to do
+SIGNPOST = "call_dropbydrop_register_before_loading"  # an empty tensor: tells what to do
 
 
 # ---------------------------------------------------------------------------------- names
