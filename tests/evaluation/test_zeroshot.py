@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dropbydrop
-from dropbydrop.checkpoint.config import is_checkpoint
+from dropbydrop.checkpoint.files import is_checkpoint
 from dropbydrop.cli import main as cli
 from dropbydrop.cli.evaluate import load_plain
 from dropbydrop.coding.encoder import Effort

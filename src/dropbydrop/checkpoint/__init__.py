@@ -1,6 +1,12 @@
-"""The nested checkpoint on disk: `format` (what is written), `writer`, `reader`.
+"""The nested checkpoint on disk; docs/format.md is its specification.
 
-The specification is docs/format.md; `format.py` is its executable form.
+config.py, fields.py            quantization_config, parsed strictly
+files.py, tensor_files.py       the manifest; safetensors files
+writer.py, staging.py           one folder, all of it or nothing
+reader.py                       what is there, whether it is intact, its tensors
+journal.py                      the work folder of a run that can be resumed
+slice.py, pull.py, origins.py   a precision out of a folder, a server, the Hub
+export.py                       one level as a dense model
 """
 
 from .config import Embeddings, PlaneSpec, QuantizationConfig, StoredGroup

@@ -11,12 +11,10 @@ an unknown version, an unknown key or a contradiction is an error; free-form is 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from dropbydrop.coding.code import ENTRIES, GROUP
@@ -225,16 +223,13 @@ class QuantizationConfig:
         if not self.input_groups:
             raise FormatError("quantization_config lists no input groups: nothing is quantized.")
         for what, names in (
-            ("module", [m for input_group in self.input_groups for m in input_group.modules]),
-            ("input group", [input_group.name for input_group in self.input_groups]),
+            ("module", self.modules),
+            ("input group", [group.name for group in self.input_groups]),
         ):
             double = sorted(name for name, count in Counter(names).items() if count > 1)
             if double:
                 raise FormatError(f"{what} {double} appears more than once in the input groups.")
-        both = {m for input_group in self.input_groups for m in input_group.modules} & set(
-            self.embeddings.modules
-        )
-        if both:
+        if both := set(self.modules) & set(self.embeddings.modules):
             raise FormatError(f"{sorted(both)} are listed as quantized linears and as embeddings.")
         self.check_level(self.bits)
 
@@ -254,21 +249,18 @@ class QuantizationConfig:
     @cached_property
     def group_index(self) -> dict[str, int]:
         """Quantized module -> index of its input group."""
-        return {
-            module: i
-            for i, input_group in enumerate(self.input_groups)
-            for module in input_group.modules
-        }
+        groups = enumerate(self.input_groups)
+        return {module: i for i, group in groups for module in group.modules}
 
     @property
     def modules(self) -> tuple[str, ...]:
         """All quantized modules in the order of the input groups, which is that of the tensors."""
-        return tuple(module for input_group in self.input_groups for module in input_group.modules)
+        return tuple(module for group in self.input_groups for module in group.modules)
 
     @property
     def sets(self) -> tuple[str, ...]:
         """Names of the codebook sets in use, in order of first use."""
-        return tuple(dict.fromkeys(input_group.codebooks for input_group in self.input_groups))
+        return tuple(dict.fromkeys(group.codebooks for group in self.input_groups))
 
     @property
     def guards(self) -> tuple[str, str]:
@@ -311,16 +303,7 @@ class QuantizationConfig:
             "bits": self.bits,
             "levels": list(self.levels),
             "planes": [plane.to_dict() for plane in self.planes],
-            "input_groups": [input_group.to_dict() for input_group in self.input_groups],
+            "input_groups": [group.to_dict() for group in self.input_groups],
             "embeddings": self.embeddings.to_dict(),
             "provenance": dict(self.provenance),
         }
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether the config of a folder names our format."""
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        return bool(config["quantization_config"]["quant_method"] == FORMAT)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

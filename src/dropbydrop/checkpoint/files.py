@@ -12,7 +12,7 @@ from typing import Any
 from dropbydrop.errors import DropError, FormatError
 from dropbydrop.system.digest import FileEntry
 
-from .config import FORMAT, MANIFEST_FILE, REST_FILE
+from .config import CONFIG_FILE, FORMAT, MANIFEST_FILE, REST_FILE
 from .fields import FORMAT_VERSION, Fields, check_version, plain_name
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -45,6 +45,15 @@ def dump_json(data: Any) -> bytes:
     """The one JSON form that is written: sorted keys, two spaces, final newline, UTF-8."""
     text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode()
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the config of a folder names our format."""
+    try:
+        quantization = read_json(folder / CONFIG_FILE)["quantization_config"]
+        return bool(quantization["quant_method"] == FORMAT)
+    except (FormatError, KeyError, TypeError):
+        return False
 
 
 def check_replaceable(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Where a checkpoint can be fetched from: a folder, a plain HTTP server, a repository of the Hub.
 
 An origin does two things: read a small file whole, and open a large one at an offset. It knows
-nothing of hashes; transfer.py verifies whatever comes. What an origin does check is the size that
+nothing of hashes; pull.py verifies whatever comes. What an origin does check is the size that
 a server announces, because that is the moment at which nothing has been downloaded yet.
 
 HTTP is urllib with Range requests, so any static file server will do; one that ignores Range is
@@ -47,7 +47,7 @@ class Stream:
 
 
 class Origin(Protocol):
-    """What transfer.py needs of a source; `name` is for messages."""
+    """What pull.py needs of a source; `name` is for messages."""
 
     name: str
 

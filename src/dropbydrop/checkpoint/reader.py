@@ -240,12 +240,12 @@ class Checkpoint:
         count = len(self.quantization.planes)
         return [self.read(codebook_name(set_name, m)) for m in range(1, count + 1)]
 
-    def read_rotation(self, input_group: int) -> Rotation:
-        """The rotation of input group i."""
-        group = self.quantization.input_groups[input_group]
+    def read_rotation(self, index: int) -> Rotation:
+        """The rotation of input group `index`."""
+        group = self.quantization.input_groups[index]
         odd = split_odd(group.d_in)[1]
         factor = self.read(odd_name(odd)) if odd > 1 else None
-        scales = self.read(input_scales_name(input_group))
+        scales = self.read(input_scales_name(index))
         spec = {"kind": group.rotation, "scaled": True}
         return Rotation.from_stored(spec, group.d_in, scales, factor)
 
@@ -316,9 +316,9 @@ class Checkpoint:
             for m, plane in enumerate(q.planes, 1):
                 book = TensorInfo("F16", (plane.stored_entries, GROUP))
                 expected[codebook_name(name, m)] = book
-        for i, input_group in enumerate(q.input_groups):
-            odd = split_odd(input_group.d_in)[1]
-            expected[input_scales_name(i)] = TensorInfo("U8", (input_group.d_in,))
+        for i, group in enumerate(q.input_groups):
+            odd = split_odd(group.d_in)[1]
+            expected[input_scales_name(i)] = TensorInfo("U8", (group.d_in,))
             if odd > 1:
                 expected[odd_name(odd)] = TensorInfo("F32", (odd, odd))
         ours = {name for name in rest if name.startswith(RESERVED_PREFIXES)}

@@ -133,9 +133,7 @@ class CheckpointWriter:
             for name, new in record["staged"].items():
                 entries.setdefault(name, []).extend(new)
             self._linears |= {name: (rows, columns) for name, rows, columns in record["linears"]}
-            self._input_groups += [
-                StoredGroup.from_dict(input_group) for input_group in record["input_groups"]
-            ]
+            self._input_groups += [StoredGroup.from_dict(group) for group in record["input_groups"]]
             self._sets |= record["sets"]
         self._rest = StagingFile.restore(self._work / "rest.raw", entries.pop("rest"))
         self._planes = [
@@ -189,10 +187,10 @@ class CheckpointWriter:
                 self._rest.add(codebook_name(name, m), half(codebook, f"codebook {name}.{m}"))
         self._sets[name] = len(codebooks)
 
-    def add_group(self, input_group: StoredGroup, rotation: Rotation) -> None:
+    def add_group(self, group: StoredGroup, rotation: Rotation) -> None:
         """Add an input group and its rotation; the order of the calls numbers the groups."""
-        if input_group.rotation != rotation.kind or input_group.d_in != rotation.d_in:
-            raise ValueError(f"{input_group.name}: the rotation does not match its description")
+        if group.rotation != rotation.kind or group.d_in != rotation.d_in:
+            raise ValueError(f"{group.name}: the rotation does not match its description")
         assert rotation.signs is not None  # of every full rotation
         with self._folder.disk_errors():
             packed = pack_input_scales(rotation.signs.cpu())  # 1 where inputs are not scaled
@@ -201,7 +199,7 @@ class CheckpointWriter:
                 name = odd_name(rotation.odd.shape[0])
                 if name not in self._rest.tensors:
                     self._rest.add(name, rotation.odd.to(torch.float32))
-        self._input_groups.append(input_group)
+        self._input_groups.append(group)
 
     def add_embedding(self, module: str, weight: Tensor, bits: int) -> None:
         """Add an embedding or untied head.
@@ -286,11 +284,11 @@ class CheckpointWriter:
         if set(self._linears) != set(quantization.modules):
             difference = sorted(set(self._linears) ^ set(quantization.modules))
             problems.append(f"linears and input groups differ in {difference}")
-        for input_group in quantization.input_groups:
+        for group in quantization.input_groups:
             problems += [
-                f"{module} has d_in {self._linears[module][1]}, its input group {input_group.d_in}"
-                for module in input_group.modules
-                if module in self._linears and self._linears[module][1] != input_group.d_in
+                f"{module} has d_in {self._linears[module][1]}, its input group {group.d_in}"
+                for module in group.modules
+                if module in self._linears and self._linears[module][1] != group.d_in
             ]
         wrong = {s: self._sets.get(s) for s in quantization.sets}
         if len(self._planes) != len(quantization.planes) or any(

@@ -144,7 +144,7 @@ def open_models(
         DropError: checkpoint, precisions or model are not usable.
     """
     from dropbydrop.checkpoint import Checkpoint
-    from dropbydrop.checkpoint.config import is_checkpoint
+    from dropbydrop.checkpoint.files import is_checkpoint
     from dropbydrop.models.sources import resolve
     from dropbydrop.runtime.load import load_views
 

@@ -303,7 +303,7 @@ def _bound(
     cache: Path | None,
 ) -> dict[str, Any]:
     """The bound study of a model at nominal rates, or of a checkpoint at its true ones."""
-    from dropbydrop.checkpoint.config import is_checkpoint
+    from dropbydrop.checkpoint.files import is_checkpoint
     from dropbydrop.models.sources import resolve
     from dropbydrop_research.study import bound as study
     from dropbydrop_research.study.checkpoint import checked_original, rates_of, reconstruction
