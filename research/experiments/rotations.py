@@ -88,6 +88,9 @@ def true_bits(variant: str, level: int, d_out: int, d_in: int) -> float:
     return (level * (d_in - apart) + 16 * apart) / d_in + (16 * d_out + signs) / (d_out * d_in)
 
 
+Key = tuple[str, str, int]  # kind of matrix, variant, level
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -106,8 +109,8 @@ def main() -> None:
     hidden = runner.embed(
         load_windows(args.text, source.tokenizer(), 2 * args.windows, 1024, seed=0).ids
     )
-    logs: dict[tuple[str, str, int], list[float]] = defaultdict(list)
-    bits: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+    logs: dict[Key, list[float]] = defaultdict(list)
+    bits: dict[Key, list[float]] = defaultdict(list)
     seconds: dict[str, float] = defaultdict(float)
     weights: dict[str, dict[str, Tensor]] = defaultdict(dict)  # variant and level -> module -> W
     kinds: dict[str, str] = {}
@@ -139,6 +142,21 @@ def main() -> None:
                             weights[f"{variant}, {p} bits"][module] = w.half()
         runner.release(i)
         print(f"block {i} done", flush=True)
+    result = {"preset": args.preset, "rows": mean_rows(logs, bits, kinds), "seconds": dict(seconds)}
+    if args.whole:
+        result["whole"] = whole(source, weights, args.whole, args.eval_windows)
+    print(json.dumps(result))
+
+
+def mean_rows(
+    logs: dict[Key, list[float]], bits: dict[Key, list[float]], kinds: dict[str, str]
+) -> list[dict]:
+    """Print and return the geometric mean error and the mean true bits of every kind of matrix.
+
+    Args:
+        logs: log of the error of every matrix; bits: its true bits.
+        kinds: module -> "ordinary" or "outlier".
+    """
     rows = []
     for kind in ("ordinary", "outlier"):
         count = sum(k == kind for k in kinds.values())
@@ -152,10 +170,7 @@ def main() -> None:
                              "error": error, "true_bits": mean})  # fmt: skip
                 cells.append(f"{error:.5f} ({mean:.3f})")
             print(f"| {variant} | {' | '.join(cells)} |", flush=True)
-    result = {"preset": args.preset, "rows": rows, "seconds": dict(seconds)}
-    if args.whole:
-        result["whole"] = whole(source, weights, args.whole, args.eval_windows)
-    print(json.dumps(result))
+    return rows
 
 
 def whole(source, weights: dict[str, dict[str, Tensor]], text: Path, windows: int) -> dict:
