@@ -23,7 +23,7 @@ from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system.cache import cache_dir
 from dropbydrop_research.study import cache, encode, gaussian, paper
-from dropbydrop_research.study.cache import Statistics, find_grams, grams_for
+from dropbydrop_research.study.cache import GramOptions, find_grams, grams_for
 from dropbydrop_research.study.checkpoint import reconstruction
 from dropbydrop_research.study.data import fingerprint, read_weight
 from dropbydrop_research.study.rows import read_results
@@ -76,7 +76,7 @@ def test_statistics_are_measured_once_and_named_by_what_decides_them(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Source("tiny", root / "llama")
-    options = Statistics(str(root / "text.txt"), None, 8, 64, 0)
+    options = GramOptions(str(root / "text.txt"), None, 8, 64, 0)
     first = grams_for(source, options, tmp_path)
     group = next(iter(first))
     assert group.tokens == 8 * 64
@@ -89,13 +89,13 @@ def test_statistics_are_measured_once_and_named_by_what_decides_them(
         assert grams_for(source, options, tmp_path).folder == first.folder
     copy = tmp_path / "same.txt"  # another path, the same text
     copy.write_bytes((root / "text.txt").read_bytes())
-    same = Statistics(str(copy), None, 8, 64, 0)
+    same = GramOptions(str(copy), None, 8, 64, 0)
     assert grams_for(source, same, tmp_path).folder == first.folder
     for change in ({"windows": 7}, {"seed": 1}, {"seq_len": 32}, {"held_out": str(copy)}):
-        other = Statistics(**(options.__dict__ | change))
+        other = GramOptions(**(options.__dict__ | change))
         assert cache._key(other) != cache._key(options)
     with pytest.raises(CalibrationError, match="absent"):
-        grams_for(source, Statistics("absent.txt"), tmp_path)
+        grams_for(source, GramOptions("absent.txt"), tmp_path)
 
 
 def test_held_out_windows_are_not_those_of_the_calibration(root: Path) -> None:
@@ -104,12 +104,12 @@ def test_held_out_windows_are_not_those_of_the_calibration(root: Path) -> None:
 
     source = Source("tiny", root / "llama")
     text = str(root / "text.txt")
-    ids, held = cache._tokens(source, Statistics(text, None, 8, 64, 3))
+    ids, held = cache._tokens(source, GramOptions(text, None, 8, 64, 3))
     want = load_windows(text, load_tokenizer(source.folder), 8, 64, 3).ids
     assert torch.equal(ids, want)
     assert held.shape == (2, 64)
     assert not (held[:, None] == ids[None]).all(-1).any()
-    ids, held = cache._tokens(source, Statistics("self", None, 4, 16, 3))
+    ids, held = cache._tokens(source, GramOptions("self", None, 4, 16, 3))
     assert (ids.shape, held.shape) == ((4, 16), (1, 16))
     assert not (held[:, None] == ids[None]).all(-1).any()
 
@@ -181,7 +181,7 @@ def test_bound_of_a_checkpoint(
     assert len(ranking) == 21
     loaded = dropbydrop.load(root / "out", bits=2)
     runner = BlockRunner.open(root / "llama")
-    options = Statistics(str(root / "text.txt"), None, 8, 64, 0)
+    options = GramOptions(str(root / "text.txt"), None, 8, 64, 0)
     grams = {m: s.gram for s in grams_for(Source("", root / "llama"), options) for m in s.modules}
     for row in ranking[:3]:
         w = read_weight(runner, row["module"])

@@ -130,7 +130,7 @@ def _grouped(method: Callable[..., dict[str, Suite]]) -> Encode:
     )
 
 
-_ENCODER = ("baselines/drop.py", "coding")
+_ENCODER = ("baselines/drop.py", "coding", "system/native_library.py")
 _AQLM = ("baselines/additive.py", "baselines/aqlm.py", "coding/code.py")
 _SCALAR = ("baselines/grid.py", "baselines/columns.py")
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from dropbydrop.checkpoint import Checkpoint
     from dropbydrop.models.sources import Source
-    from dropbydrop_research.study.cache import Statistics
+    from dropbydrop_research.study.cache import GramOptions
     from dropbydrop_research.study.data import GramFolder, Progress
 
 MAX_LEVEL = 8
@@ -273,9 +273,9 @@ def _statistics(
     seq_len: int | None,
     seed: int | None,
     recorded: Mapping[str, Any] | None = None,
-) -> Statistics:
+) -> GramOptions:
     """Options of the statistics; what is not given as `recorded` in a checkpoint, or default."""
-    from dropbydrop_research.study.cache import Statistics
+    from dropbydrop_research.study.cache import GramOptions
 
     known = recorded or {}
     given: dict[str, Any] = {
@@ -285,10 +285,10 @@ def _statistics(
         "seq_len": known.get("seq_len") if seq_len is None else seq_len,
         "seed": known.get("seed") if seed is None else seed,
     }
-    return Statistics(**{key: value for key, value in given.items() if value is not None})
+    return GramOptions(**{key: value for key, value in given.items() if value is not None})
 
 
-def _grams(source: Source, options: Statistics, cache: Path | None) -> GramFolder:
+def _grams(source: Source, options: GramOptions, cache: Path | None) -> GramFolder:
     from dropbydrop_research.study.cache import grams_for
 
     with _reporting("inputs") as progress:

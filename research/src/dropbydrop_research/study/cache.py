@@ -35,7 +35,7 @@ from .data import GramFolder, Progress, collect, fingerprint
 
 
 @dataclass(frozen=True)
-class Statistics:
+class GramOptions:
     """Which tokens the Gram matrices are measured on.
 
     Attributes:
@@ -57,7 +57,7 @@ class Statistics:
 
 def grams_for(
     source: Source,
-    options: Statistics,
+    options: GramOptions,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> GramFolder:
@@ -90,7 +90,7 @@ def _default() -> Path:
     return cache_dir() / "grams"
 
 
-def _key(options: Statistics) -> str:
+def _key(options: GramOptions) -> str:
     described: dict[str, Any] = asdict(options) | {"clip": CLIP, "version": 2}
     for name in ("calibration", "held_out"):
         if described[name] not in (None, SELF):
@@ -105,7 +105,7 @@ def _file_hash(path: Path) -> str:
         raise CalibrationError(f"cannot read the text {path}: {error.strerror}.") from error
 
 
-def _tokens(source: Source, options: Statistics) -> tuple[Tensor, Tensor]:
+def _tokens(source: Source, options: GramOptions) -> tuple[Tensor, Tensor]:
     """Calibration ids [n, T] and held-out ids [m, T]."""
     tokenizer = source.tokenizer()
     config = json.loads((source.folder / "config.json").read_text())
