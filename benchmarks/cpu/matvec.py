@@ -29,7 +29,7 @@ from dropbydrop import kernels
 from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.evaluation.bench import topology
-from dropbydrop.kernels import Matrix, Packed, PreparedGroup
+from dropbydrop.kernels import CpuGroup, Matrix, Plane
 from dropbydrop.system.native_library import library
 
 PREFIXES = (1, 2, 3, 4)
@@ -80,8 +80,8 @@ def product_sweeps(
         for prefix in PREFIXES:
             count = memory.numel() // (plane * prefix)
             prepared = [
-                PreparedGroup(
-                    [Matrix(Packed(tuple(planes.unbind()), rows, groups, True), scales)],
+                CpuGroup(
+                    [Matrix(tuple(Plane(p, rows, groups, True) for p in planes), scales)],
                     books, rotation, prefix, name,
                 )
                 for planes in memory[: count * plane * prefix].view(count, prefix, plane)
@@ -149,21 +149,19 @@ def measure_crossover(args: argparse.Namespace, memory: Tensor) -> list[dict]:
         groups = d_in // 8
         plane = -(-rows // 64) * 64 * groups
         planes = memory[: 4 * plane].view(4, plane).unbind()
-        matrix = Matrix(Packed(tuple(planes), rows, groups, True), torch.rand(rows))
+        held = tuple(Plane(p, rows, groups, True) for p in planes)
+        matrix = Matrix(held, torch.rand(rows))
         print(f"\n{rows} x {d_in}, {args.threads} thread(s): microseconds, tables / dense")
         print("rows of x" + "".join(f"{f'P={prefix}':>18}" for prefix in PREFIXES))
         for n in (1, 2, 4, 8, 16, 32, 64, 128):
             line = f"{n:9}"
             for prefix in PREFIXES:
-                prepared = PreparedGroup(
-                    [matrix], books, rotation, prefix, args.kernels.split(",")[0]
-                )
-                prepared.few = n  # tables whenever called
+                prepared = CpuGroup([matrix], books, rotation, prefix, args.kernels.split(",")[0])
                 best = []
                 for dtype in (torch.float32, torch.bfloat16):
                     x = torch.randn(n, d_in, dtype=dtype)
                     dense = Sweep("dense", [lambda x=x, b=prepared: b.dense(x)], 0)
-                    tables = Sweep("tables", [lambda x=x, b=prepared: b(x)], 0)
+                    tables = Sweep("tables", [lambda x=x, b=prepared: b.gemv(x)], 0)
                     for _ in range(args.rounds):
                         dense.run()
                         tables.run()
@@ -197,8 +195,8 @@ def measure_errors(args: argparse.Namespace) -> list[dict]:
         for kernel in (k for k in kernels.available() if not k.gpu):
             line = f"{kernel.name:24}"
             for prefix in PREFIXES:
-                prepared = PreparedGroup([matrix], books, straight, prefix, kernel.name)
-                weight = prepared.weight(torch.float64)
+                prepared = CpuGroup([matrix], books, straight, prefix, kernel.name)
+                weight = prepared.weight(0, torch.float64)
                 errors = []
                 for x in (plain, peaked):
                     want = x.double() @ weight.T

@@ -85,9 +85,9 @@ def prefill(b: Bench) -> dict[str, Any]:
     def measure(shape: tuple[int, int], prefix: int, name: str) -> dict[str, Any]:
         if name == "torch":
             scales = torch.ones(shape[0], dtype=torch.float16, device=b.device)
-            packed = b.codes(*shape, prefix)
+            matrix = kernels.Matrix(b.codes(*shape, prefix), scales)
             run: Callable[[], object] = partial(
-                kernels.decode_dense, packed, books, scales, prefix, torch.bfloat16, name
+                kernels.decode_dense, matrix, books, prefix, torch.bfloat16, name
             )
         else:  # without making the tables anew
             group: Any = b.products(shape[:1], shape[1], prefix, name)._call

@@ -15,8 +15,7 @@ from dropbydrop import kernels
 from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.codebooks import universal_set
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.kernels import Matrix, Packed
-from dropbydrop.kernels import cuda as gpu
+from dropbydrop.kernels import Matrix, Plane
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,13 @@ class Bench:
         """Matrices of `size` bytes that together exceed what caches hold; at least two."""
         return max(2, -(-int(self.bytes) // int(size)))
 
-    def codes(self, d_out: int, d_in: int, prefix: int) -> Packed:
+    def codes(self, d_out: int, d_in: int, prefix: int) -> tuple[Plane, ...]:
         """Random planes of one matrix."""
-        planes = tuple(
+        planes = (
             torch.randint(0, 256, (d_out, d_in // 8), dtype=torch.uint8, device=self.device)
             for _ in range(prefix)
         )
-        return Packed(planes, d_out, d_in // 8, False)
+        return tuple(map(Plane.row_major, planes))
 
     def products(self, rows: Sequence[int], d_in: int, prefix: int, kernel: str) -> Products:
         """Matrices of P random planes that share an input; the rotation is part of the product."""
@@ -131,12 +130,8 @@ class Products(nn.Module):
         kernel: str,
     ) -> None:
         super().__init__()
-        if kernel == "torch":
-            books = kernels.prepare_codebooks(entries, True)
-            self._call: Any = kernels.PreparedGroup(matrices, books, rotation, prefix, kernel)
-        else:
-            on_device = gpu.device_tables(entries, matrices[0].scales.device)
-            self._call = gpu.CudaGroup(matrices, on_device, rotation, prefix, kernel)
+        books = kernels.prepare_codebooks(entries, True)
+        self._call = kernels.prepare_group(matrices, books, rotation, prefix, kernel)
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         return self._call(x)

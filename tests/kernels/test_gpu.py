@@ -22,7 +22,7 @@ from dropbydrop.coding.code import decode
 from dropbydrop.coding.rotation import Rotation, hadamard_on
 from dropbydrop.errors import KernelError
 from dropbydrop.kernels import cuda as gpu
-from dropbydrop.kernels import layout, registry
+from dropbydrop.kernels import registry
 from dropbydrop.kernels.cuda import ops
 from dropbydrop.runtime import fused_groups as together
 from dropbydrop.runtime.int8_modules import NestedHead
@@ -42,19 +42,18 @@ def same_numbers():
 
 def matrix_of(case: Case, bias=None, kernel: str = "triton") -> kernels.Matrix:
     at = device(kernel)
-    planes = tuple(plane.to(at) for plane in case.codes)
-    packed = layout.Packed(planes, case.rows, case.groups, False)
-    return kernels.Matrix(packed, case.scales.to(at), None if bias is None else bias.to(at))
+    planes = tuple(kernels.Plane.row_major(plane.to(at)) for plane in case.codes)
+    return kernels.Matrix(planes, case.scales.to(at), None if bias is None else bias.to(at))
 
 
 def group_of(case: Case, prefix: int, bias=None, kernel: str = "triton", more=()) -> gpu.CudaGroup:
     """The matrix of a case, and those of `more`, with the codebooks of the first."""
     at = device(kernel)
     matrices = [matrix_of(case, bias, kernel), *(matrix_of(c, None, kernel) for c in more)]
-    tables = gpu.device_tables(case.tables, at)
+    books = kernels.prepare_codebooks(case.tables, True)
     rotation = Rotation.make(case.groups * 8, seed=1)
     rotation = rotation.scale(torch.rand(case.groups * 8) + 0.5).to(at)
-    return gpu.CudaGroup(matrices, tables, rotation, prefix, kernel)
+    return gpu.CudaGroup(matrices, books, rotation, prefix, kernel)
 
 
 class Launches:
@@ -122,7 +121,7 @@ class TestOperators:
         case = Case(6, 4, 2)
         at = device("triton")
         planes = [plane.to(at) for plane in case.codes]
-        tables, scales = gpu.device_tables(case.tables, at), case.scales.to(at)
+        tables, scales = gpu.device_entries(case.tables, at), case.scales.to(at)
         x, input_group = torch.randn(3, 32, device=at), group_of(case, 2)
         rotation = Rotation.make(32, seed=0).to(at)
         weight = torch.ones(5, 32, dtype=torch.int8, device=at)
@@ -161,7 +160,7 @@ class TestOperators:
         input_group = group_of(Case(24, 6, 3), 2)
         for tensor in (
             *input_group.planes[0],
-            input_group.tables,
+            input_group.entries,
             input_group.rotation.signs,
             input_group.rotation.odd,
         ):
@@ -237,27 +236,25 @@ class TestOperators:
         planes, scales = input_group.planes[0], input_group.matrices[0].scales
         x = case.x.to(scales.device)
         with pytest.raises(ValueError, match="at most 16 rows of 64"):
-            ops.product(x, [planes], input_group.tables, scales, None)
+            ops.product(x, [planes], input_group.entries, scales, None)
         with pytest.raises(ValueError, match="need 1 to 8"):
-            ops.product(x[:1], [planes], input_group.tables[:1], scales, None)
+            ops.product(x[:1], [planes], input_group.entries[:1], scales, None)
         with pytest.raises(ValueError, match="3 matrices"):
-            ops.product(x[:1], [planes] * 4, input_group.tables, scales, None)
+            ops.product(x[:1], [planes] * 4, input_group.entries, scales, None)
         with pytest.raises(ValueError, match="uint8"):
-            ops.decode([planes[0].float()], input_group.tables, scales, torch.float32, "triton")
-        packed = layout.Packed(tuple(planes), 70, 8, True)
+            ops.decode([planes[0].float()], input_group.entries, scales, torch.float32, "triton")
+        packed = tuple(kernels.Plane(plane, 70, 8, True) for plane in planes)
+        books = kernels.prepare_codebooks(case.tables, True)
         with pytest.raises(KernelError, match="row major"):
             gpu.CudaGroup(
                 [kernels.Matrix(packed, scales)],
-                input_group.tables,
+                books,
                 input_group.rotation,
                 2,
                 "triton",
             )
-        books = kernels.prepare_codebooks(case.tables, True)
         with pytest.raises(KernelError, match="read"):
-            kernels.PreparedGroup(
-                [input_group.matrices[0]], books, input_group.rotation, 2, "triton"
-            )
+            kernels.CpuGroup([input_group.matrices[0]], books, input_group.rotation, 2, "triton")
 
 
 @needs_triton
@@ -545,7 +542,7 @@ class TestDevice:
         at = "cuda"
         planes = [plane.to(at) for plane in case.codes]
         case.tables = [table.half().float() for table in case.tables]
-        tables = gpu.device_tables(case.tables, at)
+        tables = gpu.device_entries(case.tables, at)
         for prefix in range(1, 9):
             for dtype in DTYPES:
                 got = ops.decode(planes[:prefix], tables, case.scales.to(at), dtype, kernel).cpu()

@@ -25,8 +25,8 @@ from dropbydrop.coding.code import decode
 from dropbydrop.coding.codebooks import universal_set
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import KernelError
-from dropbydrop.kernels import Matrix, Packed, registry
-from dropbydrop.kernels.cuda import CudaGroup, dense, device_tables, int8, nvrtc
+from dropbydrop.kernels import Matrix, Plane, prepare_codebooks, registry
+from dropbydrop.kernels.cuda import CudaGroup, dense, device_entries, int8, nvrtc
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("c++")
@@ -277,20 +277,21 @@ def test_a_site_from_end_to_end(build, monkeypatch):
     monkeypatch.setattr(registry, "by_name", lambda name: SimpleNamespace(name=name))
     groups, rotation = 45, Rotation.make(360, seed=2).scale(torch.rand(360) + 0.5)
     x, _, tables, *_ = random_case(3, 8, groups, 2)
+    books = prepare_codebooks(list(tables), symmetric=False)
     cases = [random_case(1, rows, groups, 2) for rows in (40, 8, 33, 5, 16)]
     for count, expected in ((3, ["product"]), (5, ["product", "product"])):
         matrices = [
-            Matrix(Packed(tuple(codes), len(scales), groups, False), scales, bias if i else None)
+            Matrix(tuple(map(Plane.row_major, codes)), scales, bias if i else None)
             for i, (_, codes, _, scales, bias) in enumerate(cases[:count])
         ]
-        input_group = CudaGroup(matrices, tables, rotation, 2, int8.NAME)
+        input_group = CudaGroup(matrices, books, rotation, 2, int8.NAME)
         launches.clear()
-        y = input_group.few(x)
+        y = input_group.gemv_rows(x)
         assert launches == [("rotate_rows", False), *[(name, True) for name in expected]]
         rotated = rotation.apply(x.double())
         want = torch.cat(
             [
-                rotated @ decode(m.packed.planes, list(tables), m.scales, 2).double().T
+                rotated @ decode(m.data(2), list(tables), m.scales, 2).double().T
                 + (0 if m.bias is None else m.bias)
                 for m in matrices
             ],
@@ -314,7 +315,7 @@ def test_nan_and_infinity_reach_the_result(build):
 def test_the_error_is_what_the_note_says():
     """Of both roundings together, on the set that ships and Gaussian inputs: about 1 %."""
     tables = universal_set((2, 3, 4))
-    tables = device_tables(torch.cat([tables, -tables], 1), "cpu")
+    tables = device_entries(torch.cat([tables, -tables], 1), "cpu")
     gen = torch.Generator().manual_seed(0)
     codes = [torch.randint(0, 256, (200, 128), generator=gen, dtype=torch.uint8) for _ in range(4)]
     x = torch.randn(4, 1024, generator=gen)

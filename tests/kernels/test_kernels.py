@@ -7,7 +7,6 @@ The reference is float64 on weights decoded by plain indexing in this file. Nati
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from dropbydrop import kernels
 from dropbydrop.coding.code import decode, expand_codebook
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import KernelError
-from dropbydrop.kernels import Matrix, PreparedGroup, layout, registry
+from dropbydrop.kernels import CpuGroup, Matrix, Plane, layout, registry
 from dropbydrop.kernels.cpu import ops
 from dropbydrop.system.native_library import library
 
@@ -80,8 +79,8 @@ class Case:
             for row in self.x:
                 row[torch.randint(0, groups * 8, (1,), generator=gen)] = 20.6
         self.books = kernels.prepare_codebooks(self.tables, symmetric)
-        self.packed = kernels.pack(self.codes)
-        self.matrix = Matrix(self.packed, self.scales)
+        self.planes_held = kernels.pack(self.codes)
+        self.matrix = Matrix(self.planes_held, self.scales)
 
     def weight(self, prefix: int) -> Tensor:
         """Decoding by indexing, in float64."""
@@ -96,15 +95,15 @@ class Case:
     def run(self, kernel: str, prefix: int, x: Tensor | None = None) -> Tensor:
         identity = Rotation.make(self.groups * 8, "none")
         place, x = device(kernel), self.x if x is None else x
-        matrix = Matrix(self.packed_for(kernel), self.scales.to(place))
-        return kernels.linear(x.to(place), matrix, self.books, identity, prefix, kernel).to(x)
+        matrix = Matrix(self.planes_for(kernel), self.scales.to(place))
+        group = kernels.prepare_group([matrix], self.books, identity, prefix, kernel)
+        return group(x.to(place))[0].to(x)
 
-    def packed_for(self, kernel: str) -> layout.Packed:
+    def planes_for(self, kernel: str) -> tuple[Plane, ...]:
         """For GPU kernels the planes as they are stored, row major and not copied on the CPU."""
         if not registry.by_name(kernel).gpu:
-            return self.packed
-        planes = tuple(plane.to(device(kernel)) for plane in self.codes)
-        return layout.Packed(planes, self.rows, self.groups, False)
+            return self.planes_held
+        return tuple(Plane.row_major(plane.to(device(kernel))) for plane in self.codes)
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -149,7 +148,7 @@ class TestProduct:
     def test_reads_only_its_planes(self, kernel):
         case = Case(70, 9, 3)
         before = case.run(kernel, 2)
-        case.packed.planes[2].random_(0, 256)
+        case.planes_held[2].data.random_(0, 256)
         case.codes[2].random_(0, 256)
         assert torch.equal(case.run(kernel, 2), before)
 
@@ -179,12 +178,12 @@ class TestProduct:
             assert torch.equal(case.run(kernel, 3), case.run(reference, 3))
 
     def test_many_rows_take_the_dense_path(self, kernel):
-        rows = linear_module().few(registry.by_name(kernel), 2) + 1
-        case = Case(100, 9, 2, n=rows)
+        case = Case(100, 9, 2, n=kernels.MAX_GEMV_ROWS + 1)
         assert relative(case.run(kernel, 2), case.exact(2)) < 1e-5
-        if kernel != "torch" and rows > 17:  # more than are held at once, in two goes
-            fewer = case.run(kernel, 2, case.x[:-1])
-            assert torch.equal(fewer[16:20], case.run(kernel, 2, case.x[16:20]))
+        route = registry.route(case.x.to(device(kernel)), kernel)
+        assert route == ("dense", kernel)
+        few = registry.route(case.x[1:].to(device(kernel)), kernel)
+        assert (few[0] == "dense") == (kernel == "torch")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("n", [1, 5, 200])
@@ -195,11 +194,12 @@ class TestProduct:
         k.tables, k.books = q.tables, q.books
         at = device(kernel)
         matrices = [
-            Matrix(q.packed_for(kernel), q.scales.half().to(at)),
-            Matrix(k.packed_for(kernel), k.scales.to(at), k.bias.to(at, dtype)),
+            Matrix(q.planes_for(kernel), q.scales.half().to(at)),
+            Matrix(k.planes_for(kernel), k.scales.to(at), k.bias.to(at, dtype)),
         ]
         q.scales = q.scales.half().float()
-        ys = kernels.linears(x.to(at), matrices, q.books, rotation.to(at), 2, kernel)
+        group = kernels.prepare_group(matrices, q.books, rotation.to(at), 2, kernel)
+        ys = group(x.to(at))
         ys = [y.cpu() for y in ys]
         rotated = rotation.apply(x.double()).view(n, 144)
         wanted = [q.exact(2, rotated), k.exact(2, rotated) + k.bias.to(dtype).double()]
@@ -226,16 +226,13 @@ class TestProduct:
         assert relative(x.grad[0], case.weight(2).sum(0)) < 1e-5
 
 
-def linear_module():
-    return sys.modules["dropbydrop.kernels.cpu.products"]
-
-
-def decode_dense(packed, books, scales, prefix, dtype, kernel):
+def decode_dense(planes, books, scales, prefix, dtype, kernel):
     """`kernels.decode_dense` where the kernel runs."""
     at = device(kernel)
-    planes = tuple(plane.to(at) for plane in packed.planes)
-    packed = layout.Packed(planes, packed.rows, packed.groups, packed.tiled)
-    return kernels.decode_dense(packed, books, scales.to(at), prefix, dtype, kernel).cpu()
+    if at != "cpu":
+        planes = [Plane.row_major(plane.to_row_major().to(at)) for plane in planes]
+    matrix = Matrix(tuple(planes), scales.to(at))
+    return kernels.decode_dense(matrix, books, prefix, dtype, kernel).cpu()
 
 
 def got_truncated() -> bool:
@@ -244,19 +241,17 @@ def got_truncated() -> bool:
 
 
 class TestDecode:
-    @pytest.mark.parametrize("tiled", [True, False])
+    @pytest.mark.parametrize("packed", [True, False])
     @pytest.mark.parametrize("prefix", [1, 4, 6])
-    def test_equals_reference_bit_for_bit(self, kernel, prefix, tiled):
-        if tiled and (library() is None or registry.by_name(kernel).gpu):
+    def test_equals_reference_bit_for_bit(self, kernel, prefix, packed):
+        if packed and (library() is None or registry.by_name(kernel).gpu):
             pytest.skip("no native library to pack with, or a kernel that reads rows")
         for rows, groups, symmetric in [(70, 9, True), (1, 1, False), (64, 130, True)]:
             case = Case(rows, groups, 6, symmetric)
-            packed = case.packed
-            if not tiled:
-                packed = layout.Packed(tuple(case.codes), rows, groups, False)
+            planes = case.planes_held if packed else tuple(map(Plane.row_major, case.codes))
             for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 for scales in (case.scales, case.scales.half()):
-                    got = decode_dense(packed, case.books, scales, prefix, dtype, kernel)
+                    got = decode_dense(planes, case.books, scales, prefix, dtype, kernel)
                     want = decode(case.codes, case.tables, scales, prefix, dtype)
                     if dtype == torch.bfloat16 and kernel == "triton" and got_truncated():
                         whole = decode(case.codes, case.tables, scales, prefix)
@@ -325,9 +320,10 @@ class TestLayout:
     )
     def test_round_trip(self, rows, groups):
         case = Case(rows, groups, 2)
-        assert case.packed.planes[0].numel() == -(-rows // 64) * 64 * groups
-        for got, want in zip(kernels.unpack(case.packed), case.codes, strict=True):
-            assert torch.equal(got, want)
+        assert case.planes_held[0].data.numel() == -(-rows // 64) * 64 * groups
+        for plane, want in zip(case.planes_held, case.codes, strict=True):
+            assert plane.packed
+            assert torch.equal(plane.to_row_major(), want)
 
     def test_order(self):
         """The documented order (native/kernels/geometry.h), spelled out."""
@@ -345,10 +341,9 @@ class TestLayout:
 
     def test_planes_can_be_added(self):
         case = Case(70, 20, 3)
-        packed = kernels.pack(case.codes[:1]).extended(case.codes[1:])
-        assert all(map(torch.equal, packed.planes, case.packed.planes))
-        first = kernels.pack(case.codes[:1])
-        assert first.extended(case.codes[1:]).planes[0] is first.planes[0]
+        more = kernels.pack(case.codes[:1]) + kernels.pack(case.codes[1:])
+        for plane, want in zip(more, case.planes_held, strict=True):
+            assert torch.equal(plane.data, want.data)
 
     def test_refuses_other_codes(self):
         with pytest.raises(ValueError, match="uint8"):
@@ -401,10 +396,10 @@ class TestChoice:
         monkeypatch.setattr(layout, "library", lambda: None)
         monkeypatch.setattr(registry, "table", lambda: registry_torch())
         case = Case(70, 9, 2, n=2)
-        assert not case.packed.tiled
+        assert not case.matrix.packed
         assert relative(case.run("torch", 2), case.exact(2)) < 1e-5
         with pytest.raises(KernelError, match="native"):
-            kernels.pack_plane(case.codes[0], tiled=True)
+            kernels.pack_plane(case.codes[0])
 
 
 def registry_torch():
@@ -416,23 +411,13 @@ class TestOperators:
     def arguments(self, case: Case):
         name = kernels.available()[0].name
         groups, prefix = case.groups, 2
-        tables = ops.build_tables(case.x, case.books.prepared[:prefix], case.books.entries, name)
         signs = torch.ones(groups * 8)
-        case.prepared = PreparedGroup([case.matrix], case.books, Rotation.make(groups * 8), prefix)
+        case.prepared = CpuGroup([case.matrix], case.books, Rotation.make(groups * 8), prefix)
         job = case.prepared.job  # holds the tensors whose addresses the operator is given
-        planes = list(case.packed.planes[:prefix])
-        books = list(case.books.prepared[:prefix])
+        planes, books = case.matrix.data(prefix), list(case.books.prepared[:prefix])
         drop = torch.ops.dropbydrop
         return {
             drop.rotate: (case.x, signs, None, groups * 8, name),
-            drop.build_tables: (case.x, books, 128, name),
-            drop.matvec: (
-                tables, planes, case.scales, None, case.rows, groups, 128, name, torch.float32,
-            ),
-            drop.input_group: (
-                case.x, signs, None, groups * 8, books, 128, planes, [case.scales], [case.bias],
-                [case.rows], name,
-            ),
             drop.prepared_group: (case.x, job.job, job.width, job.kernel),
             drop.rows: (case.x, torch.ones(9, groups * 8, dtype=torch.int8), torch.ones(9), name),
             drop.decode: (
@@ -450,37 +435,18 @@ class TestOperators:
         with pytest.raises(RuntimeError, match="input group job"):
             ops.prepared_group(torch.zeros(1, 8), torch.zeros(200, dtype=torch.uint8), 64, 0)
 
-    def test_parts_equal_the_whole(self, kernel):
-        native_only(kernel)
-        case = Case(70, 16, 2, n=3)
-        rotation = Rotation.make(128)
-        index = registry.index(kernel)
-        assert ops.table_bytes(16, 2, 128, kernel) > 0
-        rotated = torch.ops.dropbydrop.rotate(case.x, rotation.signs, None, 128, kernel)
-        tables = torch.ops.dropbydrop.build_tables(rotated, case.books.prepared, 128, kernel)
-        y = torch.ops.dropbydrop.matvec(
-            tables, case.packed.planes, case.scales, None, 70, 16, 128, kernel, torch.float32
-        )
-        whole = PreparedGroup([case.matrix], case.books, rotation, 2, kernel)
-        assert torch.equal(whole(case.x)[0], y)
-        assert whole.job is not None
-        assert whole.job.kernel == index
-
-    def test_tables_do_not_depend_on_the_precision(self, kernel):
-        """The tables of P planes begin with those of fewer: q/k/v and all levels share them."""
+    def test_luts_do_not_depend_on_the_precision(self, kernel):
+        """The look-up tables of P planes begin with those of fewer: all levels share them."""
         native_only(kernel)
         case = Case(8, 140, 3)
-        long = ops.build_tables(case.x, case.books.prepared, 128, kernel)
-        short = ops.build_tables(case.x, case.books.prepared[:2], 128, kernel)
+        long, short = lut(case, 3, kernel), lut(case, 2, kernel)
         size = len(registry_group_bytes(short, 140, 2))
         assert torch.equal(long[:, :size], short[:, :size])
 
     @pytest.mark.filterwarnings("ignore")
     def test_compile_sees_one_graph(self):
         case = Case(70, 16, 2, n=1)
-        prepared_matrix = PreparedGroup(
-            [case.matrix, case.matrix], case.books, Rotation.make(128), 2
-        )
+        prepared_matrix = CpuGroup([case.matrix, case.matrix], case.books, Rotation.make(128), 2)
         compiled = torch.compile(
             lambda x: [y * 2 for y in prepared_matrix(x)], fullgraph=True, backend="aot_eager"
         )
@@ -493,13 +459,30 @@ class TestOperators:
 
         class Module(torch.nn.Module):
             def forward(self, x, p1, p2, b1, b2, scales):
-                return torch.ops.dropbydrop.input_group(
-                    x, None, None, 1, [b1, b2], 128, [p1, p2], [scales], [None], [70], name
+                weight = torch.ops.dropbydrop.decode(
+                    [p1, p2], True, [b1, b2], scales, 70, 16, 0, 70, torch.float32, name
                 )
+                rotated = torch.ops.dropbydrop.rotate(x, None, None, 1, name)
+                return torch.nn.functional.linear(rotated, weight)
 
-        arguments = (case.x, *case.packed.planes, *case.books.prepared, case.scales)
+        arguments = (case.x, *case.matrix.data(2), *case.books.prepared, case.scales)
         program = torch.export.export(Module(), arguments)
-        assert torch.equal(program.module()(*arguments).view(1, 70), case.run(name, 2))
+        group = CpuGroup([case.matrix], case.books, Rotation.make(128, "none"), 2)
+        assert torch.equal(program.module()(*arguments), group.dense(case.x)[0])
+
+
+def lut(case: Case, prefix: int, kernel: str) -> Tensor:
+    """Look-up tables of the first planes, uint8 [n, bytes], by the native library alone."""
+    lib, index = library(), registry.index(kernel)
+    n, entries = case.x.shape[0], case.books.lut_entries
+    out = torch.empty(n, lib.drop_lut_bytes(index, case.groups, prefix, entries), dtype=torch.uint8)
+    books = ops.pointers(case.books.prepared[:prefix])
+    ops.check_status(
+        lib.drop_build_lut(
+            index, case.x.data_ptr(), n, case.groups, prefix, books, out.data_ptr(), 1
+        )
+    )
+    return out
 
 
 def registry_group_bytes(tables: Tensor, groups: int, prefix: int) -> range:

@@ -20,8 +20,8 @@ from dropbydrop import kernels
 from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import KernelError, UnsupportedModelError
-from dropbydrop.kernels import Matrix, PreparedGroup
-from dropbydrop.kernels.cpu.step import MOST, DecodeStep
+from dropbydrop.kernels import MAX_GEMV_ROWS, CpuGroup, Matrix, PreparedGroup
+from dropbydrop.kernels.cpu.step import DecodeStep
 from dropbydrop.runtime import fused_decode
 from dropbydrop.system.native_library import library
 
@@ -97,14 +97,17 @@ def build(kind: str, **changes):
                 scales = (torch.rand(rows) * 0.1 + 0.05).half()
                 bias = None if linear.bias is None else linear.bias.detach()
                 matrix = Matrix(kernels.pack(codes), scales, bias)
-                setattr(part, name, Coded(PreparedGroup([matrix], books, rotation, 2)))
+                setattr(part, name, Coded(CpuGroup([matrix], books, rotation, 2)))
     return model
 
 
-def prepared_group_of(module: nn.Module) -> PreparedGroup:
-    if not isinstance(module, Coded):
-        raise UnsupportedModelError(f"{type(module).__name__} has no planes")
-    return module.prepared
+def group_of(modules) -> PreparedGroup:
+    for module in modules:
+        if not isinstance(module, Coded):
+            raise UnsupportedModelError(f"{type(module).__name__} has no planes")
+    first = modules[0].prepared
+    matrices = [module.prepared.matrices[0] for module in modules]
+    return CpuGroup(matrices, first.books, first.rotation, 2)
 
 
 @pytest.fixture(params=list(KINDS))
@@ -148,7 +151,7 @@ def native(model, kernel: str | None = None):
         calls.append(len(embedded))
         return plain(step, embedded, *args)
 
-    fused_decode.attach(model, prepared_group_of, kernel)
+    fused_decode.attach(model, group_of, kernel)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DecodeStep, "__call__", counted)
         yield calls
@@ -227,7 +230,7 @@ def test_leaves_other_calls_alone():
 
     with native(model) as calls, torch.no_grad():
         goes_on(prompted(ids), ids[:, :1])  # a batch of two
-        goes_on(prompted(), torch.randint(1, 100, (1, MOST + 1)))
+        goes_on(prompted(), torch.randint(1, 100, (1, MAX_GEMV_ROWS + 1)))
         mask = torch.ones(1, 6, dtype=torch.long)
         mask[0, :2] = 0  # padding on the left
         goes_on(prompted(attention_mask=mask), attention_mask=torch.cat([mask, mask[:, 5:]], 1))
@@ -303,9 +306,7 @@ def test_many_threads_at_once():
     ids = torch.randint(1, 100, (1, 40))
     with native(model) as calls:
         want = hidden_states(model, ids, 8, [1] * 32)
-        fused_decode.attach(
-            model, prepared_group_of
-        )  # anew: the threads build the step at the same moment
+        fused_decode.attach(model, group_of)  # anew: the threads build the step at the same moment
         start, results = threading.Barrier(4), []
 
         def work():
@@ -358,25 +359,25 @@ def test_every_kernel():
 
 def test_refuses_what_it_does_not_compute():
     with pytest.raises(UnsupportedModelError, match="'gelu'"):
-        DecodeStep(build("llama", hidden_act="gelu").model, prepared_group_of)
+        DecodeStep(build("llama", hidden_act="gelu").model, group_of)
     with pytest.raises(UnsupportedModelError, match="window"):
-        DecodeStep(build("mistral", sliding_window=16).model, prepared_group_of)
+        DecodeStep(build("mistral", sliding_window=16).model, group_of)
     other = build("llama")
     other.model.config = AutoConfig.for_model("gpt_neox", hidden_size=48, num_attention_heads=6)
     with pytest.raises(UnsupportedModelError, match="'gpt_neox'"):
-        DecodeStep(other.model, prepared_group_of)
+        DecodeStep(other.model, group_of)
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(UnsupportedModelError, match="'dynamic'"):
-        DecodeStep(build("llama", rope_parameters=dynamic).model, prepared_group_of)
+        DecodeStep(build("llama", rope_parameters=dynamic).model, group_of)
     with pytest.raises(UnsupportedModelError, match="'torch'"):
-        DecodeStep(build("llama").model, prepared_group_of, "torch")
+        DecodeStep(build("llama").model, group_of, "torch")
     with pytest.raises(KernelError):
-        DecodeStep(build("llama").model, prepared_group_of, "sse9")
+        DecodeStep(build("llama").model, group_of, "sse9")
 
 
 def test_refuses_a_full_cache():
     model = build("llama")
-    step = DecodeStep(model.model, prepared_group_of)
+    step = DecodeStep(model.model, group_of)
     caches = [(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16)) for _ in range(2)]
     with pytest.raises(ValueError, match="cache of 8"):
         step(torch.zeros(2, 48), 7, caches)

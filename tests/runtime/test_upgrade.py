@@ -56,7 +56,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def codes_in_memory(model: Any) -> int:
-    return sum(t.numel() for t in store_of(model)._codes.values())
+    return sum(p.data.numel() for p in store_of(model)._planes.values())
 
 
 def test_upgrade_from_a_whole_folder(out: Path, whole: dict[int, torch.Tensor]) -> None:
@@ -125,7 +125,7 @@ def test_a_slow_server(server: Server, tmp_path: Path, whole: dict[int, torch.Te
     assert all(torch.equal(text, alone) for text in answers)
     assert torch.equal(logits(view), whole[4])
     assert codes_in_memory(model) == 4 * plane  # by the new planes only
-    old = store_of(model).codes("model.layers.0.mlp.up_proj", 1)
+    old = store_of(model).plane("model.layers.0.mlp.up_proj", 1).data
     assert view.model.layers[0].mlp.up_proj.codes[1].data_ptr() == old.data_ptr()
 
 

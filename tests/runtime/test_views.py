@@ -447,7 +447,8 @@ def test_planes_have_one_form_in_memory_and_another_on_disk(out: Path, model: An
     checkpoint, name = Checkpoint.open(out), "model.layers.0.mlp.down_proj"
     codes = model.get_submodule(name).codes
     native = kernels.select().native
-    assert {plane.dim() for plane in codes.tensors()} == ({1} if native else {2})
+    assert codes.packed == native
+    assert {plane.data.dim() for plane in codes.held()} == ({1} if native else {2})
     saved = model.state_dict()
     for m in (1, 2, 3, 4):
         stored = checkpoint.read_codes(name, m)
@@ -458,7 +459,8 @@ def test_planes_have_one_form_in_memory_and_another_on_disk(out: Path, model: An
     assert torch.equal(logits(twin), logits(model))
     moved = dropbydrop.view(model, 2).to("meta").get_submodule(name).codes
     assert moved[2].shape == checkpoint.read_codes(name, 2).shape
-    assert codes[2].dim() == (1 if native else 2)  # the base stays
+    assert codes.packed == native  # the base stays
+    assert not moved.packed
 
 
 def test_row_major_planes_give_the_same_weights(out: Path, model: Any) -> None:
@@ -466,7 +468,7 @@ def test_row_major_planes_give_the_same_weights(out: Path, model: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(kernels.registry.VARIABLE, "torch")
         plain = dropbydrop.load(out)
-        assert plain.get_submodule(name).codes[1].dim() == 2
+        assert not plain.get_submodule(name).codes.packed
         expected = [plain.get_submodule(name).rotated_weight(d) for d in DTYPES]
         torch.testing.assert_close(logits(plain), logits(dropbydrop.load(out)))
     for dtype, weight in zip(DTYPES, expected, strict=True):

@@ -1,60 +1,70 @@
-"""Kernels for a prefix of additive codes: of the CPU here, of CUDA devices in `cuda`.
+"""Kernels for a prefix of additive codes: of the CPU in `cpu`, of CUDA devices in `cuda`.
 
     kernel = select()                          # or select("avx2-u8"), or DROPBYDROP_KERNEL=torch
-    packed = pack(codes)                       # once per matrix; planes can be appended later
-    books = prepare_codebooks(tables, symmetric=True)
-    matrix = Matrix(packed, scales, bias)
-    attention = Bound([mq, mk, mv], books, rotation, prefix=2)    # per input group and precision
-    q, k, v = attention(x)                     # one call: rotation, tables, three products
-    weight = decode_dense(packed, books, scales, prefix=2, dtype=torch.bfloat16)
+    planes = pack(codes)                       # once per matrix
+    books = prepare_codebooks(entries, symmetric=True)
+    matrix = Matrix(planes, scales, bias)
+    attention = prepare_group([mq, mk, mv], books, rotation, prefix=2)     # per input group and P
+    q, k, v = attention(x)                     # one call: rotation, look-up tables, three products
+    weight = decode_dense(matrix, books, prefix=2, dtype=torch.bfloat16)
 
     logits = rows_linear(x, head_rows, head_scales)               # eight-bit head
 
-A product of a few rows goes through tables of dot products (registry, ops, native/kernels), on CUDA
-through kernels of its own; more rows decode to a dense matrix and use torch's product.
+registry.py decides which kernel runs, and which path a product takes.
 """
 
 from . import cuda
-from .cpu.products import Matrix, PreparedGroup, decode_dense, linear, linears, rotate
+from .cpu.cpu_group import CpuGroup, rotate
 from .cpu.step import DecodeStep
 from .int8_head import rows_linear
 from .layout import (
     Codebooks,
-    Packed,
-    keep,
+    Matrix,
+    Plane,
     pack,
     pack_plane,
     prepare_codebooks,
-    to_row_major,
-    unpack,
+    to_device_layout,
     unpack_plane,
 )
-from .registry import Kernel, available, by_name, describe, gpu_kernel, select, table
+from .prepared_group import PreparedGroup
+from .products import decode_dense, prepare_group
+from .registry import (
+    MAX_GEMV_ROWS,
+    Kernel,
+    available,
+    backend_for,
+    by_name,
+    describe,
+    route,
+    select,
+    table,
+)
 
 __all__ = [
+    "MAX_GEMV_ROWS",
     "Codebooks",
+    "CpuGroup",
     "DecodeStep",
     "Kernel",
     "Matrix",
-    "Packed",
+    "Plane",
     "PreparedGroup",
     "available",
+    "backend_for",
     "by_name",
     "cuda",
     "decode_dense",
     "describe",
-    "gpu_kernel",
-    "keep",
-    "linear",
-    "linears",
     "pack",
     "pack_plane",
     "prepare_codebooks",
+    "prepare_group",
     "rotate",
+    "route",
     "rows_linear",
     "select",
     "table",
-    "to_row_major",
-    "unpack",
+    "to_device_layout",
     "unpack_plane",
 ]

@@ -4,7 +4,7 @@
 
     dropbydrop::rows(x, rows, row_scales, kernel) -> [n, count] in the dtype of x
 
-Natively for up to FEW rows of x: activations are rounded to int16 (one step a row of x; relative
+Natively for up to 16 rows of x: activations are rounded to int16 (one step a row of x; relative
 error about 3e-5) and multiplied in integers. More rows widen a slab of the head at a time and use
 torch's product. The native result of a row does not depend on the others.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import cuda, registry
-from .cpu.ops import TYPES, done, fake, native_library, operator
+from .cpu.ops import check_status, fake, native_library, operator
+from .registry import TYPES
 
-FEW = 16
 _SLAB = 16384  # rows of the head that are widened at a time
 
 
@@ -28,7 +28,7 @@ def rows(x: Tensor, rows: Tensor, row_scales: Tensor, kernel: str) -> Tensor:
     n, d = x.shape
     count = rows.shape[0]
     out = x.new_empty(n, count)
-    done(
+    check_status(
         native_library().drop_int8_rows(
             registry.index(kernel),
             rows.data_ptr(),
@@ -72,19 +72,15 @@ def rows_linear(
             f"rows of {weight.dtype} {tuple(weight.shape)} for inputs of {x.shape[-1]}; "
             "need int8 [count, d]"
         )
-    kind, name = registry.way(kernel, x.device.type)
-    flat = x.reshape(-1, x.shape[-1])
-    if kind == "gpu" and cuda.takes_rows(x):
+    path, name = registry.route(x, kernel)
+    if path == "gpu":
         return cuda.rows_linear(x, weight, row_scales, bias)
+    flat = x.reshape(-1, x.shape[-1])  # [n, d]
     native = (
-        kind == "native"
-        and x.is_cpu
-        and x.dtype in TYPES
+        path == "native"
         and row_scales.dtype in TYPES
-        and flat.shape[0] <= FEW
         and weight.is_contiguous()
         and row_scales.is_contiguous()
-        and not (x.requires_grad and torch.is_grad_enabled())
     )
     if native:
         run = torch.ops.dropbydrop.rows if torch.compiler.is_compiling() else rows

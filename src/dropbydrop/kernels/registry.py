@@ -1,4 +1,4 @@
-"""The table of kernels, and which of them runs.
+"""The table of kernels, and which of them runs: the one place where that is decided (`route`).
 
 One row a kernel: name, what it needs, whether this machine has it. "torch" is always there and is
 the reference. A kernel is picked once per process and kind of device: the best one this machine
@@ -26,6 +26,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from dropbydrop.errors import KernelError
 from dropbydrop.system.accelerator import triton_interpreted
@@ -34,6 +35,9 @@ from dropbydrop.system.native_library import library, library_path
 log = logging.getLogger("dropbydrop.kernels")
 
 VARIABLE = "DROPBYDROP_KERNEL"
+
+MAX_GEMV_ROWS = 16  # rows of x that kernels multiply without a dense matrix; a tensor core's least
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of x; the numbers are those of C
 
 
 @dataclass(frozen=True)
@@ -202,20 +206,33 @@ def select(name: str | None = None, device: str = "cpu") -> Kernel:
 
 
 @torch.compiler.assume_constant_result
-def way(name: str | None, device: str) -> tuple[str, str]:
-    """("native", "gpu" or "torch", name) of what `select` gives.
+def backend_for(device: str, kernel: str | None = None) -> tuple[str, str]:
+    """("native", "gpu" or "torch", name) of what `select` gives for a kind of device.
 
     Strings rather than a `Kernel`, so that torch.compile can branch on them.
     """
-    kernel = select(name, device)
-    return ("native" if kernel.native else "gpu" if kernel.gpu else "torch"), kernel.name
+    found = select(kernel, device)
+    return ("native" if found.native else "gpu" if found.gpu else "torch"), found.name
 
 
-@torch.compiler.assume_constant_result
-def gpu_kernel(device: str) -> str:
-    """Name of the kernel of `kernels.cuda` in use for a kind of device, else an empty string."""
-    kind, name = way(None, device)
-    return name if kind == "gpu" else ""
+def takes(x: Tensor) -> bool:
+    """Whether kernels multiply x [..., d_in]: few rows, of a known type, not to be trained."""
+    few = x.numel() <= MAX_GEMV_ROWS * x.shape[-1]
+    return few and x.dtype in TYPES and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def route(x: Tensor, kernel: str | None = None) -> tuple[str, str]:
+    """How x [..., d_in] is multiplied by codes or by eight-bit rows, and the kernel's name.
+
+        "native"  few rows of x: look-up tables, by the native library of the CPU
+        "gpu"     few rows of x: from planes to products, by `kernels.cuda`
+        "dense"   all else: the kernel decodes, torch multiplies
+
+    More rows go through a dense matrix also where tables would still be a little faster: prompts
+    and evaluation are then exact to float rounding.
+    """
+    backend, name = backend_for(x.device.type, kernel)
+    return (backend if backend != "torch" and takes(x) else "dense"), name
 
 
 def describe() -> list[str]:

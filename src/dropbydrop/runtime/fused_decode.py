@@ -1,6 +1,6 @@
 """Lets a transformers model decode through the native step, wherever that computes the same.
 
-    attach(model, bound_of)     # once, after loading; every copy of the model has its own
+    attach(model, group_of)     # once, after loading; every copy of the model has its own
     how(model)                  # "native step, avx512vbmi, 30 blocks", or why not
 
 `attach` puts a `FusedDecode` in the place of the decoder's `forward`. It looks at each call: up
@@ -27,19 +27,17 @@ import copy
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dropbydrop.errors import UnsupportedModelError
 from dropbydrop.kernels import registry
-from dropbydrop.kernels.cpu import ops
-from dropbydrop.kernels.cpu.products import PreparedGroup
-from dropbydrop.kernels.cpu.step import MOST, TYPES, DecodeStep
-from dropbydrop.kernels.registry import log
+from dropbydrop.kernels.cpu.step import MODEL_TYPES, DecodeStep, GroupOf
+from dropbydrop.kernels.registry import MAX_GEMV_ROWS, TYPES, log
 
 from .guards import Guards
 
@@ -54,20 +52,18 @@ def decoder_of(model: Any) -> Any:
     return getattr(model, model.base_model_prefix, model)
 
 
-def attach(
-    model: Any, prepared_group_of: Callable[[nn.Module], PreparedGroup], kernel: str | None = None
-) -> None:
+def attach(model: Any, group_of: GroupOf, kernel: str | None = None) -> None:
     """Let `model` decode natively where it can. Models of other kinds are left alone.
 
     Args:
-        prepared_group_of: gives each quantized linear's `PreparedGroup`, or raises
+        group_of: gives the `PreparedGroup` of quantized linears that read one input, or raises
             UnsupportedModelError.
         kernel: a name to force; see `registry.select`.
     """
     inner = decoder_of(model)
-    if getattr(inner.config, "model_type", None) in TYPES and hasattr(inner, "layers"):
+    if getattr(inner.config, "model_type", None) in MODEL_TYPES and hasattr(inner, "layers"):
         detach(model)
-        inner.forward = FusedDecode(inner, prepared_group_of, kernel)
+        inner.forward = FusedDecode(inner, group_of, kernel)
 
 
 def detach(model: Any) -> None:
@@ -90,14 +86,14 @@ def how(model: Any) -> str:
 
 def how_config(config: Mapping[str, Any] | None) -> str:
     """What `how` can tell from a model's config.json alone, or without one."""
-    kinds = ", ".join(TYPES)
+    kinds = ", ".join(MODEL_TYPES)
     kernel = registry.select()
     if not kernel.native:
         return f"through torch: the kernel {kernel.name!r} has no native step"
     if config is None:
         return f"native step, {kernel.name}, for models of type {kinds}; others through torch"
     kind = config.get("model_type")
-    if kind in TYPES:
+    if kind in MODEL_TYPES:
         return f"native step, {kernel.name}, where the blocks are plain ones of type {kind}"
     return f"through torch: blocks of type {kind!r}; the native step covers {kinds}"
 
@@ -123,20 +119,18 @@ class FusedDecode:
     def __init__(
         self,
         inner: Any,
-        prepared_group_of: Callable[[nn.Module], PreparedGroup],
+        group_of: GroupOf,
         kernel: str | None,
     ) -> None:
         self._inner = weakref.ref(inner)
-        self._prepared_group_of, self._kernel = prepared_group_of, kernel
+        self._group_of, self._kernel = group_of, kernel
         self._lock = threading.Lock()
         self._state: _State | None = None
         self._logged: set[str] = set()
         self.__signature__ = inspect.signature(type(inner).forward.__get__(inner))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FusedDecode:
-        return FusedDecode(
-            copy.deepcopy(self._inner(), memo), self._prepared_group_of, self._kernel
-        )
+        return FusedDecode(copy.deepcopy(self._inner(), memo), self._group_of, self._kernel)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inner: Any = self._inner()
@@ -160,7 +154,7 @@ class FusedDecode:
         inner: Any = self._inner()
         step, guards = None, Guards(inner)
         try:
-            step = DecodeStep(inner, self._prepared_group_of, self._kernel)
+            step = DecodeStep(inner, self._group_of, self._kernel)
             message = f"native step, {step.kernel.name}, {len(step.blocks)} blocks"
         except UnsupportedModelError as error:
             message = str(error)
@@ -178,7 +172,7 @@ class FusedDecode:
         if given is None:
             given = kwargs.get("inputs_embeds")
         cache = kwargs.get("past_key_values")
-        if given is None or cache is None or given.shape[0] != 1 or given.shape[1] > MOST:
+        if given is None or cache is None or given.shape[0] != 1 or given.shape[1] > MAX_GEMV_ROWS:
             return None
         if torch.is_grad_enabled() or inner.training or not given.is_cpu:
             return None
@@ -202,7 +196,7 @@ class FusedDecode:
         embedded = kwargs.get("inputs_embeds")
         if embedded is None:
             embedded = inner.embed_tokens(given)
-        if embedded.dtype not in ops.TYPES:
+        if embedded.dtype not in TYPES:
             return None
         out = step(embedded[0], start, pairs)
         _advance(cache, pairs, n)
@@ -278,7 +272,7 @@ def _grown(cache: Any, start: int, n: int, step: DecodeStep) -> list[tuple[Tenso
             keys, values = torch.cat([keys, room], dim=2), torch.cat([values, room], dim=2)
         pairs.append((keys, values))
     shape = (1, step.kv_heads, pairs[0][0].shape[2], step.head_dim)
-    fits = first.dtype in ops.TYPES and first.is_cpu and start + n <= shape[2]
+    fits = first.dtype in TYPES and first.is_cpu and start + n <= shape[2]
     if not fits or any(t.shape != shape or not t.is_contiguous() for pair in pairs for t in pair):
         return None
     return pairs

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from dropbydrop import kernels
 
-from .modules import NestedLinear, cuda_group
+from .modules import NestedLinear, prepared
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -85,6 +85,10 @@ def _plain(linears: Sequence[Any]) -> bool:
     return True
 
 
+def _on_gpu_kernel(linear: NestedLinear) -> bool:
+    return kernels.backend_for(linear.codes.device.type)[0] == "gpu"
+
+
 def _stand_in(module: nn.Module, input_groups: Sequence[Sequence[str]]) -> Any:
     """What the original forward runs on: `module` itself where no input group can be shared."""
     found: Any = module
@@ -92,10 +96,10 @@ def _stand_in(module: nn.Module, input_groups: Sequence[Sequence[str]]) -> Any:
         linears = [getattr(module, name) for name in names]
         if not _plain(linears):
             continue
-        if kernel := kernels.gpu_kernel(linears[0].codes[1].device.type):
+        if _on_gpu_kernel(linears[0]):
             if found is module:
                 found = _StandIn(module)
-            call = _Call(cuda_group(linears, kernel), linears)
+            call = _Call(prepared(linears), linears)
             for i, name in enumerate(names):
                 setattr(found, name, _Part(call, i))
     return found
@@ -122,7 +126,7 @@ def multiply_together(model: nn.Module) -> None:
     """
     linears = {m.name: path for path, m in model.named_modules() if isinstance(m, NestedLinear)}
     first = next((m for m in model.modules() if isinstance(m, NestedLinear)), None)
-    if first is None or not kernels.gpu_kernel(first.codes[1].device.type):
+    if first is None or not _on_gpu_kernel(first):
         return
     input_groups: dict[str, list[tuple[str, ...]]] = {}
     for input_group in first.store.checkpoint.quantization.input_groups:

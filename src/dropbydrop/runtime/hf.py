@@ -40,7 +40,7 @@ from dropbydrop.models.embeddings import output_scale
 from .fused_decode import attach
 from .fused_groups import multiply_together
 from .int8_modules import NestedEmbedding, NestedHead
-from .modules import NestedLinear, prepared_group_of
+from .modules import NestedLinear, group_of
 from .plane_store import PlaneStore
 
 logger = logging.get_logger(__name__)
@@ -148,11 +148,11 @@ class DropByDropQuantizer(HfQuantizer):
                 module.requires_grad_(False)  # transformers makes every float a leaf to train
         for linear in linears:
             linear.codes.settle()
-            linear.store.add(linear.name, linear.codes.tensors())
+            linear.store.add(linear.name, linear.codes.held())
         head, embedding = _output_head(model), model.get_input_embeddings()
         if isinstance(head, NestedHead) and head.tied:
             head.row_scales = embedding.row_scales.to(head.rows.device)
-        attach(model, prepared_group_of)
+        attach(model, group_of)
         multiply_together(model)
         return model
 

@@ -22,12 +22,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dropbydrop import kernels
-from dropbydrop.coding.code import GROUP, decode
+from dropbydrop.coding.code import GROUP
 from dropbydrop.errors import PrecisionError, UnsupportedModelError
-from dropbydrop.kernels.cpu.products import FEW
 
 from .plane_store import GroupEntries, PlaneStore
 
@@ -35,18 +33,22 @@ from .plane_store import GroupEntries, PlaneStore
 class Planes(nn.Module):
     """The container `codes` of a NestedLinear: parameters named "1".."P".
 
-    Each is held once, in the form that its device reads (`kernels.keep`): packed bytes on a CPU
-    with native kernels, else uint8 [d_out, G]. The latter is what state_dict gives, as on disk.
+    Each is held once, in the layout of its device (`kernels.to_device_layout`): packed bytes on a
+    CPU with native kernels, else uint8 [d_out, G]. The latter is what state_dict gives, as on disk.
+
+    Attributes:
+        rows, groups: d_out and G of the matrix.
+        packed: whether the planes are held packed.
     """
 
-    def __init__(self, planes: list[Tensor], rows: int, groups: int) -> None:
+    def __init__(self, planes: Sequence[kernels.Plane]) -> None:
         super().__init__()
-        self.rows, self.groups = rows, groups
         self._set(planes)
 
-    def _set(self, planes: list[Tensor]) -> None:
-        for m, codes in enumerate(planes, 1):
-            self._parameters[str(m)] = nn.Parameter(codes, requires_grad=False)
+    def _set(self, planes: Sequence[kernels.Plane]) -> None:
+        self.rows, self.groups, self.packed = planes[0].rows, planes[0].groups, planes[0].packed
+        for m, plane in enumerate(planes, 1):
+            self._parameters[str(m)] = nn.Parameter(plane.data, requires_grad=False)
 
     def __getitem__(self, m: int) -> Tensor:
         """Plane m as it is held, counted from 1."""
@@ -55,38 +57,45 @@ class Planes(nn.Module):
     def __len__(self) -> int:
         return len(self._parameters)
 
-    def tensors(self) -> list[Tensor]:
+    @property
+    def device(self) -> torch.device:
+        """Where the planes are."""
+        return self[1].device
+
+    def held(self) -> tuple[kernels.Plane, ...]:
         """Planes 1..P as they are held."""
-        return [self[m].detach() for m in range(1, len(self) + 1)]
+        shape = (self.rows, self.groups, self.packed)
+        return tuple(kernels.Plane(self[m].detach(), *shape) for m in range(1, len(self) + 1))
 
     def to_row_major(self) -> list[Tensor]:
         """Planes 1..P, uint8 [d_out, G] each; unpacked now if they are held packed."""
-        return [kernels.to_row_major(plane, self.rows, self.groups) for plane in self.tensors()]
+        return [plane.to_row_major() for plane in self.held()]
 
     def settle(self) -> None:
-        """Bring planes that were just read into the form of their device."""
-        self._set([kernels.keep(plane) for plane in self.to_row_major()])
+        """Bring planes that were just read, row major, into the layout of their device."""
+        self._set([kernels.to_device_layout(codes) for codes in self.to_row_major()])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Planes:
-        device = self[1].device
-        if fn(torch.empty(0, dtype=torch.uint8, device=device)).device == device:
+        if fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device == self.device:
             return cast(Planes, super()._apply(fn, recurse))
-        self._set(self.to_row_major())
+        self._set([kernels.Plane.row_major(codes) for codes in self.to_row_major()])
         super()._apply(fn, recurse)
         self.settle()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for m, plane in enumerate(self.tensors(), 1):
-            if plane.dim() == 1:
-                codes = kernels.to_row_major(plane, self.rows, self.groups)
+        if self.packed:
+            for m, codes in enumerate(self.to_row_major(), 1):
                 destination[f"{prefix}{m}"] = codes
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         mine = {f"{prefix}{m}" for m in range(1, len(self) + 1)}
-        if self[1].dim() == 1:
-            state_dict = {k: kernels.keep(v) if k in mine else v for k, v in state_dict.items()}
+        if self.packed:
+            state_dict = {
+                k: kernels.to_device_layout(v).data if k in mine else v
+                for k, v in state_dict.items()
+            }
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -127,7 +136,7 @@ class NestedLinear(FixedScales):
         self.out_features, self.in_features = store.checkpoint.shapes[name]
         grid = (self.out_features, self.in_features // GROUP)
         codes = torch.empty(grid, dtype=torch.uint8, device="meta")
-        self.codes = Planes([codes] * prefix, *grid)
+        self.codes = Planes([kernels.Plane.row_major(codes)] * prefix)
         scales = torch.empty(self.out_features, dtype=torch.float16, device="meta")
         self.register_buffer("scales", scales)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
@@ -147,7 +156,7 @@ class NestedLinear(FixedScales):
     @property
     def input_group(self) -> GroupEntries:
         """Rotation and codebooks on this module's device, shared with its sister matrices."""
-        return self.store.input_group(self.name, self.codes[1].device)
+        return self.store.input_group(self.name, self.codes.device)
 
     @property
     def row_scales(self) -> Tensor:
@@ -156,11 +165,7 @@ class NestedLinear(FixedScales):
 
     def rotated_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W' = W Q^-1 decoded from P planes: [d_out, d_in], for rotated inputs."""
-        if self.codes[1].is_cpu and not kernels.gpu_kernel("cpu"):
-            return _prepared_group(self).weight(dtype)
-        return decode(
-            self.codes.tensors(), self.input_group.entries, self.row_scales, self._prefix, dtype
-        )
+        return prepared([self]).weight(0, dtype)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W decoded from P planes, in the coordinates of the original model: [d_out, d_in]."""
@@ -168,19 +173,15 @@ class NestedLinear(FixedScales):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out], in the dtype of x."""
-        return _multiply(self, x)
+        return prepared([self])(x)[0]
 
     def _set_prefix(self, prefix: int) -> None:
         """Turn a fresh copy into a view of `prefix` planes; for `dropbydrop.view` only."""
-        codes, device = self.codes, self.codes[1].device
-        planes = codes.tensors()[:prefix]
-        for m in range(self._prefix + 1, prefix + 1):
-            plane = self.store.codes(self.name, m)
-            if plane.device != device:
-                row_major = kernels.to_row_major(plane, codes.rows, codes.groups)
-                plane = kernels.keep(row_major.to(device))
-            planes.append(plane)
-        self.codes, self._prefix = Planes(planes, codes.rows, codes.groups), prefix
+        codes = self.codes
+        further = range(self._prefix + 1, prefix + 1)
+        planes = [*codes.held()[:prefix]]
+        planes += [self.store.plane(self.name, m).to(codes.device) for m in further]
+        self.codes, self._prefix = Planes(planes), prefix
 
     def extra_repr(self) -> str:
         return (
@@ -189,82 +190,47 @@ class NestedLinear(FixedScales):
         )
 
 
-def _multiply(module: NestedLinear, x: Tensor) -> Tensor:
-    """y = W x + b. The one place where a kernel is chosen.
-
-    On the CPU a few rows go through tables of dot products. More rows decode slabs of the matrix,
-    also where entries would still be a little faster: prompts and evaluation are then exact to
-    float rounding. On CUDA `kernels.cuda` does the like. Other devices, and the kernel "torch",
-    decode and multiply.
-    """
-    if kernel := kernels.gpu_kernel(x.device.type):
-        return cuda_group([module], kernel)(x)[0]
-    if x.is_cpu:
-        prepared = _prepared_group(module)
-        return (prepared if x.numel() <= FEW * x.shape[-1] else prepared.dense)(x)[0]
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    rotated = module.input_group.rotation.apply(wide).to(x.dtype)
-    bias = module.bias if module.bias is None else module.bias.to(x.dtype)
-    return F.linear(rotated, module.rotated_weight(x.dtype), bias)
-
-
-def cuda_group(modules: Sequence[NestedLinear], kernel: str) -> kernels.cuda.CudaGroup:
-    """Modules of one input group and precision, ready for a GPU kernel; built once for all views.
-
-    Args:
-        modules: they have the same `input group` and `prefix`.
-        kernel: the name of a kernel of `kernels.cuda`.
-    """
-    first = modules[0]
-    store, device = first.store, first.codes[1].device
-
-    def build() -> kernels.cuda.CudaGroup:
-        input_group = first.input_group
-        entries = store.derived(
-            ("gpu tables", input_group.codebooks, device),
-            lambda: kernels.cuda.device_tables(input_group.entries, device),
-        )
-        matrices = [_row_major(module) for module in modules]
-        return kernels.cuda.CudaGroup(matrices, entries, input_group.rotation, first.prefix, kernel)
-
-    key = ("gpu", *[module.name for module in modules], first.prefix, kernel, device)
-    return cast(kernels.cuda.CudaGroup, store.derived(key, build))
-
-
-def _row_major(module: NestedLinear) -> kernels.Matrix:
-    """A module's matrix from planes that are held as they are on disk."""
-    planes = tuple(plane.detach() for plane in module.codes.tensors())
-    packed = kernels.Packed(planes, module.out_features, module.in_features // GROUP, False)
-    bias = None if module.bias is None else module.bias.detach()
-    return kernels.Matrix(packed, module.row_scales, bias)
-
-
-def prepared_group_of(module: nn.Module) -> kernels.PreparedGroup:
-    """A quantized linear's matrix, ready for the kernels; built once in the store for all views.
+def group_of(modules: Sequence[nn.Module]) -> kernels.PreparedGroup:
+    """Quantized linears that read one input, ready for their kernel; built once for all views.
 
     Raises:
-        UnsupportedModelError: not a quantized linear (a dense one, or one with an adapter).
+        UnsupportedModelError: not quantized linears (dense ones, or with an adapter), or not of one
+            input group and precision.
     """
-    if type(module) is not NestedLinear:
-        raise UnsupportedModelError(f"{type(module).__name__} does not run from planes alone.")
-    return _prepared_group(module)
+    first = modules[0]
+    for module in modules:
+        if type(module) is not NestedLinear:
+            raise UnsupportedModelError(f"{type(module).__name__} does not run from planes alone.")
+        assert isinstance(first, NestedLinear)
+        same = module.prefix == first.prefix and module.store is first.store
+        if not same or module.input_group is not first.input_group:
+            raise UnsupportedModelError(
+                "matrices of one input with different codebooks or precisions run one by one."
+            )
+    return prepared(cast("Sequence[NestedLinear]", modules))
 
 
-def _prepared_group(module: NestedLinear) -> kernels.PreparedGroup:
-    store, name, prefix = module.store, module.name, module.prefix
-    tiled = module.codes[1].dim() == 1
+def prepared(modules: Sequence[NestedLinear]) -> kernels.PreparedGroup:
+    """Modules of one input group and precision on one device, ready for the kernel in use there."""
+    first = modules[0]
+    codes, store = first.codes, first.store
+    device = codes.device
+    _, kernel = kernels.backend_for(device.type)
 
     def build() -> kernels.PreparedGroup:
-        input_group = module.input_group
+        input_group = first.input_group
         books = store.derived(
             ("books", input_group.codebooks),
             lambda: kernels.prepare_codebooks(input_group.entries, input_group.sign_symmetric),
         )
-        planes = tuple(module.codes.tensors())
-        packed = kernels.Packed(planes, module.out_features, module.in_features // GROUP, tiled)
-        bias = None if module.bias is None else module.bias.detach()
-        matrix = kernels.Matrix(packed, module.row_scales, bias)
-        return kernels.PreparedGroup([matrix], books, input_group.rotation, prefix)
+        matrices = [
+            kernels.Matrix(
+                m.codes.held(), m.row_scales, None if m.bias is None else m.bias.detach()
+            )
+            for m in modules
+        ]
+        return kernels.prepare_group(matrices, books, input_group.rotation, first.prefix, kernel)
 
-    key = ("bound", name, prefix, tiled, kernels.select().name)
+    names = tuple([module.name for module in modules])
+    key = ("group", names, first.prefix, kernel, device, codes.packed)
     return cast(kernels.PreparedGroup, store.derived(key, build))

@@ -3,8 +3,8 @@
 A model loaded at P bits and every view made from it share one `PlaneStore`: codes per module and
 plane, the expanded codebooks, the rotations, and what kernels derive from them. Views hold
 references; the store is never copied (`copy.deepcopy` returns it), so a view costs no memory of
-its own. A plane is held once, in the form that its device reads (`kernels.keep`): packed for the
-native CPU kernels, else row major as on disk.
+its own. A plane is held once, in the layout that its device reads (`kernels.to_device_layout`):
+packed for the native CPU kernels, else row major as on disk.
 
 Rules that make sharing safe:
 - What is in the store is never changed, only added to. Values handed out are immutable.
@@ -20,7 +20,7 @@ store keeps its own copy; `load(..., device=...)` avoids that.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -33,7 +33,7 @@ from dropbydrop.checkpoint.config import codes_name
 from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import DropError
-from dropbydrop.kernels import keep
+from dropbydrop.kernels import Plane, to_device_layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +44,11 @@ class GroupEntries:
     their common input can do it once (compare with `is`) without keeping state between calls.
 
     Attributes:
-        name: name of the group.
+        name: its name in the checkpoint.
         codebooks: name of its codebook set; equal sets share the identical `entries`.
-        rotation: x -> x' of this group.
+        rotation: x -> x' of this input group.
         entries: M expanded codebooks, float32 [K, g]; all planes, whatever the view's prefix.
-        sign_symmetric: per plane; when true, tables[m][c + K/2] == -tables[m][c].
+        sign_symmetric: per plane; when true, entries[m][c + K/2] == -entries[m][c].
     """
 
     name: str
@@ -65,7 +65,7 @@ class PlaneStore:
         self.checkpoint = checkpoint
         self._lock = threading.RLock()
         self._filling = threading.Lock()  # held for as long as planes are read from disk
-        self._codes: dict[tuple[str, int], Tensor] = {}
+        self._planes: dict[tuple[str, int], Plane] = {}
         self._modules: dict[str, torch.device] = {}
         self._held: dict[str, int] = {}  # module -> planes in memory
         self._derived: dict[Hashable, Any] = {}
@@ -92,18 +92,18 @@ class PlaneStore:
         """Number of planes of one module in memory; `absent` for one that the model lacks."""
         return self._held.get(module, absent)
 
-    def codes(self, module: str, m: int) -> Tensor:
-        """Plane m of a module as it is held (KeyError if not in memory); see `kernels.keep`."""
-        return self._codes[module, m]
+    def plane(self, module: str, m: int) -> Plane:
+        """Plane m of a module as it is held (KeyError if not in memory)."""
+        return self._planes[module, m]
 
-    def add(self, module: str, planes: list[Tensor]) -> None:
+    def add(self, module: str, planes: Sequence[Plane]) -> None:
         """Register planes 1..P of a module, as held; called once per module while loading."""
         with self._lock:
             if module in self._modules:
                 raise ValueError(f"{module} is already in this store")
-            for m, codes in enumerate(planes, 1):
-                self._codes[module, m] = codes
-            self._modules[module], self._held[module] = planes[0].device, len(planes)
+            for m, plane in enumerate(planes, 1):
+                self._planes[module, m] = plane
+            self._modules[module], self._held[module] = planes[0].data.device, len(planes)
 
     def extend(self, bits: int, stop: Callable[[], bool] = lambda: False) -> None:
         """Read further planes, so that `view(model, bits)` can serve them. Thread-safe.
@@ -133,12 +133,12 @@ class PlaneStore:
                 if stop():
                     return
                 with self._lock:
-                    self._codes.update(new)
+                    self._planes.update(new)
                     self._held.update(dict.fromkeys(modules, m))
 
     def _read_plane(
         self, m: int, modules: list[str], stop: Callable[[], bool]
-    ) -> dict[tuple[str, int], Tensor]:
+    ) -> dict[tuple[str, int], Plane]:
         """A plane's tensors, in memory whatever happens to the file afterwards, as views hold them.
 
         They are packed on this thread, before anyone can see them.
@@ -151,14 +151,14 @@ class PlaneStore:
                     if stop():
                         return {}
                     if module := wanted.get(name):
-                        codes = file.get_tensor(name)
-                        new[module, m] = keep(codes.to(self._modules[module], copy=True))
+                        codes = file.get_tensor(name).to(self._modules[module], copy=True)
+                        new[module, m] = to_device_layout(codes)
         return new
 
     def input_group(self, module: str, device: torch.device) -> GroupEntries:
         """What the input group of a module shares on `device`: one object for each."""
         index = self.checkpoint.quantization.group_index[module]
-        return self.derived(("site", index, device), lambda: self._make_group(index, device))
+        return self.derived(("input group", index, device), lambda: self._make_group(index, device))
 
     def derived(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """The value of `key`, built at most once for all views.
@@ -188,7 +188,7 @@ class PlaneStore:
         )
 
     def _entries(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
-        return self.derived(("tables", name, device), lambda: self._make_entries(name, device))
+        return self.derived(("entries", name, device), lambda: self._make_entries(name, device))
 
     def _make_entries(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
         planes = self.checkpoint.quantization.planes

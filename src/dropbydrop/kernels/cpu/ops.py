@@ -1,28 +1,19 @@
 """Torch operators over the native kernels: pure functions that torch.compile and export can see.
 
     dropbydrop::rotate(x, signs, odd, block, kernel) -> float32, shape of x
-    dropbydrop::build_tables(x, codebooks, entries, kernel) -> uint8 [n, bytes]
-    dropbydrop::matvec(tables, planes, scales, bias, rows, groups, entries, kernel, dtype)
-        -> [n, rows]
-    dropbydrop::input_group(x, signs, odd, block, codebooks, entries, planes, scales, biases, rows,
-        kernel) -> [n * sum(rows)], one [n, rows[i]] after the other
-    dropbydrop::prepared_group(x, job, width, kernel) -> [n * width], the same
-    dropbydrop::decode(planes, tiled, codebooks, scales, rows, groups, first, last, dtype, kernel)
+    dropbydrop::prepared_group(x, job, width, kernel) -> [n * width], one [n, rows[i]] after another
+    dropbydrop::decode(planes, packed, codebooks, scales, rows, groups, first, last, dtype, kernel)
         -> rows first..last of the weight, [last - first, 8 * groups]
 
-Tables are values: a function of x and the codebooks alone, so q/k/v share them, and a table belongs
-to the kernel that built it. `input_group` does the three steps in one native call, for all matrices
-of an input. P = len(codebooks), and `planes` lists the first P planes of one matrix after the
-other. Threads follow torch.get_num_threads().
-
-`prepared_group` is `input_group` with everything but x and its result described beforehand
-(`describe_group`) in one small tensor of addresses: passing 20 tensors through the dispatcher costs
-several times what a small product does. It is for this process only; a graph that is to be saved
-uses `input_group`.
+`prepared_group` rotates x, builds its look-up tables and multiplies all matrices that read x, in
+one native call. Everything but x and the result is described beforehand (`describe_group`) in one
+small tensor of addresses: passing 20 tensors through the dispatcher costs several times what a
+small product does. So it is for this process only; a graph that is to be saved decodes.
+Threads follow torch.get_num_threads().
 
 Operators are defined with torch.library.Library rather than `custom_op`, whose checks on every call
 cost more than a small product does. Tensors must be contiguous and on the CPU; the callers in this
-package see to it. Nothing here differentiates (see linear.py).
+package see to it. Nothing here differentiates (see prepared_group.py).
 """
 
 from __future__ import annotations
@@ -36,12 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.code import ENTRIES, GROUP
+from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.rotation import Rotation
 from dropbydrop.system.native_library import library
 
 from .. import registry
+from ..layout import Codebooks, Matrix
+from ..registry import TYPES
 
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _library = torch.library.Library("dropbydrop", "DEF")
 
 
@@ -70,7 +63,7 @@ def native_library() -> Any:
     return lib
 
 
-def done(status: int) -> None:
+def check_status(status: int) -> None:
     """Raise when a native function reports that it did nothing."""
     if status:
         raise RuntimeError(
@@ -116,29 +109,6 @@ class GroupStruct(ctypes.Structure):
     )
 
 
-def _matrices(
-    planes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    rows: Sequence[int],
-    prefix: int,
-) -> tuple[ctypes.Array, ctypes.Array]:
-    """C descriptions of the matrices, and the array of plane addresses they point into."""
-    addresses = pointers(planes)
-    start, step = ctypes.addressof(addresses), 8 * prefix
-    described = (_Matrix * len(rows))()
-    for i, (scale, bias, count) in enumerate(zip(scales, biases, rows, strict=True)):
-        described[i] = _Matrix(
-            start + i * step,
-            count,
-            scale.data_ptr(),
-            TYPES[scale.dtype],
-            None if bias is None else bias.data_ptr(),
-            0 if bias is None else TYPES[bias.dtype],
-        )
-    return described, addresses
-
-
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -148,7 +118,7 @@ def rotate(x: Tensor, signs: Tensor | None, odd: Tensor | None, block: int, kern
     """x [n, d] -> Q x, float32 [n, d]; see `dropbydrop.rotation`."""
     n, d = x.shape
     out = torch.empty(n, d)
-    done(
+    check_status(
         native_library().drop_rotate(
             registry.index(kernel),
             x.data_ptr(),
@@ -171,123 +141,6 @@ def _(x, signs, odd, block, kernel):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-@operator("build_tables(Tensor x, Tensor[] codebooks, int entries, str kernel) -> Tensor")
-def build_tables(x: Tensor, codebooks: Sequence[Tensor], entries: int, kernel: str) -> Tensor:
-    """Rotated x float32 [n, d], prepared codebooks of planes 1..P -> tables uint8 [n, bytes]."""
-    lib, index = native_library(), registry.index(kernel)
-    n, d = x.shape
-    groups, prefix = d // GROUP, len(codebooks)
-    out = torch.empty(n, lib.drop_lut_bytes(index, groups, prefix, entries), dtype=torch.uint8)
-    books = pointers(codebooks)
-    threads = torch.get_num_threads()
-    done(lib.drop_build_lut(index, x.data_ptr(), n, groups, prefix, books, out.data_ptr(), threads))
-    return out
-
-
-@fake("build_tables")
-def _(x, codebooks, entries, kernel):  # type: ignore[no-untyped-def]
-    groups = x.shape[1] // GROUP
-    count = native_library().drop_lut_bytes(registry.index(kernel), groups, len(codebooks), entries)
-    return x.new_empty((x.shape[0], count), dtype=torch.uint8)
-
-
-@operator(
-    "matvec(Tensor tables, Tensor[] planes, Tensor scales, Tensor? bias, int rows, int groups, "
-    "int entries, str kernel, ScalarType dtype) -> Tensor"
-)
-def matvec(
-    tables: Tensor,
-    planes: Sequence[Tensor],
-    scales: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    groups: int,
-    entries: int,
-    kernel: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Tables [n, bytes], packed planes 1..P -> y [n, rows] of `dtype`."""
-    n, prefix = tables.shape[0], len(planes)
-    out = torch.empty(n, rows, dtype=dtype)
-    described, keep = _matrices(planes, [scales], [bias], [rows], prefix)
-    done(
-        native_library().drop_lut_gemv(
-            registry.index(kernel),
-            tables.data_ptr(),
-            n,
-            groups,
-            prefix,
-            entries,
-            described,
-            1,
-            out.data_ptr(),
-            TYPES[dtype],
-            torch.get_num_threads(),
-        )
-    )
-    del keep
-    return out
-
-
-@fake("matvec")
-def _(tables, planes, scales, bias, rows, groups, entries, kernel, dtype):  # type: ignore[no-untyped-def]
-    return tables.new_empty((tables.shape[0], rows), dtype=dtype)
-
-
-@operator(
-    "input_group(Tensor x, Tensor? signs, Tensor? odd, int block, Tensor[] codebooks, int entries, "
-    "Tensor[] planes, Tensor[] scales, Tensor?[] biases, int[] rows, str kernel) -> Tensor"
-)
-def input_group(
-    x: Tensor,
-    signs: Tensor | None,
-    odd: Tensor | None,
-    block: int,
-    codebooks: Sequence[Tensor],
-    entries: int,
-    planes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    rows: Sequence[int],
-    kernel: str,
-) -> Tensor:
-    """x [n, d], not rotated -> y_i [n, rows[i]] of all matrices that read x, in the dtype of x."""
-    described, keep = _matrices(planes, scales, biases, rows, len(codebooks))
-    books = pointers(codebooks)
-    job = _site(x.shape[1], signs, odd, block, books, entries, described)
-    out = run_group(x, ctypes.addressof(job), x.shape[1], sum(rows), registry.index(kernel))
-    del keep
-    return out
-
-
-@fake("input_group")
-def _(x, signs, odd, block, codebooks, entries, planes, scales, biases, rows, kernel):  # type: ignore[no-untyped-def]
-    return x.new_empty((x.shape[0] * sum(rows),))
-
-
-def _site(
-    d: int,
-    signs: Tensor | None,
-    odd: Tensor | None,
-    block: int,
-    books: ctypes.Array,
-    entries: int,
-    described: ctypes.Array,
-) -> GroupStruct:
-    return GroupStruct(
-        _MAGIC,
-        d,
-        block,
-        _address(signs),
-        _address(odd),
-        len(books),
-        entries,
-        ctypes.addressof(books),
-        ctypes.addressof(described),
-        len(described),
-    )
-
-
 def run_group(x: Tensor, address: int, d: int, width: int, kernel: int) -> Tensor:
     """Run the C structure at `address` on contiguous x [..., d] -> [n * width], n rows."""
     n = x.numel() // d
@@ -296,13 +149,13 @@ def run_group(x: Tensor, address: int, d: int, width: int, kernel: int) -> Tenso
     if native_library().drop_input_group(
         kernel, address, x.data_ptr(), kind, n, d, out.data_ptr(), kind, torch.get_num_threads()
     ):
-        done(-1)
+        check_status(-1)
     return out
 
 
 @dataclass(frozen=True, eq=False)
 class GroupJob:
-    """An `input_group` call without its input. Holds every tensor whose address it contains."""
+    """A `prepared_group` call without its input. Holds every tensor whose address it contains."""
 
     job: Tensor  # uint8: the C structure
     address: int  # of `job`
@@ -312,34 +165,48 @@ class GroupJob:
 
 
 def describe_group(
-    d: int,
-    signs: Tensor | None,
-    odd: Tensor | None,
-    block: int,
-    codebooks: Sequence[Tensor],
-    entries: int,
-    planes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    rows: Sequence[int],
-    kernel: str,
+    matrices: Sequence[Matrix], books: Codebooks, rotation: Rotation, prefix: int, kernel: str
 ) -> GroupJob:
-    """The arguments of `input_group`, but x, prepared for `prepared_group`."""
-    tensors = (signs, odd, *codebooks, *planes, *scales, *biases)
+    """All that a native call on matrices of one input needs beside x; args as `PreparedGroup`."""
+    planes = [plane for matrix in matrices for plane in matrix.data(prefix)]
+    parts = [part for matrix in matrices for part in (matrix.scales, matrix.bias)]
+    tensors = (rotation.signs, rotation.odd, *books.prepared[:prefix], *planes, *parts)
     for tensor in tensors:
         if tensor is not None and not (tensor.is_contiguous() and tensor.is_cpu):
             raise ValueError("an input group's tensors must be contiguous and on the CPU")
-    described, addresses = _matrices(planes, scales, biases, rows, len(codebooks))
-    books = pointers(codebooks)
-    job = _site(d, signs, odd, block, books, entries, described)
-    blob = torch.frombuffer(bytearray(bytes(job)), dtype=torch.uint8).clone()
-    keep = (tensors, described, addresses, books)
-    return GroupJob(blob, blob.data_ptr(), sum(rows), registry.index(kernel), keep)
+    plane_addresses, book_addresses = pointers(planes), pointers(books.prepared[:prefix])
+    start, step = ctypes.addressof(plane_addresses), 8 * prefix
+    described = (_Matrix * len(matrices))()
+    for i, matrix in enumerate(matrices):
+        described[i] = _Matrix(
+            start + i * step,
+            matrix.rows,
+            matrix.scales.data_ptr(),
+            TYPES[matrix.scales.dtype],
+            _address(matrix.bias),
+            0 if matrix.bias is None else TYPES[matrix.bias.dtype],
+        )
+    group = GroupStruct(
+        _MAGIC,
+        matrices[0].d_in,
+        rotation.block,
+        _address(rotation.signs),
+        _address(rotation.odd),
+        prefix,
+        books.lut_entries,
+        ctypes.addressof(book_addresses),
+        ctypes.addressof(described),
+        len(described),
+    )
+    blob = torch.frombuffer(bytearray(bytes(group)), dtype=torch.uint8).clone()
+    keep = (tensors, described, plane_addresses, book_addresses)
+    width = sum(matrix.rows for matrix in matrices)
+    return GroupJob(blob, blob.data_ptr(), width, registry.index(kernel), keep)
 
 
 @operator("prepared_group(Tensor x, Tensor job, int width, int kernel) -> Tensor")
 def prepared_group(x: Tensor, job: Tensor, width: int, kernel: int) -> Tensor:
-    """`input_group` as described by a `GroupJob` that the caller keeps alive."""
+    """x [n, d] -> [n * width], as described by a `GroupJob` that the caller keeps alive."""
     return run_group(x, job.data_ptr(), x.shape[1], width, kernel)
 
 
@@ -349,12 +216,12 @@ def _(x, job, width, kernel):  # type: ignore[no-untyped-def]
 
 
 @operator(
-    "decode(Tensor[] planes, bool tiled, Tensor[] codebooks, Tensor scales, int rows, int groups, "
+    "decode(Tensor[] planes, bool packed, Tensor[] codebooks, Tensor scales, int rows, int groups, "
     "int first, int last, ScalarType dtype, str kernel) -> Tensor"
 )
 def decode(
     planes: Sequence[Tensor],
-    tiled: bool,
+    packed: bool,
     codebooks: Sequence[Tensor],
     scales: Tensor,
     rows: int,
@@ -371,14 +238,14 @@ def decode(
     out = torch.empty(last - first, groups * GROUP, dtype=dtype)
     if dtype == torch.float16:
         return decode(
-            planes, tiled, codebooks, scales, rows, groups, first, last, torch.float32, kernel
+            planes, packed, codebooks, scales, rows, groups, first, last, torch.float32, kernel
         ).to(dtype)
     addresses, books = pointers(planes), pointers(codebooks)
-    done(
+    check_status(
         native_library().drop_decode(
             registry.index(kernel),
             addresses,
-            int(tiled),
+            int(packed),
             rows,
             groups,
             len(planes),
@@ -396,11 +263,5 @@ def decode(
 
 
 @fake("decode")
-def _(planes, tiled, codebooks, scales, rows, groups, first, last, dtype, kernel):  # type: ignore[no-untyped-def]
+def _(planes, packed, codebooks, scales, rows, groups, first, last, dtype, kernel):  # type: ignore[no-untyped-def]
     return scales.new_empty((last - first, groups * GROUP), dtype=dtype)
-
-
-def table_bytes(groups: int, prefix: int, entries: int = ENTRIES // 2, kernel: str = "") -> int:
-    """Bytes of the tables of one activation row."""
-    index = registry.index(kernel or registry.select().name)
-    return native_library().drop_lut_bytes(index, groups, prefix, entries)

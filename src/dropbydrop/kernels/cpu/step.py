@@ -1,13 +1,13 @@
 """Decoding a token natively: all blocks of a Llama-like model in one call.
 
-    step = DecodeStep(decoder, bound_of)      # bound_of(module) -> the module's `PreparedGroup`
+    step = DecodeStep(decoder, group_of)      # group_of([q, k, v]) -> their `CpuGroup`
     states = step(embedded, position, caches)
 
 With every product at memory speed, half of a token's time on a 135M model is spent between the
 products: 211 calls from Python and some 300 small torch operators a token, compiled or not. This
 replaces them by one native call (native/kernels/step.cpp) for up to 16 tokens of one sequence. It
 computes what the blocks compute, in float32 between the products; q/k/v share one rotation and one
-set of tables, as do gate and up. attach.py lets a model use it.
+set of tables, as do gate and up. runtime/fused_decode.py lets a model use it.
 
 What is supported is what the blocks actually are, checked on construction: RMS norms, rotary
 positions in the halves convention, grouped-query attention without windows or sinks, a gated SiLU
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,17 @@ from torch import Tensor, nn
 from dropbydrop.errors import UnsupportedModelError
 
 from .. import registry
+from ..prepared_group import PreparedGroup
+from ..registry import TYPES
 from . import ops
-from .products import Matrix, PreparedGroup
+from .cpu_group import CpuGroup
 
-MOST = 16  # tokens a call
-TYPES = ("llama", "mistral", "qwen2", "qwen3")  # config.model_type
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # config.model_type
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _MAGIC = 0x7265646F63656464  # DROP_DECODER_MAGIC
+
+
+GroupOf = Callable[[Sequence[nn.Module]], PreparedGroup]
 
 
 class _Block(ctypes.Structure):
@@ -97,15 +101,15 @@ class DecodeStep:
     def __init__(
         self,
         inner: Any,
-        prepared_group_of: Callable[[nn.Module], PreparedGroup],
+        group_of: GroupOf,
         kernel: str | None = None,
     ) -> None:
         """Describe the blocks of a decoder.
 
         Args:
             inner: a decoder of transformers (`LlamaModel`) on the CPU.
-            prepared_group_of: gives each quantized linear's `PreparedGroup`, of that one matrix,
-                tiled.
+            group_of: gives the `CpuGroup` of quantized linears that read one input, or raises
+                UnsupportedModelError.
             kernel: a name to force; see `registry.select`.
 
         Raises:
@@ -125,7 +129,7 @@ class DecodeStep:
         self.kv_heads = config.num_key_value_heads
         self.blocks = (_Block * len(inner.layers))()
         for i, layer in enumerate(inner.layers):
-            self.blocks[i] = self._block(layer, prepared_group_of)
+            self.blocks[i] = self._block(layer, group_of)
         self.hidden = config.hidden_size
         self._decoder = _Decoder(
             _MAGIC,
@@ -152,24 +156,17 @@ class DecodeStep:
         self._keep.append(values)
         return values.data_ptr()
 
-    def _site(self, bounds: list[PreparedGroup]) -> ops.GroupStruct:
-        """Several matrices of one input as one site."""
-        first = bounds[0]
-        for other in bounds[1:]:
-            same = other.prefix == first.prefix and other.books is first.books
-            if not same or other.rotation is not first.rotation:
-                raise _refuse("matrices of one input with different codebooks or precisions")
-        matrices: list[Matrix] = [matrix for prepared in bounds for matrix in prepared.matrices]
-        whole = PreparedGroup(matrices, first.books, first.rotation, first.prefix, self.kernel.name)
-        job = whole.job
+    def _group(self, group: PreparedGroup) -> ops.GroupStruct:
+        """The C structure of an input group, which is kept alive."""
+        job = group.job if isinstance(group, CpuGroup) else None
         if job is None:
             raise _refuse("matrices that are not packed for the native kernels")
-        self._keep.append(whole)
+        self._keep.append(group)
         return ops.GroupStruct.from_buffer_copy(
             ctypes.string_at(job.address, ctypes.sizeof(ops.GroupStruct))
         )
 
-    def _block(self, layer: Any, prepared_group_of: Callable[[nn.Module], PreparedGroup]) -> _Block:
+    def _block(self, layer: Any, group_of: GroupOf) -> _Block:
         attention, mlp = layer.self_attn, layer.mlp
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         return _Block(
@@ -177,12 +174,11 @@ class DecodeStep:
             self._floats(layer.post_attention_layernorm.weight),
             self._floats(None if q_norm is None else q_norm.weight),
             self._floats(None if k_norm is None else k_norm.weight),
-            self._site([prepared_group_of(attention.q_proj), prepared_group_of(attention.k_proj),
-                        prepared_group_of(attention.v_proj)]),
-            self._site([prepared_group_of(attention.o_proj)]),
-            self._site([prepared_group_of(mlp.gate_proj), prepared_group_of(mlp.up_proj)]),
-            self._site([prepared_group_of(mlp.down_proj)]),
-        )  # fmt: skip
+            self._group(group_of([attention.q_proj, attention.k_proj, attention.v_proj])),
+            self._group(group_of([attention.o_proj])),
+            self._group(group_of([mlp.gate_proj, mlp.up_proj])),
+            self._group(group_of([mlp.down_proj])),
+        )
 
     def _positions(self, count: int) -> None:
         """Make sure the rotary tables reach `count` positions; grown to the next power of two."""
@@ -204,7 +200,7 @@ class DecodeStep:
         """Run n tokens through all blocks and the final norm.
 
         Args:
-            embedded: [n, hidden], n at most `MOST`.
+            embedded: [n, hidden], n at most MAX_GEMV_ROWS.
             position: number of tokens already in the cache.
             caches: keys and values of each block, [1, kv_heads, capacity, head_dim], contiguous,
                 all of one type; entries from `position` on are written.
@@ -226,7 +222,7 @@ class DecodeStep:
             n,
             position,
             ctypes.addressof(addresses),
-            ops.TYPES[keys.dtype],
+            TYPES[keys.dtype],
             keys.shape[2],
         )
         status = ops.native_library().drop_step(
@@ -242,7 +238,7 @@ class DecodeStep:
 
 def _check(config: Any, inner: Any) -> None:
     """Raise unless the blocks are of the supported kind."""
-    if config.model_type not in TYPES:
+    if config.model_type not in MODEL_TYPES:
         raise _refuse(f"models of type {config.model_type!r}")
     if getattr(config, "hidden_act", None) != "silu":
         raise _refuse(f"the activation {getattr(config, 'hidden_act', None)!r}")

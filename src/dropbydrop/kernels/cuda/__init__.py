@@ -1,6 +1,6 @@
 """GPU kernels for a prefix of additive codes, by the names "triton" and "cuda-i8".
 
-    group = CudaGroup([mq, mk, mv], device_tables(tables, "cuda"), rotation, prefix=2, "triton")
+    group = CudaGroup([mq, mk, mv], books, rotation, 2, "triton")
     q, k, v = group(x)         # rotation and three products; decodes when x has many rows
 
 Files: cuda_group.py chooses between few rows and a dense matrix; ops.py launches the Triton
@@ -9,12 +9,11 @@ nvrtc.py compiles at run time. Importing this package imports neither Triton nor
 """
 
 from .cuda_group import CudaGroup, decode_dense
-from .ops import device_tables, rows_linear, takes_rows
+from .ops import device_entries, rows_linear
 
 __all__ = [
     "CudaGroup",
     "decode_dense",
-    "device_tables",
+    "device_entries",
     "rows_linear",
-    "takes_rows",
 ]

@@ -5,10 +5,10 @@
                 cuda-i8  rotate and round, multiply
     more        rotate (one or two); for each matrix: decode to the type of x, vendor's product
 
-The counterpart of `kernels.linear.PreparedGroup`. The planes are those of the module, row major as
-on disk: nothing is packed, copied or padded; scales and biases are copied, in float32, below each
-    other. A
-row of the result does not depend on how many rows are computed together, as long as they are few.
+The counterpart of `cpu.cpu_group.CpuGroup`. The planes are those of the module, row major as on
+disk: nothing is packed, copied or padded; scales and biases are copied, in float32, below each
+other. A row of the result does not depend on how many rows are computed together, as long as they
+are few.
 
 Few rows are one operator, dropbydrop::gpu_group(x, group, width) -> [n, width], which names
 its input group by a number. Planes as arguments would become inputs of a compiled graph: a guard
@@ -31,14 +31,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dropbydrop.coding.code import GROUP, decode
+from dropbydrop.coding.code import decode
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import KernelError
 
 from .. import registry
-from ..layout import Codebooks, Packed
+from ..layout import Codebooks, Matrix
+from ..prepared_group import PreparedGroup
+from ..registry import TYPES
 from . import int8, ops
-from .ops import FEW, TYPES, fake, operator
+from .ops import fake, operator
 
 _numbers = itertools.count()  # never given twice: a compiled graph cannot reach another input group
 _input_groups: WeakValueDictionary[int, CudaGroup] = WeakValueDictionary()
@@ -53,7 +55,7 @@ def few_rows(x: Tensor, group: int, width: int) -> Tensor:
             "compiled code refers to a part of a model that no longer exists; compile the model "
             "again after loading or moving it."
         )
-    return found.few(x)
+    return found.gemv_rows(x)
 
 
 @fake("gpu_group")
@@ -75,93 +77,75 @@ class _Decoded(torch.autograd.Function):
 
 
 def decode_dense(
-    packed: Packed,
-    books: Codebooks,
-    scales: Tensor,
-    prefix: int,
-    dtype: torch.dtype,
-    kernel: str,
+    matrix: Matrix, books: Codebooks, prefix: int, dtype: torch.dtype, kernel: str
 ) -> Tensor:
     """`kernels.decode_dense` by a kernel of its name; float64 by torch."""
-    planes = packed.planes[:prefix]
-    _check_row_major(packed)
+    _check_row_major(matrix)
+    planes, scales = matrix.data(prefix), matrix.scales
     if dtype not in TYPES:
-        wide = [table.to(scales.device) for table in books.tables]
-        return decode(planes, wide, scales, prefix, dtype)
-    tables = ops.device_tables(books.tables[:prefix], scales.device)
-    return torch.ops.dropbydrop.gpu_decode(list(planes), tables, scales, dtype, kernel)
+        return decode(planes, books.on(scales.device), scales, prefix, dtype)
+    entries = ops.device_entries(books.entries[:prefix], scales.device)
+    return torch.ops.dropbydrop.gpu_decode(planes, entries, scales, dtype, kernel)
 
 
-def _check_row_major(packed: Packed) -> None:
-    if packed.tiled:
+def _check_row_major(matrix: Matrix) -> None:
+    if matrix.packed:
         raise KernelError(
             "these planes are packed for the CPU kernels; GPU kernels read them row major, as "
-            "stored: build Packed(planes, rows, groups, tiled=False)."
+            "stored: take Plane.row_major(codes)."
         )
 
 
-class CudaGroup:
+class CudaGroup(PreparedGroup):
     """See the module's note."""
 
     def __init__(
         self,
-        matrices: Sequence[Any],
-        tables: Tensor,
+        matrices: Sequence[Matrix],
+        books: Codebooks,
         rotation: Rotation,
         prefix: int,
         kernel: str,
     ) -> None:
-        """
-        Args:
-            matrices: `kernels.Matrix` each; they share d_in, codebooks and rotation.
-            tables: of the codebooks, from `ops.device_tables`; at least `prefix`.
-            rotation: on the device of the matrices.
-            kernel: "triton" or "cuda-i8".
-        """
+        """Args as for `PreparedGroup`; kernel: "triton" or "cuda-i8"."""
         for matrix in matrices:
-            _check_row_major(matrix.packed)
-            if not 1 <= prefix <= min(len(matrix.packed.planes), tables.shape[0]):
-                raise ValueError(
-                    f"prefix {prefix} with {len(matrix.packed.planes)} planes and "
-                    f"{tables.shape[0]} codebooks"
-                )
-        self.matrices, self.rotation, self.prefix = tuple(matrices), rotation, prefix
-        self.kernel = registry.by_name(kernel).name
-        self.d_in = matrices[0].packed.groups * GROUP
-        self.rows = [matrix.packed.rows for matrix in matrices]
+            _check_row_major(matrix)
+        super().__init__(matrices, books, rotation, prefix, registry.by_name(kernel).name)
         self.width = sum(self.rows)
-        self.tables = tables[:prefix]
-        self.planes = [list(matrix.packed.planes[:prefix]) for matrix in matrices]
+        device = matrices[0].scales.device
+        stacked: Tensor = books.derived(
+            ("stacked", device), lambda: ops.device_entries(books.entries, device)
+        )
+        self.entries = stacked[:prefix]  # [P, 256, 8]
+        self.planes = [matrix.data(prefix) for matrix in matrices]
         self._scales = torch.cat([matrix.scales.float() for matrix in matrices])
         self._bias: Tensor | None = None
         if any(matrix.bias is not None for matrix in matrices):
             self._bias = torch.cat(
-                [m.scales.new_zeros(m.packed.rows).float() if m.bias is None else m.bias.float()
+                [m.scales.new_zeros(m.rows).float() if m.bias is None else m.bias.float()
                  for m in matrices]
             )  # fmt: skip
         self._fused = rotation.signs is not None and ops.rotates(rotation)
         self._bytes = None
         if self.kernel == int8.NAME:
             int8.check_fits(rotation, prefix)
-            self._bytes = int8.prepare(self.tables)
-        for tensor in (self.tables, rotation.signs, rotation.odd, *itertools.chain(*self.planes)):
+            self._bytes = int8.prepare(self.entries)
+        for tensor in (
+            self.entries, rotation.signs, rotation.odd, *itertools.chain(*self.planes)
+        ):  # fmt: skip
             if tensor is not None:
                 torch._dynamo.mark_static_address(tensor)
         self.number = next(_numbers)
         _input_groups[self.number] = self
 
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        """x [..., d_in] -> [..., d_out] of each matrix, in the dtype of x."""
-        n = x.numel() // self.d_in
-        training = x.requires_grad and torch.is_grad_enabled()
-        if n > FEW or x.dtype not in TYPES or training:
-            return self.dense(x)
-        flat = x.reshape(n, self.d_in)
+    def gemv(self, x: Tensor) -> Sequence[Tensor]:
+        """See `PreparedGroup.gemv`."""
+        flat = x.reshape(-1, self.d_in)  # [n, d_in]
         y = torch.ops.dropbydrop.gpu_group(flat, self.number, self.width)
         y = y.view(*x.shape[:-1], self.width)
         return (y,) if len(self.rows) == 1 else torch.split_with_sizes(y, self.rows, -1)
 
-    def few(self, x: Tensor) -> Tensor:
+    def gemv_rows(self, x: Tensor) -> Tensor:
         """x [n, d_in], n <= 16 -> [n, width]; not differentiable."""
         if self._bytes is not None:
             most, inputs = int8.MOST, int8.rotate_rows(x, self.rotation)
@@ -176,13 +160,13 @@ class CudaGroup:
             if self._bytes is not None:
                 y = int8.product(*inputs, planes, *self._bytes, scales, bias, x.dtype)
             else:
-                y = ops.product(rotated, planes, self.tables, scales, bias)
+                y = ops.product(rotated, planes, self.entries, scales, bias)
             results.append(y)
             first = last
         return results[0] if len(results) == 1 else torch.cat(results, 1)
 
     def dense(self, x: Tensor) -> list[Tensor]:
-        """The same through dense matrices, for any number of rows; differentiable in x."""
+        """See `PreparedGroup.dense`."""
         rotated = self._rotate(x.reshape(-1, self.d_in), x.dtype)
         training = x.requires_grad and torch.is_grad_enabled()
         results = []
@@ -195,14 +179,14 @@ class CudaGroup:
             results.append(y.view(*x.shape[:-1], y.shape[-1]))
         return results
 
-    def weight(self, i: int, dtype: torch.dtype) -> Tensor:
-        """Matrix i decoded from its P planes: [d_out, d_in], for rotated inputs."""
+    def weight(self, i: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See `PreparedGroup.weight`."""
         scales = self.matrices[i].scales
         if dtype in TYPES:
             return torch.ops.dropbydrop.gpu_decode(
-                self.planes[i], self.tables, scales, dtype, self.kernel
+                self.planes[i], self.entries, scales, dtype, self.kernel
             )
-        return decode(self.planes[i], list(self.tables), scales, self.prefix, dtype)
+        return decode(self.planes[i], list(self.entries), scales, self.prefix, dtype)
 
     def _rotate(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x [n, d_in] -> Q x in `dtype`: one or two launches, or torch's steps (`ops.rotates`)."""

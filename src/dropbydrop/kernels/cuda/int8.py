@@ -29,8 +29,9 @@ from dropbydrop.coding.code import ENTRIES, GROUP
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import KernelError
 
+from ..registry import MAX_GEMV_ROWS, TYPES
 from .nvrtc import Function, pointer, source
-from .ops import FEW, TYPES, check_planes
+from .ops import check_planes
 
 NAME = "cuda-i8"
 SOURCE = source("int8.cu")
@@ -208,10 +209,10 @@ def product(
     n, groups = steps.shape[0], planes[0][0].shape[1]
     rows = sum(own[0].shape[0] for own in planes)
     aligned = not any(plane.data_ptr() % 16 for own in planes for plane in own)
-    if n > FEW or dtype not in TYPES or not aligned or len(planes) > MOST:
+    if n > MAX_GEMV_ROWS or dtype not in TYPES or not aligned or len(planes) > MOST:
         raise ValueError(
-            f"{n} rows of {dtype}, {len(planes)} matrices; need at most {FEW} and {MOST}, and "
-            "planes aligned to 16 bytes"
+            f"{n} rows of {dtype}, {len(planes)} matrices; need at most {MAX_GEMV_ROWS} and "
+            f"{MOST}, and planes aligned to 16 bytes"
         )
     device = steps.device
     properties: Any = torch.cuda.get_device_properties(device)

@@ -4,9 +4,9 @@
     dropbydrop::gpu_rotate(x, signs, odd, block, dtype) -> Q x [n, d]
     dropbydrop::gpu_rows(x, rows, row_scales, bias) -> [n, count], n <= 16
 
-`product`, the product of few rows, is no operator of its own but part of site.py's. P is the number
-of planes: uint8 [d_out, G] each, contiguous. `tables` is what `device_tables` returns. Nothing here
-differentiates; site.py does.
+`product`, the product of few rows, is no operator of its own but part of cuda_group.py's. P is the
+number of planes: uint8 [d_out, G] each, contiguous. `tables` is what `device_entries` returns.
+Nothing here differentiates; cuda_group.py does.
 
 Triton is imported at the first launch. With TRITON_INTERPRET=1 it interprets the kernels on the
 CPU, which is how they are tested without a GPU: the operators then take CPU tensors.
@@ -26,9 +26,9 @@ from dropbydrop.coding.rotation import Rotation, hadamard_on
 from dropbydrop.errors import KernelError
 from dropbydrop.system.accelerator import triton_interpreted
 
-FEW = 16  # rows of x a product takes
+from ..registry import MAX_GEMV_ROWS
+
 MOST = 3  # matrices of a launch
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_BLOCK = 1 << 13  # of a Hadamard factor: two products, at most 64 x 128
 _LARGEST_ODD = 128
 _ROWS = 32  # of W, in the tile of a product
@@ -76,7 +76,7 @@ def fake(name: str) -> Callable[[Callable], Callable]:
     return torch.library.register_fake(f"dropbydrop::{name}", lib=_library)
 
 
-def device_tables(tables: Sequence[Tensor], device: torch.device | str) -> Tensor:
+def device_entries(tables: Sequence[Tensor], device: torch.device | str) -> Tensor:
     """Codebooks of planes 1..M, [256, 8] each, as kernels read them: [M, 256, 8] on `device`.
 
     float16 where that loses nothing (universal sets are stored so), else float32.
@@ -170,9 +170,9 @@ def product(
     for own in planes:
         check_planes(own, tables)
     n, groups = x.shape[0], planes[0][0].shape[1]
-    if n > FEW or x.shape[1] != groups * GROUP or len(planes) > MOST:
+    if n > MAX_GEMV_ROWS or x.shape[1] != groups * GROUP or len(planes) > MOST:
         raise ValueError(
-            f"x {tuple(x.shape)}, {len(planes)} matrices; need at most {FEW} rows of "
+            f"x {tuple(x.shape)}, {len(planes)} matrices; need at most {MAX_GEMV_ROWS} rows of "
             f"{groups * GROUP} and {MOST} matrices"
         )
     counts = [own[0].shape[0] for own in planes]
@@ -211,7 +211,7 @@ def rotate(x: Tensor, signs: Tensor, odd: Tensor | None, block: int, dtype: torc
     b = min(block, 64 if block <= 4096 else 128)
     a = block // b
     ap, bp = max(16, a), max(16, b)
-    at_once = odd is not None and n <= FEW
+    at_once = odd is not None and n <= MAX_GEMV_ROWS
     last = odd is None or at_once
     out = torch.empty(n, d, dtype=dtype if last else torch.float32, device=x.device)
     _triton().mix[(n * count,)](
@@ -239,7 +239,7 @@ def _(x, signs, odd, block, dtype):  # type: ignore[no-untyped-def]
 def rows(x: Tensor, rows: Tensor, row_scales: Tensor, bias: Tensor | None) -> Tensor:
     """x [n, d] times int8 rows [count, d], n <= 16 -> [n, count] in the type of x."""
     n, (count, d) = x.shape[0], rows.shape
-    if n > FEW or x.shape[1] != d or rows.dtype != torch.int8:
+    if n > MAX_GEMV_ROWS or x.shape[1] != d or rows.dtype != torch.int8:
         raise ValueError(f"x {tuple(x.shape)}, rows {rows.dtype} {tuple(rows.shape)}")
     out = torch.empty(n, count, dtype=x.dtype, device=x.device)
     r = 64
@@ -253,12 +253,6 @@ def rows(x: Tensor, rows: Tensor, row_scales: Tensor, bias: Tensor | None) -> Te
 @fake("gpu_rows")
 def _(x, rows, row_scales, bias):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], rows.shape[0]))
-
-
-def takes_rows(x: Tensor) -> bool:
-    """Whether `rows_linear` multiplies these inputs: few, of a known type, not to be trained."""
-    few = x.numel() <= FEW * x.shape[-1]
-    return few and x.dtype in TYPES and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def rows_linear(x: Tensor, weight: Tensor, row_scales: Tensor, bias: Tensor | None) -> Tensor:

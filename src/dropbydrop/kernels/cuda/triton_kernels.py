@@ -30,7 +30,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FEW = tl.constexpr(16)  # rows of x a product computes; the least a tensor core takes
+from ..registry import MAX_GEMV_ROWS
+
+ROWS = tl.constexpr(MAX_GEMV_ROWS)  # of x a product computes; the least a tensor core takes
 
 
 @triton.jit
@@ -146,9 +148,9 @@ def product(
         tile -= tl.where(in_c, tiles_a + tiles_b, tl.where(in_b, tiles_a, 0))
     row = tile * R + tl.arange(0, R)
     split = tl.program_id(1)
-    i = tl.arange(0, FEW)
+    i = tl.arange(0, ROWS)
     d_in = groups * 8
-    total = tl.zeros([R, FEW], tl.float32)
+    total = tl.zeros([R, ROWS], tl.float32)
     for step in range(0, length, B):
         group = split * length + step + tl.arange(0, B)
         mask = (row < count)[:, None] & (group < groups)[None, :]
@@ -253,8 +255,8 @@ def rows(
 ):  # fmt: skip
     """out [n, count] = (x weight^T) * scales (+ bias), weight int8 [count, d], n <= 16."""
     row = tl.program_id(0) * R + tl.arange(0, R)
-    i = tl.arange(0, FEW)
-    total = tl.zeros([R, FEW], tl.float32)
+    i = tl.arange(0, ROWS)
+    total = tl.zeros([R, ROWS], tl.float32)
     for step in range(0, d, D):
         k = step + tl.arange(0, D)
         mask = (row < count)[:, None] & (k < d)[None, :]
