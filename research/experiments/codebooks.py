@@ -33,8 +33,13 @@ from torch import Tensor
 
 from dropbydrop.coding.code import expand_set, partial_sums
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
-from dropbydrop.coding.encoder import EFFORTS, Encoded, encode_group
-from dropbydrop.coding.learned_codebooks import ROUNDS, learn_group
+from dropbydrop.coding.encoder import (
+    EFFORTS,
+    LEARNING_ROUNDS,
+    Encoded,
+    encode_group,
+    learn_group,
+)
 from dropbydrop.coding.objective import weighted_errors
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.data.calibration import load_windows
@@ -129,7 +134,7 @@ def main() -> None:
         rest = (weights, h, rotation, universal, LEVELS, lambdas)
         marks = [time.process_time()]
         coded: list[tuple[Mapping[str, Encoded], Tensor]] = []
-        for rounds in (effort.rounds, effort.rounds + ROUNDS):
+        for rounds in (effort.rounds, effort.rounds + LEARNING_ROUNDS):
             coded.append((encode_group(*rest, replace(effort, rounds=rounds)), universal))
             marks.append(time.process_time())
         coded.append(learn_group(*rest, effort))

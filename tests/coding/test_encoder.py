@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from dropbydrop.coding import codebooks as universal
-from dropbydrop.coding import learned_codebooks as learned
+from dropbydrop.coding import encoder
 from dropbydrop.coding.channel_scaling import input_scales_of
 from dropbydrop.coding.code import expand_set, partial_sums
 from dropbydrop.coding.codebooks import (
@@ -317,7 +317,7 @@ def test_learned_codebooks_fit_their_site():
     books = train(levels, lambdas, samples=4096, rounds=2, beam=2)
     rotation, effort = Rotation.make(64, "none"), Effort(4, 1, 1)
     plain = encode_group(weights, h, rotation, books, levels, lambdas, effort)
-    fitted, own = learned.learn_group(weights, h, rotation, books, levels, lambdas, effort)
+    fitted, own = encoder.learn_group(weights, h, rotation, books, levels, lambdas, effort)
     assert own.shape == books.shape
     assert torch.equal(own, own.half().float())
     for name, e in fitted.items():
@@ -333,8 +333,8 @@ def test_learning_that_does_not_help_is_not_kept(monkeypatch):
     books, lambdas = universal_set((2, 3, 4)), default_lambdas(levels)
     rest = (weights, h, Rotation.make(32), books, levels, lambdas, Effort(2, 1, 0))
     plain = encode_group(*rest)["a"]
-    monkeypatch.setattr(learned, "refit_codebooks", lambda matrices, h, old, *_: old * torch.nan)
-    found, own = learned.learn_group(*rest)
+    monkeypatch.setattr(encoder, "refit_codebooks", lambda matrices, h, old, *_: old * torch.nan)
+    found, own = encoder.learn_group(*rest)
     assert torch.equal(own, books)
     assert torch.equal(found["a"].codes, plain.codes)
     assert found["a"].errors == plain.errors

@@ -10,7 +10,13 @@ Steps, for the matrices W of an input group that share an input with Gram matrix
        that does not lower J is not kept.
     4. scales are rounded to float16 before the last sweeps, so the codes fit what is stored.
 The weights of the levels (codebooks.default_lambdas) are those the universal set was trained with.
-learned_codebooks.py goes on from here with codebooks for each input group.
+Learned codebooks (`learn_group`) start from the result. Up to LEARNING_ROUNDS times: all codebooks
+by conjugate gradients on J (refit.py), over the matrices of the input group together, since
+they share look-up tables; rounding to float16, as stored; row scales in closed form; sweeps. A
+round that does not lower J is not kept, so a learned set is never worse in J than the universal
+one. It costs 16 bits for each of M * 128 * 8 values an input group (4 KiB at 2 planes, 8 KiB at 4),
+against nothing, and several times the search. What it brings shrinks as rotation and row scales do
+their work; docs/log.md has both measured, and why the universal set is the default.
 
 Pure computation: no files, no models. Everything runs on the device of its inputs.
 """
@@ -27,12 +33,14 @@ from dropbydrop.errors import CalibrationError
 
 from .channel_scaling import input_scales_of
 from .objective import condition, descent_metric, feedback_metric, weighted_errors
-from .refit import Coded, objective, refit_scales
+from .refit import Coded, objective, refit_codebooks, refit_scales
 from .rotation import Rotation
 from .search import search
 
 DAMP = 0.2  # of the mean diagonal; with less, the lowest level shapes its noise so hard that the
 # levels above start from large errors in weak directions (docs/log.md)
+
+LEARNING_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -195,6 +203,39 @@ def encode_group(
         name: encoder.result(encoder.encode(weight, codebooks), codebooks)
         for name, weight in weights.items()
     }
+
+
+def learn_group(
+    weights: Mapping[str, Tensor],
+    gram: Tensor,
+    rotation: Rotation,
+    codebooks: Tensor,
+    levels: Sequence[int],
+    lambdas: Sequence[float],
+    effort: Effort,
+    backend: str | None = None,
+    rounds: int = LEARNING_ROUNDS,
+) -> tuple[dict[str, Encoded], Tensor]:
+    """Encode all matrices of an input group with codebooks fitted to them.
+
+    Args: those of `encode_group`; `codebooks` is the start, `rounds` the most that are tried.
+
+    Returns:
+        The matrices, and the input group's codebooks: float32 [M, K/2, g], exact in float16.
+    """
+    encoder = GroupEncoder(next(iter(weights)), gram, rotation, levels, lambdas, effort, backend)
+    coded = [encoder.encode(weight, codebooks) for weight in weights.values()]
+    lowest = sum(encoder.value(x, codebooks) for x in coded)
+    for _ in range(rounds):
+        books = refit_codebooks(coded, encoder.h, codebooks, levels, [lambdas] * len(coded))
+        books = books.half().float()
+        trial = [encoder.search(encoder.rescale(x, books), books) for x in coded]
+        value = sum(encoder.value(x, books) for x in trial)
+        if not value < lowest:
+            break
+        coded, codebooks, lowest = trial, books, value
+    results = {name: encoder.result(x, codebooks) for name, x in zip(weights, coded, strict=True)}
+    return results, codebooks
 
 
 def stored_scales(scales: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from dropbydrop.checkpoint import CheckpointWriter, Embeddings, StoredGroup
 from dropbydrop.coding.codebooks import UNIVERSAL, default_lambdas
-from dropbydrop.coding.encoder import Effort, Encoded, encode_group, group_rotation
-from dropbydrop.coding.learned_codebooks import learn_group
+from dropbydrop.coding.encoder import Effort, Encoded, encode_group, group_rotation, learn_group
 from dropbydrop.coding.rotation import Rotation, odd_factor, split_odd
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.input_groups import InputGroup

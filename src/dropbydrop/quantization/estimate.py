@@ -39,8 +39,7 @@ from torch import Tensor, nn
 from dropbydrop.checkpoint import CheckpointWriter
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.codebooks import HALF, UNIVERSAL, default_lambdas, universal_set
-from dropbydrop.coding.encoder import encode_group, group_rotation
-from dropbydrop.coding.learned_codebooks import learn_group
+from dropbydrop.coding.encoder import encode_group, group_rotation, learn_group
 from dropbydrop.coding.rotation import split_odd
 from dropbydrop.data.calibration import SELF
 from dropbydrop.data.self_generated import Writing, writing_seconds

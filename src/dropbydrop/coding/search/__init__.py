@@ -32,8 +32,8 @@ LOOKAHEAD = 0.25  # what one more stage leaves of a squared error; flat optimum,
 def backends(device: torch.device | str = "cpu") -> list[str]:
     """Backends that run on `device`, best first."""
     if torch.device(device).type != "cpu":
-        triton = torch.device(device).type == "cuda" and find_spec("triton") is not None
-        return ["triton", "torch"] if triton else ["torch"]
+        compiled = torch.device(device).type == "cuda" and find_spec("triton") is not None
+        return ["triton", "torch"] if compiled else ["torch"]
     return [*cpu.backends(), "torch", *(["triton"] if triton_interpreted() else [])]
 
 
