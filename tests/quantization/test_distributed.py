@@ -37,7 +37,7 @@ opened.__defaults__ = tuple(  # one window a batch: lanes to share
 for option in [a for a in sys.argv if a.startswith("--fail-at=")]:
     sys.argv.remove(option)
     rank, block = map(int, option.removeprefix("--fail-at=").split(","))
-    encode_block, encode_groups = run.Run.encode_block, run.Run._encode_groups
+    encode_block, encode_groups = run.BlockEncoder.encode_block, run.BlockEncoder._encode_groups
 
     def at_block(self, i, *rest):
         self.at = i
@@ -48,7 +48,7 @@ for option in [a for a in sys.argv if a.startswith("--fail-at=")]:
             raise DropError("the cat sat on the keyboard.")
         return encode_groups(self, *rest)
 
-    run.Run.encode_block, run.Run._encode_groups = at_block, failing
+    run.BlockEncoder.encode_block, run.BlockEncoder._encode_groups = at_block, failing
 cli.main()
 """
 
