@@ -1,5 +1,5 @@
 #!/bin/sh
-# Every figure of the tables of CPU inference in docs/results.md, in about ten minutes on a quiet machine.
+# The tables of CPU inference in docs/results.md, in about ten minutes on a quiet machine.
 #
 #   sh benchmarks/cpu.sh FOLDER [SMOLLM2.gguf]
 #

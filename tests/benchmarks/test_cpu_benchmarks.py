@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import random_model
 from dropbydrop.checkpoint import Checkpoint
@@ -101,3 +102,15 @@ def test_a_sized_checkpoint_is_valid_and_written_once(
     before = (out / "config.json").stat().st_mtime_ns
     assert random_model.sized_checkpoint(out, "tiny") == out
     assert (out / "config.json").stat().st_mtime_ns == before
+
+
+def test_gguf_of_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from llama_cpp_peer import random_gguf
+
+    path = random_gguf(tmp_path / "tiny.gguf", LlamaConfig(**TINY))
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in gguf.GGUFReader(str(path)).tensors}
+    assert shapes["blk.1.ffn_down.weight"] == (96, 64)
+    assert shapes["output.weight"] == shapes["token_embd.weight"] == (64, 300)
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.gguf"]
