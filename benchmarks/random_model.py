@@ -88,12 +88,15 @@ def group_rotation(index: int, d_in: int, scaled_inputs: bool = False) -> Rotati
     return rotation
 
 
-def random_codebooks(planes: Sequence[PlaneSpec], seed: int = 0) -> list[Tensor]:
-    """Stored codebooks whose planes shrink by half each: float16 [K/2 or K, g]."""
+def random_codebooks(
+    planes: Sequence[PlaneSpec], seed: int = 0, sizes: Sequence[float] | None = None
+) -> list[Tensor]:
+    """Stored codebooks, float16 [K/2 or K, g] a plane; `sizes` by default 1, 1/2, 1/4, ..."""
     generator = torch.Generator().manual_seed(seed)
+    sizes = [0.5**m for m in range(len(planes))] if sizes is None else sizes
     return [
-        (torch.randn(plane.stored_entries, plane.group, generator=generator) / 2**m).half()
-        for m, plane in enumerate(planes)
+        (torch.randn(plane.stored_entries, plane.group, generator=generator) * size).half()
+        for plane, size in zip(planes, sizes, strict=True)
     ]
 
 
@@ -104,6 +107,7 @@ def random_checkpoint(
     levels: Sequence[int] = LEVELS,
     embedding_bits: int = 8,
     sign_symmetric: bool = True,
+    sizes: Sequence[float] | None = None,
     scaled_inputs: bool = False,
     files: Mapping[str, bytes | Path] | None = None,
     seed: int = 0,
@@ -120,6 +124,7 @@ def random_checkpoint(
         levels: of the checkpoint; max(levels) planes are written.
         embedding_bits: of embedding and head.
         sign_symmetric: codebooks of K/2 stored entries and their negatives, else of K.
+        sizes: scale of the codebook of each plane; by default each is half of the last.
         scaled_inputs: give every second input group input scales.
         files: further files of the folder.
         seed: of codes, codebooks and row scales.
@@ -130,7 +135,7 @@ def random_checkpoint(
     tied = bool(model.config.tie_word_embeddings)
     input_groups, done = [], set()
     with CheckpointWriter(out, **writer) as checkpoint:
-        checkpoint.add_codebook_set("universal", random_codebooks(planes, seed))
+        checkpoint.add_codebook_set("universal", random_codebooks(planes, seed, sizes))
         for index, (name, modules) in enumerate(llama_groups(model)):
             d_in = model.get_submodule(modules[0]).in_features
             turn = group_rotation(index, d_in, scaled_inputs)

@@ -37,20 +37,11 @@ GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Codebooks that shrink fast: 2 bits are near enough to 4 to be accepted often, not always."""
-    import random_model
-
-    make = random_model.random_codebooks
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            random_model,
-            "random_codebooks",
-            lambda planes, seed=0: [
-                b if m < 2 else (b.float() * 0.3).half() for m, b in enumerate(make(planes, seed))
-            ],
-        )
-        out = write_checkpoint(
-            tmp_path_factory.mktemp("speculate") / "out", tiny_llama(2, max_position_embeddings=512)
-        )
+    out = write_checkpoint(
+        tmp_path_factory.mktemp("speculate") / "out",
+        tiny_llama(2, max_position_embeddings=512),
+        sizes=(1, 0.5, 0.075, 0.0375),
+    )
     return dropbydrop.load(out)
 
 
