@@ -146,7 +146,7 @@ def train(
 
     def encode(data: Tensor, books: Tensor, at: Sequence[int], lam: Sequence[float]) -> Tensor:
         codes, _ = search(data, books, at, lam, beam=beam, sweeps=0, feedback=metric)
-        return codes[:, :, 0]
+        return codes[:, :, 0]  # [M, n]
 
     books = []
     rest = x

@@ -118,7 +118,7 @@ class GroupEncoder:
         return objective(coded, self.h, codebooks, self.levels, self.lambdas)
 
     def search(self, coded: Coded, codebooks: Tensor, start: bool = False) -> Coded:
-        """New codes: by sweeps from those it has or, with `start`, from none."""
+        """New codes [M, d_out, G]: by sweeps from those it has or, with `start`, from none."""
         codes, _ = search(
             coded.weight / coded.scales[:, None],
             codebooks,
@@ -134,7 +134,7 @@ class GroupEncoder:
         return replace(coded, codes=codes)
 
     def rescale(self, coded: Coded, codebooks: Tensor) -> Coded:
-        """Scales in closed form, as they will be stored."""
+        """Scales [d_out] in closed form, as they will be stored."""
         scales = refit_scales(coded, self.h, codebooks, self.levels, self.lambdas)
         return replace(coded, scales=stored_scales(scales))
 
@@ -154,7 +154,7 @@ class GroupEncoder:
         return best
 
     def result(self, coded: Coded, codebooks: Tensor) -> Encoded:
-        """What is stored of a matrix, and its errors."""
+        """What is stored of a matrix, and its errors; codebooks float32 [M, K/2, g]."""
         decoded = [coded.scales[:, None] * q for q in coded.sums(codebooks, self.levels)]
         errors = weighted_errors(coded.weight, decoded, self._gram)
         return Encoded(coded.codes, coded.scales.half(), errors)

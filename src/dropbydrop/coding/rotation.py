@@ -61,7 +61,7 @@ def hadamard(size: int) -> Tensor:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @lru_cache(maxsize=64)
 def hadamard_on(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`hadamard(size)` on a device, copied there once: every call of every input group needs it.
+    """`hadamard(size)` [size, size] on a device, copied there once: every input group needs it.
 
     An ordinary tensor even when first asked for in inference mode, so that training can use it.
     """
@@ -192,6 +192,11 @@ class Rotation:
     ) -> Rotation:
         """Rebuild a rotation from a checkpoint's input group entry and tensors.
 
+        Args:
+            spec: the JSON form, as of `spec()`.
+            packed_signs: uint8 [d_in] if scaled, else [ceil(d_in / 8)]; None for kind "none".
+            odd: float32 [odd, odd]; None unless "full" with odd > 1.
+
         Raises:
             FormatError: unknown kind, or tensors that do not fit `d_in`.
         """
@@ -245,7 +250,7 @@ class Rotation:
         return spec
 
     def packed(self) -> Tensor | None:
-        """The signs as they are stored, uint8; None for kind "none"."""
+        """The signs as stored, uint8 [d_in] if scaled, else [ceil(d_in / 8)]; None for "none"."""
         if self.signs is None:
             return None
         return (pack_input_scales if self.scaled else pack_signs)(self.signs.cpu())

@@ -141,7 +141,7 @@ class BlockRunner:
         return [n for n in self._state_names(self.model) if self._is_outer(n)]
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A parameter of the original model by its full name, in its source dtype by default."""
+        """A parameter of the original model by its full name, as stored or in `dtype`."""
         stored = self.files.find(self._ties.get(name, name), self.model.base_model_prefix)
         if stored is None:
             raise UnsupportedModelError(f"{self.files.folder} holds no weights for {name}.")

@@ -72,7 +72,7 @@ class WeightFiles:
         return iter(self._file_of)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor, in its stored dtype or converted to `dtype` when it is floating point."""
+        """One tensor as it is stored, or converted to `dtype` when it is floating point."""
         with self._open(self._file_of[name]) as handle:
             try:
                 stored = handle.get_tensor(name)

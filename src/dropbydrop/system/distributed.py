@@ -186,7 +186,7 @@ class Partition:
         ]
 
     def total(self, own: Sequence[Tensor]) -> Tensor:
-        """The sum of all shards in their order, on every rank; `own` are this rank's, of one shape.
+        """The sum of all shards in their order, on every rank; `own` are this rank's, [d, d] each.
 
         One process adds shards as it goes (`own` is then their sum already).
         """

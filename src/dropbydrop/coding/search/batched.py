@@ -178,7 +178,10 @@ def search(
     codes: Tensor | None,
     visits: type[Visits] = Visits,
 ) -> tuple[Tensor, list[int]]:
-    """See `dropbydrop.coding.search.search`; `visits` is the class that does the visits."""
+    """Shapes and results as of `dropbydrop.coding.search.search`.
+
+    w [d_out, d_in]; codebooks [M, K/2, g]; `visits` is the class that does the visits.
+    """
     d_out, d_in = w.shape
     groups = d_in // GROUP
     out = torch.empty(codebooks.shape[0], d_out, groups, dtype=torch.uint8, device=w.device)
