@@ -31,7 +31,7 @@ from dropbydrop.errors import DropError
 
 opened = walk.BlockRunner.open.__func__
 names = list(inspect.signature(opened).parameters)[-len(opened.__defaults__):]
-opened.__defaults__ = tuple(  # one window a batch: lanes to share
+opened.__defaults__ = tuple(  # one window a batch: shards to share
     16 if name == "batch_tokens" else value for name, value in zip(names, opened.__defaults__)
 )
 for option in [a for a in sys.argv if a.startswith("--fail-at=")]:
@@ -153,7 +153,7 @@ class TestShares:
         return runner.shards(windows, 10)
 
     @pytest.mark.parametrize(("windows", "batch"), [(64, 4), (1, 4), (13, 2), (9, 1), (128, 128)])
-    def test_lanes_are_the_batches_in_order(self, windows, batch):
+    def test_shards_are_the_batches_in_order(self, windows, batch):
         shards = self.runner_shards(windows, batch)
         assert 1 <= len(shards) <= SHARDS
         parts = [part for shard in shards for part in shard]
@@ -172,11 +172,11 @@ class TestShares:
             assert own[-1].stop == spans[rank].stop - spans[rank].start
             assert partition.count == 29
 
-    def test_more_ranks_than_lanes_are_refused(self):
+    def test_more_ranks_than_shards_are_refused(self):
         with pytest.raises(DropError, match=r"only 2 batches.*--windows"):
             Ranks(0, 3).partition(self.runner_shards(2, 1))
 
-    def test_lanes_are_added_in_their_order(self):
+    def test_shards_are_added_in_their_order(self):
         gen = torch.Generator().manual_seed(0)
         parts = [torch.randn(4, 4, generator=gen) * 10.0**i for i in range(3)]
         partition = Partition(Ranks(), ([slice(0, 1)],), (0,))
