@@ -245,14 +245,14 @@ def exchange_child(place: Path, out: Path, kill: int) -> None:
 
 
 def stop_at_block(monkeypatch: pytest.MonkeyPatch, block: int, error: BaseException) -> None:
-    real = quantize.Run.encode_block
+    real = quantize.BlockEncoder.encode_block
 
     def failing(self: Any, i: int, *args: Any) -> None:
         if i == block:
             raise error
         real(self, i, *args)
 
-    monkeypatch.setattr(quantize.Run, "encode_block", failing)
+    monkeypatch.setattr(quantize.BlockEncoder, "encode_block", failing)
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
