@@ -278,14 +278,16 @@ def full_at(monkeypatch: pytest.MonkeyPatch, what: str, count: int) -> None:
 
         monkeypatch.setattr(StagingFile, "add", failing_add)
     elif what == "hidden":
-        write = resume._write
+        add_hidden = StagingFile.add
 
-        def failing_write(path: Path, tensor: torch.Tensor) -> None:
-            write(path, tensor[: len(tensor) // 2] if left[0] == 1 else tensor)
+        def failing_hidden(self: StagingFile, name: str, tensor: torch.Tensor) -> None:
+            if name != "hidden":
+                return add_hidden(self, name, tensor)
+            add_hidden(self, name, tensor[: len(tensor) // 2] if left[0] == 1 else tensor)
             if due():
                 raise FULL
 
-        monkeypatch.setattr(resume, "_write", failing_write)
+        monkeypatch.setattr(StagingFile, "add", failing_hidden)
     elif what == "journal":
         dumps = json.dumps
 

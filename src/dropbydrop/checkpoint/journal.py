@@ -32,19 +32,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dropbydrop.errors import DropError, FormatError
+from dropbydrop.errors import DropError
 from dropbydrop.system.atomic_folder import full_disk, lock, sync, sync_folder
 from dropbydrop.system.digest import file_digest
 
 from .config import MANIFEST_FILE
-from .tensor_files import DTYPE_NAMES, DTYPES, StreamedTensor, raw_bytes, stream_tensors
+from .staging import StagingFile
+from .tensor_files import StreamedTensor, stream_tensors
 
 JOURNAL = "journal.jsonl"
-_CHUNK = 64 << 20
 
 
 def work_folder(out: Path) -> Path:
@@ -137,10 +136,10 @@ class Journal:
         """
         file = self.path / f"hidden-{len(self.steps)}.raw"
         if hidden is not None:
-            with full_disk(self.out, cleanup=lambda: file.unlink(missing_ok=True)):
-                _write(file, hidden)
-            shape, dtype = list(hidden.shape), DTYPE_NAMES[hidden.dtype]
-            record = {**record, "hidden": [file.name, shape, dtype]}
+            cleanup = full_disk(self.out, cleanup=lambda: file.unlink(missing_ok=True))
+            with cleanup, StagingFile(file) as staging:
+                staging.add("hidden", hidden)
+                record = {**record, "hidden": [file.name, staging.commit()]}
         sync_folder(self.path)
         self._append(record)
         self.steps.append(record)
@@ -154,19 +153,9 @@ class Journal:
         Raises:
             FormatError: the file is gone or cut off.
         """
-        name, shape, dtype = self.steps[-1]["hidden"]
-        hidden = torch.empty(shape, dtype=DTYPES[dtype])
-        view = hidden.view(-1).view(torch.uint8).numpy().data
-        path, done = self.path / name, 0
-        with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
-            while done < len(view) and (count := file.readinto(view[done : done + _CHUNK])):
-                done += count
-        if done < len(view):
-            raise FormatError(
-                f"{path} has {done} bytes, {len(view)} are needed to go on: the folder "
-                f"{self.path} is damaged. Remove it, and start again."
-            )
-        return hidden
+        name, entries = self.steps[-1]["hidden"]
+        with StagingFile.restore(self.path / name, entries) as staging:
+            return staging.read("hidden")
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors that later steps need to the file `name`, and make them durable.
@@ -239,15 +228,6 @@ def _explain(error: BaseException, note: str) -> None:
         error.args = (f"{error} {note}".strip(),)
     else:
         error.add_note(note)
-
-
-def _write(path: Path, tensor: Tensor) -> None:
-    view = raw_bytes(tensor)
-    with open(path, "wb", buffering=0) as file:
-        done = 0
-        while done < len(view):
-            done += file.write(view[done : done + _CHUNK])
-        sync(file)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

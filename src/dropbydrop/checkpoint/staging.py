@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from dropbydrop.errors import FormatError
 from dropbydrop.system.atomic_folder import sync
 
-from .tensor_files import StreamedTensor, TensorInfo, raw_bytes
+from .tensor_files import DTYPES, StreamedTensor, TensorInfo, raw_bytes
 
 _CHUNK = 8 << 20
 
@@ -81,6 +83,24 @@ class StagingFile:
         new = list(self.tensors.items())[self._committed :]
         self._committed = len(self.tensors)
         return [[name, s.info.dtype, list(s.info.shape), s.offset] for name, s in new]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, read into memory of its own."""
+        staged = self.tensors[name]
+        tensor = torch.empty(staged.info.shape, dtype=DTYPES[staged.info.dtype])
+        view, done = raw_bytes(tensor), 0
+        with open(self.path, "rb", buffering=0) as raw:
+            raw.seek(staged.offset)
+            while done < len(view) and (count := raw.readinto(view[done : done + _CHUNK])):
+                done += count
+        return tensor
+
+    def __enter__(self) -> StagingFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with suppress(OSError):  # flushes, and fails, on a full disk
+            self.file.close()
 
     def streamed(self, name: str) -> StreamedTensor:
         """A tensor to be copied from the file, which must be closed by then."""
