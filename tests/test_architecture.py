@@ -155,3 +155,11 @@ def test_no_long_functions() -> None:
                 if count > LONGEST_BODY and place not in KERNELS:
                     long[place] = count
     assert not long
+
+
+def test_the_page_names_every_module_in_the_row_of_its_room() -> None:
+    rows = {row[0]: row[2] for row in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", PAGE, re.M)}
+    for name, path in MODULES.items():
+        room = room_of(name)
+        if room and path.name not in ("__init__.py", "__main__.py", "errors.py"):
+            assert f"`{path.stem}`" in rows[room], f"{name} is missing in docs/architecture.md"
