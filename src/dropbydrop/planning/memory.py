@@ -33,7 +33,7 @@ from dropbydrop.models.model_config import context_length, text_settings
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_HEAD_SLAB = 16384  # rows of the head that are widened at a time (linear.py)
+_HEAD_SLAB = 16384  # rows of the head that are widened at a time (kernels/int8_head.py)
 
 
 @dataclass(frozen=True)

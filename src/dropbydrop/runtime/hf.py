@@ -8,8 +8,8 @@ Steps of `AutoModelForCausalLM.from_pretrained(out)` that are ours:
    names, so transformers loads them itself, to whatever device it was told.
 3. After the weights are read, codes are entered into the `PlaneStore`, and it is checked that
    every tensor of ours has really been read: never a random weight. The native decode step is
-   offered to the model (kernels/attach.py), and on a GPU one product for all linears of an input
-   (together.py).
+   offered to the model (fused_decode.py), and on a GPU one product for all linears of an input
+   (fused_groups.py).
 
 Codebooks and rotations belong to no single module; the store reads them.
 Written against transformers 5.23; tests/test_hf.py exercises every hook that is overridden.

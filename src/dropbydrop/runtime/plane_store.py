@@ -10,7 +10,7 @@ Rules that make sharing safe:
 - What is in the store is never changed, only added to. Values handed out are immutable.
 - Planes can be added while views run (`extend`, `fill`): a view keeps its own prefix. They are read
   without the lock that views may need, and show up all together.
-- Modules may hold different numbers of planes: a plan (plan.py) reads no more than it uses.
+- Modules may hold different numbers of planes: a plan reads no more than it uses.
 - Everything is computed at most once, under a lock; readers take no lock once it is there.
 
 Limit: planes stay on the device they were loaded to. `model.to(device)` moves the model, and the

@@ -6,8 +6,9 @@ until the checkpoint's highest. Every level that is complete can be had with `vi
 once; nothing that runs is stopped or changed. Memory grows by the new planes only.
 
 The folder may still be filling: while a `pull` works on it, the thread waits for files to appear
-(transfer.py gives a file its name only when it is whole and verified). When no pull is running and
-a plane is absent, the upgrade ends at the level it has reached, and `wait` for more says why.
+(checkpoint/pull.py gives a file its name only when it is whole and verified). When no pull is
+running and a plane is absent, the upgrade ends at the level it has reached, and `wait` for more
+says why.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from pathlib import Path
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import CONFIG_FILE, MANIFEST_FILE, REST_FILE
-from dropbydrop.checkpoint.pull import is_pulling
 from dropbydrop.errors import DropError
 
 from .plane_store import PlaneStore
@@ -104,6 +104,13 @@ def start(store: PlaneStore) -> Upgrade:
             store.upgrade = Upgrade(store)
         upgrade: Upgrade = store.upgrade
         return upgrade
+
+
+def is_pulling(folder: Path) -> bool:
+    """Whether a `pull` works on a folder; its module is loaded when it is first asked."""
+    from dropbydrop.checkpoint import pull  # brings the progress bars
+
+    return pull.is_pulling(folder)
 
 
 def wait_for_planes(checkpoint: Checkpoint, bits: int, stop: threading.Event | None = None) -> None:
