@@ -178,9 +178,7 @@ def test_student_computes_what_the_loaded_checkpoint_computes(place: Path, famil
         for h, level in zip(hidden, LEVELS, strict=True):
             loaded = dropbydrop.load(place / f"{family}-q", bits=level)
             expected = loaded(ids, use_cache=False).logits
-            torch.testing.assert_close(
-                student.logits(h, leaves, level), expected, rtol=1e-3, atol=2e-4
-            )
+            torch.testing.assert_close(student.logits(h, leaves), expected, rtol=1e-3, atol=2e-4)
 
 
 def naive_values(checkpoint: Checkpoint, student: Student) -> dict[str, Tensor]:

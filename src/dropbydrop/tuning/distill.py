@@ -125,7 +125,7 @@ def divergence(
     found, grads = [], []
     for last, level in zip(hidden, levels, strict=True):
         weight = None if weights is None else weights[level]
-        value, grad = _head(student, teacher, leaves, last, target, level, weight)
+        value, grad = _head(student, teacher, leaves, last, target, weight)
         found.append(value)
         grads.append(grad)
     for i in reversed(range(len(inputs))):
@@ -143,7 +143,6 @@ def _head(
     leaves: Mapping[str, Tensor],
     last: Tensor,
     target: Tensor,
-    level: int,
     weight: float | None,
 ) -> tuple[float, Tensor | None]:
     """Mean KL and, with `weight`, its gradient by `last`, the last block's output [b, T, d]."""
@@ -160,7 +159,7 @@ def _head(
             )
         h = last[:, part].detach().requires_grad_(weight is not None)
         with torch.set_grad_enabled(weight is not None):
-            log_q = torch.log_softmax(student.logits(h, leaves, level), -1)
+            log_q = torch.log_softmax(student.logits(h, leaves), -1)
             kl = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
             kl = kl / (windows * length)
             if weight is not None and grad is not None:

@@ -248,17 +248,9 @@ class Student:
 
     # ---- running ---------------------------------------------------------------------------
 
-    def _tensor(self, leaves: Mapping[str, Tensor], name: str, level: int) -> Tensor:
-        """A small tensor as level P reads it, trained or not."""
-        for tensors in (leaves, self._fixed):
-            if name in tensors:
-                return tensors[name]
-        raise KeyError(name)
-
-    @staticmethod
-    def _scales(leaves: Mapping[str, Tensor], input_group: _TunedGroup) -> Tensor:
-        """Row scales of all matrices of a group: [sum of d_out]."""
-        return torch.cat([leaves[f"{module}.scales"] for module in input_group.modules])
+    def _tensor(self, leaves: Mapping[str, Tensor], name: str) -> Tensor:
+        """A small tensor, trained or not."""
+        return leaves[name] if name in leaves else self._fixed[name]
 
     def _weights(
         self, block: int, leaves: Mapping[str, Tensor], levels: Sequence[int]
@@ -269,12 +261,12 @@ class Student:
         for input_group in self._input_groups[block]:
             entries = [
                 expand_codebook(
-                    self._tensor(leaves, codebook_name(input_group.codebooks, m), levels[0]),
-                    symmetric,
+                    self._tensor(leaves, codebook_name(input_group.codebooks, m)), symmetric
                 )
                 for m, symmetric in enumerate(input_group.symmetric[: levels[-1]], 1)
             ]
-            scales = [self._scales(leaves, input_group) for _ in levels]
+            rows = [leaves[f"{module}.scales"] for module in input_group.modules]
+            scales = [torch.cat(rows) for _ in levels]  # [sum of d_out] each
             decoded = decode_levels(input_group.codes, entries, scales, levels)
             for weights, rotated in zip(out, decoded, strict=True):
                 for module, weight in zip(
@@ -308,21 +300,21 @@ class Student:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             with torch.autocast(self.device.type, enabled=False):
                 weights = self._weights(i, leaves, levels)
-            out = []
-            for x, level, coded in zip(hidden, levels, weights, strict=True):
-                rest = {
-                    local: self._tensor(leaves, prefix + local, level)
-                    for local in self.runner.state_names(i)
-                    if local not in coded
-                }
-                out.append(self.runner.apply_block(i, x, {**coded, **rest}).float())
-        return out
+            rest = {
+                local: self._tensor(leaves, prefix + local)
+                for local in self.runner.state_names(i)
+                if local not in weights[0]
+            }
+            return [
+                self.runner.apply_block(i, x, {**coded, **rest}).float()
+                for x, coded in zip(hidden, weights, strict=True)
+            ]
 
-    def logits(self, hidden: Tensor, leaves: Mapping[str, Tensor], level: int) -> Tensor:
+    def logits(self, hidden: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:
         """Output of the last block [b, T, d] -> logits [b, T, vocab] float32, with gradients."""
         blocks = f"{self.runner.blocks_name}."
-        outer = {name for name in leaves if not name.startswith((blocks, *RESERVED_PREFIXES))}
-        values = {name: self._tensor(leaves, name, level) for name in outer}
+        inner = (blocks, *RESERVED_PREFIXES)
+        values = {name: leaf for name, leaf in leaves.items() if not name.startswith(inner)}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             return self.runner.apply_head(hidden, values).float()
 
