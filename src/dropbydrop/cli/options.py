@@ -111,15 +111,26 @@ def with_settings(kind: type[Settings]) -> Callable[[Callable[..., None]], Calla
         @functools.wraps(command)
         def run(**given: Any) -> None:
             values = {declared.name: given.pop(declared.name) for declared in fields(kind)}
-            for name, parse in _tuples(kind).items():
-                if values[name] is not None:
-                    values[name] = tuple(parse(values[name]))
-            command(config=kind(**values), **given)
+            command(config=_settings(kind, values), **given)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return run
 
     return decorate
+
+
+def _settings(kind: type[Settings], values: dict[str, Any]) -> Settings:
+    """Settings from the values of options. Under torchrun all processes have the same ones, so the
+    first one tells what is wrong."""
+    try:
+        for name, parse in _tuples(kind).items():
+            if values[name] is not None:
+                values[name] = tuple(parse(values[name]))
+        return kind(**values)
+    except DropError as error:
+        from dropbydrop.system.distributed import PeerError, rank_of_process
+
+        raise (PeerError(str(error)) if rank_of_process() else error) from None
 
 
 def options_of(kind: type[Settings]) -> list[inspect.Parameter]:
