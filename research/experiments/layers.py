@@ -5,13 +5,13 @@
 
 Every matrix is encoded once for levels 2, 3, 4; AQLM trains a code of its own for each level, as
 published (baselines/additive.py). Both get the same H, from 32 windows of 1,024 tokens from the
-start of the text (no BOS), and one thread; our factors of inputs are fitted to the matrix alone,
+start of the text (no BOS), and one thread; our input scales are fitted to the matrix alone,
 as AQLM's codebooks are. Two groups of matrices of SmolLM2:
 
     ordinary   those for which figures of AQLM's published code exist; H weights every token alike,
                as it was there
     outliers   weights of up to 30 sigma, inputs whose first token has up to 4e5 times the energy of
-               the median one; H is energy-clipped, as `quantize` does it (capture.py)
+               the median one; H is energy-clipped, as `quantize` does it (models/statistics.py)
 
 Printed for each level: the relative weighted error tr(E H E^T) / tr(W H W^T) of both and its
 ratio; the same ratio under H of the next 32 windows, unclipped, with and without the first token of

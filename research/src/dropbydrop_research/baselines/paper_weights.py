@@ -1,7 +1,7 @@
 """`paper-weights`: this package's quantizer under the level weights that the paper states.
 
 Same search, rotation, scales and effort as `drop`. Where `drop` supervises every level by
-`universal.default_lambdas`, this one supervises the lowest and the highest alone, one half each
+`codebooks.default_lambdas`, this one supervises the lowest and the highest alone, one half each
 on their raw errors, as the paper does for 3 and 5 bits (arXiv 2606.12876). Raw errors fall by about
 3.5 a level, so the lowest dominates; what lies between is whatever its codes give. The universal
 set is trained with the same weights (`coding.codebooks.universal_set`), once a machine.
