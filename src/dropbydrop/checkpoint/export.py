@@ -233,7 +233,7 @@ pipeline_tag: text-generation
 ---
 # {made.get("base_model", config.get("model_type", "model"))}, {prefix} bits, as {dtype}
 
-Plain {dtype} weights, exported with [dropbydrop](https://pypi.org/project/dropbydrop/) from level \
+Plain {dtype} weights, exported with dropbydrop from level \
 {prefix} of a nested checkpoint. They carry {checkpoint.true_bits(prefix):.3f} bits of information \
 a weight in the decoder matrices; the files are as large as those of any {dtype} model. Whatever \
 runs this architecture reads them.

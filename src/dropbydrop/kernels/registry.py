@@ -10,10 +10,10 @@ is logged once.
     cpu       the native ones (native/kernels), torch
     cuda      triton, torch; cuda-i8 when named
 
-Names ending in "-u8" use 8-bit tables: about 1 % output error on inputs without outliers (up to 6 %
+Names ending in "-u8" use 8-bit tables: about 1 % output error on inputs without outliers (4 %
 with one of 20 times the rms), against 0.02 % (0.1 %) for the default 14-bit tables. They are used
 only when named; so is "cuda-i8", whose 8-bit codebooks and activations cost about the same
-(gpu/int8.py).
+(cuda/int8.py).
 """
 
 from __future__ import annotations
