@@ -20,8 +20,15 @@ from dropbydrop.coding.codebooks import (
     universal_set,
 )
 from dropbydrop.coding.encoder import EFFORTS, Effort, encode_group, group_rotation, stored_scales
-from dropbydrop.coding.objective import condition, descent_metric, feedback_metric, weighted_errors
-from dropbydrop.coding.refit import Coded, objective, refit_codebooks, refit_scales
+from dropbydrop.coding.objective import (
+    Coded,
+    condition,
+    descent_metric,
+    feedback_metric,
+    objective,
+    weighted_errors,
+)
+from dropbydrop.coding.refit import refit_codebooks, refit_scales
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.coding.search import search
 from dropbydrop.errors import CalibrationError

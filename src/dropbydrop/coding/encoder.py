@@ -32,8 +32,8 @@ from torch import Tensor
 from dropbydrop.errors import CalibrationError
 
 from .channel_scaling import input_scales_of
-from .objective import condition, descent_metric, feedback_metric, weighted_errors
-from .refit import Coded, objective, refit_codebooks, refit_scales
+from .objective import Coded, condition, descent_metric, feedback_metric, objective, weighted_errors
+from .refit import refit_codebooks, refit_scales
 from .rotation import Rotation
 from .search import search
 

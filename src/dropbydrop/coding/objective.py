@@ -26,7 +26,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .code import GROUP
+from .code import GROUP, expand_set, partial_sums
+
+
+@dataclass
+class Coded:
+    """One matrix and its code, all in rotated coordinates."""
+
+    weight: Tensor  # float32 [d_out, d_in]
+    scales: Tensor  # float32 [d_out]
+    codes: Tensor  # uint8 [M, d_out, G]
+
+    def sums(self, codebooks: Tensor, levels: Sequence[int]) -> list[Tensor]:
+        """What the codes decode to at each level, before scaling: float32 [d_out, d_in].
+
+        codebooks float32 [M, K/2, g].
+        """
+        return partial_sums(self.codes, expand_set(codebooks), levels)
+
+
+def objective(
+    coded: Coded, h: Tensor, codebooks: Tensor, levels: Sequence[int], lambdas: Sequence[float]
+) -> float:
+    """J of one matrix in the units of its weights (not divided by the scales).
+
+    h float32 [d_in, d_in], conditioned; codebooks float32 [M, K/2, g].
+    """
+    total = 0.0
+    for q, lam in zip(coded.sums(codebooks, levels), lambdas, strict=True):
+        e = coded.weight - coded.scales[:, None] * q
+        total += lam * float(((e @ h) * e).sum(dtype=torch.float64))
+    return total
 
 
 @dataclass(frozen=True)
