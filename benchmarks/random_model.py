@@ -95,7 +95,7 @@ def random_codebooks(
     generator = torch.Generator().manual_seed(seed)
     sizes = [0.5**m for m in range(len(planes))] if sizes is None else sizes
     return [
-        (torch.randn(plane.stored_entries, plane.group, generator=generator) * size).half()
+        (torch.randn(plane.codebook_shape, generator=generator) * size).half()
         for plane, size in zip(planes, sizes, strict=True)
     ]
 

@@ -102,7 +102,7 @@ def test_checkpoints(
     planes = tuple(PlaneSpec(sign_symmetric=symmetric) for _ in range(count))
     codes = {n: [bytes_of(d, groups) for _ in planes] for n, d in zip(names, rows, strict=True)}
     scales = {n: bytes_of(d) / 64 for n, d in zip(names, rows, strict=True)}
-    books = [bytes_of(plane.stored_entries, 8) / 16 for plane in planes]
+    books = [bytes_of(*plane.codebook_shape) / 16 for plane in planes]
     turn = Rotation.make(d_in, seed=seed).scale(0.5 + bytes_of(d_in) / 128)
     group = StoredGroup("g", tuple(names), d_in)
     norm = (bytes_of(d_in) / 64).to(dtype)

@@ -1,16 +1,12 @@
 """What a nested checkpoint consists of: names, versions, and the validated form of its JSON.
 
-A checkpoint is a Hugging Face folder. `plane-m.safetensors` holds the codes of plane m,
-`model.safetensors` everything else, `config.json` the description (`quantization_config`),
-`manifest.json` the size and SHA-256 of every file. The full specification is docs/format.md.
-
-This module is pure: name builders and dataclasses with `from_dict`/`to_dict`; it opens no file.
-Beside it: `files.py` (the manifest), `tensor_files.py` (safetensors), `fields.py` (strict parsing:
-an unknown version, an unknown key or a contradiction is an error; free-form is `provenance` alone).
+docs/format.md is the specification. This module is pure: name builders and dataclasses with
+`from_dict`/`to_dict`; it opens no file.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -63,7 +59,8 @@ def odd_name(odd: int) -> str:
 class PlaneSpec:
     """One plane: K entries of g weights, one code of `dtype` a group of weights.
 
-    Every plane of a checkpoint describes itself. This version knows the kind "bytes".
+    Every plane of a checkpoint describes itself. This version knows the kind "bytes". Shapes and
+    bytes of a plane and its codebook are computed here alone.
     """
 
     entries: int = ENTRIES
@@ -83,10 +80,18 @@ class PlaneSpec:
                 f"version decodes {ENTRIES} entries, group {GROUP}, uint8. Upgrade dropbydrop."
             )
 
+    def shape(self, d_out: int, d_in: int) -> tuple[int, int]:
+        """Shape of the codes of a matrix [d_out, d_in]: (d_out, G)."""
+        return d_out, d_in // self.group
+
+    def nbytes(self, d_out: int, d_in: int) -> int:
+        """Bytes of the codes of a matrix [d_out, d_in]."""
+        return math.prod(self.shape(d_out, d_in))  # uint8
+
     @property
-    def stored_entries(self) -> int:
-        """Rows of the codebook on disk: half when the code's top bit is the sign."""
-        return self.entries // 2 if self.sign_symmetric else self.entries
+    def codebook_shape(self) -> tuple[int, int]:
+        """Shape of the codebook on disk: half of the entries when the top bit is the sign."""
+        return self.entries // 2 if self.sign_symmetric else self.entries, self.group
 
     @staticmethod
     def from_dict(data: object, where: str = "plane") -> PlaneSpec:
@@ -109,13 +114,12 @@ class PlaneSpec:
 
 @dataclass(frozen=True)
 class StoredGroup(InputGroup):
-    """An input group and how it is stored: its codebook set and the kind of its rotation.
+    """An input group and the codebook set that it is stored with.
 
     The index of a group in the config is the i of `input_groups.<i>.input_scales`.
     """
 
     codebooks: str = "universal"
-    rotation: str = "full"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modules", tuple(self.modules))
@@ -125,25 +129,24 @@ class StoredGroup(InputGroup):
         module_names((*self.modules, self.codebooks), where)
         if self.d_in < GROUP or self.d_in % GROUP:
             raise FormatError(f"{where}: d_in {self.d_in} is not a multiple of the group {GROUP}.")
-        if self.rotation != "full":
-            raise FormatError(
-                f"{where}: rotation {self.rotation!r} is unknown to this version. "
-                "Upgrade dropbydrop."
-            )
 
     @staticmethod
     def from_dict(data: object, where: str = "input group") -> StoredGroup:
         """Raises FormatError naming what is unknown or contradictory."""
         fields = Fields(data, where)
         rotation = Fields(fields.take("rotation", dict), f"{where}: rotation")
+        kind = rotation.take("kind", str)
+        if kind != "full":
+            raise FormatError(
+                f"{where}: rotation {kind!r} is unknown to this version. Upgrade dropbydrop."
+            )
+        rotation.done()
         group = StoredGroup(
             fields.take("name", str),
             module_names(fields.take("modules", list), where),
             fields.take("d_in", int),
             fields.take("codebooks", str),
-            rotation.take("kind", str),
         )
-        rotation.done()
         fields.done()
         return group
 
@@ -154,7 +157,7 @@ class StoredGroup(InputGroup):
             "modules": list(self.modules),
             "d_in": self.d_in,
             "codebooks": self.codebooks,
-            "rotation": {"kind": self.rotation},
+            "rotation": {"kind": "full"},
         }
 
 
@@ -183,7 +186,7 @@ class Embeddings:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return {"bits": self.bits, "modules": list(self.modules), "tied": self.tied}
+        return asdict(self) | {"modules": list(self.modules)}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.code import decode, expand_codebook
+from dropbydrop.coding.code import decode
 from dropbydrop.errors import DropError
 from dropbydrop.models.weight_files import INDEX, SINGLE
 from dropbydrop.system.atomic_folder import AtomicFolder
@@ -151,11 +151,7 @@ def _linear_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Rows:
     input_group = quantization.group_index[module]
 
     def rows(low: int, high: int) -> Tensor:
-        stored = checkpoint.read_codebooks(quantization.input_groups[input_group].codebooks)
-        entries = [
-            expand_codebook(book, plane.sign_symmetric)
-            for book, plane in zip(stored, quantization.planes, strict=True)
-        ]
+        entries = checkpoint.read_entries(quantization.input_groups[input_group].codebooks)
         scales = checkpoint.read(f"{module}.scales")
         codes = [checkpoint.read_codes(module, m)[low:high] for m in range(1, prefix + 1)]
         rotated = decode(codes, entries, scales[low:high], prefix)

@@ -6,14 +6,12 @@ Three depths of checking, each cheap enough for its moment:
 - `require(P)`, and every read, does the same for the files of planes 1..P. Exchanged plane files
   are found here, without hashing, because tensor names carry the number of the plane.
 - `verify` hashes every file. A flipped bit inside a tensor is found only here.
-
-Which planes are present is read off the folder; an absent plane is an error only when asked for.
-Nothing in a checkpoint is executed or unpickled, and no file outside the folder is named by it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation, split_odd
 from dropbydrop.errors import FormatError, MissingPlaneError
 from dropbydrop.system.digest import file_digest
@@ -178,9 +176,9 @@ class Checkpoint:
         """
         prefix, q = self.quantization.check_level(bits), self.quantization
         weights = sum(d_out * d_in for d_out, d_in in self.shapes.values())
-        total = prefix * weights // GROUP
+        total = sum(p.nbytes(*shape) for p in q.planes[:prefix] for shape in self.shapes.values())
         total += sum(2 * d_out for d_out, _ in self.shapes.values())
-        total += len(q.sets) * sum(2 * GROUP * p.stored_entries for p in q.planes[:prefix])
+        total += len(q.sets) * sum(2 * math.prod(p.codebook_shape) for p in q.planes[:prefix])
         total += sum(
             info.nbytes
             for name, info in self.rest.items()
@@ -240,13 +238,21 @@ class Checkpoint:
         count = len(self.quantization.planes)
         return [self.read(codebook_name(set_name, m)) for m in range(1, count + 1)]
 
+    def read_entries(self, set_name: str) -> list[Tensor]:
+        """The expanded codebooks of a set: M tensors float32 [K, g]."""
+        planes = self.quantization.planes
+        return [
+            expand_codebook(stored, plane.sign_symmetric)
+            for stored, plane in zip(self.read_codebooks(set_name), planes, strict=True)
+        ]
+
     def read_rotation(self, index: int) -> Rotation:
         """The rotation of input group `index`."""
         group = self.quantization.input_groups[index]
         odd = split_odd(group.d_in)[1]
         factor = self.read(odd_name(odd)) if odd > 1 else None
         scales = self.read(input_scales_name(index))
-        spec = {"kind": group.rotation, "scaled": True}
+        spec = {"kind": "full", "scaled": True}
         return Rotation.from_stored(spec, group.d_in, scales, factor)
 
     # -- checking -------------------------------------------------------------------------
@@ -270,19 +276,14 @@ class Checkpoint:
                 continue
             size = path.stat().st_size
             if size != entry.size:
-                text = (
-                    f"{path} has {size} bytes, the manifest says {entry.size}: cut off, or edited."
-                )
-                findings.append(Finding(name, "size", text))
+                text = f"{size} bytes, the manifest says {entry.size}: cut off, or edited."
+                findings.append(Finding(name, "size", f"{path} has {text}"))
             elif hashes and (found := file_digest(path)) != entry.sha256:
-                text = (
-                    f"{path} has SHA-256 {found[:16]}…, the manifest says {entry.sha256[:16]}…: "
-                    "damaged or edited. Fetch it again."
-                )
-                findings.append(Finding(name, "hash", text))
-        wrong_size = {finding.file for finding in findings}
+                text = f"SHA-256 {found[:16]}…, the manifest says {entry.sha256[:16]}…: damaged or "
+                findings.append(Finding(name, "hash", f"{path} has {text}edited. Fetch it again."))
+        suspect = {finding.file for finding in findings}
         for m in self.planes_present():
-            if not wrong_size.intersection(self.manifest.planes[m - 1]):
+            if not suspect.intersection(self.manifest.planes[m - 1]):
                 try:
                     self._check_plane(m)
                 except FormatError as error:
@@ -314,8 +315,7 @@ class Checkpoint:
         expected = {name: TensorInfo("F16", (0,)) for name in q.guards}
         for name in q.sets:
             for m, plane in enumerate(q.planes, 1):
-                book = TensorInfo("F16", (plane.stored_entries, GROUP))
-                expected[codebook_name(name, m)] = book
+                expected[codebook_name(name, m)] = TensorInfo("F16", plane.codebook_shape)
         for i, group in enumerate(q.input_groups):
             odd = split_odd(group.d_in)[1]
             expected[input_scales_name(i)] = TensorInfo("U8", (group.d_in,))
@@ -325,8 +325,7 @@ class Checkpoint:
         for name in sorted(ours - set(expected)):
             yield f"{name} is not described"
         for module in q.modules:
-            row = rest.get(f"{module}.scales")
-            shape = row.shape[:1] if row else ()
+            shape = rest[f"{module}.scales"].shape[:1] if f"{module}.scales" in rest else ()
             expected[f"{module}.scales"] = TensorInfo("F16", shape or (0,))
         if q.embeddings.bits == 8:
             for module in q.embeddings.modules:
@@ -352,9 +351,10 @@ class Checkpoint:
                 )
             self._check_size(path.name)
         found = {n: info for p in self.plane_paths(m) for n, info in read_header(p).items()}
+        plane = self.quantization.planes[m - 1]
         expected = {
-            codes_name(module, m): TensorInfo("U8", (d_out, d_in // GROUP))
-            for module, (d_out, d_in) in self.shapes.items()
+            codes_name(module, m): TensorInfo("U8", plane.shape(*matrix))
+            for module, matrix in self.shapes.items()
         }
         if found != expected:
             name = min(set(found) ^ set(expected), default=None)

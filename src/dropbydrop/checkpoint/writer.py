@@ -2,14 +2,12 @@
 
 Steps:
 1. Tensors arrive one by one and are staged at once to raw files (one a plane, one for the rest)
-   in a hidden folder beside OUT. Nothing but names, shapes and offsets stays in memory, so peak
-   memory is one tensor, whatever the size of the model.
+   in a hidden folder beside OUT. Peak memory is one tensor, whatever the size of the model.
 2. `finish` copies the raw bytes behind safetensors headers, in the canonical order of the input
    groups, hashing as it writes. A raw file is deleted as soon as it is copied: the extra disk
    needed is one plane.
-3. config.json, the extra files and the manifest follow; everything is synced; the folder is
-   renamed to OUT. A rename is atomic, so OUT is never half-written. On an error, Ctrl-C or a
-   full disk the hidden folder is removed.
+3. config.json, the extra files and the manifest follow, and the folder appears as OUT
+   (atomic_folder.py).
 
 For runs that can be resumed, the raw files lie in a work folder of the caller (`work`) and survive
 whatever happens: `commit` makes them durable and returns the record that the next writer needs.
@@ -26,7 +24,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -189,7 +186,7 @@ class CheckpointWriter:
 
     def add_group(self, group: StoredGroup, rotation: Rotation) -> None:
         """Add an input group and its rotation; the order of the calls numbers the groups."""
-        if group.rotation != rotation.kind or group.d_in != rotation.d_in:
+        if rotation.kind != "full" or group.d_in != rotation.d_in:
             raise ValueError(f"{group.name}: the rotation does not match its description")
         assert rotation.signs is not None  # of every full rotation
         with self._folder.disk_errors():
@@ -339,12 +336,7 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         self.abort()
         if kind is None and not self._folder.published:
             raise RuntimeError("the checkpoint was not finished: call finish() inside the block")

@@ -23,9 +23,8 @@ from typing import Any
 
 import torch
 
-from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.checkpoint import Checkpoint, PlaneSpec
 from dropbydrop.checkpoint.config import RESERVED_PREFIXES
-from dropbydrop.coding.code import GROUP
 from dropbydrop.errors import DropError
 from dropbydrop.kernels.layout import STRIP
 from dropbydrop.kernels.registry import select
@@ -95,8 +94,11 @@ def estimate(
     """
     kind = activation_type(checkpoint, dtype)
     q, width = checkpoint.quantization, kind.itemsize
-    shapes = checkpoint.shapes
-    codes = sum(prefixes[module] * plane_bytes(shape) for module, shape in shapes.items())
+    codes = sum(
+        plane_bytes(plane, *matrix)
+        for module, matrix in checkpoint.shapes.items()
+        for plane in q.planes[: prefixes[module]]
+    )
     scales = embeddings = other = shared = 0
     for name, info in checkpoint.rest.items():
         module, _, leaf = name.rpartition(".")
@@ -124,10 +126,9 @@ def estimate(
     )
 
 
-def plane_bytes(shape: tuple[int, int]) -> int:
-    """Bytes of one plane of a matrix [d_out, d_in] as the CPU of this machine holds it."""
-    d_out, groups = shape[0], shape[1] // GROUP
-    return (-(-d_out // STRIP) * STRIP if select().native else d_out) * groups
+def plane_bytes(plane: PlaneSpec, d_out: int, d_in: int) -> int:
+    """Bytes of a plane of a matrix [d_out, d_in] as the CPU of this machine holds it (padded)."""
+    return plane.nbytes(-(-d_out // STRIP) * STRIP if select().native else d_out, d_in)
 
 
 def kv_cache(config: Mapping[str, Any], context: int, width: int) -> int:

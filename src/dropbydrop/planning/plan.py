@@ -23,7 +23,6 @@ import torch
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.fields import Fields, check_version
 from dropbydrop.checkpoint.files import dump_json, read_json
-from dropbydrop.coding.code import GROUP
 from dropbydrop.errors import FormatError
 
 from .memory import Memory, estimate
@@ -106,10 +105,10 @@ class Plan:
 
     def bytes_read(self, checkpoint: Checkpoint) -> int:
         """Bytes that loading by this plan reads: `Checkpoint.bytes_at` less the codes left out."""
-        shapes = checkpoint.shapes
         unread = sum(
-            (self.highest - p) * shapes[module][0] * shapes[module][1] // GROUP
+            plane.nbytes(*checkpoint.shapes[module])
             for module, p in self.by_module(checkpoint).items()
+            for plane in checkpoint.quantization.planes[p : self.highest]
         )
         return checkpoint.bytes_at(self.highest) - unread
 

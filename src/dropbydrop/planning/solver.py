@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.coding.code import GROUP
 from dropbydrop.errors import MissingPlaneError, PrecisionError
 
 from .memory import default_context, parse_bytes, plane_bytes
@@ -61,9 +60,9 @@ def make_plan(
     levels = levels_here(checkpoint, planes)
     known = sensitivity or known_sensitivity(checkpoint)
     if avg_bits is not None:
-        weights = sum(d_out * d_in for d_out, d_in in checkpoint.shapes.values())
         _check_average(avg_bits, levels, checkpoint.levels)
-        budget, costs = math.floor(avg_bits * weights / GROUP + 1e-6), _plane_costs(checkpoint)
+        costs = _plane_costs(checkpoint)
+        budget = math.floor(avg_bits * sum(costs) + 1e-6)  # a plane is a bit a weight
     else:
         tokens = default_context(checkpoint, context)
         budget = _bytes_for_codes(checkpoint, levels[0], parse_bytes(memory or 0), dtype, tokens)
@@ -90,9 +89,10 @@ def _bytes_for_codes(
 
 
 def _plane_costs(checkpoint: Checkpoint, held: bool = False) -> list[int]:
-    """Bytes of one plane of every input group: weights over 8, or as memory holds them (padded)."""
+    """Bytes of one plane of every input group: on disk, or as memory holds them (padded)."""
+    plane = checkpoint.quantization.planes[0]  # all are of one size
     size = {
-        name: plane_bytes(shape) if held else shape[0] * shape[1] // GROUP
+        name: plane_bytes(plane, *shape) if held else plane.nbytes(*shape)
         for name, shape in checkpoint.shapes.items()
     }
     return [

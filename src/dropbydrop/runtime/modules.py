@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from dropbydrop import kernels
-from dropbydrop.coding.code import GROUP
 from dropbydrop.errors import PrecisionError, UnsupportedModelError
 
 from .plane_store import GroupEntries, PlaneStore
@@ -133,10 +132,10 @@ class NestedLinear(FixedScales):
         """Build the module of `name` on the meta device; transformers then loads its tensors."""
         super().__init__()
         self.store, self.name, self._prefix = store, name, prefix
-        self.out_features, self.in_features = store.checkpoint.shapes[name]
-        grid = (self.out_features, self.in_features // GROUP)
-        codes = torch.empty(grid, dtype=torch.uint8, device="meta")
-        self.codes = Planes([kernels.Plane.row_major(codes)] * prefix)
+        matrix = self.out_features, self.in_features = store.checkpoint.shapes[name]
+        specs = store.checkpoint.quantization.planes[:prefix]
+        codes = [torch.empty(p.shape(*matrix), dtype=torch.uint8, device="meta") for p in specs]
+        self.codes = Planes([kernels.Plane.row_major(plane) for plane in codes])
         scales = torch.empty(self.out_features, dtype=torch.float16, device="meta")
         self.register_buffer("scales", scales)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import codes_name
-from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import DropError
 from dropbydrop.kernels import Plane, to_device_layout
@@ -191,8 +190,4 @@ class PlaneStore:
         return self.derived(("entries", name, device), lambda: self._make_entries(name, device))
 
     def _make_entries(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
-        planes = self.checkpoint.quantization.planes
-        return tuple(
-            expand_codebook(stored, plane.sign_symmetric).to(device)
-            for stored, plane in zip(self.checkpoint.read_codebooks(name), planes, strict=True)
-        )
+        return tuple(entries.to(device) for entries in self.checkpoint.read_entries(name))
