@@ -25,12 +25,26 @@ import dropbydrop
 from dropbydrop.data.text_files import text_windows
 from dropbydrop.kernels import select
 from dropbydrop.models.sources import load_tokenizer
-from dropbydrop.runtime.speculate import Speculator, acceptance_needed
+from dropbydrop.runtime.speculate import Costs, Speculator
 from dropbydrop.system.console import quiet_transformers
 from dropbydrop_research.study.style import new_figure, save, series, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def acceptance_needed(c: float, slope: float, target: float = 1.2) -> float | None:
+    """The smallest acceptance at which some k reaches the speed `target`; None if none does."""
+
+    def reached(a: float) -> bool:
+        costs = Costs(a, c, slope)
+        return costs.speedup(costs.best()) >= target
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high if reached(1.0) else None
 
 
 def run(model: Any, prompts: torch.Tensor, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -259,6 +259,15 @@ def test_speculation(place: Path, out: Path, run: Any) -> None:
     assert all(row["equal"] == row["prompts"] == 2 for row in result["rows"])
 
 
+def test_acceptance_needed() -> None:
+    module = load("speculation")
+    needed = module.acceptance_needed(0.5, 0.05)
+    for shift, reached in ((0.001, True), (-0.001, False)):
+        costs = module.Costs(needed + shift, 0.5, 0.05)
+        assert (costs.speedup(costs.best()) >= 1.2) is reached
+    assert module.acceptance_needed(1.0, 0.0) is None
+
+
 def test_progressive(out: Path, run: Any) -> None:
     result, _ = run(load("progressive"), out, "--mb-per-s", 1)
     seconds = [row["seconds"] for row in result["levels"]]

@@ -44,7 +44,6 @@ from .guards import Guards
 # Arguments of a decoder's forward that the step can honour.
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values",
           "use_cache", "cache_position"}  # fmt: skip
-_PLAIN = (None, False)  # values that any other argument may have
 
 
 def decoder_of(model: Any) -> Any:
@@ -79,9 +78,7 @@ def how(model: Any) -> str:
     if not isinstance(forward, FusedDecode):
         return f"through torch: blocks of type {model.config.model_type!r}"
     state = forward.state()
-    if state.step is None:
-        return f"through torch: {state.reason}"
-    return f"native step, {state.step.kernel.name}, {len(state.step.blocks)} blocks"
+    return state.message if state.step else f"through torch: {state.message}"
 
 
 def how_config(config: Mapping[str, Any] | None) -> str:
@@ -110,18 +107,13 @@ class _State:
 
     guards: Guards
     step: DecodeStep | None
-    reason: str
+    message: str
 
 
 class FusedDecode:
     """`forward` of one decoder: see the module's note. Safe to call from several threads."""
 
-    def __init__(
-        self,
-        inner: Any,
-        group_of: GroupOf,
-        kernel: str | None,
-    ) -> None:
+    def __init__(self, inner: Any, group_of: GroupOf, kernel: str | None) -> None:
         self._inner = weakref.ref(inner)
         self._group_of, self._kernel = group_of, kernel
         self._lock = threading.Lock()
@@ -177,7 +169,7 @@ class FusedDecode:
         if torch.is_grad_enabled() or inner.training or not given.is_cpu:
             return None
         others = (v for name, v in kwargs.items() if name not in _KNOWN)
-        if any(not any(v is plain for plain in _PLAIN) for v in others) or _asks_more(inner.config):
+        if any(v is not None and v is not False for v in others) or _asks_more(inner.config):
             return None
         n, start = given.shape[1], _length(cache)
         if start == 0 or not _continues(kwargs, start, n):

@@ -14,8 +14,7 @@ result. One called with another tensor multiplies for itself, so nothing is assu
 parent's code.
 
 An input group falls back to its modules one by one where they are not plain: adapters, hooks, a
-    patched
-forward, different precisions, another device. torch.compile traces all of this away.
+patched forward, different precisions, another device. torch.compile traces all of this away.
 
 Limits: a forward that calls `super()` needs the module itself and is left alone. Attributes that a
 forward sets end with the call.
@@ -52,19 +51,6 @@ class _Call:
         return self.ys[i] if x is self.x else self.linears[i](x)
 
 
-class _Part:
-    """Stands in for linear i of a call."""
-
-    def __init__(self, call: _Call, i: int) -> None:
-        self.call, self.i = call, i
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.call.part(self.i, x)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.call.linears[self.i], name)
-
-
 class _StandIn:
     """A module's attributes, some of them replaced."""
 
@@ -73,6 +59,17 @@ class _StandIn:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
+
+
+class _Part(_StandIn):
+    """Stands in for linear i of a call."""
+
+    def __init__(self, call: _Call, i: int) -> None:
+        super().__init__(call.linears[i])
+        self.call, self.i = call, i
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.call.part(self.i, x)
 
 
 def _plain(linears: Sequence[Any]) -> bool:
@@ -94,9 +91,7 @@ def _stand_in(module: nn.Module, input_groups: Sequence[Sequence[str]]) -> Any:
     found: Any = module
     for names in input_groups:
         linears = [getattr(module, name) for name in names]
-        if not _plain(linears):
-            continue
-        if _on_gpu_kernel(linears[0]):
+        if _plain(linears) and _on_gpu_kernel(linears[0]):
             if found is module:
                 found = _StandIn(module)
             call = _Call(prepared(linears), linears)
@@ -125,8 +120,10 @@ def multiply_together(model: nn.Module) -> None:
     different parents stay as they are.
     """
     linears = {m.name: path for path, m in model.named_modules() if isinstance(m, NestedLinear)}
-    first = next((m for m in model.modules() if isinstance(m, NestedLinear)), None)
-    if first is None or not _on_gpu_kernel(first):
+    if not linears:
+        return
+    first: Any = model.get_submodule(next(iter(linears.values())))
+    if not _on_gpu_kernel(first):
         return
     input_groups: dict[str, list[tuple[str, ...]]] = {}
     for input_group in first.store.checkpoint.quantization.input_groups:

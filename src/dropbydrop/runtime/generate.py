@@ -7,7 +7,7 @@ that mean what they say (temperature 0 is greedy), and the time it took.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,5 +94,5 @@ def generate(
     seconds = time.perf_counter() - start
     given = inputs["input_ids"].shape[1]
     text = tokenizer.decode(ids[given:], skip_special_tokens=True)
-    drafted = None if speculator is None else speculator.report.to_dict()
+    drafted = None if speculator is None else asdict(speculator.report)
     return Generated(text, given, ids.numel() - given, seconds, drafted)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
@@ -149,7 +150,7 @@ class DropByDropQuantizer(HfQuantizer):
         for linear in linears:
             linear.codes.settle()
             linear.store.add(linear.name, linear.codes.held())
-        head, embedding = _output_head(model), model.get_input_embeddings()
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if isinstance(head, NestedHead) and head.tied:
             head.row_scales = embedding.row_scales.to(head.rows.device)
         attach(model, group_of)
@@ -220,7 +221,7 @@ def _place_modules(model: Any, checkpoint: Checkpoint, prefix: int, dtype: Any) 
 
 def _tie_head(model: Any) -> None:
     """Replace a tied output head by one that shares the embedding's rows."""
-    embedding, head = model.get_input_embeddings(), _output_head(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or isinstance(head, NestedLinear):  # a bare decoder, or a quantized head
         return
     names = {id(module): name for name, module in model.named_modules()}
@@ -243,9 +244,10 @@ def _find(model: Any, stored: str) -> tuple[str, nn.Module | None]:
 
     Returns (name, None) for a module that this class rightly lacks: the head of another task.
     """
-    name = _located(model, stored)
-    if name is not None:
-        return name, cast(nn.Module, model.get_submodule(name))
+    # a bare decoder lacks the prefix
+    for name in (stored, stored.removeprefix(f"{model.base_model_prefix}.")):
+        with suppress(AttributeError):
+            return name, cast(nn.Module, model.get_submodule(name))
     same_class = type(model).__name__ in (model.config.architectures or ())
     if same_class or stored.startswith(f"{model.base_model_prefix}."):
         raise FormatError(
@@ -255,18 +257,6 @@ def _find(model: Any, stored: str) -> tuple[str, nn.Module | None]:
     return stored, None
 
 
-def _located(model: Any, stored: str) -> str | None:
-    """`stored` as this model names it (a bare decoder lacks the prefix), or None."""
-    for name in (stored, stored.removeprefix(f"{model.base_model_prefix}.")):
-        parent, _, leaf = name.rpartition(".")
-        try:
-            if hasattr(model.get_submodule(parent), leaf):
-                return name
-        except AttributeError:
-            continue
-    return None
-
-
 def _our_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers of our modules, except what is tied to others of them."""
     for name, module in model.named_modules():
@@ -274,10 +264,6 @@ def _our_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             for leaf, tensor in (*module.named_parameters(), *module.named_buffers()):
                 if not (isinstance(module, NestedHead) and module.tied and leaf == "rows"):
                     yield f"{name}.{leaf}", tensor
-
-
-def _output_head(model: Any) -> nn.Module | None:
-    return cast("nn.Module | None", model.get_output_embeddings())
 
 
 def _dense(module: NestedLinear | NestedHead, dtype: torch.dtype) -> nn.Linear:

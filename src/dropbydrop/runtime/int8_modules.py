@@ -20,14 +20,34 @@ from dropbydrop import kernels
 from .modules import FixedScales
 
 
-class NestedEmbedding(FixedScales):
-    """Eight-bit token embedding: w = rows * row_scales. rows int8 [vocab, d], row_scales [vocab].
+class _Int8Rows(FixedScales):
+    """rows int8 [vocab, d] and row_scales float16 [vocab], on the meta device until they are read.
+
+    `persistent`: whether the row scales are saved.
+    """
+
+    rows: Tensor
+    row_scales: Tensor
+    _fixed = ("row_scales",)
+
+    def __init__(self, vocab: int, dim: int, persistent: bool = True) -> None:
+        super().__init__()
+        rows = torch.empty(vocab, dim, dtype=torch.int8, device="meta")
+        self.register_parameter("rows", nn.Parameter(rows, requires_grad=False))
+        scales = torch.empty(vocab, dtype=torch.float16, device="meta") if persistent else None
+        self.register_buffer("row_scales", scales, persistent=persistent)
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """w [vocab, d]."""
+        return (self.rows.float() * self.row_scales.float()[:, None]).to(dtype)
+
+
+class NestedEmbedding(_Int8Rows):
+    """Eight-bit token embedding.
 
     `dtype` is the type of the output; casting the module changes it, and nothing else. `scale`
     multiplies the output, rounded to that type first as Gemma does; the rows are those of w.
     """
-
-    _fixed = ("row_scales",)
 
     def __init__(
         self,
@@ -37,22 +57,17 @@ class NestedEmbedding(FixedScales):
         scale: float = 1.0,
         kind: type[nn.Embedding] = nn.Embedding,
     ) -> None:
-        super().__init__()
+        super().__init__(vocab, dim)
         self.num_embeddings, self.embedding_dim, self.dtype = vocab, dim, dtype
         self.scale, self._kind = scale, kind
         self._factor = _rounded(scale, dtype)
-        _register_rows(self, vocab, dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., d]."""
-        rows, row_scales = cast(Tensor, self.rows), cast(Tensor, self.row_scales)
-        wide = F.embedding(ids, rows).float() * F.embedding(ids, row_scales[:, None]).float()
+        scales = F.embedding(ids, self.row_scales[:, None])  # [..., 1]
+        wide = F.embedding(ids, self.rows).float() * scales.float()  # [..., d]
         out = wide.to(self.dtype)
         return out if self._factor == 1.0 else out * self._factor
-
-    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[vocab, d]."""
-        return _dense_rows(self, dtype)
 
     def dense(self, dtype: torch.dtype) -> nn.Embedding:
         """An embedding of the original class with the decoded weights."""
@@ -73,7 +88,7 @@ class NestedEmbedding(FixedScales):
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
-class NestedHead(FixedScales):
+class NestedHead(_Int8Rows):
     """Eight-bit output head: logits = (x rows^T) * row_scales (+ bias).
 
     When `tied`, rows are the embedding's (transformers ties the parameter `rows`) and row_scales
@@ -81,41 +96,20 @@ class NestedHead(FixedScales):
     """
 
     bias: nn.Parameter | None
-    _fixed = ("row_scales",)
 
     def __init__(self, vocab: int, dim: int, bias: Tensor | None, tied: bool) -> None:
-        super().__init__()
+        super().__init__(vocab, dim, persistent=not tied)
         self.out_features, self.in_features, self.tied = vocab, dim, tied
-        _register_rows(self, vocab, dim)
-        if tied:
-            self.register_buffer("row_scales", None, persistent=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> logits [..., vocab], in the dtype of x."""
-        rows, row_scales = cast(Tensor, self.rows), cast(Tensor, self.row_scales)
-        return kernels.rows_linear(x, rows, row_scales, self.bias)
-
-    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[vocab, d]."""
-        return _dense_rows(self, dtype)
+        return kernels.rows_linear(x, self.rows, self.row_scales, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, tied={self.tied}"
 
 
-def _register_rows(module: nn.Module, vocab: int, dim: int) -> None:
-    rows = torch.empty(vocab, dim, dtype=torch.int8, device="meta")
-    module.register_parameter("rows", nn.Parameter(rows, requires_grad=False))
-    module.register_buffer(
-        "row_scales", torch.empty(vocab, dtype=torch.float16, device="meta"), persistent=True
-    )
-
-
 def _rounded(value: float, dtype: torch.dtype) -> float:
     """`value` as a tensor of `dtype` holds it."""
     return float(torch.tensor(value, dtype=dtype, device="cpu"))
-
-
-def _dense_rows(module: Any, dtype: torch.dtype) -> Tensor:
-    return (module.rows.float() * module.row_scales.float()[:, None]).to(dtype)

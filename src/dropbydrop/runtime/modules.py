@@ -126,6 +126,7 @@ class NestedLinear(FixedScales):
     """
 
     bias: nn.Parameter | None
+    scales: Tensor
     _fixed = ("scales",)
 
     def __init__(self, store: PlaneStore, name: str, prefix: int, bias: Tensor | None) -> None:
@@ -156,11 +157,6 @@ class NestedLinear(FixedScales):
     def input_group(self) -> GroupEntries:
         """Rotation and codebooks on this module's device, shared with its sister matrices."""
         return self.store.input_group(self.name, self.codes.device)
-
-    @property
-    def row_scales(self) -> Tensor:
-        """The row scales: float16 [d_out]."""
-        return cast(Tensor, self.scales)
 
     def rotated_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W' = W Q^-1 decoded from P planes: [d_out, d_in], for rotated inputs."""
@@ -223,9 +219,7 @@ def prepared(modules: Sequence[NestedLinear]) -> kernels.PreparedGroup:
             lambda: kernels.prepare_codebooks(input_group.entries, input_group.sign_symmetric),
         )
         matrices = [
-            kernels.Matrix(
-                m.codes.held(), m.row_scales, None if m.bias is None else m.bias.detach()
-            )
+            kernels.Matrix(m.codes.held(), m.scales, None if m.bias is None else m.bias.detach())
             for m in modules
         ]
         return kernels.prepare_group(matrices, books, input_group.rotation, first.prefix, kernel)

@@ -8,7 +8,7 @@ packed for the native CPU kernels, else row major as on disk.
 
 Rules that make sharing safe:
 - What is in the store is never changed, only added to. Values handed out are immutable.
-- Planes can be added while views run (`extend`, `fill`): a view keeps its own prefix. They are read
+- Planes can be added while views run (`fill`): a view keeps its own prefix. They are read
   without the lock that views may need, and show up all together.
 - Modules may hold different numbers of planes: a plan reads no more than it uses.
 - Everything is computed at most once, under a lock; readers take no lock once it is there.
@@ -104,25 +104,20 @@ class PlaneStore:
                 self._planes[module, m] = plane
             self._modules[module], self._held[module] = planes[0].data.device, len(planes)
 
-    def extend(self, bits: int, stop: Callable[[], bool] = lambda: False) -> None:
-        """Read further planes, so that `view(model, bits)` can serve them. Thread-safe.
+    def fill(self, prefixes: Mapping[str, int], stop: Callable[[], bool] = lambda: False) -> None:
+        """Read further planes, so that views of more planes can be made. Thread-safe.
 
-        Memory grows by the new planes only. They become available together at the end: views
+        Memory grows by the new planes only. Those of one number become available together: views
         that run meanwhile never see a plane that some modules lack.
 
         Args:
-            bits: a level of the checkpoint.
+            prefixes: module -> level; its planes 1..level will be in memory.
             stop: asked between two tensors; when it says yes, the plane at hand is dropped.
 
         Raises:
-            PrecisionError: `bits` is not a level.
+            PrecisionError: the highest is not a level.
             MissingPlaneError, FormatError: a plane is absent or damaged.
         """
-        prefix = self.checkpoint.require(bits)
-        self.fill(dict.fromkeys(self._modules, prefix), stop)
-
-    def fill(self, prefixes: Mapping[str, int], stop: Callable[[], bool] = lambda: False) -> None:
-        """`extend` with a level per module: planes 1..prefixes[module] will be in memory."""
         self.checkpoint.require(max(prefixes.values()))
         with self._filling:
             lacking = {n: p for n, p in prefixes.items() if self.held(n, p) < p}
@@ -178,16 +173,14 @@ class PlaneStore:
     def _make_group(self, index: int, device: torch.device) -> GroupEntries:
         config = self.checkpoint.quantization
         spec = config.input_groups[index]
+        name = spec.codebooks
         return GroupEntries(
             spec.name,
-            spec.codebooks,
+            name,
             self.checkpoint.read_rotation(index).to(device),
-            self._entries(spec.codebooks, device),
+            self.derived(("entries", name, device), lambda: self._make_entries(name, device)),
             tuple(plane.sign_symmetric for plane in config.planes),
         )
-
-    def _entries(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
-        return self.derived(("entries", name, device), lambda: self._make_entries(name, device))
 
     def _make_entries(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
         return tuple(entries.to(device) for entries in self.checkpoint.read_entries(name))

@@ -2,23 +2,13 @@
 
 Leviathan, Kalman and Matias (arXiv 2211.17192). A round drafts k tokens with a view of few planes
 and verifies them in one forward pass of k + 1 rows; the longest agreeing prefix and one token more
-are kept. Greedy decoding gives the tokens of plain decoding, sampling its distribution. With
-
-    a   acceptance: share of the drafted tokens that were tried and kept,
-    c   cost of drafting a token, v(k) cost of a verification, in units of a plain step,
-
-a round keeps (1 - a^(k+1)) / (1 - a) tokens on average, so the speed relative to plain decoding is
-
-    s(k) = (1 - a^(k+1)) / ((1 - a) (k c + v(k))).
-
-The loop is that of transformers (`generate(assistant_model=...)`). Ours is the candidate
-generator, which measures a, c, v and the plain step as it goes and chooses k before every round:
+are kept. The loop is that of transformers (`generate(assistant_model=...)`). Ours is the candidate
+generator, which measures costs as it goes and chooses k before every round (docs/speculation.md):
 
     1. the first round (the prompt) and PLAIN more rounds draft nothing: they time the plain step;
-    2. PROBES rounds of 3 tokens estimate a, c and v; v(k) = 1 + k (v(3) - 1) / 3 for other k, since
-       rows cost about the same each;
-    3. from then on k maximises s(k) over 1..MAX_DRAFT. Where even the best is below 1, nothing is
-       drafted any more in this generation.
+    2. PROBES rounds of 3 tokens estimate what a draft and a verification cost;
+    3. from then on k is that of the best predicted speed in 1..MAX_DRAFT. Where even the best is
+       below 1, nothing is drafted any more in this generation.
 Costs are medians of wall-clock time, all overhead included. A choice of k never looks at the tokens
 that it is about, so it does not change the distribution.
 
@@ -32,7 +22,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -54,64 +44,48 @@ _PROBE_DRAFT = 3
 _RECENT = 64  # rounds that medians run over
 
 
-def speedup(a: float, c: float, v: float, k: int) -> float:
-    """Speed relative to plain decoding (Leviathan et al., theorem 3.8, with verification cost v).
-
-    Args:
-        a: acceptance, 0..1. c: cost of drafting a token. v: cost of verifying k of them. k >= 0.
-    """
-    tokens = k + 1.0 if a >= 1 else (1 - a ** (k + 1)) / (1 - a)
-    return tokens / (k * c + v)
-
-
 @dataclass(frozen=True)
 class Costs:
-    """What decides about drafting: acceptance, draft cost, and v(k) = 1 + slope * k."""
+    """What decides about drafting, in units of a plain step.
+
+    Attributes:
+        a: acceptance, the share of the drafted tokens that were tried and kept, 0..1.
+        c: cost of drafting a token.
+        slope: of a verification, v(k) = 1 + slope * k: rows cost about the same each.
+    """
 
     a: float
     c: float
     slope: float
 
     def v(self, k: int) -> float:
-        """Cost of a verification of k drafted tokens, in plain steps."""
+        """Cost of a verification of k drafted tokens."""
         return max(1.0 + self.slope * k, 1e-6)
 
     def speedup(self, k: int) -> float:
-        """Predicted speed relative to plain decoding."""
-        return speedup(self.a, self.c, self.v(k), k)
+        """s(k), the predicted speed relative to plain decoding (Leviathan et al., theorem 3.8)."""
+        tokens = k + 1.0 if self.a >= 1 else (1 - self.a ** (k + 1)) / (1 - self.a)
+        return tokens / (k * self.c + self.v(k))
 
     def best(self) -> int:
         """The k of 0..MAX_DRAFT that is predicted to be fastest; 0 when drafting does not pay."""
         return max(range(MAX_DRAFT + 1), key=lambda k: (self.speedup(k), -k))
 
 
-def acceptance_needed(c: float, slope: float, target: float = 1.2) -> float | None:
-    """The smallest acceptance at which some k reaches `target`; None if none does."""
-    if Costs(1.0, c, slope).speedup(Costs(1.0, c, slope).best()) < target:
-        return None
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        costs = Costs(middle, c, slope)
-        low, high = (low, middle) if costs.speedup(costs.best()) >= target else (middle, high)
-    return high
-
-
-@dataclass
+@dataclass(frozen=True)
 class SpeculationReport:
     """What a generation did and how fast. Costs are in plain steps; None before they are known.
 
     Attributes:
         draft_bits, bits: precisions of draft and verification.
-        tokens: new tokens.
+        tokens, seconds: new tokens, and the time of the whole generation.
         rounds, drafted, accepted: verifications that had a draft, and their tokens. The last round
             of a generation is left out here and below: the end cuts it.
-        a, c, v: acceptance, draft cost, verification cost at draft length k (the last chosen).
+        k: draft length, the last chosen. a, c, v: acceptance, draft cost, verification cost at k.
         plain_seconds: a plain step.
         predicted: s(k) of the formula. measured: tokens * plain step / time, over the rounds with
             a draft, the probes included.
         switched_off: drafting was given up because it did not pay.
-        a_for_1_2: acceptance at which 1.2x would be reached with these costs.
     """
 
     draft_bits: int | float
@@ -129,15 +103,10 @@ class SpeculationReport:
     predicted: float | None = None
     measured: float | None = None
     switched_off: bool = False
-    a_for_1_2: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
 
 
 @dataclass
-class _Round:
+class Round:
     """One verification: k drafted, n accepted, seconds of either part."""
 
     k: int
@@ -151,18 +120,16 @@ class Speedometer:
     """Measurements of one generation, and the choice of k. No torch in here."""
 
     fixed: int | None = None  # always this k, instead of choosing
-    rounds: list[_Round] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
     off: bool = False
 
     def next_k(self) -> int:
         """Draft length of the round that begins now."""
-        if not self.rounds:
-            return 0  # the prompt
-        if self.fixed is not None:
-            # plain steps are timed all the same: without them there is nothing to compare with
-            return self.fixed if len(self.rounds) > PLAIN else 0
+        # The prompt and some plain steps come first: without them there is nothing to compare with.
         if self.off or len(self.rounds) <= PLAIN:
             return 0
+        if self.fixed is not None:
+            return self.fixed
         # the first draft also reads the prompt, so it tells nothing about costs
         if len(self.drafts) <= PROBES:
             return _PROBE_DRAFT
@@ -178,7 +145,7 @@ class Speedometer:
         return median(steps[-_RECENT:]) if steps else None
 
     @property
-    def drafts(self) -> list[_Round]:
+    def drafts(self) -> list[Round]:
         """Rounds that drafted."""
         return [r for r in self.rounds if r.k]
 
@@ -194,24 +161,23 @@ class Speedometer:
         slope = median((r.verify / step - 1) / r.k for r in recent)
         return Costs(kept / tried, c, slope)
 
-    def fill(self, report: SpeculationReport) -> None:
-        """Write what was measured into a report."""
-        rounds = self.drafts
-        report.rounds, report.switched_off = len(rounds), self.off
-        report.drafted = sum(r.k for r in rounds)
-        report.accepted = sum(r.accepted for r in rounds)
-        report.plain_seconds = step = self.plain
-        costs = self.costs()
+    def figures(self) -> dict[str, Any]:
+        """What was measured, by the names of a `SpeculationReport`."""
+        rounds, step, costs = self.drafts, self.plain, self.costs()
+        found = {
+            "rounds": len(rounds),
+            "drafted": sum(r.k for r in rounds),
+            "accepted": sum(r.accepted for r in rounds),
+            "plain_seconds": step,
+            "switched_off": self.off,
+        }
         if costs is None or step is None:
-            return
-        report.k = max(1, costs.best()) if self.fixed is None else self.fixed
-        same = [r.verify for r in rounds[1:] if r.k == report.k]
-        report.a, report.c = costs.a, costs.c
-        report.v = median(same[-_RECENT:]) / step if same else costs.v(report.k)
-        report.predicted = speedup(costs.a, costs.c, report.v, report.k)
+            return found
+        k = self.fixed or max(1, costs.best())
         kept = sum(r.accepted + 1 for r in rounds[1:])
-        report.measured = kept * step / sum(r.draft + r.verify for r in rounds[1:])
-        report.a_for_1_2 = acceptance_needed(costs.c, costs.slope)
+        measured = kept * step / sum(r.draft + r.verify for r in rounds[1:])
+        found |= {"k": k, "a": costs.a, "c": costs.c, "v": costs.v(k)}
+        return found | {"predicted": costs.speedup(k), "measured": measured}
 
 
 class _Drafter(AssistedCandidateGenerator):
@@ -249,7 +215,7 @@ class _Drafter(AssistedCandidateGenerator):
         if self._open is not None:
             k, before, draft, since = self._open
             took = time.perf_counter() - since
-            self.meter.rounds.append(_Round(k, max(length - before - 1, 0), draft, took))
+            self.meter.rounds.append(Round(k, max(length - before - 1, 0), draft, took))
             self._open = None
 
 
@@ -331,8 +297,9 @@ class Speculator:
             output = self.model.generate(input_ids, assistant_model=self.draft, **settings)
             seconds = time.perf_counter() - start
             ids: Tensor = output if isinstance(output, Tensor) else output.sequences
-            report = SpeculationReport(precision(self.draft), precision(self.model))
-            report.tokens, report.seconds = ids.shape[1] - input_ids.shape[1], seconds
-            meter.fill(report)
-            self.report = report
+            tokens = ids.shape[1] - input_ids.shape[1]
+            before = self.report
+            self.report = SpeculationReport(
+                before.draft_bits, before.bits, tokens, seconds, **meter.figures()
+            )
         return output

@@ -20,6 +20,7 @@ from pathlib import Path
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import CONFIG_FILE, MANIFEST_FILE, REST_FILE
 from dropbydrop.errors import DropError
+from dropbydrop.planning.plan import Plan
 
 from .plane_store import PlaneStore
 
@@ -81,7 +82,8 @@ class Upgrade:
             checkpoint = self._store.checkpoint
             for bits in (p for p in checkpoint.levels if p > self._store.loaded):
                 wait_for_planes(checkpoint, bits, self._stop)
-                self._store.extend(bits, self._stop.is_set)
+                planes = Plan.uniform(checkpoint, bits).by_module(checkpoint)
+                self._store.fill(planes, self._stop.is_set)
                 if self._stop.is_set():
                     break
                 with self._changed:

@@ -11,7 +11,6 @@ it was made from, or with its `PlaneStore`. Nothing that exists is changed by ma
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -107,10 +106,10 @@ def precision(model: Any) -> int | float:
     Raises:
         DropError: not a model of ours.
     """
-    store = store_of(model)
-    found = _prefixes_of(model)
-    levels = set(found.values())
-    return levels.pop() if len(levels) == 1 else _average(store, found)
+    plan = plan_of(model)
+    if plan.lowest == plan.highest:
+        return plan.highest
+    return plan.average_bits(store_of(model).checkpoint)
 
 
 def plan_of(model: Any) -> Plan:
@@ -119,7 +118,8 @@ def plan_of(model: Any) -> Plan:
     Raises:
         DropError: not a model of ours.
     """
-    checkpoint, found = store_of(model).checkpoint, _prefixes_of(model)
+    checkpoint = store_of(model).checkpoint
+    found = {m.name: m.prefix for m in model.modules() if isinstance(m, NestedLinear)}
     input_groups = checkpoint.quantization.input_groups
     # a model without some of the modules (a bare decoder) still has a level for the others
     levels = {s.name: next((found[m] for m in s.modules if m in found), 0) for s in input_groups}
@@ -142,11 +142,6 @@ def store_of(model: Any) -> PlaneStore:
     )
 
 
-def _prefixes_of(model: Any) -> dict[str, int]:
-    """Planes that every module of a model reads."""
-    return {m.name: m.prefix for m in model.modules() if isinstance(m, NestedLinear)}
-
-
 def _prefixes_in_memory(store: PlaneStore, plan: Plan, asked: Precision) -> dict[str, int]:
     """Planes of every module, all of them in memory (else MissingPlaneError)."""
     prefixes = plan.by_module(store.checkpoint)
@@ -165,10 +160,3 @@ def _prefixes_in_memory(store: PlaneStore, plan: Plan, asked: Precision) -> dict
         f"{f' and {len(lacking) - 1} more' if lacking[1:] else ''}, which is not in memory. Read "
         "it with dropbydrop.load_planes(model, plan=plan)."
     )
-
-
-def _average(store: PlaneStore, prefixes: Mapping[str, int]) -> float:
-    """Planes a weight, averaged over the weights of these modules."""
-    shapes = store.checkpoint.shapes
-    weights = {name: shapes[name][0] * shapes[name][1] for name in prefixes}
-    return sum(p * weights[name] for name, p in prefixes.items()) / sum(weights.values())
