@@ -184,7 +184,7 @@ def measure_errors(args: argparse.Namespace) -> list[dict]:
     results = []
     for shape in args.shapes.split(","):
         rows, d_in = map(int, shape.split("x"))
-        books, straight = random_books(max(PREFIXES)), Rotation.make(d_in, "none")
+        books, straight = random_books(max(PREFIXES)), Rotation(d_in, 1, torch.ones(d_in), None)
         codes = [torch.randint(0, 256, (rows, d_in // 8)).byte() for _ in PREFIXES]
         matrix = Matrix(kernels.pack(codes), torch.ones(rows))
         plain = torch.randn(8, d_in)

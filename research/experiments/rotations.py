@@ -34,7 +34,7 @@ from dropbydrop.coding.code import GROUP, expand_set, partial_sums
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import EFFORTS, encode_group
 from dropbydrop.coding.objective import weighted_errors
-from dropbydrop.coding.rotation import Rotation
+from dropbydrop.coding.rotation import Rotation, random_signs
 from dropbydrop.data.calibration import load_windows
 from dropbydrop.data.text_files import text_windows
 from dropbydrop.evaluation.perplexity import evaluate
@@ -48,11 +48,12 @@ SHARE = 0.1
 
 def make(variant: str, d_in: int, seed: int) -> Rotation:
     """The rotation of a variant for so many inputs; `block 64` is smaller where 64 does not fit."""
-    if variant in ("full", "apart", "none"):
-        return Rotation.make(d_in, "none" if variant == "none" else "full", seed=seed)
+    if variant in ("full", "apart"):
+        return Rotation.make(d_in, seed)
     largest = d_in & -d_in
-    block = min(64, largest) if variant == "block 64" else largest
-    return Rotation.make(d_in, "block", block, seed=seed)
+    block = {"none": 1, "block 64": min(64, largest), "block max": largest}[variant]
+    signs = torch.ones(d_in) if variant == "none" else random_signs(d_in, seed)
+    return Rotation(d_in, block, signs, None)
 
 
 def decode(weight: Tensor, h: Tensor, variant: str, seed: int, effort: str) -> list[Tensor]:

@@ -326,8 +326,9 @@ def test_bad_tensors(tmp_path: Path) -> None:
         ck.add_linear("m", [codes], torch.ones(4))
     with pytest.raises(ValueError, match="reserved"):
         ck.add_tensor("codebooks.x.1", torch.ones(4))
-    with pytest.raises(ValueError, match="rotation does not match"):
-        ck.add_group(StoredGroup("s", ("m",), 16), Rotation.make(16, "none"))
+    for other in (Rotation.make(24), Rotation(16, 1, torch.ones(16), None)):
+        with pytest.raises(ValueError, match="rotation does not match"):
+            ck.add_group(StoredGroup("s", ("m",), 16), other)
     ck.abort()
 
 

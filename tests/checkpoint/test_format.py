@@ -51,7 +51,7 @@ def write_golden(out: Path) -> None:
         2, (1, 2), (PlaneSpec(), PlaneSpec()), (spec,), Embeddings(8, ("e",), True), {"seed": 7}
     )
     with CheckpointWriter(out) as writer:
-        writer.add_group(spec, Rotation("full", 24, 8, signs, odd, True))
+        writer.add_group(spec, Rotation(24, 8, signs, odd))
         book = torch.arange(128 * 8).reshape(128, 8) / 64
         writer.add_codebook_set("universal", [book, book / 2])
         for offset, (module, d_out) in enumerate((("b", 2), ("a", 4))):
@@ -83,7 +83,6 @@ def test_bytes_of_input_scales(tmp_path: Path) -> None:
     stored = rest["input_groups.0.input_scales"].tolist()
     assert stored == [64 - 12 + i + 128 * s for i, s in enumerate(signs)]
     plain = Rotation.make(24, seed=3)
-    assert plain.signs is not None
     assert pack_input_scales(plain.signs).tolist() == [
         64 if sign > 0 else 192 for sign in plain.signs
     ]

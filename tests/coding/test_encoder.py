@@ -322,7 +322,7 @@ def test_learned_codebooks_fit_their_site():
     weights = {"a": torch.randn(96, 64).sign() * 0.1, "b": torch.randn(32, 64).sign()}
     h, levels, lambdas = gram(64), [1, 2], default_lambdas([1, 2])
     books = train(levels, lambdas, samples=4096, rounds=2, beam=2)
-    rotation, effort = Rotation.make(64, "none"), Effort(4, 1, 1)
+    rotation, effort = Rotation(64, 1, torch.ones(64), None), Effort(4, 1, 1)
     plain = encode_group(weights, h, rotation, books, levels, lambdas, effort)
     fitted, own = encoder.learn_group(weights, h, rotation, books, levels, lambdas, effort)
     assert own.shape == books.shape

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,7 +152,7 @@ def rotate_on_host(library, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tens
 
 def on_host(library, x, matrices, tables, scales, bias, dtype, grid: int) -> Tensor:
     """The kernels of int8.cu as compiled into `library`; x is taken as rotated already."""
-    steps, units = rotate_on_host(library, x, Rotation.make(x.shape[1], "none"))
+    steps, units = rotate_on_host(library, x, Rotation(x.shape[1], 1, torch.ones(x.shape[1]), None))
     want, want_units = rounded(x)
     assert np.array_equal(steps.view(want.shape).numpy(), want)
     assert np.array_equal(units.numpy(), want_units)
@@ -206,14 +207,16 @@ def test_matrices_of_a_site_in_one_launch(build, rows):
         assert torch.equal(got, torch.cat(parts, 1))
 
 
-@pytest.mark.parametrize("kind", ["full", "block", "none"])
+@pytest.mark.parametrize("block", [None, 8, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rotation_and_rounding(build, kind, dtype):
+def test_rotation_and_rounding(build, block, dtype):
     """Every step is within rounding of that of the rotated input; the unit is its block's."""
     library = build(int8.plan(1, 1, 1, 1))
     for d in (8, 24, 64, 136, 576, 1024, 4096, 344 * 8):
-        rotation = Rotation.make(d, kind, 8 if kind == "block" else None, seed=d)
-        if kind != "none" and d % 64:
+        rotation = Rotation.make(d, seed=d)
+        if block is not None:
+            rotation = replace(rotation, block=block, odd=None)
+        if d % 64:
             rotation = rotation.scale(torch.rand(d) + 0.5)
         x = torch.randn(2, d, generator=torch.Generator().manual_seed(d)).to(dtype)
         steps, units = rotate_on_host(library, x, rotation)
@@ -305,7 +308,7 @@ def test_nan_and_infinity_reach_the_result(build):
     library = build(int8.plan(2, 5, 32, 2))
     for bad in (float("nan"), float("inf")):
         x[1, 200] = bad
-        _, units = rotate_on_host(library, x, Rotation.make(256, "none"))
+        _, units = rotate_on_host(library, x, Rotation(256, 1, torch.ones(256), None))
         assert units.isnan().tolist() == [[False, False], [False, True]]
         assert not units[0].isinf().any()
         _, units = rotate_on_host(library, x, Rotation.make(256, seed=0))
@@ -334,9 +337,9 @@ def test_plans_fit_and_depend_on_the_shape():
             assert len({p.LANES for p in plans}) == 1
     assert int8.plan(1, 8192, 3584, 2).COPIES == 16
     with pytest.raises(KernelError, match=r"do not fit into .* triton"):
-        int8.check_fits(Rotation("none", 1 << 21, 1, None, None), 4)
+        int8.check_fits(Rotation(1 << 21, 1, torch.ones(1), None), 4)
     with pytest.raises(KernelError, match=r"factor of 65536.* triton"):
-        int8.check_fits(Rotation("block", 1 << 16, 1 << 16, torch.ones(1 << 16), None), 1)
+        int8.check_fits(Rotation(1 << 16, 1 << 16, torch.ones(1 << 16), None), 1)
 
 
 def test_without_a_compiler_it_says_so(monkeypatch):

@@ -252,8 +252,7 @@ class Checkpoint:
         odd = split_odd(group.d_in)[1]
         factor = self.read(odd_name(odd)) if odd > 1 else None
         scales = self.read(input_scales_name(index))
-        spec = {"kind": "full", "scaled": True}
-        return Rotation.from_stored(spec, group.d_in, scales, factor)
+        return Rotation.from_stored(group.d_in, scales, factor)
 
     # -- checking -------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from dropbydrop.coding.code import GROUP
-from dropbydrop.coding.rotation import Rotation, pack_input_scales
+from dropbydrop.coding.rotation import Rotation
 from dropbydrop.errors import DropError, FormatError
 from dropbydrop.system.atomic_folder import AtomicFolder
 
@@ -186,12 +186,10 @@ class CheckpointWriter:
 
     def add_group(self, group: StoredGroup, rotation: Rotation) -> None:
         """Add an input group and its rotation; the order of the calls numbers the groups."""
-        if rotation.kind != "full" or group.d_in != rotation.d_in:
+        if group.d_in != rotation.d_in or not rotation.full:
             raise ValueError(f"{group.name}: the rotation does not match its description")
-        assert rotation.signs is not None  # of every full rotation
         with self._folder.disk_errors():
-            packed = pack_input_scales(rotation.signs.cpu())  # 1 where inputs are not scaled
-            self._rest.add(input_scales_name(len(self._input_groups)), packed)
+            self._rest.add(input_scales_name(len(self._input_groups)), rotation.packed())
             if rotation.odd is not None:
                 name = odd_name(rotation.odd.shape[0])
                 if name not in self._rest.tensors:

@@ -128,10 +128,8 @@ class BlockEncoder:
             self._input_groups += 1
             packed = self.ranks.on_all_ranks(partial(scaled, input_group, seed))
             stored = self.ranks.broadcast(packed)
-            odd = split_odd(input_group.d_in)[1]
-            rotation = Rotation.from_stored(
-                {"kind": "full", "scaled": True}, input_group.d_in, stored, odd_factor(odd)
-            )
+            odd = odd_factor(split_odd(input_group.d_in)[1])
+            rotation = Rotation.from_stored(input_group.d_in, stored, odd)
             found[input_group.name] = rotation.to(self.runner.device)
         return found
 

@@ -39,8 +39,6 @@ def run(
     folder: Path,
     *,
     modules: Sequence[str] | None = None,
-    rotation: str = "full",
-    block: int | None = None,
     seed: int = 0,
     grams: GramFolder | None = None,
     progress: Progress | None = None,
@@ -50,7 +48,7 @@ def run(
     Args:
         folder: the model, a local Hugging Face folder.
         modules: full names; default all.
-        rotation, block, seed: the rotation to compare with (`Rotation.make`).
+        seed: of the rotation to compare with (`Rotation.make`).
         grams: cached statistics, for the list of massive activations.
 
     Returns:
@@ -63,7 +61,6 @@ def run(
 
     Raises:
         FormatError, UnsupportedModelError: as `BlockRunner.open`; a module the model lacks.
-        ValueError: an unknown rotation.
     """
     runner = BlockRunner.open(folder)
     names = linear_modules(runner) if modules is None else list(modules)
@@ -76,7 +73,7 @@ def run(
         if not bool(weight.any()):
             skipped.append(name)
             continue
-        turn = Rotation.make(weight.shape[1], rotation, block, seed)
+        turn = Rotation.make(weight.shape[1], seed)
         entry: dict[str, Any] = {"module": name, "shape": list(weight.shape)}
         for label, matrix in (("stored", weight), ("rotated", turn.apply_weight(weight))):
             entry[label] = _json(fit_gaussian(matrix))
@@ -88,7 +85,7 @@ def run(
         raise FormatError(f"{folder} has no weights to fit: {len(skipped)} matrices are all zero.")
     return {
         "model": folder.name,
-        "rotation": {"kind": rotation, "block": block, "seed": seed},
+        "rotation": {"kind": "full", "seed": seed},
         "edges": BINS.tolist(),
         "matrices": matrices,
         "skipped": skipped,

@@ -125,7 +125,7 @@ class CudaGroup(PreparedGroup):
                 [m.scales.new_zeros(m.rows).float() if m.bias is None else m.bias.float()
                  for m in matrices]
             )  # fmt: skip
-        self._fused = rotation.signs is not None and ops.rotates(rotation)
+        self._fused = ops.rotates(rotation)
         self._bytes = None
         if self.kernel == int8.NAME:
             int8.check_fits(rotation, prefix)
