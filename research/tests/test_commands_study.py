@@ -205,10 +205,10 @@ def small_sets(levels: tuple[int, ...]) -> Tensor:
 
 
 def test_refinement_with_codebooks_of_the_cache(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(universal, "TRAINING", {"samples": 2048, "rounds": 2, "beam": 2, "seed": 0})
-    monkeypatch.setattr(universal, "ships", lambda levels: False)
+    monkeypatch.setattr(universal, "_FOLDER", tmp_path)  # nothing ships
     universal.universal_set.cache_clear()
     options = ("--levels", "1,2", "--width", 24, "--preset", "fast", "--json")
     assert run("refinement", *options) == 0

@@ -84,19 +84,21 @@ def test_shipped_sets_are_not_kept_twice(cache, monkeypatch):
     assert not cache.exists()
 
 
-def test_quantize_trains_once_a_machine(cache, monkeypatch, tmp_path):
-    """`quantize --bits 2,4` twice, as two commands: one training, the same bytes."""
+def test_quantize_trains_once_a_machine(cache, monkeypatch, tmp_path, capsys):
+    """`quantize --bits 2,4` twice, as two commands: one training, shown once, the same bytes."""
     trained = count_training(monkeypatch)
     save_tiny(tmp_path / "model", "llama", num_hidden_layers=1)
     (tmp_path / "text.txt").write_text("the sea and the old mill by the river " * 60)
-    planes = []
+    planes, shown = [], []
     for name in ("one", "two"):
         universal_set.cache_clear()
         out = quantize(
             tmp_path / "model", tmp_path / name, (2, 4), calibration=tmp_path / "text.txt",
-            preset="fast", windows=2, seq_len=16, progress=False,
+            preset="fast", windows=2, seq_len=16,
         ).out  # fmt: skip
         planes.append([path.read_bytes() for path in sorted(out.glob("plane-*.safetensors"))])
+        shown.append("training codebooks" in capsys.readouterr().err)
     assert trained == [(2, 4)]
+    assert shown == [True, False]
     assert planes[0] == planes[1]
     assert len(planes[0]) == 4

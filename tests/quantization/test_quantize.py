@@ -245,6 +245,16 @@ def test_wrong_use_says_what_and_leaves_nothing(folder, made, capsys, argv, says
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
+def test_without_progress_nothing_is_shown(folder, tmp_path, capsys):
+    """Not even of the text that the model writes."""
+    options = {"windows": 2, "seq_len": 16}
+    for progress in (True, False):
+        quantize.quantize(folder / "llama", tmp_path / str(progress), progress=progress, **options)
+        shown = capsys.readouterr().err
+        assert ("writing calibration text" in shown) == progress
+    assert not shown
+
+
 def test_an_unwritable_place_and_an_error_in_the_middle_leave_nothing(folder, monkeypatch):
     def broken(*args, **kwargs):
         raise KeyboardInterrupt

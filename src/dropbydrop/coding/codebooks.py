@@ -60,9 +60,16 @@ def name_of(levels: Sequence[int]) -> str:
     return "-".join(map(str, levels))
 
 
-def ships(levels: Sequence[int]) -> bool:
-    """Whether the package has the set for these levels, so that it need not be trained."""
-    return (_FOLDER / f"{name_of(levels)}.safetensors").is_file()
+def file_of_set(levels: Sequence[int], lambdas: Sequence[float] | None = None) -> Path:
+    """Where the set for these levels is: in the package or, once it is trained, in the cache."""
+    usual, name = default_lambdas(levels), name_of(levels)
+    shipped = _FOLDER / f"{name}.safetensors"
+    weights = usual if lambdas is None else list(lambdas)
+    if weights == usual and shipped.is_file():
+        return shipped
+    key = json.dumps([levels, weights, TRAINING, code_digest("coding")])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return cache_dir() / "universal" / f"{name}-{digest}.safetensors"
 
 
 @lru_cache(maxsize=16)
@@ -73,16 +80,10 @@ def universal_set(levels: tuple[int, ...], lambdas: tuple[float, ...] | None = N
         levels: supervised prefixes, ascending; M is the last.
         lambdas: their weights in J, by default `default_lambdas`.
     """
-    weights = default_lambdas(levels) if lambdas is None else list(lambdas)
-    if weights == default_lambdas(levels) and ships(levels):
-        path = _FOLDER / f"{name_of(levels)}.safetensors"
-        return load_file(path)["codebooks"].to(torch.float32)
-    key = json.dumps([levels, weights, TRAINING, code_digest("coding")])
-    name = f"{name_of(levels)}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    path = cache_dir() / "universal" / name
+    path = file_of_set(levels, lambdas)
     with suppress(OSError, SafetensorError, KeyError):  # not there, or damaged: trained again
         return load_file(path)["codebooks"].to(torch.float32)
-    codebooks = train(levels, weights, **TRAINING)
+    codebooks = train(levels, lambdas or default_lambdas(levels), **TRAINING)
     with suppress(OSError), replacing(path) as partial:  # a cache that is full costs time, no more
         save_file({"codebooks": codebooks}, partial)
     return codebooks

@@ -59,6 +59,7 @@ def load_windows(
     source: Source | None = None,
     writing: Writing | None = None,
     device: torch.device | str = "cpu",
+    progress: bool = True,
 ) -> Calibration:
     """Windows from a file or hub dataset, or written by the model when `spec` is "self".
 
@@ -67,6 +68,7 @@ def load_windows(
         source: the model; only needed for "self".
         writing: how the model writes, by default as `Writing()`; only used for "self".
         device: where the model writes; only used for "self".
+        progress: whether the model's writing is shown.
 
     Raises:
         CalibrationError: missing, unreadable or too short a text; the last says how many tokens
@@ -81,7 +83,7 @@ def load_windows(
             raise ValueError("calibration 'self' needs the model's source")
         writing = writing or Writing()
         ids = write_windows(
-            source.folder, tokenizer, n_windows, seq_len, seed, writing, device=device
+            source.folder, tokenizer, n_windows, seq_len, seed, writing, progress, device
         )
         extra = {"kind": SELF, "seed": seed, **asdict(writing)}
         return Calibration(ids, extra | _numbers(ids))

@@ -43,8 +43,8 @@ class Job:
     effort: Effort
     ready: Calibration | None = None
 
-    def windows(self) -> Calibration:
-        """The calibration windows.
+    def windows(self, progress: bool = True) -> Calibration:
+        """The calibration windows; `progress`: show how the model writes them.
 
         Raises:
             CalibrationError: missing, unreadable or too short a text.
@@ -58,6 +58,7 @@ class Job:
             config.seed,
             source=self.source,
             device=self.runner.device,
+            progress=progress,
         )
 
     @property

@@ -31,7 +31,7 @@ from torch import Tensor
 from dropbydrop.checkpoint import CheckpointWriter, PlaneSpec, QuantizationConfig
 from dropbydrop.checkpoint.config import CARD_FILE, LOG_FILE
 from dropbydrop.checkpoint.journal import Journal
-from dropbydrop.coding.codebooks import UNIVERSAL, ships, universal_set
+from dropbydrop.coding.codebooks import UNIVERSAL, file_of_set, universal_set
 from dropbydrop.data.calibration import Calibration
 from dropbydrop.errors import DropError
 from dropbydrop.system.accelerator import pick_device
@@ -153,7 +153,7 @@ def _carry_out(
     kept = bool(ranks.broadcast(journal is not None))  # whether steps are kept for --resume
     mark = time.perf_counter()
     levels = job.config.levels
-    with phase("training codebooks", progress and not ships(levels)):
+    with phase("training codebooks", progress and not file_of_set(levels).is_file()):
         universal = ranks.broadcast(
             ranks.on_all_ranks(lambda: universal_set(levels) if ranks.root else None)
         )
@@ -162,7 +162,7 @@ def _carry_out(
     log = encoder.log
     log.seconds["encode"] += trained
     if steps == 0:
-        hidden, partition, calibration = _begin(job, encoder, journal, kept)
+        hidden, partition, calibration = _begin(job, encoder, journal, kept, progress)
     else:
         hidden, partition, calibration = _go_on(job, encoder, journal, steps)
     first = max(0, steps - 1)
@@ -190,12 +190,12 @@ def _carry_out(
 
 
 def _begin(
-    job: Job, encoder: BlockEncoder, journal: Journal | None, kept: bool
+    job: Job, encoder: BlockEncoder, journal: Journal | None, kept: bool, progress: bool
 ) -> tuple[Tensor | None, Partition, dict[str, Any]]:
     """Step 1: this rank's hidden states [n, T, d], the partition, the text's description."""
     runner, ranks = job.runner, encoder.ranks
     with encoder.log.timed("calibrate"):
-        text = ranks.on_all_ranks(lambda: job.windows() if ranks.root else None)
+        text = ranks.on_all_ranks(lambda: job.windows(progress) if ranks.root else None)
         ids = ranks.broadcast(None if text is None else text.ids.cpu())
     partition = ranks.partition(runner.shards(*ids.shape))
     hidden = runner.embed(ids[partition.windows(ranks.rank)].to(runner.device))

@@ -129,7 +129,7 @@ def run(job: Job, student: Student, journal: Journal | None, progress: bool) -> 
             tensors |= journal.kept(_file_of(line["block"]))
         hidden = journal.hidden() if len(log) < teacher.num_blocks else None
     else:
-        text = job.windows()
+        text = job.windows(progress)
         calibration, hidden = text.description, teacher.embed(text.ids)
         if journal is not None:
             journal.commit({"calibration": calibration}, hidden)

@@ -257,7 +257,7 @@ def _begin(
         kept, first = journal.kept(_WINDOWS), journal.steps[0]
         windows = Windows(kept["ids"], kept["hidden"], job.held)
         return windows, first["calibration"], {int(p): kl for p, kl in first["before"].items()}
-    text = job.windows()
+    text = job.windows(progress)
     with progress_bar(progress) as bar:
         task = bar.add_task("original model", total=job.teacher.num_blocks)
         hidden = last_hidden(job.teacher, text.ids, lambda: bar.advance(task))

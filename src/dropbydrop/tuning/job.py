@@ -60,8 +60,8 @@ class Job:
         """Windows that are set apart for measuring."""
         return max(1, self.config.windows // 16)
 
-    def windows(self) -> Calibration:
-        """The tuning windows.
+    def windows(self, progress: bool = True) -> Calibration:
+        """The tuning windows; `progress`: show how the model writes them.
 
         Raises:
             CalibrationError: missing, unreadable or too short a text.
@@ -74,6 +74,7 @@ class Job:
             self.config.seed,
             source=self.source,
             device=self.teacher.device,
+            progress=progress,
         )
 
 
