@@ -85,16 +85,16 @@ def codes_and_tables(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], li
     codes = [torch.randint(0, 256, (6, 3), generator=g, dtype=torch.uint8) for _ in range(4)]
     codes[0][0], codes[0][1] = 5, 133  # repeated, and an entry with its mirror image
     stored = [torch.randn(128, 8, generator=g, dtype=dtype) / 2**m for m in range(4)]
-    scales = [torch.rand(6, generator=g, dtype=dtype) + 0.5 for _ in LEVELS]
+    scales = torch.rand(6, generator=g, dtype=dtype) + 0.5
     return codes, stored, scales
 
 
 def naive_levels(
-    codes: list[Tensor], stored: list[Tensor], scales: list[Tensor], levels: tuple[int, ...]
+    codes: list[Tensor], stored: list[Tensor], scales: Tensor, levels: tuple[int, ...]
 ) -> list[Tensor]:
     """Group by group, from the definition, with autograd."""
     out = []
-    for scale, level in zip(scales, levels, strict=True):
+    for level in levels:
         rows = []
         for r in range(codes[0].shape[0]):
             groups = []
@@ -104,7 +104,7 @@ def naive_levels(
                     c = int(codes[m][r, j])
                     total = total + (stored[m][c] if c < 128 else -stored[m][c - 128])
                 groups.append(total)
-            rows.append(scale[r] * torch.cat(groups))
+            rows.append(scales[r] * torch.cat(groups))
         out.append(torch.stack(rows))
     return out
 
@@ -113,15 +113,15 @@ def naive_levels(
 def test_decoding_is_that_of_the_format_bit_for_bit(levels: tuple[int, ...]) -> None:
     codes, stored, scales = codes_and_tables(torch.float32)
     entries = [expand_codebook(book) for book in stored]
-    got = decode_levels(codes, entries, scales[: len(levels)], levels)
-    for weight, scale, level in zip(got, scales, levels, strict=False):
-        assert torch.equal(weight, decode(codes, entries, scale, level))
+    got = decode_levels(codes, entries, scales, levels)
+    for weight, level in zip(got, levels, strict=True):
+        assert torch.equal(weight, decode(codes, entries, scales, level))
 
 
 @pytest.mark.parametrize("levels", [(2, 3, 4), (1, 4), (3,)])
 def test_gradients_of_decoding_equal_those_of_the_definition(levels: tuple[int, ...]) -> None:
     codes, stored, scales = codes_and_tables(torch.float64)
-    leaves = [t.requires_grad_() for t in (*stored, *scales[: len(levels)])]
+    leaves = [t.requires_grad_() for t in (*stored, scales)]
     weights = [torch.randn(6, 24, dtype=torch.float64) for _ in levels]
 
     def loss(decoded: list[Tensor]) -> Tensor:
@@ -130,12 +130,12 @@ def test_gradients_of_decoding_equal_those_of_the_definition(levels: tuple[int, 
 
     entries = [torch.cat([book, -book]) for book in stored]
     got = torch.autograd.grad(
-        loss(decode_levels(codes, entries, scales[: len(levels)], levels)),
+        loss(decode_levels(codes, entries, scales, levels)),
         leaves,
         allow_unused=True,
     )
     expected = torch.autograd.grad(
-        loss(naive_levels(codes, stored, scales[: len(levels)], levels)), leaves, allow_unused=True
+        loss(naive_levels(codes, stored, scales, levels)), leaves, allow_unused=True
     )
     for one, other in zip(got, expected, strict=True):
         assert (one is None) == (other is None)
@@ -149,9 +149,9 @@ def test_gradients_of_decoding_equal_finite_differences() -> None:
     def decoded(first: Tensor, last: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         books = [first, *stored[1:3], last]
         entries = [torch.cat([book, -book]) for book in books]
-        return tuple(decode_levels(codes, entries, [scale, scale * 2, scales[2]], LEVELS))
+        return tuple(decode_levels(codes, entries, scale, LEVELS))
 
-    inputs = [t.clone().requires_grad_() for t in (stored[0], stored[3], scales[0])]
+    inputs = [t.clone().requires_grad_() for t in (stored[0], stored[3], scales)]
     assert torch.autograd.gradcheck(decoded, inputs, fast_mode=True)
 
 
@@ -198,7 +198,8 @@ def naive_model(
             entries = [torch.cat([book, -book]) for book in books]
             total = sum(t[c] for t, c in zip(entries, planes, strict=True)).flatten(1)
             rotated = values[f"{module}.scales"][:, None] * total
-            weights[f"{module}.weight"] = rotated @ checkpoint.read_rotation(number).matrix()
+            q = checkpoint.read_rotation(number).apply(torch.eye(input_group.d_in)).T
+            weights[f"{module}.weight"] = rotated @ q
     embedding = student.runner.files.read("model.embed_tokens.weight", torch.float32)
     weights["model.embed_tokens.weight"] = embedding
     return lambda ids: functional_call(model, weights, (ids,), {"use_cache": False}).logits

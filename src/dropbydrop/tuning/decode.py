@@ -1,13 +1,13 @@
 """Decoding with gradients: rotated weights of one input group at several levels at once.
 
-    W'_P[r] = s_P[r] * sum_{m <= P} C_m[codes_m[r]]
+    W'_P[r] = s[r] * sum_{m <= P} C_m[codes_m[r]]
 
 The sum runs once over the planes, in their order and in float32, and is read at every level on the
 way: the same values, bit for bit, as `code.decode`. The codes are constants; gradients flow to the
 entries of the codebooks and to the scales. With E_P the gradient of a loss by W'_P,
 
-    dL/dC_m[k]  = sum over P >= m and all (r, j) with code k of  s_P[r] * E_P[r, j]
-    dL/ds_P[r]  = <E_P[r], sum_{m <= P} C_m[codes_m[r]]>
+    dL/dC_m[k]  = sum over P >= m and all (r, j) with code k of  s[r] * E_P[r, j]
+    dL/ds[r]    = sum over P of  <E_P[r], sum_{m <= P} C_m[codes_m[r]]>
 
 so C_1 learns from all levels, C_M from the highest alone. Written out rather than left to autograd,
 which would keep a partial sum for each plane and scatter gradients four times as slowly on a CPU.
@@ -27,7 +27,7 @@ from dropbydrop.coding.code import GROUP, partial_sums
 def decode_levels(
     codes: Sequence[Tensor],
     entries: Sequence[Tensor],
-    scales: Sequence[Tensor],
+    scales: Tensor,
     prefixes: Sequence[int],
 ) -> list[Tensor]:
     """Weights of one input group at each of `prefixes`, in its rotated coordinates.
@@ -36,14 +36,14 @@ def decode_levels(
         codes: planes 1, 2, ... as far as the highest prefix: uint8 [d_out, G], all rows of an input
             group.
         entries: their entries, float32 [K, g].
-        scales: row scales, float32 [d_out], one tensor for each prefix.
+        scales: row scales, float32 [d_out], the same for every prefix.
         prefixes: ascending.
 
     Returns:
         float32 [d_out, d_in] for each prefix.
     """
     planes = prefixes[-1]
-    return list(_Decode.apply(codes[:planes], tuple(prefixes), *entries[:planes], *scales))
+    return list(_Decode.apply(codes[:planes], tuple(prefixes), *entries[:planes], scales))
 
 
 class _Decode(torch.autograd.Function):
@@ -53,28 +53,27 @@ class _Decode(torch.autograd.Function):
     def forward(
         ctx: Any, codes: Sequence[Tensor], prefixes: tuple[int, ...], *small: Tensor
     ) -> tuple[Tensor, ...]:
-        entries, scales = small[: len(codes)], small[len(codes) :]
+        entries, scales = small[:-1], small[-1]
         sums = partial_sums(codes, entries, prefixes)  # [d_out, d_in] each
         ctx.codes, ctx.prefixes, ctx.entries = codes, prefixes, len(entries[0])
-        ctx.save_for_backward(*sums, *scales)
-        return tuple(t * s[:, None] for t, s in zip(sums, scales, strict=True))
+        ctx.save_for_backward(*sums, scales)
+        return tuple(total * scales[:, None] for total in sums)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        levels = len(ctx.prefixes)
-        sums, scales = ctx.saved_tensors[:levels], ctx.saved_tensors[levels:]
-        by_scale = tuple((e * t).sum(1) for e, t in zip(grads, sums, strict=True))
+        *sums, scales = ctx.saved_tensors
+        by_scale = sum((e * t).sum(1) for e, t in zip(grads, sums, strict=True))
         by_table: list[Tensor] = []
-        total: Tensor | None = None  # sum over P >= m of s_P * E_P
-        left = levels
+        total: Tensor | None = None  # sum over P >= m of s * E_P
+        left = len(sums)
         for m in range(len(ctx.codes), 0, -1):
             if left and ctx.prefixes[left - 1] == m:
                 left -= 1
-                part = grads[left] * scales[left][:, None]
+                part = grads[left] * scales[:, None]
                 total = part if total is None else total.add_(part)
             assert total is not None
             by_table.append(_sum_by_code(total.view(-1, GROUP), ctx.codes[m - 1], ctx.entries))
-        return None, None, *reversed(by_table), *by_scale
+        return None, None, *reversed(by_table), by_scale
 
 
 def _sum_by_code(values: Tensor, codes: Tensor, entries: int) -> Tensor:

@@ -265,8 +265,7 @@ class Student:
                 )
                 for m, symmetric in enumerate(input_group.symmetric[: levels[-1]], 1)
             ]
-            rows = [leaves[f"{module}.scales"] for module in input_group.modules]
-            scales = [torch.cat(rows) for _ in levels]  # [sum of d_out] each
+            scales = torch.cat([leaves[f"{m}.scales"] for m in input_group.modules])
             decoded = decode_levels(input_group.codes, entries, scales, levels)
             for weights, rotated in zip(out, decoded, strict=True):
                 for module, weight in zip(
