@@ -75,14 +75,16 @@ def statistics(runner: BlockRunner, windows: Tensor, wanted: set[str]) -> dict[s
     found: dict[str, Statistics] = {}
     for i in range(runner.num_blocks):
         block = runner.block(i)
-        a = runner.collect_statistics(i, block, own, raw=True, out=own)
-        b = runner.collect_statistics(
-            i, block, held, clip=math.inf, weights=later, raw=True, out=held
+        raw, held_raw = (
+            runner.collect_statistics(i, block, hidden, clip=math.inf).grams
+            for hidden in (own, held)
         )
+        a = runner.collect_statistics(i, block, own, out=own)
+        b = runner.collect_statistics(i, block, held, clip=math.inf, weights=later, out=held)
         for group in a.input_groups:
             for module in wanted.intersection(group.modules):
                 name = group.name
-                found[module] = Statistics(a.raw[name], a.grams[name], b.raw[name], b.grams[name])
+                found[module] = Statistics(raw[name], a.grams[name], held_raw[name], b.grams[name])
         runner.release(i)
     return found
 

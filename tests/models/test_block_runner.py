@@ -85,7 +85,6 @@ def test_block_by_block_equals_forward(folder: Path, ids: Tensor) -> None:
     for i in range(runner.num_blocks):
         hidden = runner.forward_block(i, runner.block(i), hidden)
         runner.release(i)
-    torch.testing.assert_close(runner.finish(hidden), expected.hidden_states[-1], rtol=0, atol=1e-5)
     torch.testing.assert_close(runner.logits(hidden), expected.logits, rtol=0, atol=1e-5)
 
 
@@ -97,7 +96,8 @@ def test_grams_equal_brute_force(folder: Path, ids: Tensor) -> None:
     for i in range(runner.num_blocks):
         block = runner.block(i)
         found = runner.input_groups(i, block, hidden)
-        statistics = runner.collect_statistics(i, block, hidden, clip=clip, raw=True, out=hidden)
+        unclipped = runner.collect_statistics(i, block, hidden, clip=float("inf")).grams
+        statistics = runner.collect_statistics(i, block, hidden, clip=clip, out=hidden)
         assert statistics.hidden is hidden
         assert statistics.input_groups == found
         assert statistics.tokens == N * T
@@ -109,7 +109,7 @@ def test_grams_equal_brute_force(folder: Path, ids: Tensor) -> None:
                     assert torch.equal(one, two)
             covered.update(input_group.modules)
             close = {"rtol": 1e-4, "atol": 1e-5}
-            gram, raw = statistics.grams[input_group.name], statistics.raw[input_group.name]
+            gram, raw = statistics.grams[input_group.name], unclipped[input_group.name]
             torch.testing.assert_close(gram.double(), gram_ref(first, clip), **close)
             torch.testing.assert_close(raw.double(), gram_ref(first, float("inf")), **close)
             assert not torch.allclose(gram, raw, rtol=1e-3)

@@ -59,17 +59,15 @@ class BlockInputs:
         self.arguments(0, *ids.shape)  # settles whether stubs return tuples
         return self._run(ids)[0][0][1]
 
-    def inject(
-        self, hidden: Tensor, head: bool, values: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
-        """Output of the last block [b, T, d] -> that of the base model or, with `head`, logits.
+    def logits(self, hidden: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Output of the last block [b, T, d] -> logits [b, T, vocab].
 
         With `values`, parameters of the model that runs are replaced by name. Gradients flow.
         """
         b, t = hidden.shape[:2]
         self.arguments(0, b, t)  # settles whether stubs return tuples
         ids = torch.zeros(b, t, dtype=torch.int64)
-        return self._run(ids, last=hidden, head=head, values=values)[1]
+        return self._run(ids, hidden, values)[1].logits
 
     def arguments(self, i: int, b: int, t: int) -> Call:
         """What block i receives beside a hidden state [b, t, d].
@@ -109,10 +107,13 @@ class BlockInputs:
         self,
         ids: Tensor,
         last: Tensor | None = None,
-        head: bool = False,
         values: Mapping[str, Tensor] | None = None,
-    ) -> tuple[list[_Record], Tensor]:
-        """Run the model without its blocks. ids [b, T] -> (recorded calls, final output)."""
+    ) -> tuple[list[_Record], Any]:
+        """Run the model without its blocks, with its head where `last` comes out of the last.
+
+        ids [b, T] -> (recorded calls, final output).
+        """
+        head = last is not None
         self._load(head)
         records: list[_Record] = []
         run: Any = self.model if head else self.model.base_model
@@ -120,7 +121,7 @@ class BlockInputs:
             output = functional_call(
                 run, dict(values or {}), (), {"input_ids": ids.to(self._device)}
             )
-        return records, output.logits if head else output[0]
+        return records, output
 
     @torch.no_grad()
     def _probe(self, b: int, t: int, seed: int) -> list[_Record]:

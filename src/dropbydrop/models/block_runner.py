@@ -7,10 +7,8 @@ How it works, without a list of architectures:
    blocks are the outermost `ModuleList` with as many entries as the config has layers.
 2. What a block receives beside the hidden state (masks, position embeddings, local or global) is
    taken from the model itself: its forward runs once for a batch shape with every block's
-   `forward` replaced by a stub, which records the arguments and returns the hidden state
-   unchanged. No names, no re-implementation of masks. The input of the first stub is the embedding
-   with whatever scaling the family applies; a last stub that returns a given hidden state makes
-   the same forward apply the final norm (`finish`) or norm, head and soft cap (`logits`).
+   `forward` replaced by a stub (block_inputs.py). No names, no re-implementation of masks. That
+   also gives the embedding and, of the last block's output, the logits.
 3. `block(i)` loads the weights of block i from safetensors in `dtype`; `release(i)` puts them
    back on the meta device. Between the two, a caller may change `linear.weight.data`.
 4. `collect_statistics` runs a block over all windows, batch by batch, and in the same pass
@@ -297,7 +295,6 @@ class BlockRunner:
         hidden: Tensor,
         *,
         clip: float = CLIP,
-        raw: bool = False,
         weights: Tensor | None = None,
         out: Tensor | None = None,
         partition: Partition | None = None,
@@ -308,13 +305,12 @@ class BlockRunner:
             hidden: [n, T, d], input of the block.
             clip: tokens count at most as much as `clip` times the median token of their window
                 (see statistics.py); infinity switches it off.
-            raw: also return the unclipped, unweighted matrices.
             weights: [n, T], importance of each token, multiplied into the clip weights.
             out: where to write the output [n, T, d]; may be `hidden` itself.
             partition: of this process in a run of several; `hidden` has its windows alone.
 
         Returns:
-            H [d_in, d_in] of each input group, the output [n, T, d] and what `raw` asks for.
+            H [d_in, d_in] of each input group, and the output [n, T, d].
 
         Raises:
             UnsupportedModelError: too much of the block is in no called linear, or a linear is
@@ -323,7 +319,7 @@ class BlockRunner:
         """
         to = torch.empty_like(hidden) if out is None else out
         own = partition or Ranks().partition(self.shards(*hidden.shape[:2]))
-        with InputRecorder(block, self.block_prefix(i), clip, raw) as recorder:
+        with InputRecorder(block, self.block_prefix(i), clip) as recorder:
 
             def run() -> None:
                 for shard in own.shards:
@@ -338,18 +334,11 @@ class BlockRunner:
             own.ranks.on_all_ranks(run)
             return recorder.result(to, own, own.count * hidden.shape[1])
 
-    def finish(self, hidden: Tensor) -> Tensor:
-        """Output of the last block -> output of the base model (final norm), [n, T, d]."""
-        return self._inject(hidden, head=False)
-
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Output of the last block -> logits [n, T, vocab], with the model's own head."""
-        return self._inject(hidden, head=True)
-
-    @torch.no_grad()
-    def _inject(self, hidden: Tensor, head: bool) -> Tensor:
         parts = [
-            self._block_inputs.inject(hidden[part].to(self.device), head).to(hidden.device)
+            self._block_inputs.logits(hidden[part].to(self.device)).to(hidden.device)
             for part in self._batches(*hidden.shape[:2])
         ]
         return torch.cat(parts)
@@ -375,7 +364,7 @@ class BlockRunner:
 
         `values` replaces parameters outside of the blocks, by their full names.
         """
-        return self._block_inputs.inject(hidden, head=True, values=values)
+        return self._block_inputs.logits(hidden, values)
 
 
 def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

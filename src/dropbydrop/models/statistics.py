@@ -55,7 +55,6 @@ class BlockStatistics:
     Attributes:
         input_groups: in the order of their calls.
         grams: input group name -> H, float32 [d_in, d_in], tokens clipped and weighted.
-        raw: input group name -> H without clipping or weights; empty unless asked for.
         energy_ratio: input group name -> largest ||x||^2 over the median one, maximum over windows.
         tokens: the number of tokens each H averages over.
         hidden: the block's output, [n, T, d].
@@ -63,7 +62,6 @@ class BlockStatistics:
 
     input_groups: list[InputGroup]
     grams: dict[str, Tensor]
-    raw: dict[str, Tensor]
     energy_ratio: dict[str, float]
     tokens: int
     hidden: Tensor
@@ -105,10 +103,8 @@ class _Entry:
     modules: list[str]
     d_in: int
     gram: Tensor | None = None  # of the shard that is running
-    raw: Tensor | None = None
     ratio: float = 0.0
     grams: list[Tensor] = field(default_factory=list)  # of the shards that are over
-    raws: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -120,7 +116,7 @@ class InputRecorder:
 
     Args:
         block: the block; `prefix` is its full name in the model.
-        clip, raw: see the module's note. `grams=False` only finds the input groups.
+        clip: see the module's note. `grams=False` only finds the input groups.
 
     Raises:
         UnsupportedModelError: a linear called twice, or with a subset of the tokens.
@@ -129,7 +125,6 @@ class InputRecorder:
     block: nn.Module
     prefix: str
     clip: float = CLIP
-    raw: bool = False
     grams: bool = True
     _input_groups: dict[str, _Entry] = field(default_factory=dict)  # by first module
     _calls: list[tuple[Tensor, int, _Entry]] = field(default_factory=list)
@@ -167,14 +162,11 @@ class InputRecorder:
     def fold(self, keep: bool = False) -> None:
         """A shard is over: add its sums to those of the shards before it, or `keep` them apart."""
         for entry in self._input_groups.values():
-            for shard, over in ((entry.gram, entry.grams), (entry.raw, entry.raws)):
-                if shard is None:
-                    continue
-                if keep or not over:
-                    over.append(shard)
-                else:
-                    over[0].add_(shard)
-            entry.gram = entry.raw = None
+            if entry.gram is not None and (keep or not entry.grams):
+                entry.grams.append(entry.gram)
+            elif entry.gram is not None:
+                entry.grams[0].add_(entry.gram)
+            entry.gram = None
 
     def _called(self, full: str, x: Tensor) -> None:
         if full in self._seen:
@@ -205,7 +197,6 @@ class InputRecorder:
         d = entry.d_in
         if entry.gram is None:
             entry.gram = torch.zeros(d, d, device=x.device)
-            entry.raw = torch.zeros(d, d, device=x.device) if self.raw else None
         energy = torch.linalg.vector_norm(x, dim=-1).square()  # [b, T]
         median = energy.median(dim=-1).values.clamp_min(torch.finfo(energy.dtype).tiny)  # [b]
         entry.ratio = max(entry.ratio, float((energy.amax(-1) / median).max()))
@@ -213,8 +204,6 @@ class InputRecorder:
         if self._weights is not None:
             weights = weights * self._weights.to(weights)
         add_gram(entry.gram, (x * weights.sqrt()[..., None]).view(-1, d))  # [b * T, d_in]
-        if entry.raw is not None:
-            add_gram(entry.raw, x.reshape(-1, d))  # [b * T, d_in]
 
     def _check_coverage(self) -> None:
         """More than MAX_UNCOVERED of the block's matrices in no called linear: refuse."""
@@ -260,7 +249,6 @@ class InputRecorder:
         entries = list(self._input_groups.values())
         largest = partition.ranks.largest([entry.ratio for entry in entries])
         grams: dict[str, Tensor] = {}
-        raw: dict[str, Tensor] = {}
         ratio: dict[str, float] = {}
         for input_group, entry, most in zip(input_groups, entries, largest, strict=True):
             grams[input_group.name] = mirror(partition.total(entry.grams), 1 / tokens)
@@ -270,11 +258,8 @@ class InputRecorder:
                     f"the inputs of {input_group.name} are not finite: the model overflows on the "
                     "calibration text. Use dtype float32, or check the model's weights."
                 )
-            if entry.raws:
-                raw[input_group.name] = mirror(partition.total(entry.raws), 1 / tokens)
-                entry.raws = []
             ratio[input_group.name] = most
-        return BlockStatistics(input_groups, grams, raw, ratio, tokens, hidden)
+        return BlockStatistics(input_groups, grams, ratio, tokens, hidden)
 
 
 def check_uncovered(left: dict[str, int], total: int) -> None:
