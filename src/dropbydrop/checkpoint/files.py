@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +127,7 @@ class Manifest:
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "files": {
-                name: {"size": entry.size, "sha256": entry.sha256}
-                for name, entry in self.files.items()
-            },
+            "files": {name: asdict(entry) for name, entry in self.files.items()},
             "planes": [list(names) for names in self.planes],
             "rest": list(self.rest),
             "parameters": {"quantized": self.quantized_parameters, "total": self.total_parameters},

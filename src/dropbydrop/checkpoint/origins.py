@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import http.client
 import re
-import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -47,7 +46,7 @@ class Stream:
 
 
 class Origin(Protocol):
-    """What pull.py needs of a source; `name` is for messages."""
+    """What pull.py needs of a source; `name`/file is what messages call a file."""
 
     name: str
 
@@ -57,15 +56,12 @@ class Origin(Protocol):
     def open(self, file: str, start: int, size: int) -> Stream:
         """A file of `size` bytes from offset `start` (TransferError)."""
 
-    def close(self) -> None:
-        """Remove whatever the origin kept for itself."""
-
 
 def origin(source: str | Path, staging: Path, revision: str | None = None) -> Origin:
     """The origin that `source` names: http(s) address, local folder, or hub id (owner/name).
 
     Args:
-        staging: a folder that a hub download may create and use; removed by `close`.
+        staging: a folder that a hub download may create and use; the caller removes it.
         revision: branch, tag or commit of a hub repository.
 
     Raises:
@@ -93,56 +89,44 @@ class FolderOrigin:
         path = self.folder / file
         if not path.is_file():
             return None
-        _check_limit(path.stat().st_size, limit, str(path))
+        _check_limit(path.stat().st_size, limit, f"{self.name}/{file}")
         return path.read_bytes()
 
     def open(self, file: str, start: int, size: int) -> Stream:
         path = self.folder / file
         if not path.is_file():
             raise _absent(self.name, file)
-        _check_announced(path.stat().st_size, size, str(path))
+        _check_announced(path.stat().st_size, size, f"{self.name}/{file}")
         return Stream(start, _file_chunks(path, start))
-
-    def close(self) -> None:
-        pass
 
 
 class HttpOrigin:
     """A folder behind a plain HTTP server; `timeout` seconds without a byte end an attempt."""
 
     def __init__(self, base: str, timeout: float = TIMEOUT) -> None:
-        self.base, self.timeout = base.rstrip("/"), timeout
-        self.name = self.base
+        self.name, self.timeout = base.rstrip("/"), timeout
 
     def read(self, file: str, limit: int) -> bytes | None:
-        try:
-            with self._request(file, 0) as response:
-                announced = response.headers.get("Content-Length")
-                if announced is not None and announced.isdecimal():
-                    _check_limit(int(announced), limit, f"{self.base}/{file}")
-                data: bytes = response.read(limit + 1)
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, urllib.error.HTTPError) and error.code == 404:
-                return None
-            raise _cut(self.name, file, error) from error
-        _check_limit(len(data), limit, f"{self.base}/{file}")
-        if announced is not None and announced != str(len(data)):
-            raise CutError(
-                f"{self.base}/{file} ended after {len(data)} of {announced} bytes. Try again."
-            )
+        response = self._request(file, 0)
+        if response is None:
+            return None
+        where, announced = f"{self.name}/{file}", response.headers.get("Content-Length", "")
+        data = b""
+        with response:
+            if announced.isdecimal():
+                _check_limit(int(announced), limit, where)
+            for chunk in self._chunks(response, file):
+                data += chunk
+                _check_limit(len(data), limit, where)
+        if announced and announced != str(len(data)):
+            raise CutError(f"{where} ended after {len(data)} of {announced} bytes. Try again.")
         return data
 
     def open(self, file: str, start: int, size: int) -> Stream:
-        try:
-            response = self._request(file, start)
-        except urllib.error.HTTPError as error:
-            if error.code == 404:
-                raise _absent(self.name, file) from error
-            raise _cut(self.name, file, error) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise _cut(self.name, file, error) from error
-        where = f"{self.base}/{file}"
-        headers = response.headers
+        response = self._request(file, start)
+        if response is None:
+            raise _absent(self.name, file)
+        where, headers = f"{self.name}/{file}", response.headers
         part = _RANGE.fullmatch(headers.get("Content-Range", ""))
         if response.status == 206 and part:
             begin, total = int(part[1]), int(part[2])
@@ -155,71 +139,57 @@ class HttpOrigin:
             raise TransferError(f"{where}: the server answered from byte {begin}, not {start}.")
         return Stream(begin, self._chunks(response, file))
 
-    def close(self) -> None:
-        pass
-
     def _request(self, file: str, start: int) -> Any:
+        """The response, or None if there is no such file."""
         headers = {"User-Agent": "dropbydrop", "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
-        request = urllib.request.Request(f"{self.base}/{quote(file)}", headers=headers)
-        return urllib.request.urlopen(request, timeout=self.timeout)
+        request = urllib.request.Request(f"{self.name}/{quote(file)}", headers=headers)
+        try:
+            return urllib.request.urlopen(request, timeout=self.timeout)
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code == 404:
+                return None
+            raise _cut(self.name, file, error) from error
 
     def _chunks(self, response: Any, file: str) -> Iterator[bytes]:
         with response:
-            while True:
-                try:
-                    # read1 hands over what has arrived: a cut connection loses nothing
-                    chunk = response.read1(CHUNK)
-                except (OSError, http.client.HTTPException) as error:
-                    raise _cut(self.name, file, error) from error
-                if not chunk:
-                    return
-                yield chunk
+            try:
+                # read1 hands over what has arrived: a cut connection loses nothing
+                while chunk := response.read1(CHUNK):
+                    yield chunk
+            except (OSError, http.client.HTTPException) as error:
+                raise _cut(self.name, file, error) from error
 
 
-class HubOrigin:
+class HubOrigin(FolderOrigin):
     """A repository of the Hugging Face Hub. A file passes through `staging` and leaves it again."""
 
     def __init__(self, repo: str, staging: Path, revision: str | None = None) -> None:
-        self.repo, self.staging, self.revision = repo, staging, revision
-        self.name = f"{repo} on the Hub"
+        super().__init__(staging)
+        self.repo, self.revision, self.name = repo, revision, f"https://huggingface.co/{repo}"
 
     def read(self, file: str, limit: int) -> bytes | None:
-        path = self._download(file)
-        if path is None:
-            return None
-        _check_limit(path.stat().st_size, limit, f"{file} of {self.name}")
-        data = path.read_bytes()
-        path.unlink()
-        return data
+        self._download(file)
+        return super().read(file, limit)
 
     def open(self, file: str, start: int, size: int) -> Stream:
-        path = self._download(file)
-        if path is None:
-            raise _absent(self.name, file)
-        _check_announced(path.stat().st_size, size, f"{file} of {self.name}")
-        return Stream(start, self._consume(path, start))
+        self._download(file)
+        return Stream(start, self._consume(file, super().open(file, start, size).chunks))
 
-    def close(self) -> None:
-        shutil.rmtree(self.staging, ignore_errors=True)
+    def _consume(self, file: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        yield from chunks
+        (self.folder / file).unlink()
 
-    def _consume(self, path: Path, start: int) -> Iterator[bytes]:
-        yield from _file_chunks(path, start)
-        path.unlink(missing_ok=True)
-
-    def _download(self, file: str) -> Path | None:
+    def _download(self, file: str) -> None:
+        """Bring a file into the folder; one that the repository lacks stays absent."""
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.errors import RemoteEntryNotFoundError
 
         try:
-            return Path(
-                hf_hub_download(self.repo, file, revision=self.revision, local_dir=self.staging)
-            )
-        except EntryNotFoundError as error:
-            if not isinstance(error, LocalEntryNotFoundError):  # that one means: no network
-                return None
-            raise _cut(self.name, file, error) from error
+            hf_hub_download(self.repo, file, revision=self.revision, local_dir=self.folder)
+        except RemoteEntryNotFoundError:
+            pass
         except Exception as error:  # its many network errors share no base class
             raise _cut(self.name, file, error) from error
 

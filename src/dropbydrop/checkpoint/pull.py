@@ -35,7 +35,7 @@ from dropbydrop.system.digest import FileEntry, file_digest
 from . import Checkpoint, Manifest, QuantizationConfig
 from .config import CONFIG_FILE, MANIFEST_FILE
 from .files import read_json
-from .origins import CHUNK, CutError, FolderOrigin, Origin, TransferError, origin
+from .origins import CutError, FolderOrigin, Origin, TransferError, origin
 from .slice import MAX_TEXT, SIDECARS, Transfer, differs, files_for, is_tensors
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ def pull(
             created = False
             return _Pull(here, target, manifest, bits, attempts).run(progress)
     finally:
-        here.close()
+        shutil.rmtree(target / STAGING, ignore_errors=True)
         if created and target.is_dir() and not any(target.iterdir()):
             target.rmdir()
 
@@ -199,7 +199,10 @@ class _Pull:
     ) -> str:
         """Bring `part` to its full size; returns its SHA-256."""
         start = part.stat().st_size if part.is_file() else 0
-        digest = _hash(part) if start else hashlib.sha256()
+        digest = hashlib.sha256()
+        if start:
+            with open(part, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
         if start == entry.size:
             return digest.hexdigest()
         stream = self.here.open(name, start, entry.size)
@@ -286,11 +289,3 @@ def _parse(raw: bytes, name: str) -> object:
         return json.loads(raw)
     except ValueError as error:
         raise FormatError(f"{name}: not JSON ({error}); not a dropbydrop checkpoint.") from error
-
-
-def _hash(path: Path) -> hashlib._Hash:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest
