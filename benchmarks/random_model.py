@@ -169,7 +169,7 @@ def random_checkpoint(
         config["architectures"] = [type(model).__name__]
         config.pop("transformers_version", None)  # so that the bytes depend on us alone
         total = sum(parameter.numel() for parameter in model.parameters())
-        return checkpoint.finish(config, quantization, dict(files or {}), {"total": total})
+        return checkpoint.finish(config, quantization, dict(files or {}), total)
 
 
 def _values(parameter: Tensor, generator: torch.Generator) -> Tensor:

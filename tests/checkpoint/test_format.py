@@ -63,7 +63,7 @@ def write_golden(out: Path) -> None:
         writer.add_embedding("e", torch.arange(-12, 12).reshape(3, 8) / 4, bits=8)
         writer.add_tensor("norm.weight", torch.ones(24, dtype=torch.bfloat16))
         config = {"model_type": "toy", "dtype": "float32"}
-        writer.finish(config, quantization, {"notes.txt": b"hello\n"}, {"total": 200})
+        writer.finish(config, quantization, {"notes.txt": b"hello\n"}, 200)
 
 
 def test_golden_bytes(tmp_path: Path) -> None:

@@ -208,11 +208,10 @@ def _write_side_files(
     folder: AtomicFolder, checkpoint: Checkpoint, prefix: int, dtype: str
 ) -> None:
     """Config, tokenizer and model card."""
-    weights = {*checkpoint.manifest.rest, *(n for p in checkpoint.manifest.planes for n in p)}
-    for name in sorted(set(checkpoint.manifest.files) - weights):
-        path = checkpoint.path / name
-        if name not in (CONFIG_FILE, CARD_FILE, LOG_FILE) and path.is_file():
-            folder.write(name, [path.read_bytes()])
+    other = {*checkpoint.manifest.tensor_files(), CONFIG_FILE, CARD_FILE, LOG_FILE}
+    for name in sorted(set(checkpoint.manifest.files) - other):
+        if (checkpoint.path / name).is_file():
+            folder.copy(name, checkpoint.path / name)
     config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
     config.pop("torch_dtype", None)
     config["dtype"] = dtype

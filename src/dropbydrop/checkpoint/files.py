@@ -87,6 +87,10 @@ class Manifest:
     quantized_parameters: int
     total_parameters: int
 
+    def tensor_files(self, prefix: int | None = None) -> list[str]:
+        """Files of tensors that precision `prefix` needs, or all, in the order of need."""
+        return [*self.rest, *(name for names in self.planes[:prefix] for name in names)]
+
     @staticmethod
     def from_dict(data: object, where: str = MANIFEST_FILE) -> Manifest:
         """Parse and validate.

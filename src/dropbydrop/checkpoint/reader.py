@@ -162,8 +162,7 @@ class Checkpoint:
             PrecisionError: not a level.
         """
         prefix = self.quantization.check_level(bits)
-        names = [*self.manifest.rest, *(n for p in self.manifest.planes[:prefix] for n in p)]
-        return sum(self.manifest.files[name].size for name in names)
+        return sum(self.manifest.files[name].size for name in self.manifest.tensor_files(prefix))
 
     def true_bits(self, bits: int) -> float:
         """Bits a weight of the quantized linears at precision `bits`, everything counted.
@@ -266,7 +265,7 @@ class Checkpoint:
             The problems, in the order of the manifest; empty when all is well.
         """
         findings = []
-        planes = {name for names in self.manifest.planes for name in names}
+        planes = set(self.manifest.tensor_files()) - {REST_FILE}
         for name, entry in self.manifest.files.items():
             path = self.path / name
             if not path.is_file():

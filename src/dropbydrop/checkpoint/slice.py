@@ -17,7 +17,7 @@ from dropbydrop.system.digest import FileEntry
 from . import Checkpoint, Manifest
 from .config import MANIFEST_FILE
 from .files import check_replaceable
-from .origins import FolderOrigin, TransferError
+from .origins import TransferError
 
 SIDECARS = ("sensitivity.json",)  # measured later, not in the manifest; copied when there
 MAX_TEXT = 256 << 20  # bytes of a text file
@@ -45,10 +45,8 @@ class Transfer:
 
 def files_for(manifest: Manifest, bits: int) -> list[str]:
     """Files of precision `bits` in the order of need: text files, model.safetensors, planes."""
-    planes = {name for names in manifest.planes for name in names}
-    needed = [*manifest.rest, *(n for names in manifest.planes[:bits] for n in names)]
-    texts = sorted(set(manifest.files) - planes - set(manifest.rest))
-    return [*texts, *needed]
+    texts = sorted(set(manifest.files) - set(manifest.tensor_files()))
+    return [*texts, *manifest.tensor_files(bits)]
 
 
 def slice_checkpoint(
@@ -64,25 +62,23 @@ def slice_checkpoint(
     checkpoint = Checkpoint.open(source)
     checkpoint.require(bits)
     target = Path(os.path.abspath(dest))
-    done, start = Transfer(target, bits), FolderOrigin(checkpoint.path)
-    replace = check_replaceable if overwrite else None
+    done, replace = Transfer(target, bits), check_replaceable if overwrite else None
     with AtomicFolder(target, replace) as folder, folder.disk_errors():
         for name in files_for(checkpoint.manifest, bits):
             entry = checkpoint.manifest.files[name]
             path = checkpoint.path / name
             if not path.is_file():
                 raise FormatError(f"{path} is missing. Fetch it again.")
-            folder.write(name, start.open(name, 0, path.stat().st_size).chunks)
+            folder.copy(name, path)
             if folder.files[name] != entry:
                 if is_tensors(name):
                     raise differs(str(path), folder.files[name].sha256, entry)
                 done.edited.append(name)
             done.fetched.append(name)
             done.bytes += folder.files[name].size
-        for name in SIDECARS:
-            if (data := start.read(name, MAX_TEXT)) is not None:
-                folder.write(name, [data])
-        folder.write(MANIFEST_FILE, [(checkpoint.path / MANIFEST_FILE).read_bytes()])
+        for name in (*SIDECARS, MANIFEST_FILE):
+            if (checkpoint.path / name).is_file():
+                folder.copy(name, checkpoint.path / name)
         folder.publish()
     return done
 

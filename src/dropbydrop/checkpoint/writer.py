@@ -53,7 +53,6 @@ from .staging import StagingFile
 from .tensor_files import into_shards, wide_first, write_tensors
 
 SHARD_BYTES = 5_000_000_000  # as the Hub's tools
-_CHUNK = 8 << 20
 _REFUSED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py")
 
 
@@ -228,7 +227,7 @@ class CheckpointWriter:
         config: Mapping[str, Any],
         quantization: QuantizationConfig,
         extra_files: Mapping[str, bytes | Path] | None = None,
-        parameters: Mapping[str, int] | None = None,
+        total_parameters: int | None = None,
         before_publish: Callable[[str], None] | None = None,
     ) -> Path:
         """Assemble the files, write config and manifest, and rename the folder to OUT.
@@ -236,8 +235,8 @@ class CheckpointWriter:
         Args:
             config: config.json of the base model; its quantization_config is replaced.
             extra_files: further files by plain name (tokenizer, model card, ...).
-            parameters: {"total": parameters of the original model, tied ones counted once};
-                "quantized" is counted here, and compared if given.
+            total_parameters: of the original model, tied ones counted once; by default those of
+                the quantized linears.
             before_publish: called with the manifest's SHA-256 when all but the rename is done.
 
         Returns:
@@ -248,9 +247,13 @@ class CheckpointWriter:
             ValueError: parts that contradict each other (a bug of the caller).
         """
         quantized = sum(d_out * d_in for d_out, d_in in self._linears.values())
-        counts = {"quantized": quantized, "total": quantized, **(parameters or {})}
-        self._check_parts(quantization, counts, quantized)
-        _check_config(config)
+        counts = quantized, quantized if total_parameters is None else total_parameters
+        self._check_parts(quantization, counts)
+        if "auto_map" in config:
+            raise FormatError(
+                "the base config has 'auto_map' (code from the Hub); checkpoints never carry code. "
+                "Use an architecture that is part of transformers."
+            )
         with self._folder.disk_errors():
             for name in quantization.guards:
                 self._rest.add(name, torch.empty(0, dtype=torch.float16))
@@ -266,13 +269,10 @@ class CheckpointWriter:
             # Without a dtype transformers would take that of some tensor, here of the scales.
             dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
             whole = {**config, "dtype": dtype}
-            sizes = quantized, counts["total"]
-            publish(self._folder, whole, quantization, tuple(planes), sizes, before_publish)
+            publish(self._folder, whole, quantization, tuple(planes), counts, before_publish)
         return self._folder.out
 
-    def _check_parts(
-        self, quantization: QuantizationConfig, counts: Mapping[str, int], quantized: int
-    ) -> None:
+    def _check_parts(self, quantization: QuantizationConfig, counts: tuple[int, int]) -> None:
         problems = []
         if tuple(self._input_groups) != quantization.input_groups:
             problems.append("the input groups added are not those of the config")
@@ -290,8 +290,8 @@ class CheckpointWriter:
             count != len(quantization.planes) for count in wrong.values()
         ):
             problems.append(f"{len(quantization.planes)} planes, codebook sets have {wrong}")
-        if counts["quantized"] != quantized or counts["total"] < quantized:
-            problems.append(f"parameters {dict(counts)}, counted {quantized} quantized")
+        if counts[1] < counts[0]:
+            problems.append(f"{counts[1]} parameters, counted {counts[0]} quantized")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -317,9 +317,8 @@ class CheckpointWriter:
             raise ValueError(f"{name} cannot be an extra file of a checkpoint")
         if isinstance(content, bytes):
             self._folder.write(name, [content])
-            return
-        with open(content, "rb") as source:
-            self._folder.write(name, iter(lambda: source.read(_CHUNK), b""))
+        else:
+            self._folder.copy(name, content)
 
     def _stage(self, name: str) -> StagingFile:
         return StagingFile((self._work or self._folder.path) / f"{name}.raw")
@@ -363,11 +362,3 @@ def publish(
     if before_publish is not None:
         before_publish(folder.files[MANIFEST_FILE].sha256)
     folder.publish()
-
-
-def _check_config(config: Mapping[str, Any]) -> None:
-    if "auto_map" in config:
-        raise FormatError(
-            "the base config has 'auto_map' (code from the Hub); checkpoints never carry code. "
-            "Use an architecture that is part of transformers."
-        )

@@ -269,7 +269,7 @@ def _finish(
         if journal is not None:
             journal.publishing({"manifest": manifest, "run": log.mark()})
 
-    encoder.writer.finish(config, quantization, files, {"total": log.parameters}, announce)
+    encoder.writer.finish(config, quantization, files, log.parameters, announce)
 
 
 def _report(job: Job, out: Path, log: RunLog, resumed: int, started: float) -> Report:

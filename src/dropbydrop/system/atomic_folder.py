@@ -30,6 +30,7 @@ from dropbydrop.errors import DropError
 from .digest import FileEntry
 
 FREE_SPACE = "{free} in {parent}. Free some space."  # advice for `full_disk`
+_CHUNK = 8 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -84,6 +85,11 @@ class AtomicFolder:
                 size += len(chunk)
             sync(file)
         self.files[name] = FileEntry(size, digest.hexdigest())
+
+    def copy(self, name: str, source: Path) -> None:
+        """Write the file `source` as `name`."""
+        with open(source, "rb") as file:
+            self.write(name, iter(lambda: file.read(_CHUNK), b""))
 
     def publish(self) -> None:
         """Rename to `out`. An old `out` is moved aside first and removed last."""

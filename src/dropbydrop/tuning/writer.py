@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +36,6 @@ from dropbydrop.errors import FormatError
 from dropbydrop.system.atomic_folder import AtomicFolder
 
 TUNE_LOG = "tune-log.jsonl"  # one line a step or block
-_CHUNK = 8 << 20
 
 
 def check_intact(checkpoint: Checkpoint) -> None:
@@ -88,7 +86,7 @@ def write_tuned(
     """
     with folder.disk_errors():
         for name in (n for names in checkpoint.manifest.planes for n in names):
-            folder.write(name, _chunks(checkpoint.path / name))
+            folder.copy(name, checkpoint.path / name)
             if folder.files[name] != checkpoint.manifest.files[name]:
                 raise FormatError(
                     f"{checkpoint.path / name} is not what the manifest says: damaged, or changed "
@@ -100,11 +98,6 @@ def write_tuned(
         old = checkpoint.manifest
         counts = old.quantized_parameters, old.total_parameters
         publish(folder, checkpoint.config, quantization, old.planes, counts, before_publish)
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as source:
-        yield from iter(lambda: source.read(_CHUNK), b"")
 
 
 def _rest(
@@ -137,7 +130,7 @@ def _side_files(
 ) -> Iterator[tuple[str, list[bytes]]]:
     """Tokenizer and the like as they are; the card and the log of tuning with what is new."""
     manifest = checkpoint.manifest
-    done = {*manifest.rest, *(n for p in manifest.planes for n in p), CONFIG_FILE}
+    done = {*manifest.tensor_files(), CONFIG_FILE}
     names = {*manifest.files, TUNE_LOG, CARD_FILE} - done
     lines = "".join(json.dumps(line) + "\n" for line in log)
     added = {TUNE_LOG: lines.encode(), CARD_FILE: card.encode()}
