@@ -31,3 +31,9 @@ class CalibrationError(DropError):
 
 class KernelError(DropError):
     """A kernel asked for by name that this machine or build does not have."""
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error of another library, for the message of one of ours."""
+    kind, lines = type(error).__name__, str(error).strip().splitlines()
+    return f"{kind}: {lines[0]}" if lines else kind

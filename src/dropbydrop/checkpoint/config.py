@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -96,20 +96,8 @@ class PlaneSpec:
     @staticmethod
     def from_dict(data: object, where: str = "plane") -> PlaneSpec:
         """Raises FormatError naming what is unknown."""
-        fields = Fields(data, where)
-        spec = PlaneSpec(
-            kind=fields.take("kind", str),
-            entries=fields.take("entries", int),
-            group=fields.take("group", int),
-            dtype=fields.take("dtype", str),
-            sign_symmetric=fields.take("sign_symmetric", bool),
-        )
-        fields.done()
-        return spec
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self)
+        kinds = {f.name: type(f.default) for f in fields(PlaneSpec)}
+        return PlaneSpec(**Fields(data, where).exactly(**kinds))
 
 
 @dataclass(frozen=True)
@@ -122,43 +110,32 @@ class StoredGroup(InputGroup):
     codebooks: str = "universal"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "modules", tuple(self.modules))
         where = f"input group {self.name!r}"
+        object.__setattr__(self, "modules", module_names(self.modules, where))
         if not self.modules or len(set(self.modules)) != len(self.modules):
             raise FormatError(f"{where} lists modules {self.modules}: none, or one twice.")
-        module_names((*self.modules, self.codebooks), where)
+        module_names([self.codebooks], where)
         if self.d_in < GROUP or self.d_in % GROUP:
             raise FormatError(f"{where}: d_in {self.d_in} is not a multiple of the group {GROUP}.")
 
     @staticmethod
     def from_dict(data: object, where: str = "input group") -> StoredGroup:
         """Raises FormatError naming what is unknown or contradictory."""
-        fields = Fields(data, where)
-        rotation = Fields(fields.take("rotation", dict), f"{where}: rotation")
+        values = Fields(data, where).exactly(
+            name=str, modules=list, d_in=int, codebooks=str, rotation=dict
+        )
+        rotation = Fields(values.pop("rotation"), f"{where}: rotation")
         kind = rotation.take("kind", str)
         if kind != "full":
             raise FormatError(
                 f"{where}: rotation {kind!r} is unknown to this version. Upgrade dropbydrop."
             )
         rotation.done()
-        group = StoredGroup(
-            fields.take("name", str),
-            module_names(fields.take("modules", list), where),
-            fields.take("d_in", int),
-            fields.take("codebooks", str),
-        )
-        fields.done()
-        return group
+        return StoredGroup(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return {
-            "name": self.name,
-            "modules": list(self.modules),
-            "d_in": self.d_in,
-            "codebooks": self.codebooks,
-            "rotation": {"kind": "full"},
-        }
+        return asdict(self) | {"modules": list(self.modules), "rotation": {"kind": "full"}}
 
 
 @dataclass(frozen=True)
@@ -177,12 +154,7 @@ class Embeddings:
     @staticmethod
     def from_dict(data: object, where: str = "embeddings") -> Embeddings:
         """Raises FormatError naming what is unknown."""
-        fields = Fields(data, where)
-        spec = Embeddings(
-            fields.take("bits", int), tuple(fields.take("modules", list)), fields.take("tied", bool)
-        )
-        fields.done()
-        return spec
+        return Embeddings(**Fields(data, where).exactly(bits=int, modules=list, tied=bool))
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -278,25 +250,23 @@ class QuantizationConfig:
             FormatError: not ours, unknown version, unknown keys, contradictions.
             PrecisionError: the default `bits` is not a level.
         """
-        fields = Fields(data, where)
-        if fields.data.pop("quant_method", None) != FORMAT:
+        found = Fields(data, where)
+        if found.data.pop("quant_method", None) != FORMAT:
             raise FormatError(f"{where}: quant_method is not {FORMAT!r}. Not one of our folders.")
-        check_version(fields.data.pop("format_version", None), where)
-        planes = fields.take("planes", list)
-        input_groups = fields.take("input_groups", list)
-        config = QuantizationConfig(
-            fields.take("bits", int),
-            tuple(fields.take("levels", list)),
-            tuple(PlaneSpec.from_dict(p, f"{where}: plane {m}") for m, p in enumerate(planes, 1)),
-            tuple(
-                StoredGroup.from_dict(s, f"{where}: input group {i}")
-                for i, s in enumerate(input_groups)
-            ),
-            Embeddings.from_dict(fields.take("embeddings", dict), f"{where}: embeddings"),
-            fields.take("provenance", dict, default={}),
+        check_version(found.data.pop("format_version", None), where)
+        provenance = found.take("provenance", dict, default={})
+        values = found.exactly(
+            bits=int, levels=list, planes=list, input_groups=list, embeddings=dict
         )
-        fields.done()
-        return config
+        planes, groups = enumerate(values["planes"], 1), enumerate(values["input_groups"])
+        return QuantizationConfig(
+            values["bits"],
+            tuple(values["levels"]),
+            tuple(PlaneSpec.from_dict(plane, f"{where}: plane {m}") for m, plane in planes),
+            tuple(StoredGroup.from_dict(s, f"{where}: input group {i}") for i, s in groups),
+            Embeddings.from_dict(values["embeddings"], f"{where}: embeddings"),
+            provenance,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -305,7 +275,7 @@ class QuantizationConfig:
             "format_version": FORMAT_VERSION,
             "bits": self.bits,
             "levels": list(self.levels),
-            "planes": [plane.to_dict() for plane in self.planes],
+            "planes": [asdict(plane) for plane in self.planes],
             "input_groups": [group.to_dict() for group in self.input_groups],
             "embeddings": self.embeddings.to_dict(),
             "provenance": dict(self.provenance),

@@ -43,8 +43,8 @@ from .tensor_files import (
     TensorInfo,
     into_shards,
     raw_bytes,
+    stream_tensors,
     wide_first,
-    write_tensors,
 )
 from .writer import SHARD_BYTES
 
@@ -196,7 +196,7 @@ def _write_weights(
         whole = len(shards) == 1
         name = SINGLE if whole else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         told = [replace(t, chunks=partial(counted, t)) for t in shard]
-        write_tensors(folder, name, told, {"format": "pt"})
+        folder.write(name, stream_tensors(told, {"format": "pt"}))
         where |= {t.name: name for t in shard}
     if len(shards) > 1:
         total = sum(t.info.nbytes for t in tensors)

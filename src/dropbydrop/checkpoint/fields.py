@@ -38,6 +38,12 @@ class Fields:
             raise FormatError(f"{self.where}: {key!r} is {value!r}; expected {kind.__name__}.")
         return value
 
+    def exactly(self, **kinds: type) -> dict[str, Any]:
+        """The values of these keys, of these types, when there are no others."""
+        values = {key: self.take(key, kind) for key, kind in kinds.items()}
+        self.done()
+        return values
+
     def done(self) -> None:
         """Every key must have been taken."""
         if self.data:

@@ -105,8 +105,7 @@ class Manifest:
         files: dict[str, FileEntry] = {}
         for name, entry in fields.take("files", dict).items():
             one = Fields(entry, f"{where}: {plain_name(name, where)}")
-            files[name] = FileEntry(one.take("size", int), one.take("sha256", str))
-            one.done()
+            files[name] = FileEntry(**one.exactly(size=int, sha256=str))
             if files[name].size < 0 or not _SHA256.fullmatch(files[name].sha256):
                 raise FormatError(f"{where}: size or sha256 of {name} is malformed.")
         planes = tuple(
@@ -114,8 +113,7 @@ class Manifest:
         )
         rest = tuple(plain_name(name, where) for name in fields.take("rest", list))
         counts = Fields(fields.take("parameters", dict), f"{where}: parameters")
-        quantized, total = counts.take("quantized", int), counts.take("total", int)
-        counts.done()
+        quantized, total = counts.exactly(quantized=int, total=int).values()
         fields.done()
         if rest != (REST_FILE,):
             raise FormatError(f"{where}: rest is {list(rest)}; this version has [{REST_FILE!r}].")

@@ -101,7 +101,12 @@ class Journal:
                     break
                 end += len(raw)
         if len(lines) > 1:
-            self._compare(lines[0], fingerprint)
+            if changes := differences(lines[0], fingerprint):
+                raise DropError(
+                    f"{self.path} holds the work of an interrupted run that cannot be continued "
+                    f"like this; what differs: {changes}. Give the same command again, or remove "
+                    "the folder to start from the beginning."
+                )
             with open(self._journal, "r+b") as file:
                 file.truncate(end)
             return lines[1:]
@@ -109,14 +114,6 @@ class Journal:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._append(fingerprint)
         return []
-
-    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        if changes := differences(before, now):
-            raise DropError(
-                f"{self.path} holds the work of an interrupted run that cannot be continued like "
-                f"this; what differs: {changes}. Give the same command again, or remove the folder "
-                "to start from the beginning."
-            )
 
     def _append(self, record: Mapping[str, Any]) -> None:
         with full_disk(self.out):
@@ -196,7 +193,11 @@ class Journal:
         if error is None or not self.steps:
             self._remove()
         else:
-            _explain(error, f"The finished part is kept in {self.path}: {self._progress()}")
+            note = f"The finished part is kept in {self.path}: {self._progress()}"
+            if isinstance(error, DropError | KeyboardInterrupt):  # the user sees only the message
+                error.args = (f"{error} {note}".strip(),)
+            else:
+                error.add_note(note)
         os.close(self._lock)
 
     def _remove(self) -> None:
@@ -214,14 +215,6 @@ class Journal:
         what = f"{blocks} finished blocks" if blocks else "the calibration"
         what = f"{steps} finished steps" if steps else what
         return f"{what}. Give the same command again (with --resume) to go on, or remove it."
-
-
-def _explain(error: BaseException, note: str) -> None:
-    """Add to an error how to go on: to the message where the user sees only that."""
-    if isinstance(error, DropError | KeyboardInterrupt):
-        error.args = (f"{error} {note}".strip(),)
-    else:
-        error.add_note(note)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from dropbydrop.errors import DropError
+from dropbydrop.errors import DropError, first_line
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte from a server
@@ -225,10 +225,9 @@ def _absent(name: str, file: str) -> TransferError:
 
 
 def _cut(name: str, file: str, error: BaseException) -> TransferError:
-    first = (str(error).strip().splitlines() or [""])[0]
     # a refusal (403, ...) stays one however often it is asked
     refused = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500
     return (TransferError if refused else CutError)(
-        f"{file} could not be read from {name} ({type(error).__name__}: {first}). Check address "
+        f"{file} could not be read from {name} ({first_line(error)}). Check address "
         "and network and run the command again; what has arrived is kept."
     )

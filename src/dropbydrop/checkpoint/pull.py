@@ -148,19 +148,15 @@ class _Pull:
     def _file(self, name: str, advance: Callable[[int], None]) -> None:
         entry, final = self.manifest.files[name], self.target / name
         if final.is_file():
-            if final.stat().st_size == entry.size and file_digest(final) == entry.sha256:
+            intact = final.stat().st_size == entry.size and file_digest(final) == entry.sha256
+            if intact or not is_tensors(name):  # a text edited, here or there, stays as it is here
                 self.done.kept.append(name)
-                return advance(entry.size)
-            if not is_tensors(name):  # edited, here or there: what is here stays
-                self.done.kept.append(name)
-                self.done.edited.append(name)
-                return None
-        if is_tensors(name):
-            self._tensors(name, entry, final, advance)
-        else:
-            self._text(name, entry, final, advance)
+                self.done.edited += [] if intact else [name]
+                advance(entry.size)
+                return
+        fetch = self._tensors if is_tensors(name) else self._text
+        fetch(name, entry, final, advance)
         self.done.fetched.append(name)
-        return None
 
     def _text(
         self, name: str, entry: FileEntry, final: Path, advance: Callable[[int], None]

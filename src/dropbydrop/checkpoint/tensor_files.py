@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from dropbydrop.errors import FormatError
-from dropbydrop.system.atomic_folder import AtomicFolder
 
 from .fields import FORMAT_VERSION, check_version
 
@@ -119,16 +118,6 @@ def stream_tensors(
         yield from tensor.chunks()
 
 
-def write_tensors(
-    folder: AtomicFolder,
-    name: str,
-    tensors: Sequence[StreamedTensor],
-    metadata: Mapping[str, str] = METADATA,
-) -> None:
-    """Write the safetensors file `name` into a folder, hashed and synced."""
-    folder.write(name, stream_tensors(tensors, metadata))
-
-
 def wide_first(tensors: Iterable[StreamedTensor]) -> list[StreamedTensor]:
     """The one order of a file of many types: wide types first, which keeps every tensor aligned to
     its own width, then by name."""
@@ -168,18 +157,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(raw)
         metadata = header.pop("__metadata__", {})
-        offsets = sorted(tuple(entry["data_offsets"]) for entry in header.values())
         tensors = {
             name: TensorInfo(entry["dtype"], tuple(entry["shape"]))
             for name, entry in header.items()
         }
-        spans = {name: entry["data_offsets"] for name, entry in header.items()}
-        fits = all(spans[n][1] - spans[n][0] == info.nbytes for n, info in tensors.items())
+        spans = [(*header[name]["data_offsets"], info.nbytes) for name, info in tensors.items()]
+        fits, end = True, 0
+        for start, stop, nbytes in sorted(spans):
+            fits, end = fits and start == end and stop - start == nbytes, stop
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise FormatError(f"{path}: the header is damaged ({error!r}). Fetch it again.") from error
-    end = 0
-    for start, stop in offsets:
-        fits, end = fits and start == end, stop
     if not fits or size != 8 + length + end:
         raise FormatError(
             f"{path} has {size} bytes but its header describes {8 + length + end}: cut off or "

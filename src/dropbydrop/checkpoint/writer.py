@@ -50,7 +50,7 @@ from .fields import plain_name
 from .files import Manifest, check_replaceable, dump_json, plane_file
 from .int8_rows import half, quantize_rows
 from .staging import StagingFile
-from .tensor_files import into_shards, wide_first, write_tensors
+from .tensor_files import into_shards, stream_tensors, wide_first
 
 SHARD_BYTES = 5_000_000_000  # as the Hub's tools
 _REFUSED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py")
@@ -262,7 +262,7 @@ class CheckpointWriter:
             ]
             self._rest.file.close()
             rest = wide_first(self._rest.streamed(name) for name in self._rest.tensors)
-            write_tensors(self._folder, REST_FILE, rest)
+            self._folder.write(REST_FILE, stream_tensors(rest))
             self._drop(self._rest)
             for name, content in sorted((extra_files or {}).items()):
                 self._write_extra(name, content)
@@ -302,7 +302,7 @@ class CheckpointWriter:
         shards = into_shards(order, self._shard_bytes)
         names = tuple(plane_file(m, i, len(shards)) for i in range(1, len(shards) + 1))
         for name, shard in zip(names, shards, strict=True):
-            write_tensors(self._folder, name, shard)
+            self._folder.write(name, stream_tensors(shard))
         self._drop(staging)
         return names
 

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dropbydrop.errors import DropError
+from dropbydrop.errors import DropError, first_line
 from dropbydrop.system.console import quiet_transformers
 
 from .task_files import TASKS, describe, read_items, write_tasks
@@ -158,11 +158,9 @@ def _load(
         loaded = list(manager.load(list(tasks))["tasks"].values())
     except Exception as error:  # errors of datasets, of the hub and of the network share no base
         where = f"from {data}" if data is not None else "from the hub"
-        first = str(error).strip().splitlines()
         raise DropError(
             f"the items of {', '.join(tasks)} cannot be loaded {where} "
-            f"({type(error).__name__}: {first[0] if first else ''}). Without a network, give local "
-            "files with --tasks-data DIR."
+            f"({first_line(error)}). Without a network, give local files with --tasks-data DIR."
         ) from error
     return manager, loaded, described
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dropbydrop.errors import DropError, FormatError, UnsupportedModelError
+from dropbydrop.errors import DropError, FormatError, UnsupportedModelError, first_line
 from dropbydrop.system.atomic_folder import full_disk, replacing
 from dropbydrop.system.cache import cache_dir
 from dropbydrop.system.console import phase, quiet_transformers
@@ -72,7 +72,7 @@ def load_tokenizer(folder: Path | str) -> Any:
             return AutoTokenizer.from_pretrained(str(folder))
         except (ValueError, OSError, KeyError, ImportError, TypeError) as error:
             raise FormatError(
-                f"{folder} has no tokenizer that transformers can load ({_first_line(error)}); "
+                f"{folder} has no tokenizer that transformers can load ({first_line(error)}); "
                 "add the model's tokenizer.json and tokenizer_config.json."
             ) from error
 
@@ -221,7 +221,7 @@ def _write_dequantized(file: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
         except (ValueError, KeyError, OSError, IndexError, RuntimeError, ImportError) as error:
             raise FormatError(
-                f"transformers cannot read {file}: {_first_line(error)}. Give another GGUF, or "
+                f"transformers cannot read {file}: {first_line(error)}. Give another GGUF, or "
                 "the model's Hugging Face folder."
             ) from error
         # The weights are plain float32 now; what remembers the GGUF must not reach the config.
@@ -273,14 +273,9 @@ def _download(model_id: str) -> Path:
         )
     except Exception as error:  # its many network errors share no base class
         raise DropError(
-            f"{model_id!r} is no local folder or file, and the hub gave: {_first_line(error)}. "
+            f"{model_id!r} is no local folder or file, and the hub gave: {first_line(error)}. "
             "Check the name and the network, log in for gated models (hf auth login), or "
             "download the folder yourself and give its path."
         ) from error
     check_folder(folder)
     return folder
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -28,8 +28,8 @@ from dropbydrop.checkpoint.tensor_files import (
     StreamedTensor,
     TensorInfo,
     raw_bytes,
+    stream_tensors,
     wide_first,
-    write_tensors,
 )
 from dropbydrop.checkpoint.writer import publish
 from dropbydrop.errors import FormatError
@@ -92,7 +92,7 @@ def write_tuned(
                     f"{checkpoint.path / name} is not what the manifest says: damaged, or changed "
                     "meanwhile. Fetch it again."
                 )
-        write_tensors(folder, REST_FILE, _rest(checkpoint, quantization, tensors))
+        folder.write(REST_FILE, stream_tensors(_rest(checkpoint, quantization, tensors)))
         for name, content in _side_files(checkpoint, log, card):
             folder.write(name, content)
         old = checkpoint.manifest
