@@ -327,6 +327,7 @@ def test_manifest_round_trip() -> None:
         (_set("planes", 0, ["/etc/passwd"]), "only plain file names"),
         (_set("planes", 0, ["plane-2.safetensors"]), r"expected \['plane-1.safetensors'\]"),
         (_set("planes", 0, []), "plane 1 names no files"),
+        (_set("planes", []), "lists no planes"),
         (_set("planes", 1, ["plane-2.safetensors"]), "have no size and hash"),
         (_set("rest", ["other.safetensors"]), r"this version has \['model.safetensors'\]"),
         (_set("parameters", {"quantized": 13, "total": 12}), "13 quantized of 12"),

@@ -115,6 +115,8 @@ class Manifest:
         counts = Fields(fields.take("parameters", dict), f"{where}: parameters")
         quantized, total = counts.exactly(quantized=int, total=int).values()
         fields.done()
+        if not planes:
+            raise FormatError(f"{where} lists no planes: damaged.")
         if rest != (REST_FILE,):
             raise FormatError(f"{where}: rest is {list(rest)}; this version has [{REST_FILE!r}].")
         unlisted = {name for names in (*planes, rest) for name in names} - set(files)
