@@ -64,28 +64,8 @@ class Checkpoint:
         manifest: the validated manifest.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        config: dict[str, Any],
-        quantization: QuantizationConfig,
-        manifest: Manifest,
-    ) -> None:
-        self.path, self.config = path, config
-        self.quantization, self.manifest = quantization, manifest
-        self._lock = threading.Lock()
-        self._handles: dict[str, Any] = {}
-        self._checked: set[int] = set()
-
-    @staticmethod
-    def open(path: Path | str) -> Checkpoint:
-        """Open and validate a folder without touching its planes.
-
-        Raises:
-            FormatError: not a checkpoint of this version, or damaged; the message says which file
-                is concerned and what to do.
-        """
-        folder = Path(path)
+    def __init__(self, folder: Path) -> None:
+        """See `open`."""
         if not folder.is_dir():
             raise FormatError(
                 f"{folder} is not a folder. Checkpoints are local folders; fetch one from the Hub "
@@ -102,16 +82,29 @@ class Checkpoint:
                 f"{folder / CONFIG_FILE} has 'auto_map', which asks to run code from the "
                 "checkpoint. dropbydrop checkpoints never carry code; do not use this one."
             )
-        quantization = QuantizationConfig.from_dict(config["quantization_config"])
-        manifest = Manifest.from_dict(read_json(folder / MANIFEST_FILE))
-        if len(manifest.planes) != len(quantization.planes):
+        self.path, self.config = folder, config
+        self.quantization = QuantizationConfig.from_dict(config["quantization_config"])
+        self.manifest = Manifest.from_dict(read_json(folder / MANIFEST_FILE))
+        listed, described = len(self.manifest.planes), len(self.quantization.planes)
+        if listed != described:
             raise FormatError(
-                f"{folder}: the manifest lists {len(manifest.planes)} planes, the config "
-                f"{len(quantization.planes)}: files of two checkpoints are mixed. Fetch it again."
+                f"{folder}: the manifest lists {listed} planes, the config {described}: files of "
+                "two checkpoints are mixed. Fetch it again."
             )
-        checkpoint = Checkpoint(folder, config, quantization, manifest)
-        checkpoint._check_rest()
-        return checkpoint
+        self._lock = threading.Lock()
+        self._handles: dict[str, Any] = {}
+        self._checked: set[int] = set()
+        self._check_rest()
+
+    @staticmethod
+    def open(path: Path | str) -> Checkpoint:
+        """Open and validate a folder without touching its planes.
+
+        Raises:
+            FormatError: not a checkpoint of this version, or damaged; the message says which file
+                is concerned and what to do.
+        """
+        return Checkpoint(Path(path))
 
     # -- what is there --------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from dropbydrop.models.sources import Source
 
 from .hub import is_hub_text, read_hub_text
 from .self_generated import Writing, write_windows
-from .text_files import cut, leading_bos, read_text, text_hash, tokenize, too_short
+from .text_files import cut, leading_bos, read_text, sizes, text_hash, tokenize, too_short
 
 SELF = "self"
 _MIN_CHARS = 16 << 20
@@ -86,7 +86,7 @@ def load_windows(
             source.folder, tokenizer, n_windows, seq_len, seed, writing, progress, device
         )
         extra = {"kind": SELF, "seed": seed, **asdict(writing)}
-        return Calibration(ids, extra | _numbers(ids))
+        return Calibration(ids, extra | sizes(ids))
     most = max(_MIN_CHARS, _CHARS_PER_TOKEN * n_windows * seq_len)
     if is_hub_text(spec):
         name, text = str(spec), read_hub_text(str(spec), most)
@@ -106,14 +106,10 @@ def load_windows(
     if bos is not None:
         picked = torch.cat([torch.full((n_windows, 1), bos), picked], dim=1)
     description = {"kind": "text", "text": name, "sha256": text_hash(text), "seed": seed}
-    return Calibration(picked, description | _numbers(picked) | {"bos": bos is not None})
+    return Calibration(picked, description | sizes(picked) | {"bos": bos is not None})
 
 
 def file_of(spec: str | Path) -> Path | None:
     """The file that a calibration text is read from; None for the hub and "self"."""
     path = Path(spec).expanduser()
     return path if str(spec) != SELF and path.is_file() else None
-
-
-def _numbers(ids: Tensor) -> dict[str, Any]:
-    return {"windows": ids.shape[0], "seq_len": ids.shape[1], "tokens": ids.numel()}

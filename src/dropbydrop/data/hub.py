@@ -15,9 +15,10 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from dropbydrop.errors import CalibrationError
+
+from .text_files import join_documents
 
 PREFIX = "hub:"
 COLUMN = "text"
@@ -59,7 +60,7 @@ def read_hub_text(spec: str, max_chars: int) -> str:
         )
     with _quiet():
         try:
-            text = _join(_rows(name, config, split), max_chars)
+            text = join_documents(_texts(name, config, split), max_chars)
         except CalibrationError:
             raise
         except Exception as error:  # those of the library, the hub and the network share no base
@@ -73,26 +74,17 @@ def read_hub_text(spec: str, max_chars: int) -> str:
     return text
 
 
-def _rows(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
+def _texts(name: str, config: str | None, split: str) -> Iterator[str]:
     import datasets
 
-    yield from datasets.load_dataset(name, config, split=split, streaming=True)
-
-
-def _join(rows: Iterator[dict[str, Any]], max_chars: int) -> str:
-    parts, size = [], 0
-    for row in rows:
+    for row in datasets.load_dataset(name, config, split=split, streaming=True):
         if not isinstance(row.get(COLUMN), str):
             found = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
             raise CalibrationError(
                 f"rows of this dataset have no string {COLUMN!r}, they have: {found}. Give a "
                 "dataset of plain text, or write its text to a file."
             )
-        parts.append(row[COLUMN])
-        size += len(row[COLUMN]) + 2
-        if size >= max_chars:
-            break
-    return "\n\n".join(parts)[:max_chars]
+        yield row[COLUMN]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def read_text(file: Path, max_chars: int | None = None) -> str:
     try:
         with open(file, encoding="utf-8") as handle:
             if file.suffix == ".jsonl":
-                text = _join_documents(file, handle, max_chars)
+                text = join_documents(_documents(file, handle), max_chars)
             else:
                 text = handle.read(-1 if max_chars is None else max_chars)
     except OSError as error:
@@ -57,8 +58,8 @@ def read_text(file: Path, max_chars: int | None = None) -> str:
     return text
 
 
-def _join_documents(file: Path, lines: Any, max_chars: int | None) -> str:
-    documents, size = [], 0
+def _documents(file: Path, lines: Iterable[str]) -> Iterator[str]:
+    """The texts of a `.jsonl` file, line by line."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -70,11 +71,18 @@ def _join_documents(file: Path, lines: Any, max_chars: int | None) -> str:
             ) from error
         if not isinstance(document, str):
             raise CalibrationError(f'{file}, line {number}: "text" is not a string.')
-        documents.append(document)
+        yield document
+
+
+def join_documents(documents: Iterable[str], max_chars: int | None) -> str:
+    """The first `max_chars` characters of documents joined by a blank line; no more are read."""
+    parts, size = [], 0
+    for document in documents:
+        parts.append(document)
         size += len(document) + 2
         if max_chars is not None and size >= max_chars:
             break
-    return "\n\n".join(documents)[:max_chars]
+    return "\n\n".join(parts)[:max_chars]
 
 
 def text_hash(text: str) -> str:
@@ -123,14 +131,13 @@ def text_windows(
     if windows.shape[0] < wanted:
         raise CalibrationError(too_short(file, ids.numel(), wanted, seq_len))
     windows = windows[:n]
-    description = {
-        "text": file.name,
-        "sha256": text_hash(text),
-        "windows": windows.shape[0],
-        "seq_len": seq_len,
-        "tokens": windows.numel(),
-    }
-    return windows, description
+    return windows, {"text": file.name, "sha256": text_hash(text), **sizes(windows)}
+
+
+def sizes(windows: Tensor) -> dict[str, int]:
+    """What a description says of the windows [n, seq_len] themselves."""
+    n, seq_len = windows.shape
+    return {"windows": n, "seq_len": seq_len, "tokens": n * seq_len}
 
 
 def too_short(text: Path | str, found: int, windows: int, seq_len: int) -> str:

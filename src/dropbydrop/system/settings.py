@@ -9,7 +9,7 @@ settings, imports more than the standard library: `--help` needs them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from dropbydrop.errors import DropError
@@ -52,8 +52,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, JSON-able."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def by_option(self) -> dict[str, Any]:
         """The fields by the names of their options, JSON-able."""
