@@ -15,7 +15,6 @@ registry.py decides which kernel runs, and which path a product takes.
 
 from . import cuda
 from .cpu.cpu_group import CpuGroup, rotate
-from .cpu.step import DecodeStep
 from .int8_head import rows_linear
 from .layout import (
     Codebooks,
@@ -25,18 +24,14 @@ from .layout import (
     pack_plane,
     prepare_codebooks,
     to_device_layout,
-    unpack_plane,
 )
 from .prepared_group import PreparedGroup
 from .products import decode_dense, prepare_group
 from .registry import (
     MAX_GEMV_ROWS,
-    Kernel,
     available,
     backend_for,
-    by_name,
     describe,
-    route,
     select,
     table,
 )
@@ -45,14 +40,11 @@ __all__ = [
     "MAX_GEMV_ROWS",
     "Codebooks",
     "CpuGroup",
-    "DecodeStep",
-    "Kernel",
     "Matrix",
     "Plane",
     "PreparedGroup",
     "available",
     "backend_for",
-    "by_name",
     "cuda",
     "decode_dense",
     "describe",
@@ -61,10 +53,8 @@ __all__ = [
     "prepare_codebooks",
     "prepare_group",
     "rotate",
-    "route",
     "rows_linear",
     "select",
     "table",
     "to_device_layout",
-    "unpack_plane",
 ]

@@ -157,12 +157,9 @@ class BlockRunner:
         prefix = self.model.base_model_prefix
         names = [n for n in self._state_names(self.model) if n not in self._ties]
         for i, block in enumerate(self.blocks):
-            inside = {
-                f"{where}.weight" for where, m in block.named_modules() if isinstance(m, nn.Linear)
-            }
-            matrices = {n: p.numel() for n, p in block.named_parameters() if p.ndim >= 2}
-            left = {f"{self.block_prefix(i)}.{n}": matrices[n] for n in matrices if n not in inside}
-            check_uncovered(left, sum(matrices.values()))
+            where = self.block_prefix(i)
+            named = block.named_modules(prefix=where)
+            check_uncovered(block, where, {n for n, m in named if isinstance(m, nn.Linear)})
         self._check_shared()
         if missing := [n for n in names if self.files.find(n, prefix) is None]:
             spare = sorted(set(self.files) - set(names))

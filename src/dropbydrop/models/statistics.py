@@ -1,8 +1,6 @@
 """Statistics of the inputs of a block's linear layers: input groups and their Gram matrices H.
 
-An input group is a set of linear layers that are called with the same input tensor in one forward
-(q, k and v of a block; gate and up). Input groups are found at run time, by watching the calls, not
-by names:
+Input groups (input_groups.py) are found at run time, by watching the calls, not by names:
 
 1. A forward pre-hook on every `nn.Linear` of the block sees its input tensor.
 2. Two calls belong to one input group when address, size and in-place version of their inputs
@@ -205,25 +203,10 @@ class InputRecorder:
             weights = weights * self._weights.to(weights)
         add_gram(entry.gram, (x * weights.sqrt()[..., None]).view(-1, d))  # [b * T, d_in]
 
-    def _check_coverage(self) -> None:
-        """More than MAX_UNCOVERED of the block's matrices in no called linear: refuse."""
-        called = {module for entry in self._input_groups.values() for module in entry.modules}
-        sizes = {
-            f"{self.prefix}.{name}": p.numel()
-            for name, p in self.block.named_parameters()
-            if p.ndim >= 2
-        }
-        left = {
-            name: size
-            for name, size in sizes.items()
-            if not (name.endswith(".weight") and name.removesuffix(".weight") in called)
-        }
-        check_uncovered(left, sum(sizes.values()))
-
     def input_groups(self) -> list[InputGroup]:
         """The input groups seen so far, in the order of their calls."""
-        self._check_coverage()
         names = [module for entry in self._input_groups.values() for module in entry.modules]
+        check_uncovered(self.block, self.prefix, set(names))
         if len(names) != len(set(names)):
             raise UnsupportedModelError(
                 f"the linear layers of {self.prefix} share their inputs differently from one "
@@ -262,12 +245,19 @@ class InputRecorder:
         return BlockStatistics(input_groups, grams, ratio, tokens, hidden)
 
 
-def check_uncovered(left: dict[str, int], total: int) -> None:
-    """Refuse a block where `left` (parameter name -> size) exceeds MAX_UNCOVERED of `total`.
+def check_uncovered(block: nn.Module, prefix: str, linears: set[str]) -> None:
+    """Refuse a block called `prefix` with more than MAX_UNCOVERED of its weights in no linear.
+
+    Args:
+        linears: full names of the linear layers that count.
 
     Raises:
         UnsupportedModelError: names the parameters and their share.
     """
+    matrices = {f"{prefix}.{n}": p.numel() for n, p in block.named_parameters() if p.ndim >= 2}
+    covered = {f"{name}.weight" for name in linears}
+    left = {name: size for name, size in matrices.items() if name not in covered}
+    total = sum(matrices.values())
     share = sum(left.values()) / max(total, 1)
     if total and share <= MAX_UNCOVERED:
         return

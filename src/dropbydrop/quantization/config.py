@@ -34,20 +34,13 @@ def check_levels(bits: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class QuantizeConfig(Settings):
-    """How a model is quantized.
+    """How a model is quantized: the options of `dropbydrop quantize`, each with its help beside it.
 
     Attributes:
-        levels: levels that are supervised and can be asked for later, ascending.
-        calibration: a text or .jsonl file, "hub:DATASET[[:CONFIG]:SPLIT]", or "self": text that
-            the model writes.
-        preset: "fast", "balanced" or "best": calibration tokens and search effort.
-        codebooks: "universal", one set for everything, or "learned", one for each input group.
-        seed: seed of rotations and calibration.
-        head_bits: 8 (int8 rows) or 16, for embedding and head.
-        windows, seq_len: calibration windows and their tokens; None windows: from the preset.
-        device: where blocks run and matrices are encoded: "auto" (a CUDA device if there is one),
-            "cpu", "cuda", "cuda:1". Under torchrun each process takes the one of its number.
-        backend: search backend by name (`coding.search.backends`); None: the best of this machine.
+        levels: ascending; they are supervised and can be asked for later.
+        preset: calibration tokens and search effort.
+        device: under torchrun each process takes the one of its number.
+        backend: one of `coding.search.backends`.
 
     Raises:
         DropError: a value out of its range.

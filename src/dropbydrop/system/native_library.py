@@ -62,6 +62,11 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 }
 
 
+def members(kind: type, *names: str) -> tuple[tuple[str, type], ...]:
+    """Members of one kind, for the `_fields_` of a structure of native/*/c_api.h."""
+    return tuple((name, kind) for name in names)
+
+
 def library_path() -> Path:
     """The file of the library: the first that is there, else where it was expected."""
     folders = [Path(folder) for folder in sys.modules["dropbydrop"].__path__]

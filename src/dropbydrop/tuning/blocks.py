@@ -76,34 +76,23 @@ def _mean_errors(
 
 
 def tune_block(
-    student: Student,
-    i: int,
-    x: Tensor,
-    y: Tensor,
-    held: int,
-    epochs: int,
-    rate: float,
-    seed: int,
+    job: Job, student: Student, i: int, x: Tensor, y: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tune one block.
-
-    Args:
-        x, y: input and output of the original block, [n, T, d].
-        held: windows at the end that are not trained on.
-        epochs, rate: passes over the others; highest learning rate, relative (optimizer.py).
+    """Tune one block; x, y [n, T, d]: input and output of the original block.
 
     Returns:
         Its tuned tensors as they are stored, empty if they were no better; and the log entry:
         errors of every level before and after, and whether it was kept.
     """
+    held, config = job.held, job.config
     values = student.values(i)
     before = _mean_errors(student, i, values.leaves, x, y, held)
-    plan = schedule(x.shape[0] - held, epochs, student.levels, True, seed)
+    plan = schedule(x.shape[0] - held, config.passes, student.levels, True, config.seed)
     weights = {p: 1 / (max(before[p], 1e-12) * len(before)) for p in before}
     for number, step in enumerate(plan, 1):
         for chosen, _ in step:
             output_errors(student, i, values.leaves, x[chosen], y[chosen], weights)
-        values.step(number, rate_at(number, len(plan), rate))
+        values.step(number, rate_at(number, len(plan), config.rate))
     stored = values.rounded()
     leaves = {name: tensor.to(student.device, torch.float32) for name, tensor in stored.items()}
     after = _mean_errors(student, i, leaves, x, y, held)
@@ -139,9 +128,7 @@ def run(job: Job, student: Student, journal: Journal | None, progress: bool) -> 
             assert hidden is not None
             output = teacher.forward_block(i, teacher.block(i), hidden)
             teacher.release(i)
-            tuned, line = tune_block(
-                student, i, hidden, output, job.held, config.passes, config.rate, config.seed
-            )
+            tuned, line = tune_block(job, student, i, hidden, output)
             hidden = output
             log.append(line)
             tensors |= tuned

@@ -13,22 +13,14 @@ RATES = {"distill": 1e-3, "blocks": 2e-3}
 
 @dataclass(frozen=True)
 class TuneConfig(Settings):
-    """How a checkpoint is tuned.
+    """How a checkpoint is tuned: the options of `dropbydrop tune`, each with its help beside it.
 
     Attributes:
-        model: the original model; None: the one that the checkpoint names.
-        method: "distill", the whole model end to end, KL to the original's predictions; or
-            "blocks", block by block, squared error of the block's output.
-        calibration: as for `quantize`: a text file, "hub:DATASET[[:CONFIG]:SPLIT]", or "self".
-        levels: levels to supervise; None: all of the checkpoint.
-        train: "all", codebooks (a set for every input group), row scales and norms; or "scales",
-            row scales and norms, with the codebooks as they are.
-        windows, seq_len: tuning windows and their tokens.
-        epochs: passes over the windows; None: that of the method.
-        learning_rate: rate of Adam, relative to the size of what is trained; None: the method's.
-        together: distillation runs every window at all levels, instead of at one of them.
-        seed: seed of calibration, and of the order of windows and levels.
-        device: "auto" (a CUDA device if there is one), "cpu", "cuda", "cuda:1".
+        method: "distill" lowers the KL to the original's predictions, "blocks" the squared error
+            of a block's output.
+        levels: ascending.
+        train: "all", codebooks (a set for every input group), row scales and norms; or "scales".
+        learning_rate: of Adam, relative to the size of what is trained.
 
     Raises:
         DropError: a value out of its range.

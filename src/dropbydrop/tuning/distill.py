@@ -22,7 +22,7 @@ number of the step, a run goes on as if it had never stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +66,13 @@ class Windows:
         return self.ids.shape[0] - self.held
 
 
-def last_hidden(teacher: BlockRunner, ids: Tensor, advance: Callable[[], None]) -> Tensor:
+def last_hidden(teacher: BlockRunner, ids: Tensor, progress: bool) -> Tensor:
     """Output of the original's last block for ids [n, T]: float32 [n, T, d] on the CPU."""
     hidden = teacher.embed(ids)
-    for i in range(teacher.num_blocks):
-        teacher.forward_block(i, teacher.block(i), hidden, out=hidden)
-        teacher.release(i)
-        advance()
+    with progress_bar(progress) as bar:
+        for i in bar.track(range(teacher.num_blocks), description="original model"):
+            teacher.forward_block(i, teacher.block(i), hidden, out=hidden)
+            teacher.release(i)
     return hidden
 
 
@@ -182,37 +182,22 @@ def measure(
     return sums
 
 
-def train(
+def _add_gradients(
     student: Student,
     teacher: BlockRunner,
     values: Values,
     windows: Windows,
     before: Mapping[int, float],
-    plan: Sequence[Sequence[Part]],
-    rate: float,
-    start: int,
-    after_step: Callable[[int, dict[str, Any]], None],
-) -> None:
-    """Steps start + 1 .. len(plan) of the module's note.
-
-    Args:
-        before: KL of every level before tuning.
-        plan: of `schedule`.
-        rate: highest learning rate, relative (optimizer.py).
-        after_step: called with the number of the step and {level: relative KL} of its windows.
-    """
-    for number in range(start + 1, len(plan) + 1):
-        step = plan[number - 1]
-        runs = sum(len(chosen) * len(levels) for chosen, levels in step)
-        seen: dict[str, float] = {}
-        for chosen, levels in step:
-            weights = {p: len(chosen) / (max(before[p], _SMALL) * runs) for p in levels}
-            found = divergence(student, teacher, values.leaves, windows, chosen, levels, weights)
-            seen |= {
-                str(p): kl / max(before[p], _SMALL) for p, kl in zip(levels, found, strict=True)
-            }
-        values.step(number, rate_at(number, len(plan), rate))
-        after_step(number, seen)
+    step: Sequence[Part],
+) -> dict[int, float]:
+    """Gradients of a step's parts; level -> KL of its windows relative to `before`, as at first."""
+    runs = sum(len(chosen) * len(levels) for chosen, levels in step)
+    seen: dict[int, float] = {}
+    for chosen, levels in step:
+        weights = {p: len(chosen) / (max(before[p], _SMALL) * runs) for p in levels}
+        found = divergence(student, teacher, values.leaves, windows, chosen, levels, weights)
+        seen |= {p: kl / max(before[p], _SMALL) for p, kl in zip(levels, found, strict=True)}
+    return seen
 
 
 def run(job: Job, student: Student, journal: Journal | None, progress: bool) -> Result:
@@ -229,18 +214,16 @@ def run(job: Job, student: Student, journal: Journal | None, progress: bool) -> 
         values.restore(journal.hidden())
     with progress_bar(progress) as bar:
         task = bar.add_task("distill", total=len(plan), completed=len(log))
-
-        def after_step(number: int, losses: Mapping[str, float]) -> None:
-            line = {"step": number, "relative_kl": {p: round(v, 6) for p, v in losses.items()}}
+        for number in range(len(log) + 1, len(plan) + 1):
+            losses = _add_gradients(student, job.teacher, values, windows, before, plan[number - 1])
+            values.step(number, rate_at(number, len(plan), config.rate))
+            line = {"step": number, "relative_kl": {str(p): round(losses[p], 6) for p in losses}}
             log.append(line)
             unsaved.append(line)
             bar.advance(task)
             if journal is not None and (len(unsaved) == KEEP or number == len(plan)):
                 journal.commit({"step": number, "log": unsaved[:]}, values.state.cpu())
                 unsaved.clear()
-
-        rate = config.rate
-        train(student, job.teacher, values, windows, before, plan, rate, len(log), after_step)
     tensors = values.rounded()
     stored = {n: t.to(student.device, torch.float32) for n, t in tensors.items()}
     with phase("loss after", progress):
@@ -258,9 +241,7 @@ def _begin(
         windows = Windows(kept["ids"], kept["hidden"], job.held)
         return windows, first["calibration"], {int(p): kl for p, kl in first["before"].items()}
     text = job.windows(progress)
-    with progress_bar(progress) as bar:
-        task = bar.add_task("original model", total=job.teacher.num_blocks)
-        hidden = last_hidden(job.teacher, text.ids, lambda: bar.advance(task))
+    hidden = last_hidden(job.teacher, text.ids, progress)
     windows = Windows(text.ids, hidden, job.held)
     with phase("loss before", progress):
         before = measure(student, job.teacher, values.leaves, windows)

@@ -77,8 +77,7 @@ class StoredWeights(WeightFiles):
 
 
 class RotatedLinear(nn.Module):
-    """y = W' (Q x) + b with W' [d_out, d_in] in the rotated coordinates of the input
-    group.
+    """y = W' (Q x) + b with W' [d_out, d_in] in the rotated coordinates of the input group.
 
     Stands in the runner's blocks in place of a linear layer; its weight is given at every call. The
     rotation runs in float32, as in inference.
@@ -126,7 +125,7 @@ class Student:
 
     Raises:
         FormatError, MissingPlaneError: the checkpoint is damaged or lacks a plane.
-        UnsupportedModelError: routed experts, or a structure that cannot be walked.
+        UnsupportedModelError: a structure that cannot be walked.
     """
 
     def __init__(
@@ -143,7 +142,6 @@ class Student:
         self.runner = BlockRunner.open(folder, device=device, files=StoredWeights(checkpoint))
         self.device = self.runner.device
         q, runner = checkpoint.quantization, self.runner
-        refuse_experts(runner)
         names = [input_group.codebooks for input_group in q.input_groups]
         if train == "all":
             names = [f"input-group-{i}" for i in range(len(names))]

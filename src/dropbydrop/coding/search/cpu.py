@@ -11,7 +11,7 @@ from torch import Tensor
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.objective import Metric
 from dropbydrop.errors import KernelError
-from dropbydrop.system.native_library import library
+from dropbydrop.system.native_library import library, members
 
 _MAX = 8  # DROP_SEARCH_MAX_CODEBOOKS
 
@@ -19,30 +19,23 @@ _MAX = 8  # DROP_SEARCH_MAX_CODEBOOKS
 class _Metric(ctypes.Structure):
     """DropMetric of native/search/c_api.h."""
 
-    _fields_ = [("coupling", ctypes.c_void_p), ("factor", ctypes.c_void_p)]
+    _fields_ = members(ctypes.c_void_p, "coupling", "factor")
 
 
 class _Search(ctypes.Structure):
     """DropSearch of native/search/c_api.h."""
 
-    _fields_ = [
-        ("d_out", ctypes.c_int64),
-        ("d_in", ctypes.c_int64),
-        ("planes", ctypes.c_int),
-        ("beam", ctypes.c_int),
-        ("levels", ctypes.c_int),
+    _fields_ = (
+        *members(ctypes.c_int64, "d_out", "d_in"),
+        *members(ctypes.c_int, "planes", "beam", "levels"),
         ("level", ctypes.c_int * _MAX),
         ("lambda_", ctypes.c_float * _MAX),
         ("lookahead", ctypes.c_float),
-        ("w", ctypes.c_void_p),
-        ("codebooks", ctypes.c_void_p),
-        ("feedback", _Metric),
-        ("descent", _Metric),
-        ("start", ctypes.c_int),
-        ("sweeps", ctypes.c_int),
-        ("codes", ctypes.c_void_p),
-        ("changed", ctypes.c_void_p),
-    ]
+        *members(ctypes.c_void_p, "w", "codebooks"),
+        *members(_Metric, "feedback", "descent"),
+        *members(ctypes.c_int, "start", "sweeps"),
+        *members(ctypes.c_void_p, "codes", "changed"),
+    )
 
 
 def backends() -> list[str]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.system.native_library import library
+from dropbydrop.system.native_library import library, members
 
 from .. import registry
 from ..layout import Codebooks, Matrix
@@ -96,15 +96,10 @@ class GroupStruct(ctypes.Structure):
     """DropInputGroup of native/kernels/c_api.h."""
 
     _fields_ = (
-        ("magic", ctypes.c_int64),
-        ("d_in", ctypes.c_int64),
-        ("block", ctypes.c_int64),
-        ("signs", ctypes.c_void_p),
-        ("odd", ctypes.c_void_p),
-        ("prefix", ctypes.c_int64),
-        ("entries", ctypes.c_int64),
-        ("codebooks", ctypes.c_void_p),
-        ("matrices", ctypes.c_void_p),
+        *members(ctypes.c_int64, "magic", "d_in", "block"),
+        *members(ctypes.c_void_p, "signs", "odd"),
+        *members(ctypes.c_int64, "prefix", "entries"),
+        *members(ctypes.c_void_p, "codebooks", "matrices"),
         ("count", ctypes.c_int64),
     )
 
@@ -113,9 +108,9 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-@operator("rotate(Tensor x, Tensor? signs, Tensor? odd, int block, str kernel) -> Tensor")
-def rotate(x: Tensor, signs: Tensor | None, odd: Tensor | None, block: int, kernel: str) -> Tensor:
-    """x [n, d] -> Q x, float32 [n, d]; see `dropbydrop.rotation`."""
+@operator("rotate(Tensor x, Tensor signs, Tensor? odd, int block, str kernel) -> Tensor")
+def rotate(x: Tensor, signs: Tensor, odd: Tensor | None, block: int, kernel: str) -> Tensor:
+    """x [n, d] -> Q x, float32 [n, d]; see `coding.rotation`."""
     n, d = x.shape
     out = torch.empty(n, d)
     check_status(
@@ -127,7 +122,7 @@ def rotate(x: Tensor, signs: Tensor | None, odd: Tensor | None, block: int, kern
             d,
             d,
             block,
-            _address(signs),
+            signs.data_ptr(),
             _address(odd),
             out.data_ptr(),
             torch.get_num_threads(),
@@ -190,7 +185,7 @@ def describe_group(
         _MAGIC,
         matrices[0].d_in,
         rotation.block,
-        _address(rotation.signs),
+        rotation.signs.data_ptr(),
         _address(rotation.odd),
         prefix,
         books.lut_entries,

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dropbydrop.errors import UnsupportedModelError
+from dropbydrop.system.native_library import members
 
 from .. import registry
 from ..prepared_group import PreparedGroup
@@ -43,45 +44,27 @@ GroupOf = Callable[[Sequence[nn.Module]], PreparedGroup]
 
 class _Block(ctypes.Structure):
     _fields_ = (
-        ("input_norm", ctypes.c_void_p),
-        ("post_norm", ctypes.c_void_p),
-        ("q_norm", ctypes.c_void_p),
-        ("k_norm", ctypes.c_void_p),
-        ("qkv", ops.GroupStruct),
-        ("output", ops.GroupStruct),
-        ("gate_up", ops.GroupStruct),
-        ("down", ops.GroupStruct),
+        *members(ctypes.c_void_p, "input_norm", "post_norm", "q_norm", "k_norm"),
+        *members(ops.GroupStruct, "qkv", "output", "gate_up", "down"),
     )
 
 
 class _Decoder(ctypes.Structure):
     _fields_ = (
-        ("magic", ctypes.c_int64),
-        ("hidden", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("intermediate", ctypes.c_int64),
-        ("positions", ctypes.c_int64),
-        ("eps", ctypes.c_double),
-        ("attention_scale", ctypes.c_double),
-        ("final_norm", ctypes.c_void_p),
-        ("cosines", ctypes.c_void_p),
-        ("sines", ctypes.c_void_p),
-        ("blocks", ctypes.c_void_p),
+        *members(ctypes.c_int64, "magic", "hidden", "heads", "kv_heads", "head_dim"),
+        *members(ctypes.c_int64, "intermediate", "positions"),
+        *members(ctypes.c_double, "eps", "attention_scale"),
+        *members(ctypes.c_void_p, "final_norm", "cosines", "sines", "blocks"),
         ("count", ctypes.c_int64),
     )
 
 
 class _Tokens(ctypes.Structure):
     _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("n", ctypes.c_int64),
-        ("position", ctypes.c_int64),
+        *members(ctypes.c_void_p, "x", "out"),
+        *members(ctypes.c_int64, "n", "position"),
         ("caches", ctypes.c_void_p),
-        ("cache_type", ctypes.c_int64),
-        ("capacity", ctypes.c_int64),
+        *members(ctypes.c_int64, "cache_type", "capacity"),
     )
 
 
@@ -98,12 +81,7 @@ class DecodeStep:
     that are not float32.
     """
 
-    def __init__(
-        self,
-        inner: Any,
-        group_of: GroupOf,
-        kernel: str | None = None,
-    ) -> None:
+    def __init__(self, inner: Any, group_of: GroupOf, kernel: str | None = None) -> None:
         """Describe the blocks of a decoder.
 
         Args:

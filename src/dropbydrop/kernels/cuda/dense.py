@@ -16,12 +16,12 @@ from torch import Tensor
 
 from dropbydrop.coding.code import ENTRIES
 
+from ..registry import TYPES
 from .nvrtc import Function, pointer, source
 
 SOURCE = source("dense.cu")
 THREADS = 512
 _ENTRY = 16  # bytes
-_CODES = {dtype: i for i, dtype in enumerate((torch.float32, torch.float16, torch.bfloat16))}
 
 
 def defines(planes: int) -> dict[str, int]:
@@ -36,7 +36,7 @@ class _Planes(ctypes.Structure):
 def arguments(planes: Sequence[Tensor], tables: Tensor, scales: Tensor, out: Tensor) -> list[Any]:
     """The arguments of `decode` in dense.cu, in its order."""
     at = _Planes((ctypes.c_void_p * 8)(*[plane.data_ptr() for plane in planes]))
-    sizes = (_CODES[scales.dtype], _CODES[out.dtype], *planes[0].shape)
+    sizes = (TYPES[scales.dtype], TYPES[out.dtype], *planes[0].shape)
     return [at, *map(pointer, (tables, scales, out)), *map(ctypes.c_int, sizes)]
 
 

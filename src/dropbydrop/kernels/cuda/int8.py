@@ -41,7 +41,6 @@ LARGEST_BLOCK = 1 << 15  # of a Hadamard factor: 144 KiB of shared memory
 THREADS = 512
 _SHARED = 227 << 10  # of a block of threads on compute capability 9.0
 _REGISTERS = 1 << 16  # of a multiprocessor
-_CODES = {dtype: i for i, dtype in enumerate((torch.float32, torch.float16, torch.bfloat16))}
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def rotate_arguments(x: Tensor, rotation: Rotation, steps: Tensor, units: Tensor
     odd = 1 if rotation.odd is None else rotation.odd.shape[0]
     span = spans(rotation)[0]
     tensors = (x, rotation.signs, rotation.odd, steps, units)
-    sizes = (_CODES[x.dtype], rotation.d_in, odd, rotation.block, span, units.shape[1])
+    sizes = (TYPES[x.dtype], rotation.d_in, odd, rotation.block, span, units.shape[1])
     return [*map(pointer, tensors), *map(ctypes.c_int, sizes)]
 
 
@@ -180,7 +179,7 @@ def product_arguments(
         for m, plane in enumerate(own):
             matrices.codes[i][m] = plane.data_ptr()
     tensors = (books, book_units, steps, units, scales, bias, out)
-    sizes = (_CODES[out.dtype], steps.shape[0], planes[0][0].shape[1])
+    sizes = (TYPES[out.dtype], steps.shape[0], planes[0][0].shape[1])
     return [matrices, *map(pointer, tensors), *map(ctypes.c_int, sizes)]
 
 
