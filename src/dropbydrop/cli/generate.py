@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from .options import CheckpointFolder, Json, PlanFile, finish, parse_precision
+from .options import CheckpointFolder, Json, PlanFile, finish, parse_level, parse_precision
 
 
 def run(
     out: CheckpointFolder,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    bits: Annotated[int | None, typer.Option(help="Level [the highest].")] = None,
+    bits: Annotated[str | None, typer.Option(help="Level [the highest].")] = None,
     avg_bits: Annotated[
         float | None, typer.Option(help="Average planes a weight, instead of a level.")
     ] = None,
@@ -38,7 +38,8 @@ def run(
     from dropbydrop.system.console import quiet_transformers
 
     with quiet_transformers():
-        model = load(out, bits, avg_bits=avg_bits, plan=None if plan is None else Plan.load(plan))
+        chosen = None if plan is None else Plan.load(plan)
+        model = load(out, parse_level(bits), avg_bits=avg_bits, plan=chosen)
         result = generate(
             model,
             load_tokenizer(out),

@@ -42,7 +42,21 @@ def parse_bits(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise PrecisionError(f"--bits {text!r}: give whole numbers, such as 2,3,4.") from None
+        raise PrecisionError(
+            f"--bits {text!r}: give whole numbers, such as 2,3,4; an average is --avg-bits 2.5."
+        ) from None
+
+
+def parse_level(text: str | None) -> int | None:
+    """ "3" -> 3.
+
+    Raises:
+        PrecisionError: not one integer.
+    """
+    levels = None if text is None else parse_bits(text)
+    if levels is not None and len(levels) != 1:
+        raise PrecisionError(f"--bits {text!r}: give one level, such as 3.")
+    return None if levels is None else levels[0]
 
 
 def parse_averages(text: str) -> list[float]:

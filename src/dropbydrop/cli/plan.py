@@ -41,13 +41,15 @@ def run(
     from dropbydrop.checkpoint import Checkpoint
     from dropbydrop.planning.memory import default_context
     from dropbydrop.planning.sensitivity import Sensitivity, known_sensitivity
-    from dropbydrop.planning.solver import make_plan
+    from dropbydrop.planning.solver import check_average, levels_here, make_plan
 
     from .tables import print_plan
 
     if (avg_bits is None) == (memory is None):
         raise DropError("give one budget: --avg-bits 2.6, or --memory 1.5GiB.")
     checkpoint = Checkpoint.open(out)
+    if avg_bits is not None:  # before minutes of measuring
+        check_average(avg_bits, levels_here(checkpoint), checkpoint.levels)
     known = None if measure else Sensitivity.load(checkpoint)
     if measure or (measure is None and known is None):
         known = run_measurement(checkpoint, text, windows, seq_len, seed)

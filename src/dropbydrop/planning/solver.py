@@ -60,7 +60,7 @@ def make_plan(
     levels = levels_here(checkpoint, planes)
     known = sensitivity or known_sensitivity(checkpoint)
     if avg_bits is not None:
-        _check_average(avg_bits, levels, checkpoint.levels)
+        check_average(avg_bits, levels, checkpoint.levels)
         costs = _plane_costs(checkpoint)
         budget = math.floor(avg_bits * sum(costs) + 1e-6)  # a plane is a bit a weight
     else:
@@ -110,7 +110,13 @@ def levels_here(checkpoint: Checkpoint, planes: int | None = None) -> tuple[int,
     return levels
 
 
-def _check_average(bits: float, here: tuple[int, ...], levels: tuple[int, ...]) -> None:
+def check_average(bits: float, here: tuple[int, ...], levels: tuple[int, ...]) -> None:
+    """Refuse an average that no mixture of the levels that are `here` has.
+
+    Raises:
+        MissingPlaneError: higher levels of the checkpoint would do.
+        PrecisionError: no level of the checkpoint would.
+    """
     if here[-1] < bits <= levels[-1]:
         raise MissingPlaneError(
             f"{bits} bits on average need more planes than are here (1..{here[-1]}). Fetch more "
