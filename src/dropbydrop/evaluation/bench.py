@@ -16,12 +16,14 @@ stays in the processor's caches between tokens: compare `read` with the last cac
 from __future__ import annotations
 
 import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import StaticCache
 
 from dropbydrop import kernels
 from dropbydrop.errors import DropError
@@ -37,11 +39,11 @@ def topology() -> dict[str, str]:
     """Processor, cores as the system presents them, which share a physical core, and caches."""
     info = {"machine": platform.machine(), "torch": str(torch.__version__)}
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                info["processor"] = line.split(":", 1)[1].strip()
-                break
+    named = (
+        re.search(r"^model name\s*:(.*)", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    )
+    if named:
+        info["processor"] = named[1].strip()
     system = Path("/sys/devices/system/cpu")
     siblings = sorted(system.glob("cpu[0-9]*/topology/thread_siblings_list"))
     # Virtual machines may say nothing here: two virtual cores may be one physical.
@@ -70,15 +72,6 @@ def stream(threads: int) -> Callable[[], float]:
     return read
 
 
-def _cache(model: Any, size: int) -> Any:
-    """A cache of fixed size where the native step serves the model, else transformers' choice."""
-    from transformers import StaticCache
-
-    return (
-        StaticCache(config=model.config, max_cache_len=size) if fused_decode.native(model) else None
-    )
-
-
 def _prompt(model: Any, count: int) -> torch.Tensor:
     return torch.arange(1, count + 1)[None] % model.get_input_embeddings().num_embeddings
 
@@ -86,7 +79,9 @@ def _prompt(model: Any, count: int) -> torch.Tensor:
 @torch.inference_mode()
 def decode_seconds(model: Any, prompt: int, tokens: int) -> float:
     """Mean seconds of a greedy token, at positions prompt .. prompt + tokens - 1."""
-    cache = _cache(model, prompt + tokens + 1)
+    cache = None  # transformers' choice
+    if fused_decode.native(model):  # which writes a cache of fixed size in place
+        cache = StaticCache(config=model.config, max_cache_len=prompt + tokens + 1)
     ids = _prompt(model, prompt)
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     start = time.perf_counter()

@@ -60,8 +60,7 @@ def evaluate(
     if n < 1 or t < 2:
         raise CalibrationError(f"{n} windows of {t} tokens: perplexity needs 1 or more of 2.")
     base = torch.zeros(n, dtype=torch.float64)
-    nll = {name: torch.zeros(n, dtype=torch.float64) for name in models}
-    kl = {name: torch.zeros(n, dtype=torch.float64) for name in models}
+    found = {name: torch.zeros(2, n, dtype=torch.float64) for name in models}  # nll, kl
     with progress_bar(progress) as bar:
         task = bar.add_task("evaluate", total=n * (len(models) + (reference is not None)))
         for w in range(n):
@@ -78,7 +77,7 @@ def evaluate(
                         f"model {name} has {logits.shape[-1]:,} outputs and its reference "
                         f"{log_ref.shape[-1]:,}: they are not versions of the same model."
                     )
-                nll[name][w], kl[name][w] = _nll_and_kl(logits, log_ref, target)
+                found[name][:, w] = _nll_and_kl(logits, log_ref, target)
                 del logits
                 bar.advance(task)
     result: dict[str, Any] = {
@@ -87,18 +86,14 @@ def evaluate(
         "reference": None if reference is None else _figures(base) | {"per_window": base.tolist()},
         "bits": {},
     }
-    for name in models:
-        figures: dict[str, Any] = _figures(nll[name])
-        per_window = {"nll": nll[name].tolist()}
+    for name, (nll, kl) in found.items():
+        figures: dict[str, Any] = _figures(nll)
+        per_window = {"nll": nll.tolist()}
         if reference is not None:
-            excess = nll[name] - base
-            figures |= {
-                "kl": float(kl[name].mean()),
-                "kl_interval": bootstrap_interval(kl[name], seed, resamples),
-                "excess": float(excess.mean()),
-                "excess_interval": bootstrap_interval(excess, seed, resamples),
-            }
-            per_window["kl"] = kl[name].tolist()
+            for key, values in (("kl", kl), ("excess", nll - base)):
+                figures[key] = float(values.mean())
+                figures[f"{key}_interval"] = bootstrap_interval(values, seed, resamples)
+            per_window["kl"] = kl.tolist()
         result["bits"][name] = figures | {"per_window": per_window}
     return result
 
@@ -157,8 +152,8 @@ def _nll(log_p: Tensor, target: Tensor) -> float:
     return -float(picked.to(torch.float64).mean())
 
 
-def _nll_and_kl(logits: Tensor, log_ref: Tensor | None, target: Tensor) -> tuple[float, float]:
-    """Mean nll and mean KL(reference || model) of one window."""
+def _nll_and_kl(logits: Tensor, log_ref: Tensor | None, target: Tensor) -> Tensor:
+    """Mean nll and mean KL(reference || model) of one window: float64 [2]."""
     nll = kl = 0.0
     for rows in _chunks(logits):
         log_p = torch.log_softmax(logits[rows].to(torch.float32), dim=-1)
@@ -166,5 +161,4 @@ def _nll_and_kl(logits: Tensor, log_ref: Tensor | None, target: Tensor) -> tuple
         if log_ref is not None:
             ref = log_ref[rows].to(log_p.device)
             kl += float((ref.exp() * (ref - log_p)).sum(-1).to(torch.float64).sum())
-    count = target.numel()
-    return nll / count, kl / count
+    return torch.tensor([nll, kl], dtype=torch.float64) / target.numel()

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -115,7 +116,8 @@ class _Probe:
         for name, module in _linears(view).items():
             others = {p: modules[p][name] for p in lower}
             product = _Product(module, others, self.inner)
-            cast(Any, module).forward = product  # of this private view's module alone
+            # of this private view's module alone
+            cast(Any, module).forward = partial(_Recorded.apply, product)
 
     def inner_products(
         self, ids: Tensor, generator: torch.Generator
@@ -151,10 +153,6 @@ class _Product:
     ) -> None:
         self.module, self.lower, self.inner = module, lower, inner
 
-    def __call__(self, x: Tensor) -> Tensor:
-        result: Tensor = _Recorded.apply(x, self)
-        return result
-
     def backward(self, x: Tensor, gradient: Tensor) -> Tensor:
         """Gradient of x [1, T, d_in] from that of y [1, T, d_out]; adds to the inner products."""
         input_group = self.module.input_group
@@ -170,14 +168,14 @@ class _Product:
 
 class _Recorded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, product: _Product) -> Tensor:
+    def forward(ctx: Any, product: _Product, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         ctx.product = product
         return type(product.module).forward(product.module, x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.product.backward(ctx.saved_tensors[0], gradients[0]), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.product.backward(ctx.saved_tensors[0], gradients[0])
 
 
 def self_windows(model: Any, windows: int, seq_len: int, seed: int = 0) -> Tensor:

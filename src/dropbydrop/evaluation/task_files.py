@@ -88,10 +88,9 @@ class Items:
     file: Path
     sha256: str
 
-
-def describe(items: Items) -> dict[str, Any]:
-    """What the report says about the data: {"file", "sha256", "items"}."""
-    return {"file": items.file.name, "sha256": items.sha256, "items": len(items.rows)}
+    def describe(self) -> dict[str, Any]:
+        """What the report says about the data: {"file", "sha256", "items"}."""
+        return {"file": self.file.name, "sha256": self.sha256, "items": len(self.rows)}
 
 
 def read_items(data: Path, task: str) -> Items:

@@ -29,9 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from dropbydrop.errors import DropError, first_line
+from dropbydrop.runtime.hf import DropByDropQuantizer
+from dropbydrop.runtime.views import plan_of, view
 from dropbydrop.system.console import quiet_transformers
 
-from .task_files import TASKS, describe, read_items, write_tasks
+from .task_files import TASKS, read_items, write_tasks
 
 SEEDS = {  # the harness' defaults, said explicitly; zero-shot scoring draws nothing
     "random_seed": 0,
@@ -90,12 +92,14 @@ def run(
     if limit is not None and limit < 1:
         raise DropError(f"--limit {limit}: ask for 1 item or more of each task.")
     simple_evaluate, wrapper = _harness()
+    # The harness draws tqdm bars, with ETA, on stderr; off when nobody asked for progress.
+    bars = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
     order = sorted(models, key=lambda name: name != reference)  # the reference first
     results: dict[str, dict[str, Any]] = {}
     with _quiet(), tempfile.TemporaryDirectory(prefix="dropbydrop-tasks-") as scratch:
         manager, loaded, described = _load(tasks, data, Path(scratch))
         for name in order:
-            with quiet_transformers(), _bars(progress):
+            with quiet_transformers(), bars:
                 lm = wrapper(_dense(models[name]), tokenizer=tokenizer, batch_size=batch_size)
                 results[name] = simple_evaluate(
                     model=lm, tasks=loaded, task_manager=manager, limit=limit, **SEEDS
@@ -116,9 +120,6 @@ def run(
 
 def _dense(model: Any) -> Any:
     """A view as a dense model: thousands of short requests would decode it thousands of times."""
-    from dropbydrop.runtime.hf import DropByDropQuantizer
-    from dropbydrop.runtime.views import plan_of, view
-
     if not isinstance(getattr(model, "hf_quantizer", None), DropByDropQuantizer):
         return model
     return view(model, plan=plan_of(model)).dequantize()
@@ -151,7 +152,7 @@ def _load(
     definitions, manager = _definitions(tasks)
     if data is not None:
         items = {name: read_items(data, name) for name in tasks}
-        described = {name: describe(found) for name, found in items.items()}
+        described = {name: found.describe() for name, found in items.items()}
         write_tasks(scratch, items, definitions)
         manager = TaskManager(include_path=str(scratch), include_defaults=False)
     try:
@@ -264,10 +265,3 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def _bars(enabled: bool) -> Iterator[None]:
-    """The harness draws tqdm bars, with ETA, on stderr; off when nobody asked for progress."""
-    with contextlib.nullcontext() if enabled else contextlib.redirect_stderr(io.StringIO()):
-        yield

@@ -19,7 +19,7 @@ from . import cuda, registry
 from .cpu.ops import check_status, fake, native_library, operator
 from .registry import TYPES
 
-_SLAB = 16384  # rows of the head that are widened at a time
+HEAD_SLAB = 16384  # rows of the head that are widened at a time
 
 
 @operator("rows(Tensor x, Tensor rows, Tensor row_scales, str kernel) -> Tensor")
@@ -87,8 +87,8 @@ def rows_linear(
         y = run(flat.contiguous(), weight, row_scales, name)
     else:
         y = flat.new_empty(flat.shape[0], weight.shape[0])
-        for first in range(0, weight.shape[0], _SLAB):
-            part = slice(first, first + _SLAB)
+        for first in range(0, weight.shape[0], HEAD_SLAB):
+            part = slice(first, first + HEAD_SLAB)
             wide, scale = weight[part].to(x.dtype), row_scales[part].to(x.dtype)
             if x.dtype == torch.float16:  # 127 x summed over d inputs could overflow: scale first
                 y[:, part] = F.linear(flat, wide * scale[:, None])

@@ -26,13 +26,13 @@ import torch
 from dropbydrop.checkpoint import Checkpoint, PlaneSpec
 from dropbydrop.checkpoint.config import RESERVED_PREFIXES
 from dropbydrop.errors import DropError
+from dropbydrop.kernels.int8_head import HEAD_SLAB
 from dropbydrop.kernels.layout import STRIP
 from dropbydrop.kernels.registry import select
 from dropbydrop.models.model_config import context_length, text_settings
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_HEAD_SLAB = 16384  # rows of the head that are widened at a time (kernels/int8_head.py)
 
 
 @dataclass(frozen=True)
@@ -192,5 +192,5 @@ def _activations(checkpoint: Checkpoint, context: int, width: int) -> int:
     inner = max(max(shape) for shape in shapes)  # the widest intermediate result
     token = 2 * hidden * width + 4 * hidden + 3 * inner * width + 4 * inner
     matrix = max(d_out * d_in for d_out, d_in in shapes) * (4 + 4 + width)
-    head = min(vocab, _HEAD_SLAB) * hidden * width
+    head = min(vocab, HEAD_SLAB) * hidden * width
     return context * token + max(matrix, head) + 4 * vocab
