@@ -31,6 +31,9 @@ PlanFile = Annotated[
     Path | None, typer.Option(help="Plan file, written by `dropbydrop plan --save`.")
 ]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing checkpoint.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Keep finished work; go on after an interruption.")
+]
 
 
 def parse_bits(text: str) -> list[int]:

@@ -55,17 +55,17 @@ def run(
         known = run_measurement(checkpoint, text, windows, seq_len, seed)
     known = known or known_sensitivity(checkpoint)
     made = make_plan(checkpoint, avg_bits, memory, context=context, dtype=dtype, sensitivity=known)
-    need = made.memory(checkpoint, dtype, default_context(checkpoint, context))
-    if save is not None:
-        made.save(save)
-    print_plan(checkpoint, made, need, known, console(as_json))
+    tokens = default_context(checkpoint, context)
     result: dict[str, Any] = {
         **made.to_dict(),
         "average_bits": made.average_bits(checkpoint),
-        "memory": need.to_dict(),
+        "memory": made.memory(checkpoint, dtype, tokens).to_dict(),
         "predicted_loss": sum(known.losses[name][p] for name, p in made.prefixes.items()),
         "sensitivity": known.kind,
     }
+    if save is not None:
+        made.save(save)
+    print_plan(result, checkpoint, known, console(as_json))
     finish(as_json, result)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from dropbydrop.quantization.config import QuantizeConfig
 
-from .options import Json, Overwrite, console, finish, kept_work, with_settings
+from .options import Json, Overwrite, Resume, console, finish, kept_work, with_settings
 
 
 @with_settings(QuantizeConfig)
@@ -20,9 +20,7 @@ def run(
     out: Annotated[Path, typer.Argument(help="Checkpoint folder to create.")],
     config: QuantizeConfig,
     overwrite: Overwrite = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep finished blocks; go on after an interruption.")
-    ] = False,
+    resume: Resume = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only estimate time, peak memory and disk.")
     ] = False,

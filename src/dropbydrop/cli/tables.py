@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -12,19 +12,19 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from dropbydrop.checkpoint import Checkpoint
-    from dropbydrop.planning.memory import Memory
-    from dropbydrop.planning.plan import Plan
     from dropbydrop.planning.sensitivity import Sensitivity
     from dropbydrop.quantization.log import Report
     from dropbydrop.tuning.pipeline import TuneReport
 
 
-def table(title: str, columns: Sequence[str]) -> Table:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
     """Narrow enough for a terminal of 80 characters."""
-    empty = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    shown = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in columns:
-        empty.add_column(column, justify="right", no_wrap=True)
-    return empty
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    return shown
 
 
 def sizes_of(checkpoint: Checkpoint, level: int) -> dict[str, Any]:
@@ -45,15 +45,19 @@ def _cells(sizes: Mapping[str, Any]) -> tuple[str, str, str]:
     )
 
 
+def _number(value: float | None, form: str) -> str:
+    """A formatted number; nothing where there is none."""
+    return "" if value is None else format(value, form)
+
+
 def print_report(report: Report, checkpoint: Checkpoint, console: Console) -> None:
     """Levels of a new checkpoint, what was left alone and why, and what the run took."""
-    shown = table(
-        f"{report.out}: {report.matrices} matrices",
-        ("bits", "true bits", "whole model", "MB read", "mean rel. error"),
+    title = f"{report.out}: {report.matrices} matrices"
+    columns = ("bits", "true bits", "whole model", "MB read", "mean rel. error")
+    rows = (
+        (str(p), *_cells(sizes_of(checkpoint, p)), f"{report.errors[p]:.5f}") for p in report.levels
     )
-    for p in report.levels:
-        shown.add_row(str(p), *_cells(sizes_of(checkpoint, p)), f"{report.errors[p]:.5f}")
-    console.print(shown)
+    console.print(table(title, columns, rows))
     groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for entry in report.kept:
         groups.setdefault((entry["bits"], entry["reason"]), []).append(entry)
@@ -72,10 +76,10 @@ def print_report(report: Report, checkpoint: Checkpoint, console: Console) -> No
 
 def print_info(info: Mapping[str, Any], console: Console) -> None:
     """Levels, sets and provenance of a checkpoint (`info.describe`)."""
-    shown = table(info["path"], ("bits", "true bits", "whole model", "MB read", "planes here"))
-    for p, level in info["levels"].items():
-        shown.add_row(p, *_cells(level), "yes" if level["loadable"] else "no")
-    console.print(shown)
+    columns = ("bits", "true bits", "whole model", "MB read", "planes here")
+    levels = info["levels"].items()
+    rows = ((p, *_cells(level), "yes" if level["loadable"] else "no") for p, level in levels)
+    console.print(table(info["path"], columns, rows))
     made, sets = info["provenance"], info["codebook_sets"]
     named = ", ".join(sets) if len(sets) <= 4 else f"{sets[0]}, … ({len(sets)})"
     console.print(
@@ -100,9 +104,9 @@ def print_evaluation(result: Mapping[str, Any], console: Console) -> None:
             name,
             *_cells(row),
             f"{row['ppl']:.2f}",
-            "" if row.get("kl") is None else f"{row['kl']:.4f}",
+            _number(row.get("kl"), ".4f"),
             "" if not interval else f"{interval[0]:.4f}–{interval[1]:.4f}",
-            "" if row.get("excess") is None else f"{row['excess']:.4f}",
+            _number(row.get("excess"), ".4f"),
         )
     console.print(shown)
 
@@ -156,23 +160,22 @@ def print_bench(result: Mapping[str, Any], console: Console) -> None:
         ("bits", "true, whole", "decode/s", "prefill/s", "MB read", "of stream", "MB held"),
     )
     for p, row in result["bits"].items():
-        speed, share = row["prefill_tokens_per_second"], row["of_stream"]
         shown.add_row(
             p,
             f"{row['true_bits_whole']:.2f}",
             f"{row['decode_tokens_per_second']:.1f}",
-            "" if speed is None else f"{speed:.0f}",
+            _number(row["prefill_tokens_per_second"], ".0f"),
             f"{row['read_bytes'] / 1e6:.1f}",
-            "" if share is None else f"{share:.0%}",
+            _number(row["of_stream"], ".0%"),
             f"{row['held_bytes'] / 1e6:.1f}",
         )
     console.print(shown)
-    for text in sorted({f"{row['decoding']}" for row in result["bits"].values()}):
+    for text in sorted({row["decoding"] for row in result["bits"].values()}):
         console.print(f"kernel {result['kernel']}; decoding: {text}", highlight=False)
 
 
 def print_plan(
-    checkpoint: Checkpoint, plan: Plan, need: Memory, known: Sensitivity, console: Console
+    result: Mapping[str, Any], checkpoint: Checkpoint, known: Sensitivity, console: Console
 ) -> None:
     """The map of levels, a row a block, and the memory of every kind."""
     rows: dict[str, dict[str, int]] = {}
@@ -180,23 +183,19 @@ def print_plan(
         match = re.fullmatch(r"(.*?\.\d+)\.(.+)", group.modules[0])
         block = match[1] if match else group.modules[0]
         column = "/".join(m.rpartition(".")[2].removesuffix("_proj") for m in group.modules)
-        rows.setdefault(block, {})[column] = plan.prefixes[group.name]
+        rows.setdefault(block, {})[column] = result["prefixes"][group.name]
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    shown = table(
-        f"planes of each input group, {plan.average_bits(checkpoint):.3f} bits", ("block", *columns)
-    )
-    for block, row in rows.items():
-        shown.add_row(block, *(str(row.get(column, "")) for column in columns))
-    console.print(shown)
-    sizes = table("memory", ("kind", "MB"))
-    for kind, size in need.to_dict().items():
-        sizes.add_row(kind.replace("_", " "), f"{size / 1e6:.2f}")
-    console.print(sizes)
+    title = f"planes of each input group, {result['average_bits']:.3f} bits"
+    blocks = ((block, *(str(row.get(c, "")) for c in columns)) for block, row in rows.items())
+    console.print(table(title, ("block", *columns), blocks))
+    kinds = ((k.replace("_", " "), f"{size / 1e6:.2f}") for k, size in result["memory"].items())
+    console.print(table("memory", ("kind", "MB"), kinds))
     losses = {p: sum(row[p] for row in known.losses.values()) for p in checkpoint.levels}
     uniform = ", ".join(f"{p} bits {loss:.4f}" for p, loss in losses.items())
-    loss = sum(known.losses[name][p] for name, p in plan.prefixes.items())
     unit = "nats a token" if known.kind == "measured" else "relative errors from the log"
-    console.print(f"predicted loss {loss:.4f} ({unit}); uniform levels: {uniform}")
+    console.print(
+        f"predicted loss {result['predicted_loss']:.4f} ({unit}); uniform levels: {uniform}"
+    )
 
 
 def print_tuning(
@@ -204,13 +203,12 @@ def print_tuning(
 ) -> None:
     """Loss of each supervised level before and after tuning."""
     measure = "KL" if report.method == "distill" else "error"
-    shown = table(
-        f"{report.out}: {report.method}",
-        ("bits", "true bits", f"{measure} before", f"{measure} after"),
+    columns = ("bits", "true bits", f"{measure} before", f"{measure} after")
+    rows = (
+        (str(p), f"{levels[str(p)]['true_bits']:.3f}", f"{before:.4f}", f"{after:.4f}")
+        for p, (before, after) in report.loss.items()
     )
-    for p, (before, after) in report.loss.items():
-        shown.add_row(str(p), f"{levels[str(p)]['true_bits']:.3f}", f"{before:.4f}", f"{after:.4f}")
-    console.print(shown)
+    console.print(table(f"{report.out}: {report.method}", columns, rows))
     console.print(
         f"on windows not trained on; {report.trained:,} values, {report.steps} steps, "
         f"{report.seconds:.0f} s; peak memory {report.peak_gib:.2f} GiB"

@@ -9,7 +9,7 @@ import typer
 
 from dropbydrop.tuning.config import TuneConfig
 
-from .options import Json, Overwrite, console, finish, kept_work, with_settings
+from .options import Json, Overwrite, Resume, console, finish, kept_work, with_settings
 
 
 @with_settings(TuneConfig)
@@ -18,9 +18,7 @@ def run(
     tuned: Annotated[Path, typer.Argument(help="Checkpoint folder to create.")],
     config: TuneConfig,
     overwrite: Overwrite = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep finished work; go on after an interruption.")
-    ] = False,
+    resume: Resume = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune the checkpoint OUT towards its original, and write the result as TUNED."""
