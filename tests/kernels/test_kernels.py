@@ -304,6 +304,16 @@ class TestRows:
             got = kernels.rows_linear(ones[0], weight, ones[1], None, kernel)
             assert ((got + 127 * d).abs() < 1e-4 * 127 * d).all()
 
+    def test_rows_do_not_depend_on_company(self, kernel):
+        native_only(kernel)
+        weight = torch.randint(-127, 128, (301, 72), dtype=torch.int8)
+        x, scales = torch.randn(16, 72), torch.rand(301).half()
+        together = kernels.rows_linear(x, weight, scales, None, kernel)
+        for n in range(1, 17):
+            assert torch.equal(
+                kernels.rows_linear(x[:n], weight, scales, None, kernel), together[:n]
+            )
+
     def test_nan(self, kernel):
         x = torch.ones(1, 64)
         x[0, 3] = float("inf")

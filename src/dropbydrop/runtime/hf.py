@@ -35,13 +35,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dropbydrop.checkpoint import Checkpoint, QuantizationConfig
 from dropbydrop.checkpoint.config import FORMAT
-from dropbydrop.errors import DropError, FormatError, PrecisionError, UnsupportedModelError
+from dropbydrop.errors import DropError, FormatError, UnsupportedModelError
 from dropbydrop.models.embeddings import output_scale
 
 from .fused_decode import attach
 from .fused_groups import multiply_together
 from .int8_modules import NestedEmbedding, NestedHead
-from .modules import NestedLinear, group_of
+from .modules import NestedLinear, group_of, refuse_change
 from .plane_store import PlaneStore
 
 logger = logging.get_logger(__name__)
@@ -70,10 +70,7 @@ class DropByDropConfig(QuantizationConfigMixin):
 
     @bits.setter
     def bits(self, value: object) -> None:
-        raise PrecisionError(
-            f"the precision of a loaded model is fixed at {self.bits}; make a view of another "
-            f"precision with dropbydrop.view(model, {value})."
-        )
+        refuse_change(self.bits, value)
 
     def with_bits(self, bits: int) -> DropByDropConfig:
         """The same description with another precision."""

@@ -18,7 +18,7 @@ the first floating-point parameter, stays the type of the activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ from dropbydrop import kernels
 from dropbydrop.errors import PrecisionError, UnsupportedModelError
 
 from .plane_store import GroupEntries, PlaneStore
+
+
+def refuse_change(bits: int, value: object) -> NoReturn:
+    """Raise the PrecisionError of an attempt to set the precision of a loaded model."""
+    raise PrecisionError(
+        f"the precision of a loaded model is fixed at {bits}; make a view of another precision "
+        f"with dropbydrop.view(model, {value})."
+    )
 
 
 class Planes(nn.Module):
@@ -148,10 +156,7 @@ class NestedLinear(FixedScales):
 
     @prefix.setter
     def prefix(self, value: object) -> None:
-        raise PrecisionError(
-            f"the precision of a loaded model is fixed at {self._prefix}; make a view of another "
-            f"precision with dropbydrop.view(model, {value})."
-        )
+        refuse_change(self._prefix, value)
 
     @property
     def input_group(self) -> GroupEntries:

@@ -29,27 +29,21 @@ _starting = threading.Lock()
 
 
 class Upgrade:
-    """The background reading of one store. Daemon thread: it never keeps a program alive."""
+    """The background reading of one store. Daemon thread: it never keeps a program alive.
+
+    Attributes (to be read):
+        level: the highest precision that `view` can serve now.
+        done: whether the thread has ended: everything read, stopped, or a plane that does not come.
+    """
 
     def __init__(self, store: PlaneStore) -> None:
         self._store = store
         self._changed = threading.Condition()
         self._stop = threading.Event()
-        self._level = store.loaded
         self._error: DropError | None = None
-        self._done = False
+        self.level, self.done = store.loaded, False
         self._thread = threading.Thread(target=self._run, name="dropbydrop-upgrade", daemon=True)
         self._thread.start()
-
-    @property
-    def level(self) -> int:
-        """The highest precision that `view` can serve now."""
-        return self._level
-
-    @property
-    def done(self) -> bool:
-        """Whether the thread has ended: everything read, stopped, or a plane that does not come."""
-        return self._done
 
     def wait(self, bits: int, timeout: float | None = None) -> bool:
         """Wait until precision `bits` is in memory. False when `timeout` seconds were not enough.
@@ -62,13 +56,13 @@ class Upgrade:
         """
         self._store.checkpoint.quantization.check_level(bits)
         with self._changed:
-            self._changed.wait_for(lambda: self._level >= bits or self._done, timeout)
-            if self._level >= bits:
+            self._changed.wait_for(lambda: self.level >= bits or self.done, timeout)
+            if self.level >= bits:
                 return True
             if self._error is not None:
                 raise self._error
-            if self._done:
-                raise DropError(f"the upgrade was stopped at {self._level} bits, before {bits}.")
+            if self.done:
+                raise DropError(f"the upgrade was stopped at {self.level} bits, before {bits}.")
             return False
 
     def stop(self) -> None:
@@ -77,7 +71,6 @@ class Upgrade:
         self._thread.join()
 
     def _run(self) -> None:
-        error: DropError | None = None
         try:
             checkpoint = self._store.checkpoint
             for bits in (p for p in checkpoint.levels if p > self._store.loaded):
@@ -87,15 +80,15 @@ class Upgrade:
                 if self._stop.is_set():
                     break
                 with self._changed:
-                    self._level = bits
+                    self.level = bits
                     self._changed.notify_all()
         except DropError as failure:
-            error = failure
+            self._error = failure
         except OSError as failure:
-            error = DropError(f"a plane could not be read ({failure}); load the model again.")
+            self._error = DropError(f"a plane could not be read ({failure}); load the model again.")
         finally:
             with self._changed:
-                self._error, self._done = error, True
+                self.done = True
                 self._changed.notify_all()
 
 
