@@ -150,7 +150,7 @@ class Journal:
             FormatError: the file is gone or cut off.
         """
         name, entries = self.steps[-1]["hidden"]
-        with StagingFile.restore(self.path / name, entries) as staging:
+        with StagingFile(self.path / name, entries) as staging:
             return staging.read("hidden")
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -2,8 +2,8 @@
 
 A staging file holds the bytes of its tensors back to back, as they lie in memory; names, types,
 shapes and offsets are in memory only. `commit` makes what was added durable and hands out its
-entries, from which `restore` (in another process, after any kind of crash) continues: bytes behind
-the last committed entry are cut off.
+entries, from which another process goes on after any kind of crash: bytes behind the last committed
+entry are cut off.
 """
 
 from __future__ import annotations
@@ -36,39 +36,31 @@ class StagedTensor:
 
 
 class StagingFile:
-    """An append-only raw file of tensors."""
+    """An append-only raw file of tensors: a new one, or as it was after the commits that returned
+    `entries`.
 
-    def __init__(self, path: Path) -> None:
+    Raises:
+        FormatError: the file is gone or shorter than `entries` say.
+    """
+
+    def __init__(self, path: Path, entries: Sequence[Sequence[Any]] = ()) -> None:
         self.path = path
-        self.tensors: dict[str, StagedTensor] = {}
-        self.file: BinaryIO = open(path, "wb")  # noqa: SIM115 - lives as long as the writer
-        self._committed = 0  # tensors
-
-    @staticmethod
-    def restore(path: Path, entries: Sequence[Sequence[Any]]) -> StagingFile:
-        """The file as it was after the commits that returned `entries`.
-
-        Raises:
-            FormatError: the file is gone or shorter than that.
-        """
-        staging = StagingFile.__new__(StagingFile)
-        staging.path = path
-        staging.tensors = {
+        self.tensors = {
             name: StagedTensor(TensorInfo(dtype, tuple(shape)), offset)
             for name, dtype, shape, offset in entries
         }
-        staging._committed = len(staging.tensors)
-        end = max((s.offset + s.info.nbytes for s in staging.tensors.values()), default=0)
-        size = path.stat().st_size if path.is_file() else -1
+        self._committed = len(self.tensors)
+        end = max((s.offset + s.info.nbytes for s in self.tensors.values()), default=0)
+        size = path.stat().st_size if path.is_file() else 0
         if size < end:
             raise FormatError(
-                f"{path} has {max(size, 0)} bytes, {end} are needed to go on: the folder "
-                f"{path.parent} is damaged. Remove it, and start again."
+                f"{path} has {size} bytes, {end} are needed to go on: the folder {path.parent} is "
+                "damaged. Remove it, and start again."
             )
-        staging.file = open(path, "r+b")  # noqa: SIM115
-        staging.file.truncate(end)
-        staging.file.seek(end)
-        return staging
+        # it lives as long as the writer
+        self.file: BinaryIO = open(path, "r+b" if entries else "wb")  # noqa: SIM115
+        self.file.truncate(end)
+        self.file.seek(end)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor."""

@@ -131,9 +131,9 @@ class CheckpointWriter:
             self._linears |= {name: (rows, columns) for name, rows, columns in record["linears"]}
             self._input_groups += [StoredGroup.from_dict(group) for group in record["input_groups"]]
             self._sets |= record["sets"]
-        self._rest = StagingFile.restore(self._work / "rest.raw", entries.pop("rest"))
+        self._rest = StagingFile(self._work / "rest.raw", entries.pop("rest"))
         self._planes = [
-            StagingFile.restore(self._work / f"plane-{m}.raw", entries[f"plane-{m}"])
+            StagingFile(self._work / f"plane-{m}.raw", entries[f"plane-{m}"])
             for m in range(1, len(entries) + 1)
         ]
 

@@ -29,7 +29,6 @@ from dropbydrop.errors import DropError
 
 from .digest import FileEntry
 
-FREE_SPACE = "{free} in {parent}. Free some space."  # advice for `full_disk`
 _CHUNK = 8 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -124,9 +123,11 @@ class AtomicFolder:
     @contextmanager
     def disk_errors(self) -> Iterator[None]:
         """Turn a full disk into an error that says so, after removing what was written."""
-        advice = "What was written has been removed again; {free} in {parent}. "
-        advice += "Free some space or choose another folder."
-        with full_disk(self.out, advice if self.work is None else FREE_SPACE, self.discard):
+        advice = "Free some space."
+        if self.work is None:
+            advice = "What was written has been removed again. Free some space or choose another "
+            advice += "folder."
+        with full_disk(self.out, advice, self.discard):
             yield
 
     def _check_out(self) -> None:
@@ -169,22 +170,19 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def full_disk(
-    out: Path, advice: str = FREE_SPACE, cleanup: Callable[[], object] = lambda: None
+    out: Path, advice: str = "Free some space.", cleanup: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
-    """Turn the OSError of a full disk into a DropError, after `cleanup`.
-
-    `advice` may use {free} ("1.23 GB are free") and {parent}, the folder that holds `out`.
-    """
+    """Turn the OSError of a full disk into a DropError that ends with `advice`, after `cleanup`."""
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL:
             raise
         cleanup()
-        free = f"{shutil.disk_usage(out.parent).free / 1e9:.2f} GB are free"
+        free = shutil.disk_usage(out.parent).free / 1e9
         raise DropError(
             f"the disk is full: {out} could not be written ({os.strerror(error.errno)}). "
-            + advice.format(free=free, parent=out.parent)
+            f"{free:.2f} GB are free in {out.parent}. {advice}"
         ) from error
 
 

@@ -130,7 +130,7 @@ class Folder:
     @contextlib.contextmanager
     def _replacing(self, path: Path) -> Iterator[Path]:
         """A name to write to; it becomes `path` when all went well."""
-        advice = "{free} in {parent}. Free some space and give the same command again."
+        advice = "Free some space and give the same command again."
         try:
             with full_disk(path, advice), replacing(path) as partial:
                 yield partial
