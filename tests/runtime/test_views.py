@@ -177,7 +177,7 @@ def test_16_bit_head_does_not_overflow() -> None:
 
 def test_a_large_head_goes_in_slabs(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     whole = logits(model)
-    monkeypatch.setattr("dropbydrop.kernels.int8_head._SLAB", 70)
+    monkeypatch.setattr("dropbydrop.kernels.int8_head.HEAD_SLAB", 70)
     torch.testing.assert_close(logits(model), whole)
 
 
