@@ -83,17 +83,11 @@ def search(
     name = backend or names[0]
     if name not in names:
         raise KernelError(f"search backend {name!r} is not available here; choose one of {names}.")
+    task = (w, codebooks, levels, lambdas, beam, LOOKAHEAD, feedback, descent, sweeps, codes)
     if name == "torch":
-        return batched.search(
-            w, codebooks, levels, lambdas, beam, LOOKAHEAD, feedback, descent, sweeps, codes
-        )
+        return batched.search(*task)
     if name == "triton":
         from .triton import TritonVisits
 
-        return batched.search(
-            w, codebooks, levels, lambdas, beam, LOOKAHEAD, feedback, descent, sweeps, codes,
-            TritonVisits,
-        )  # fmt: skip
-    return cpu.search(
-        name, w, codebooks, levels, lambdas, beam, LOOKAHEAD, feedback, descent, sweeps, codes
-    )
+        return batched.search(*task, TritonVisits)
+    return cpu.search(name, *task)
