@@ -171,28 +171,26 @@ class CheckpointWriter:
                 self._planes = [self._stage(f"plane-{m}") for m in range(1, len(codes) + 1)]
             for m, (staging, plane) in enumerate(zip(self._planes, codes, strict=True), 1):
                 staging.add(codes_name(module, m), plane)
-            self._rest.add(f"{module}.scales", rows)
-            if bias is not None:
-                self._rest.add(f"{module}.bias", bias)
+        self._add(f"{module}.scales", rows)
+        if bias is not None:
+            self._add(f"{module}.bias", bias)
         self._linears[module] = (d_out, shape[1] * GROUP)
 
     def add_codebook_set(self, name: str, codebooks: Sequence[Tensor]) -> None:
         """Add a set: M codebooks [K/2, g] (sign-symmetric planes) or [K, g], stored in float16."""
-        with self._folder.disk_errors():
-            for m, codebook in enumerate(codebooks, 1):
-                self._rest.add(codebook_name(name, m), half(codebook, f"codebook {name}.{m}"))
+        for m, codebook in enumerate(codebooks, 1):
+            self._add(codebook_name(name, m), half(codebook, f"codebook {name}.{m}"))
         self._sets[name] = len(codebooks)
 
     def add_group(self, group: StoredGroup, rotation: Rotation) -> None:
         """Add an input group and its rotation; the order of the calls numbers the groups."""
         if group.d_in != rotation.d_in or not rotation.full:
             raise ValueError(f"{group.name}: the rotation does not match its description")
-        with self._folder.disk_errors():
-            self._rest.add(input_scales_name(len(self._input_groups)), rotation.packed())
-            if rotation.odd is not None:
-                name = odd_name(rotation.odd.shape[0])
-                if name not in self._rest.tensors:
-                    self._rest.add(name, rotation.odd.to(torch.float32))
+        self._add(input_scales_name(len(self._input_groups)), rotation.packed())
+        if rotation.odd is not None:
+            name = odd_name(rotation.odd.shape[0])
+            if name not in self._rest.tensors:
+                self._add(name, rotation.odd.to(torch.float32))
         self._input_groups.append(group)
 
     def add_embedding(self, module: str, weight: Tensor, bits: int) -> None:
@@ -203,20 +201,21 @@ class CheckpointWriter:
                 each row, rounded to float16 before the rows are. With 16: bfloat16 stays as it
                 is, anything else becomes float16.
         """
-        with self._folder.disk_errors():
-            if bits == 8:
-                rows, row_scales = quantize_rows(weight)
-                self._rest.add(f"{module}.rows", rows)
-                self._rest.add(f"{module}.row_scales", row_scales)
-            elif weight.dtype == torch.bfloat16:
-                self._rest.add(f"{module}.weight", weight)
-            else:
-                self._rest.add(f"{module}.weight", half(weight, module))
+        if bits == 8:
+            rows, row_scales = quantize_rows(weight)
+            self._add(f"{module}.rows", rows)
+            self._add(f"{module}.row_scales", row_scales)
+        else:
+            kept = weight if weight.dtype == torch.bfloat16 else half(weight, module)
+            self._add(f"{module}.weight", kept)
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Add any other parameter (norms, ...) under its Hugging Face name, in its own dtype."""
         if name.startswith(RESERVED_PREFIXES):
             raise ValueError(f"{name}: this prefix is reserved for the format")
+        self._add(name, tensor)
+
+    def _add(self, name: str, tensor: Tensor) -> None:
         with self._folder.disk_errors():
             self._rest.add(name, tensor)
 
