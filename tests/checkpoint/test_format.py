@@ -178,6 +178,28 @@ def test_damaged_header(tmp_path: Path, change: Any, message: str) -> None:
         read_header(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.update(__metadata__=[1]),
+        lambda header: header.update(__metadata__=None),
+        lambda header: header.update(__metadata__="x"),
+        lambda header: header["x"].update(shape=[2.0, 3]),
+        lambda header: header["x"].update(shape=[-2, -3]),
+        lambda header: header["x"].update(shape=[True, 6]),
+    ],
+)
+def test_header_of_wrong_types(tmp_path: Path, change: Any) -> None:
+    raw = encode_header([("x", TensorInfo("F32", (2, 3)))])
+    header = json.loads(raw[8:])
+    change(header)
+    text = json.dumps(header).encode()
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(24))
+    with pytest.raises(FormatError):
+        read_header(path)
+
+
 # --------------------------------------------------------------------------- strict parsing
 
 

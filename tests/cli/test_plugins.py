@@ -58,3 +58,15 @@ def test_one_of_them_alone_leaves_the_hint_for_the_other(monkeypatch: pytest.Mon
     assert CliRunner().invoke(app, ["compare"]).output == "compare runs\n"
     assert isinstance(CliRunner().invoke(app, ["study"]).exception, DropError)
     assert "which is not installed" in CliRunner().invoke(app, ["--help"]).output
+
+
+def test_a_broken_plug_in_takes_no_other_command_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Entry):
+        def load(self) -> Any:
+            raise ImportError("no module named gone")
+
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [Broken("more"), Entry("study")])
+    app = typer.Typer()
+    plugins.register(app)
+    assert CliRunner().invoke(app, ["study"]).output == "study runs\n"
+    assert "no module named gone" in str(CliRunner().invoke(app, ["more"]).exception)

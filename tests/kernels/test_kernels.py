@@ -111,7 +111,7 @@ def relative(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-def prepared(kernel: str, outlier: bool = False) -> float:
+def tolerance(kernel: str, outlier: bool = False) -> float:
     if kernel == "torch":
         return 1e-5
     if kernel.endswith("-u8"):
@@ -125,7 +125,7 @@ class TestProduct:
     def test_every_prefix(self, kernel):
         case = Case(100, 20, 8, n=2)
         for prefix in range(1, 9):
-            assert relative(case.run(kernel, prefix), case.exact(prefix)) < prepared(kernel)
+            assert relative(case.run(kernel, prefix), case.exact(prefix)) < tolerance(kernel)
 
     @pytest.mark.parametrize("symmetric", [True, False])
     @pytest.mark.parametrize("groups", [1, 2, 8, 127, 129, 300])
@@ -135,7 +135,7 @@ class TestProduct:
             error = (case.run(kernel, 2) - case.exact(2)).norm()
             # The size an output has on average: a few of them can cancel.
             usual = case.weight(2).norm() * case.x.norm() / (8 * groups) ** 0.5
-            assert error / usual < prepared(kernel)
+            assert error / usual < tolerance(kernel)
 
     def test_outliers(self, kernel):
         for groups in (51, 72, 128, 200):
@@ -144,7 +144,7 @@ class TestProduct:
             assert (case.x.abs().amax(1) / rms > 14).all()
             got, want = case.run(kernel, 3), case.exact(3)
             for i in range(4):
-                assert relative(got[i], want[i]) < prepared(kernel, True)
+                assert relative(got[i], want[i]) < tolerance(kernel, True)
 
     def test_reads_only_its_planes(self, kernel):
         case = Case(70, 9, 3)
@@ -210,7 +210,7 @@ class TestProduct:
         for y, want, rows in zip(ys, wanted, (72, 40), strict=True):
             assert y.dtype == dtype
             assert y.shape == (n, 1, rows)
-            assert relative(y.view(n, rows), want) < prepared(kernel) + rounding
+            assert relative(y.view(n, rows), want) < tolerance(kernel) + rounding
 
     def test_nothing_and_nan(self, kernel):
         case = Case(64, 140, 1)
@@ -466,21 +466,28 @@ class TestOperators:
         for got, want in zip(compiled(case.x), prepared_matrix(case.x), strict=True):
             assert torch.equal(got, want * 2)
 
+    def test_a_tensor_of_another_device_is_no_address(self):
+        case = Case(70, 16, 2, n=1)
+        group = CpuGroup([case.matrix], case.books, Rotation(128, 1, torch.ones(128), None), 2)
+        with pytest.raises((KernelError, RuntimeError, NotImplementedError)):
+            group(case.x.to("meta"))
+
     def test_export(self):
         case = Case(70, 16, 2, n=1)
         name = kernels.available()[0].name
 
         class Module(torch.nn.Module):
-            def forward(self, x, p1, p2, b1, b2, scales):
+            def forward(self, x, p1, p2, b1, b2, scales, signs):
                 weight = torch.ops.dropbydrop.decode(
                     [p1, p2], True, [b1, b2], scales, 70, 16, 0, 70, torch.float32, name
                 )
-                rotated = torch.ops.dropbydrop.rotate(x, None, None, 1, name)
+                rotated = torch.ops.dropbydrop.rotate(x, signs, None, 1, name)
                 return torch.nn.functional.linear(rotated, weight)
 
-        arguments = (case.x, *case.matrix.data(2), *case.books.prepared, case.scales)
+        signs = torch.ones(128)
+        arguments = (case.x, *case.matrix.data(2), *case.books.prepared, case.scales, signs)
         program = torch.export.export(Module(), arguments)
-        group = CpuGroup([case.matrix], case.books, Rotation(128, 1, torch.ones(128), None), 2)
+        group = CpuGroup([case.matrix], case.books, Rotation(128, 1, signs, None), 2)
         assert torch.equal(program.module()(*arguments), group.dense(case.x)[0])
 
 

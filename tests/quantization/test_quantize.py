@@ -23,6 +23,7 @@ from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
+from dropbydrop.quantization.config import QuantizeConfig
 from dropbydrop.runtime.modules import NestedLinear
 from tiny import save_tiny
 
@@ -313,3 +314,9 @@ def test_the_installed_command_starts():
     for command in ("quantize", "info", "eval", "generate"):
         assert command in done.stdout
     assert Path(dropbydrop.__file__).name == "__init__.py"
+
+
+@pytest.mark.parametrize("wrong", [{"windows": 0}, {"windows": -1}, {"seq_len": 1}])
+def test_windows_out_of_range_are_refused_with_the_settings(wrong):
+    with pytest.raises(DropError, match="give 1 or more, of 2 or more"):
+        QuantizeConfig(**wrong)

@@ -77,7 +77,7 @@ class StagingFile:
         return [[name, s.info.dtype, list(s.info.shape), s.offset] for name, s in new]
 
     def read(self, name: str) -> Tensor:
-        """A tensor, read into memory of its own."""
+        """A tensor, read into memory of its own (FormatError: the file is too short)."""
         staged = self.tensors[name]
         tensor = torch.empty(staged.info.shape, dtype=DTYPES[staged.info.dtype])
         view, done = raw_bytes(tensor), 0
@@ -85,6 +85,10 @@ class StagingFile:
             raw.seek(staged.offset)
             while done < len(view) and (count := raw.readinto(view[done : done + _CHUNK])):
                 done += count
+        if done < len(view):
+            raise FormatError(
+                f"{self.path} ends within {name}: damaged. Remove the folder, and start again."
+            )
         return tensor
 
     def __enter__(self) -> StagingFile:

@@ -156,11 +156,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-        metadata = header.pop("__metadata__", {})
+        metadata = dict(header.pop("__metadata__", {}))
         tensors = {
             name: TensorInfo(entry["dtype"], tuple(entry["shape"]))
             for name, entry in header.items()
         }
+        sizes = [n for info in tensors.values() for n in info.shape]
+        if any(type(n) is not int or n < 0 for n in sizes):
+            raise ValueError("a shape is no list of sizes")
         spans = [(*header[name]["data_offsets"], info.nbytes) for name, info in tensors.items()]
         fits, end = True, 0
         for start, stop, nbytes in sorted(spans):

@@ -34,8 +34,9 @@ def run(
     levels = parse_bits(bits)
     if threads is not None:
         torch.set_num_threads(threads)
-    with phase("benchmark"), quiet_transformers():
+    with phase("loading"), quiet_transformers():
         model = load(out, max(levels), dtype=dtype)
+    with quiet_transformers():  # and no bar: its thread would be measured too
         result = bench(model, levels, prompt=prompt, tokens=tokens, prefill=prefill, rounds=rounds)
     print_bench(result, console(as_json))
     finish(as_json, result)

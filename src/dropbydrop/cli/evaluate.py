@@ -151,7 +151,8 @@ def open_models(
     if not is_checkpoint(out):
         if chosen is not None:
             raise PrecisionError(
-                f"--bits given, but {out} is not a dropbydrop checkpoint and has no levels."
+                f"{out} is not a dropbydrop checkpoint and has no levels; leave out --bits, "
+                "--avg-bits and --plan."
             )
         folder = resolve(out).folder
         return folder, {"model": load_plain(folder, dtype)}, {}

@@ -176,7 +176,7 @@ class Codebooks:
     entries: tuple[Tensor, ...]
     prepared: tuple[Tensor, ...]
     symmetric: bool
-    _derived: dict[Hashable, Any] = field(default_factory=dict)
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def lut_entries(self) -> int:

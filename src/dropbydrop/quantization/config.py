@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dropbydrop.errors import PrecisionError
+from dropbydrop.errors import DropError, PrecisionError
 from dropbydrop.system.settings import Settings, setting
 
 MAX_BITS = 8
@@ -69,3 +69,7 @@ class QuantizeConfig(Settings):
         object.__setattr__(self, "levels", check_levels(self.levels))
         object.__setattr__(self, "calibration", str(self.calibration))
         super().__post_init__()
+        if (self.windows is not None and self.windows < 1) or self.seq_len < 2:
+            raise DropError(
+                f"{self.windows} windows of {self.seq_len} tokens: give 1 or more, of 2 or more."
+            )

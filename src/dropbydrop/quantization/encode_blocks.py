@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dropbydrop.checkpoint import CheckpointWriter, Embeddings, StoredGroup
@@ -173,10 +173,16 @@ class BlockEncoder:
         """A matrix's code on the root, None elsewhere; `result` is its owner's."""
         if owner == 0:
             return result
+        sent = None
         if result is not None:
             code, spent = result
-            result = replace(code, codes=code.codes.cpu(), scales=code.scales.cpu()), spent
-        return self.ranks.to_root(result, owner)
+            numbers = torch.tensor([*code.errors, spent], dtype=torch.float64)
+            sent = {"codes": code.codes.cpu(), "scales": code.scales.cpu(), "numbers": numbers}
+        got = self.ranks.to_root(sent, owner)
+        if got is None:
+            return None
+        *errors, seconds = got["numbers"].tolist()
+        return Encoded(got["codes"], got["scales"], errors), seconds
 
     def _add_matrix(
         self, name: str, module: Any, code: Encoded, seconds: float, energy_ratio: float

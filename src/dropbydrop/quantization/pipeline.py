@@ -244,7 +244,7 @@ def _finish(
     embeddings = encoder.write_rest(job.config.head_bits)
     provenance = {
         "base_model": job.source.name,
-        **job.config.to_dict(),
+        **{k: v for k, v in job.config.to_dict().items() if k not in ("device", "backend")},
         "calibration": calibration,
         "lambdas": dict(zip(map(str, levels), encoder.lambdas, strict=True)),
         "version": __version__,

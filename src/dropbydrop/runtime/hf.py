@@ -1,4 +1,4 @@
-"""The bridge to transformers: `from_pretrained` reads our folders once dropbydrop is imported.
+"""The bridge to transformers: `from_pretrained` reads our folders once `register` was called.
 
 Steps of `AutoModelForCausalLM.from_pretrained(out)` that are ours:
 1. `DropByDropConfig` parses and validates `quantization_config`; its `bits` is the precision.

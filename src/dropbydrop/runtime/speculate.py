@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -176,8 +176,10 @@ class Speedometer:
         k = self.fixed or max(1, costs.best())
         kept = sum(r.accepted + 1 for r in rounds[1:])
         measured = kept * step / sum(r.draft + r.verify for r in rounds[1:])
-        found |= {"k": k, "a": costs.a, "c": costs.c, "v": costs.v(k)}
-        return found | {"predicted": costs.speedup(k), "measured": measured}
+        same = [r.verify for r in rounds[1:] if r.k == k]
+        v = median(same[-_RECENT:]) / step if same else costs.v(k)
+        found |= {"k": k, "a": costs.a, "c": costs.c, "v": v, "measured": measured}
+        return found | {"predicted": replace(costs, slope=(v - 1) / k).speedup(k)}
 
 
 class _Drafter(AssistedCandidateGenerator):

@@ -106,10 +106,12 @@ def precision(model: Any) -> int | float:
     Raises:
         DropError: not a model of ours.
     """
-    plan = plan_of(model)
-    if plan.lowest == plan.highest:
-        return plan.highest
-    return plan.average_bits(store_of(model).checkpoint)
+    shapes = store_of(model).checkpoint.shapes
+    found = {m.name: m.prefix for m in model.modules() if isinstance(m, NestedLinear)}
+    if len(levels := set(found.values())) == 1:
+        return levels.pop()
+    weights = {name: shapes[name][0] * shapes[name][1] for name in found}
+    return sum(p * weights[name] for name, p in found.items()) / sum(weights.values())
 
 
 def plan_of(model: Any) -> Plan:

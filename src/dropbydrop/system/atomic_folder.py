@@ -230,7 +230,7 @@ def _try_lock(descriptor: int, *, shared: bool) -> bool:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             return True
-        except OSError:
+        except BlockingIOError:
             time.sleep(0 if shared else 0.02)
     return False
 

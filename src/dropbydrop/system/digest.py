@@ -15,7 +15,7 @@ from .native_library import built_libraries
 
 CODING_ROOMS = (  # what can change the codes, scales and rotations of a checkpoint
     "coding", "models", "data", "quantization", "checkpoint",
-    "system/distributed.py", "system/native_library.py",
+    "system/accelerator.py", "system/distributed.py", "system/native_library.py",
 )  # fmt: skip
 _SOURCES = (".py", ".cu", ".safetensors")
 _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")

@@ -14,21 +14,23 @@ Rank 0 alone touches OUT, keeps the journal of --resume (with the hidden states 
 run may be resumed with another number of them) and prints. A failure of any rank stops all, with
 its message (`on_all_ranks`).
 
-Tensors on the CPU travel by gloo, those on GPUs by NCCL; small values and codes as pickled objects,
-between processes of one run only.
+Tensors on the CPU travel by gloo, those on GPUs by NCCL; small values as JSON, codes in the
+form of a safetensors file. Nothing is pickled: whoever reaches the port cannot run code.
 Limits: at most SHARDS ranks. H travels once a shard; the traffic is SHARDS times its size a block.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 from torch import distributed as dist
 
@@ -99,22 +101,33 @@ class Ranks:
             result = work()
         except Exception as error:
             failure = error
-        messages: list[str | None] = [None] * self.size
-        dist.all_gather_object(messages, None if failure is None else str(failure))
-        first = next((rank for rank, text in enumerate(messages) if text is not None), None)
-        if first is None:
+        lowest = torch.tensor([self.size if failure is None else self.rank])
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        first = int(lowest)
+        if first == self.size:
             return result  # type: ignore[return-value]
+        message = self._broadcast(str(failure), first)
         if first == self.rank and failure is not None:
             raise failure
-        raise PeerError(f"rank {first} failed: {messages[first]}")
+        raise PeerError(f"rank {first} failed: {message}")
 
     def broadcast(self, value: _T | None) -> _T:
-        """The root's value, on all ranks; what the others pass is ignored. Tensors: on the CPU."""
-        held = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(held, 0)
-        assert held[0] is not None
-        return held[0]
+        """The root's value, on all ranks; what the others pass is ignored.
+
+        A tensor on the CPU, a dictionary of them, or anything that JSON has.
+        """
+        shared: _T | None = self._broadcast(value, 0) if self.size > 1 else value
+        assert shared is not None
+        return shared
+
+    def _broadcast(self, value: Any, source: int) -> Any:
+        data = _encode(value) if self.rank == source else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([data.numel()])
+        dist.broadcast(size, source)
+        if self.rank != source:
+            data = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, source)
+        return _decode(data)
 
     def largest(self, values: Sequence[float]) -> list[float]:
         """The maximum over ranks, one by one."""
@@ -125,13 +138,18 @@ class Ranks:
         return shared.tolist()
 
     def to_root(self, value: _T | None, owner: int) -> _T | None:
-        """A value of rank `owner` on the root, None elsewhere. Tensors in it: whole, on the CPU."""
-        held = [value]
+        """A value of rank `owner` on the root, None elsewhere; of the kinds of `broadcast`."""
         if owner != 0 and self.rank == owner:
-            dist.send_object_list(held, 0)
+            data = _encode(value)
+            dist.send(torch.tensor([data.numel()]), 0)
+            dist.send(data, 0)
         elif owner != 0 and self.root:
-            dist.recv_object_list(held, owner)
-        return held[0] if self.root else None
+            size = torch.zeros(1, dtype=torch.int64)
+            dist.recv(size, owner)
+            data = torch.empty(int(size), dtype=torch.uint8)
+            dist.recv(data, owner)
+            return _decode(data)
+        return value if self.root else None
 
     def partition(self, shards: Sequence[list[slice]]) -> Partition:
         """This rank's part of a run whose batches of windows form these shards.
@@ -228,15 +246,37 @@ class Partition:
         if self.ranks.size == 1:
             assert hidden is not None
             return hidden
-        form = self.ranks.broadcast(None if hidden is None else (hidden.shape[1:], hidden.dtype))
+        mine = None if hidden is None else [list(hidden.shape[1:]), str(hidden.dtype)]
+        shape, dtype = self.ranks.broadcast(mine)
         own = self.windows(self.ranks.rank)
         if hidden is not None:
             for rank in range(1, self.ranks.size):
                 dist.send(hidden[self.windows(rank)].cpu().contiguous(), rank)
             return hidden[own]
-        received = torch.empty(own.stop - own.start, *form[0], dtype=form[1])
+        kind = getattr(torch, str(dtype).removeprefix("torch."))
+        received = torch.empty(own.stop - own.start, *shape, dtype=kind)
         dist.recv(received, 0)
         return received
+
+
+def _encode(value: Any) -> Tensor:
+    """A value as bytes, uint8 [size]: its kind in one byte, then safetensors or JSON."""
+    if isinstance(value, Tensor):
+        data = b"t" + save({"value": value.contiguous()})
+    elif isinstance(value, dict):
+        data = b"d" + save({name: tensor.contiguous() for name, tensor in value.items()})
+    else:
+        data = b"j" + json.dumps(value).encode()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _decode(data: Tensor) -> Any:
+    """The value that `_encode` was given."""
+    raw = data.numpy().tobytes()
+    if raw[:1] == b"j":
+        return json.loads(raw[1:])
+    tensors = load(raw[1:])
+    return tensors["value"] if raw[:1] == b"t" else tensors
 
 
 def assign_by_cost(costs: Sequence[float], size: int) -> list[int]:

@@ -25,7 +25,8 @@ from dropbydrop_research.sources import files_of
 
 from .config import CompareConfig
 
-_CAPTURE = ("models", "data")  # rooms of dropbydrop that the Gram matrices depend on
+# what the Gram matrices depend on
+_STATISTICS = ("models", "data", "system/accelerator.py", "system/distributed.py")
 _LATER = ("methods", "blocks", "seq-len", "windows", "preset")  # options that may change
 
 
@@ -108,5 +109,5 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "device": str(job.runner.device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "capture": digest(*files_of(*_CAPTURE)),
+        "statistics": digest(*files_of(*_STATISTICS)),
     }

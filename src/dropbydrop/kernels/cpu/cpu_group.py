@@ -114,11 +114,12 @@ class CpuGroup(PreparedGroup):
         if chosen.native and all(matrix.packed for matrix in matrices):
             self.job = ops.describe_group(self.matrices, books, rotation, prefix, chosen.name)
         self._in_slabs = chosen.native
+        books.on(matrices[0].scales.device)  # now, not while a call is traced
 
     def gemv(self, x: Tensor) -> Sequence[Tensor]:
         """See `PreparedGroup.gemv`."""
         job, n = self.job, x.numel() // self.d_in
-        if job is None:
+        if job is None or not x.is_cpu:  # the library would follow an address of another device
             return self.dense(x)
         x, shape = x.contiguous(), x.shape[:-1]
         if torch.compiler.is_compiling():  # tracing must see the operator

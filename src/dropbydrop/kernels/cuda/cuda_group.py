@@ -59,7 +59,7 @@ def few_rows(x: Tensor, group: int, width: int) -> Tensor:
 
 
 @fake("gpu_group")
-def _(x, input_group, width):  # type: ignore[no-untyped-def]
+def _(x, group, width):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], width))
 
 
