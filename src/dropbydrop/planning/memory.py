@@ -42,7 +42,7 @@ class Memory:
     Attributes:
         codes: planes in use, as held on this machine's CPU. scales: of all quantized matrices.
         embeddings: embedding and head. other: norms, biases and the like.
-        shared: codebooks, signs or factors of inputs, odd factors, as stored.
+        shared: codebooks, input scales, odd factors, as stored.
         kv_cache, activations: zero when no context was given.
     """
 

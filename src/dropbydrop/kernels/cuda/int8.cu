@@ -6,13 +6,13 @@
 // exact: bytes times bytes in 32-bit integers (dp4a), at most 16 * 8 * 127 * 127 < 2^21. Around them
 // float32, in this order: planes, then the blocks of a lane, then lanes by butterflies.
 //
-// Two launches a site, however many matrices read its input:
+// Two launches an input group, however many matrices read its input:
 //   rotate_rows  x -> Q x (float32, in shared memory) -> bytes and a unit for each 128 of them.
-//   product      all rows of all matrices of the site.
+//   product      all rows of all matrices of the group.
 // On devices from 9.0 on the second may start while the first runs: it loads the codebooks and asks
 // for its first codes, then waits (`wait_for_inputs`) before it reads x.
 //
-// Layout. A team of LANES lanes takes R rows of W; a lane takes one block at a time: 16 codes of a
+// Layout. A crew of LANES lanes takes R rows of W; a lane takes one block at a time: 16 codes of a
 // plane and row are one 16-byte load, and neighbouring lanes read neighbouring bytes. Shared memory:
 //   books  [P][256][COPIES] of 8 bytes. With 16 copies the lanes of a half-warp read 16 different
 //          pairs of banks whatever their codes are: one look-up a lane without conflicts, 8 bytes of
@@ -21,14 +21,14 @@
 //          that lanes reading piece j of different blocks do not meet in a bank.
 // Blocks of threads are persistent: books and x are loaded once and serve many rows.
 //
-// Compile-time constants: P planes, N rows of x in a pass, R rows of W of a team, LANES (a power of
+// Compile-time constants: P planes, N rows of x in a pass, R rows of W of a crew, LANES (a power of
 // two up to 32), COPIES (a power of two up to 16), VECTOR (bytes a load of codes may take: 16, 4, 1),
-// MATRICES of the site, RESIDENT (blocks that shared memory lets a multiprocessor hold: a bound on
+// MATRICES of the group, RESIDENT (blocks that shared memory lets a multiprocessor hold: a bound on
 // registers). The result depends on none but P and LANES, and LANES on the shape alone (int8.py).
 
-constexpr int MOST = 4;  // matrices of a site; more take further launches
+constexpr int MOST = 4;  // matrices of an input group; more take further launches
 
-// Where the matrices of a site are. Their rows are counted one after the other.
+// Where the matrices of a group are. Their rows are counted one after the other.
 struct Matrices {
   const u8 *codes[MOST][8];  // planes of each, [rows, groups]
   int end[MOST];             // the row after the last of each
@@ -193,13 +193,13 @@ product(const Matrices all, const uint2 *books, const float *book_units, const u
   uint4 *x = shared + P * 256 * COPIES / 2;
   uint2 *book = (uint2 *)shared;
   const int first_x = blockIdx.y * N;  // rows first_x .. first_x + N of x
-  const int lane = threadIdx.x & 31, own = lane % LANES, team = lane / LANES;
+  const int lane = threadIdx.x & 31, own = lane % LANES, crew = lane / LANES;
   const int warp = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
   const int rows_of_warp = 32 / LANES * R;
 
 #pragma unroll
   for (int r = 0; r < R; r++) {
-    const int row = warp * rows_of_warp + team * R + r;
+    const int row = warp * rows_of_warp + crew * R + r;
 #pragma unroll
     for (int m = 0; m < P; m++)
       if (row < rows && own < blocks) prefetch(row_of(all, m, row, groups) + own * 16);
@@ -220,7 +220,7 @@ product(const Matrices all, const uint2 *books, const float *book_units, const u
 
   for (long long tile = (long long)warp * rows_of_warp; tile < rows;
        tile += (long long)gridDim.x * (THREADS / 32) * rows_of_warp) {
-    const int first_row = (int)tile + team * R;
+    const int first_row = (int)tile + crew * R;
     const u8 *from[R][P];
 #pragma unroll
     for (int r = 0; r < R; r++)
