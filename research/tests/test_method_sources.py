@@ -78,7 +78,7 @@ def test_all_code_of_a_method_is_in_its_key(name: str) -> None:
     importlib.import_module(module)
     needed = {p for p in closure(module) if not inside(p).startswith(NEUTRAL)}
     needed = {p for p in needed if p.name != "__init__.py"}
-    missing = needed - {*METHODS[name].sources(), *files_of(*job._CAPTURE)}
+    missing = needed - {*METHODS[name].sources(), *files_of(*job._STATISTICS)}
     assert not missing, sorted(map(inside, missing))
 
 
@@ -100,4 +100,4 @@ def test_a_renamed_file_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         files_of("baselines/suite.py", "baselines/old_name.py")
     for method in METHODS.values():
         method.sources()
-    assert files_of(*job._CAPTURE)
+    assert files_of(*job._STATISTICS)
