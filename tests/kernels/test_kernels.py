@@ -469,7 +469,9 @@ class TestOperators:
     def test_a_tensor_of_another_device_is_no_address(self):
         case = Case(70, 16, 2, n=1)
         group = CpuGroup([case.matrix], case.books, Rotation(128, 1, torch.ones(128), None), 2)
-        with pytest.raises((KernelError, RuntimeError, NotImplementedError)):
+        if group.job is None:
+            pytest.skip("no native kernel here")
+        with pytest.raises(KernelError, match="these are on meta"):
             group(case.x.to("meta"))
 
     def test_export(self):
