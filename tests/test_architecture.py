@@ -84,7 +84,8 @@ def entries() -> set[str]:
 
 def test_every_room_has_a_floor() -> None:
     assert entries() == set(floors())
-    assert len(entries()) <= MOST_ENTRIES
+    python = {"__init__.py", "__main__.py"}  # which every package needs, counted all the same
+    assert len(entries() | python) <= MOST_ENTRIES
 
 
 @pytest.mark.parametrize("room", sorted(floors()))
@@ -161,5 +162,5 @@ def test_the_page_names_every_module_in_the_row_of_its_room() -> None:
     rows = {row[0]: row[2] for row in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*) \|$", PAGE, re.M)}
     for name, path in MODULES.items():
         room = room_of(name)
-        if room and path.name not in ("__init__.py", "__main__.py", "errors.py"):
+        if room and path.name not in ("__init__.py", "__main__.py"):
             assert f"`{path.stem}`" in rows[room], f"{name} is missing in docs/architecture.md"

@@ -38,12 +38,12 @@ import dropbydrop
 from dropbydrop.data.calibration import SELF, Calibration, load_windows
 from dropbydrop.data.self_generated import Writing
 from dropbydrop.data.text_files import text_windows
-from dropbydrop.errors import DropError
 from dropbydrop.evaluation.perplexity import bootstrap_interval, evaluate
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.quantization.config import WINDOWS
 from dropbydrop.quantization.pipeline import quantize
 from dropbydrop.system.console import quiet_transformers
+from dropbydrop.system.errors import DropError
 from dropbydrop_research.compare.price import paired_ratio
 
 IN_DOMAIN = "in-domain"

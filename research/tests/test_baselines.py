@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dropbydrop.coding.objective import weighted_errors
-from dropbydrop.errors import CalibrationError
+from dropbydrop.system.errors import CalibrationError
 from dropbydrop_research.baselines import METHODS, Problem
 from dropbydrop_research.baselines import any_precision as entries
 from dropbydrop_research.baselines import matryoshka as integers

@@ -15,13 +15,13 @@ from dropbydrop.cli import main as cli
 from dropbydrop.coding import codebooks as universal
 from dropbydrop.coding.codebooks import default_lambdas, train
 from dropbydrop.coding.encoder import Effort
-from dropbydrop.errors import CalibrationError, FormatError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import Source, load_tokenizer
 from dropbydrop.models.statistics import CLIP
 from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system.cache import cache_dir
+from dropbydrop.system.errors import CalibrationError, FormatError
 from dropbydrop_research.study import cache, encode, gaussian, paper
 from dropbydrop_research.study.cache import GramOptions, find_grams, grams_for
 from dropbydrop_research.study.checkpoint import reconstruction

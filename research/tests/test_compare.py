@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from dropbydrop.cli import main as cli
 from dropbydrop.coding import codebooks as universal
 from dropbydrop.coding.codebooks import default_lambdas
-from dropbydrop.errors import DropError, FormatError
 from dropbydrop.evaluation.perplexity import evaluate
 from dropbydrop.quantization.pipeline import quantize
+from dropbydrop.system.errors import DropError, FormatError
 from dropbydrop_research import baselines
 from dropbydrop_research.baselines import METHODS
 from dropbydrop_research.baselines.additive import Training

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from dropbydrop.coding.encoder import EFFORTS, Effort
 from dropbydrop.data.self_generated import Writing
-from dropbydrop.errors import DropError
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.quantization.config import QuantizeConfig
+from dropbydrop.system.errors import DropError
 from dropbydrop_research.baselines.additive import Training
 from tiny import save_tiny
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dropbydrop.coding import codebooks as universal
 from dropbydrop.coding.objective import weighted_errors
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 from dropbydrop_research import baselines
 from dropbydrop_research.baselines import METHODS, Problem, choose
 from problems import SHORT, matrix_and_gram

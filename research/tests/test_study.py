@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dropbydrop.errors import FormatError
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.system.errors import FormatError
 from dropbydrop_research.study import bound, gaussian
 from dropbydrop_research.study.data import (
     GramFolder,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dropbydrop.coding.codebooks import default_lambdas, train
-from dropbydrop.errors import DropError
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.system.errors import DropError
 from dropbydrop_research.study import bound, bound_plots, encode, gaussian, paper, refinement, style
 from dropbydrop_research.study.data import collect
 from dropbydrop_research.theory import Case

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from dropbydrop.checkpoint import Checkpoint, CheckpointWriter, PlaneSpec, StoredGroup
 from dropbydrop.checkpoint.tensor_files import METADATA
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.system import atomic_folder as folder_module
+from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from random_model import group_rotation, llama_groups
 from tiny import tiny_llama, write_checkpoint
 

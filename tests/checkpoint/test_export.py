@@ -21,10 +21,10 @@ import dropbydrop
 from dropbydrop.checkpoint.export import export
 from dropbydrop.cli import main as cli
 from dropbydrop.coding.encoder import Effort
-from dropbydrop.errors import DropError, MissingPlaneError, PrecisionError
 from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system import atomic_folder as folder_module
+from dropbydrop.system.errors import DropError, MissingPlaneError, PrecisionError
 from tiny import VOCAB, save_tiny, tiny_llama, write_checkpoint
 
 IDS = torch.randint(5, VOCAB, (2, 17), generator=torch.Generator().manual_seed(5))

@@ -25,7 +25,7 @@ from dropbydrop.checkpoint.fields import plain_name
 from dropbydrop.checkpoint.int8_rows import quantize_rows
 from dropbydrop.checkpoint.tensor_files import TensorInfo, encode_header, read_header
 from dropbydrop.coding.rotation import Rotation, pack_input_scales
-from dropbydrop.errors import FormatError, PrecisionError
+from dropbydrop.system.errors import FormatError, PrecisionError
 
 # ------------------------------------------------------------------------------ golden bytes
 # Written once from fixed inputs. If one of these changes, readers in the field break: raise

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dropbydrop.checkpoint.journal import JOURNAL, Journal, differences, work_folder
-from dropbydrop.errors import DropError, FormatError
+from dropbydrop.system.errors import DropError, FormatError
 
 MANIFEST = json.dumps({}).encode()
 DONE = {"manifest": hashlib.sha256(MANIFEST).hexdigest(), "run": 5}

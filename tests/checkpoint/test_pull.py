@@ -22,7 +22,7 @@ from dropbydrop.checkpoint.origins import HttpOrigin, TransferError
 from dropbydrop.checkpoint.pull import pull
 from dropbydrop.checkpoint.slice import slice_checkpoint
 from dropbydrop.cli import main as cli
-from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
+from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from file_server import Server, flip
 from tiny import VOCAB, write_checkpoint
 

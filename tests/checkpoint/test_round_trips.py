@@ -23,7 +23,7 @@ from dropbydrop.checkpoint import (
 )
 from dropbydrop.checkpoint.tensor_files import DTYPES, TensorInfo, encode_header, read_header
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.errors import FormatError
+from dropbydrop.system.errors import FormatError
 
 INFOS = st.builds(
     TensorInfo,

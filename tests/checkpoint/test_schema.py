@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dropbydrop.checkpoint import Manifest, QuantizationConfig
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 from tiny import write_checkpoint
 
 DOCS = Path(__file__).parents[2] / "docs"

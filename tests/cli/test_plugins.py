@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from dropbydrop.cli import plugins
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 
 
 class Entry:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dropbydrop.cli.main import app
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 from tiny import write_checkpoint
 
 

@@ -23,7 +23,7 @@ from dropbydrop.coding.rotation import (
     split_odd,
     unpack_input_scales,
 )
-from dropbydrop.errors import FormatError
+from dropbydrop.system.errors import FormatError
 
 
 def naive_decode(codes, stored, scales, prefix, symmetric):

@@ -31,7 +31,7 @@ from dropbydrop.coding.objective import (
 from dropbydrop.coding.refit import refit_codebooks, refit_scales
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.coding.search import search
-from dropbydrop.errors import CalibrationError
+from dropbydrop.system.errors import CalibrationError
 
 LEVELS, LAMBDAS = [2, 3], [1.0, 3.0]
 

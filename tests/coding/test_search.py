@@ -7,7 +7,7 @@ import torch
 from dropbydrop.coding.objective import condition, descent_metric, feedback_metric
 from dropbydrop.coding.search import LOOKAHEAD, backends, search
 from dropbydrop.coding.search import cpu as native
-from dropbydrop.errors import KernelError
+from dropbydrop.system.errors import KernelError
 
 G = 8
 

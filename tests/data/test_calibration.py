@@ -17,8 +17,8 @@ from dropbydrop.data import self_generated as selfgen
 from dropbydrop.data.calibration import load_windows
 from dropbydrop.data.self_generated import Writing
 from dropbydrop.data.text_files import leading_bos, raw_rows, read_text, text_windows
-from dropbydrop.errors import CalibrationError
 from dropbydrop.models.sources import Source
+from dropbydrop.system.errors import CalibrationError
 from tiny import FAMILIES, save_tiny
 
 WORDS = "the river runs past the old mill and three ships left the harbour in the morning\n"

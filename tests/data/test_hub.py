@@ -19,9 +19,9 @@ from dropbydrop.coding.encoder import Effort
 from dropbydrop.data import hub as hub_text
 from dropbydrop.data.calibration import load_windows
 from dropbydrop.data.hub import parse, read_hub_text
-from dropbydrop.errors import CalibrationError
 from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
+from dropbydrop.system.errors import CalibrationError
 
 ROWS = [
     f"{i} the river runs past the old mill and three ships left in the morning" for i in range(90)

@@ -12,10 +12,10 @@ import torch
 import dropbydrop
 from dropbydrop import kernels
 from dropbydrop.cli import main as cli
-from dropbydrop.errors import DropError
 from dropbydrop.evaluation import bench
 from dropbydrop.planning.memory import held_bytes
 from dropbydrop.runtime import fused_decode
+from dropbydrop.system.errors import DropError
 from tiny import tiny_llama, write_checkpoint
 
 

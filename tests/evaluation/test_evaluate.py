@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import tiny
-from dropbydrop.errors import CalibrationError, DropError
 from dropbydrop.evaluation import perplexity as module
 from dropbydrop.evaluation.perplexity import bootstrap_interval, evaluate
 from dropbydrop.runtime.generate import generate
+from dropbydrop.system.errors import CalibrationError, DropError
 
 N, T = 3, 17
 

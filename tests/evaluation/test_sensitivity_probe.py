@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import dropbydrop
-from dropbydrop.errors import DropError, PrecisionError
 from dropbydrop.evaluation.perplexity import evaluate
 from dropbydrop.evaluation.sensitivity_probe import measure, self_windows
 from dropbydrop.planning.sensitivity import Sensitivity
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import store_of
+from dropbydrop.system.errors import DropError, PrecisionError
 from tiny import VOCAB, decoded_reference, tiny_llama, write_checkpoint
 
 IDS = torch.randint(3, VOCAB, (3, 24), generator=torch.Generator().manual_seed(5))

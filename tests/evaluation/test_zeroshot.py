@@ -14,12 +14,12 @@ from dropbydrop.checkpoint.files import is_checkpoint
 from dropbydrop.cli import main as cli
 from dropbydrop.cli.evaluate import load_plain
 from dropbydrop.coding.encoder import Effort
-from dropbydrop.errors import DropError
 from dropbydrop.evaluation.task_files import TASKS, read_items
 from dropbydrop.evaluation.zeroshot import _difference, parse_tasks, run
 from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
+from dropbydrop.system.errors import DropError
 from tiny import save_tiny
 
 needs_harness = pytest.mark.skipif(

@@ -21,12 +21,12 @@ import dropbydrop
 from dropbydrop import kernels
 from dropbydrop.coding.code import decode
 from dropbydrop.coding.rotation import Rotation, hadamard_on
-from dropbydrop.errors import KernelError
 from dropbydrop.kernels import cuda as gpu
 from dropbydrop.kernels import registry
 from dropbydrop.kernels.cuda import ops
 from dropbydrop.runtime import fused_groups as together
 from dropbydrop.runtime.int8_modules import NestedHead
+from dropbydrop.system.errors import KernelError
 from tiny import write_checkpoint
 
 triton_row = next(row for row in registry.table() if row.name == "triton")

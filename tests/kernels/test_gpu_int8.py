@@ -25,9 +25,9 @@ from torch import Tensor
 from dropbydrop.coding.code import decode
 from dropbydrop.coding.codebooks import universal_set
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.errors import KernelError
 from dropbydrop.kernels import Matrix, Plane, prepare_codebooks, registry
 from dropbydrop.kernels.cuda import CudaGroup, dense, device_entries, int8, nvrtc
+from dropbydrop.system.errors import KernelError
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("c++")

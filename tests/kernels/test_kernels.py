@@ -17,9 +17,9 @@ from torch import Tensor
 from dropbydrop import kernels
 from dropbydrop.coding.code import decode, expand_codebook
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.errors import KernelError
 from dropbydrop.kernels import CpuGroup, Matrix, Plane, layout, registry
 from dropbydrop.kernels.cpu import ops
+from dropbydrop.system.errors import KernelError
 from dropbydrop.system.native_library import library
 
 NATIVE = Path(__file__).parents[2] / "native"

@@ -19,10 +19,10 @@ from transformers import (
 from dropbydrop import kernels
 from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.errors import KernelError, UnsupportedModelError
 from dropbydrop.kernels import MAX_GEMV_ROWS, CpuGroup, Matrix, PreparedGroup
 from dropbydrop.kernels.cpu.step import DecodeStep
 from dropbydrop.runtime import fused_decode
+from dropbydrop.system.errors import KernelError, UnsupportedModelError
 from dropbydrop.system.native_library import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the native library is not built")

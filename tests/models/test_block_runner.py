@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import tiny
-from dropbydrop.errors import CalibrationError, FormatError, UnsupportedModelError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.input_groups import group_name
 from dropbydrop.models.statistics import add_gram, mirror, token_weights
 from dropbydrop.models.weight_files import WeightFiles
+from dropbydrop.system.errors import CalibrationError, FormatError, UnsupportedModelError
 
 N, T = 5, 23  # windows; the last batch is shorter than the others
 

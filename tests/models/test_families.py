@@ -17,7 +17,6 @@ import dropbydrop
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.export import export
 from dropbydrop.coding.encoder import Effort
-from dropbydrop.errors import DropError, UnsupportedModelError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.embeddings import output_scale
 from dropbydrop.quantization import job as jobs
@@ -25,6 +24,7 @@ from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.runtime import lora
 from dropbydrop.runtime.int8_modules import NestedEmbedding, NestedHead
 from dropbydrop.runtime.modules import NestedLinear
+from dropbydrop.system.errors import DropError, UnsupportedModelError
 from tiny import FAMILIES, OTHERS, VOCAB, save_tiny
 
 QUICK: dict[str, Any] = {"windows": 3, "seq_len": 32, "progress": False}

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from dropbydrop.errors import DropError, FormatError, UnsupportedModelError
 from dropbydrop.models import sources
 from dropbydrop.models.sources import convert_gguf, resolve
+from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError
 
 
 @pytest.fixture(scope="module")

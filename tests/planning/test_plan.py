@@ -19,7 +19,6 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.pull import pull
 from dropbydrop.checkpoint.slice import slice_checkpoint
 from dropbydrop.cli import main as cli
-from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.evaluation.sensitivity_probe import measure
 from dropbydrop.kernels.cpu import ops
 from dropbydrop.planning.memory import held_bytes, kv_cache, parse_bytes
@@ -31,6 +30,7 @@ from dropbydrop.planning.sensitivity import (
 )
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import plan_of, store_of
+from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from tiny import VOCAB, decoded_reference, tiny_llama, write_checkpoint
 
 IDS = torch.randint(3, VOCAB, (3, 24), generator=torch.Generator().manual_seed(5))

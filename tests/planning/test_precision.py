@@ -11,8 +11,8 @@ import dropbydrop
 from dropbydrop import Plan
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.cli.options import parse_precision
-from dropbydrop.errors import PrecisionError
 from dropbydrop.planning.precision import Precision
+from dropbydrop.system.errors import PrecisionError
 from tiny import write_checkpoint
 
 

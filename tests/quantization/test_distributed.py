@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from dropbydrop.coding.search import backends
-from dropbydrop.errors import DropError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.quantization.pipeline import quantize
 from dropbydrop.system.accelerator import pick_device
 from dropbydrop.system.distributed import SHARDS, Partition, Ranks, assign_by_cost
+from dropbydrop.system.errors import DropError
 from tiny import save_tiny
 
 OPTIONS = {"bits": (2, 3, 4), "preset": "fast", "windows": 3, "seq_len": 16, "progress": False}
@@ -27,7 +27,7 @@ import inspect, sys
 from dropbydrop.cli import main as cli
 from dropbydrop.models import block_runner as walk
 from dropbydrop.quantization import encode_blocks as run
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 
 opened = walk.BlockRunner.open.__func__
 names = list(inspect.signature(opened).parameters)[-len(opened.__defaults__):]

@@ -15,7 +15,6 @@ import torch
 from dropbydrop.cli import main as cli
 from dropbydrop.coding.encoder import Effort, encode_group
 from dropbydrop.data.calibration import load_windows
-from dropbydrop.errors import DropError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.quantization import estimate as estimates
 from dropbydrop.quantization import job as jobs
@@ -23,6 +22,7 @@ from dropbydrop.quantization import log as logs
 from dropbydrop.quantization import pipeline
 from dropbydrop.quantization.config import QuantizeConfig
 from dropbydrop.quantization.estimate import estimate
+from dropbydrop.system.errors import DropError
 from tiny import save_tiny
 
 

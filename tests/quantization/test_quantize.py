@@ -18,13 +18,13 @@ from dropbydrop.coding.encoder import Effort
 from dropbydrop.coding.objective import weighted_errors
 from dropbydrop.data.calibration import Calibration, load_windows
 from dropbydrop.data.text_files import text_windows
-from dropbydrop.errors import CalibrationError, DropError, PrecisionError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.quantization.config import QuantizeConfig
 from dropbydrop.runtime.modules import NestedLinear
+from dropbydrop.system.errors import CalibrationError, DropError, PrecisionError
 from tiny import save_tiny
 
 QUICK = {"windows": 4, "seq_len": 64, "progress": False}

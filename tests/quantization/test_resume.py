@@ -27,11 +27,11 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint import journal as resume
 from dropbydrop.checkpoint.staging import StagingFile
 from dropbydrop.coding.encoder import Effort
-from dropbydrop.errors import DropError
 from dropbydrop.quantization import fingerprint
 from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system import atomic_folder as folder_module
+from dropbydrop.system.errors import DropError
 from tiny import save_tiny
 
 BLOCKS = 3

@@ -28,10 +28,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import dropbydrop
 from dropbydrop.checkpoint.tensor_files import METADATA
-from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.runtime.hf import DropByDropConfig, DropByDropQuantizer, register
 from dropbydrop.runtime.int8_modules import NestedHead
 from dropbydrop.runtime.modules import NestedLinear
+from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from tiny import VOCAB, tiny_llama, write_checkpoint
 
 dropbydrop.register()

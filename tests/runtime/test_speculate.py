@@ -13,7 +13,6 @@ import torch
 
 import dropbydrop
 from dropbydrop.cli import main as cli
-from dropbydrop.errors import DropError, PrecisionError
 from dropbydrop.planning.plan import Plan
 from dropbydrop.runtime import speculate
 from dropbydrop.runtime.speculate import (
@@ -27,6 +26,7 @@ from dropbydrop.runtime.speculate import (
     Speedometer,
 )
 from dropbydrop.runtime.views import store_of
+from dropbydrop.system.errors import DropError, PrecisionError
 from tiny import VOCAB, tiny_llama, write_checkpoint
 
 PROMPTS = torch.randint(3, VOCAB, (4, 1, 7), generator=torch.Generator().manual_seed(5))

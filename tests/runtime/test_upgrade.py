@@ -16,9 +16,9 @@ import dropbydrop
 from dropbydrop.checkpoint import origins as origin
 from dropbydrop.checkpoint.pull import pull
 from dropbydrop.checkpoint.slice import slice_checkpoint
-from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.runtime import plane_store as store
 from dropbydrop.runtime.views import store_of
+from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from file_server import Server, flip
 from tiny import VOCAB, write_checkpoint
 

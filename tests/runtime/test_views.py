@@ -17,11 +17,11 @@ from transformers import AutoTokenizer
 import dropbydrop
 from dropbydrop import kernels
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from dropbydrop.runtime import fused_decode
 from dropbydrop.runtime.int8_modules import NestedEmbedding, NestedHead
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import store_of
+from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from tiny import VOCAB, decoded_reference, save_tiny, tiny_llama, write_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

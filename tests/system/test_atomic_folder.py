@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from dropbydrop.errors import DropError
 from dropbydrop.system.atomic_folder import (
     AtomicFolder,
     full_disk,
@@ -19,6 +18,7 @@ from dropbydrop.system.atomic_folder import (
     replacing,
     write_whole,
 )
+from dropbydrop.system.errors import DropError
 
 
 def names(folder: Path) -> list[str]:

@@ -20,7 +20,10 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.cli import main as cli
 from dropbydrop.coding.code import decode, expand_codebook
 from dropbydrop.coding.encoder import Effort
-from dropbydrop.errors import (
+from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.quantization import job as jobs
+from dropbydrop.quantization import pipeline as quantize
+from dropbydrop.system.errors import (
     CalibrationError,
     DropError,
     FormatError,
@@ -28,9 +31,6 @@ from dropbydrop.errors import (
     PrecisionError,
     UnsupportedModelError,
 )
-from dropbydrop.models.block_runner import BlockRunner
-from dropbydrop.quantization import job as jobs
-from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.tuning import distill
 from dropbydrop.tuning.blocks import output_errors
 from dropbydrop.tuning.decode import decode_levels

@@ -15,9 +15,9 @@ import torch
 
 from dropbydrop.checkpoint import journal as resume
 from dropbydrop.coding.encoder import Effort
-from dropbydrop.errors import DropError
 from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
+from dropbydrop.system.errors import DropError
 from dropbydrop.tuning import distill, job, pipeline
 from dropbydrop.tuning.pipeline import tune
 from dropbydrop.tuning.report import TuneReport

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import dropbydrop
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 
 _OURS = Path(__file__).parent
 _CORE = Path(dropbydrop.__file__).parent

@@ -14,8 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from dropbydrop.coding.code import ENTRIES, GROUP
-from dropbydrop.errors import FormatError, PrecisionError
 from dropbydrop.models.input_groups import InputGroup
+from dropbydrop.system.errors import FormatError, PrecisionError
 
 from .fields import FORMAT_VERSION, Fields, check_version, module_names
 

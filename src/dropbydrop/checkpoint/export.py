@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from dropbydrop.coding.code import decode
-from dropbydrop.errors import DropError
 from dropbydrop.models.weight_files import INDEX, SINGLE
 from dropbydrop.system.atomic_folder import AtomicFolder
 from dropbydrop.system.console import progress_bar
+from dropbydrop.system.errors import DropError
 
 from . import Checkpoint
 from .config import CARD_FILE, CONFIG_FILE, LOG_FILE, RESERVED_PREFIXES

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dropbydrop.errors import FormatError
+from dropbydrop.system.errors import FormatError
 
 FORMAT_VERSION = 1  # of everything: config, manifest, safetensors metadata
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dropbydrop.errors import DropError, FormatError
 from dropbydrop.system.digest import FileEntry
+from dropbydrop.system.errors import DropError, FormatError
 
 from .config import CONFIG_FILE, FORMAT, MANIFEST_FILE, REST_FILE
 from .fields import FORMAT_VERSION, Fields, check_version, plain_name

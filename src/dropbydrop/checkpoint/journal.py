@@ -34,9 +34,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dropbydrop.errors import DropError
 from dropbydrop.system.atomic_folder import full_disk, lock, sync, sync_folder
 from dropbydrop.system.digest import file_digest
+from dropbydrop.system.errors import DropError
 
 from .config import MANIFEST_FILE
 from .staging import StagingFile

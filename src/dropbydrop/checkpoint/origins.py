@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
-from dropbydrop.errors import DropError, first_line
+from dropbydrop.system.errors import DropError, first_line
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte from a server

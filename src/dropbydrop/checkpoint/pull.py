@@ -27,10 +27,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from dropbydrop.errors import FormatError
 from dropbydrop.system.atomic_folder import is_locked, lock, sync, write_whole
 from dropbydrop.system.console import progress_bar
 from dropbydrop.system.digest import FileEntry, file_digest
+from dropbydrop.system.errors import FormatError
 
 from . import Checkpoint, Manifest, QuantizationConfig
 from .config import CONFIG_FILE, MANIFEST_FILE

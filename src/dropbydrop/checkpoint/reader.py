@@ -24,8 +24,8 @@ from torch import Tensor
 
 from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation, split_odd
-from dropbydrop.errors import FormatError, MissingPlaneError
 from dropbydrop.system.digest import file_digest
+from dropbydrop.system.errors import FormatError, MissingPlaneError
 
 from .config import (
     CONFIG_FILE,

@@ -10,9 +10,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dropbydrop.errors import FormatError
 from dropbydrop.system.atomic_folder import AtomicFolder
 from dropbydrop.system.digest import FileEntry
+from dropbydrop.system.errors import FormatError
 
 from . import Checkpoint, Manifest
 from .config import MANIFEST_FILE

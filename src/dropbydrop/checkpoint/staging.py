@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from dropbydrop.errors import FormatError
 from dropbydrop.system.atomic_folder import sync
+from dropbydrop.system.errors import FormatError
 
 from .tensor_files import DTYPES, StreamedTensor, TensorInfo, raw_bytes
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.errors import FormatError
+from dropbydrop.system.errors import FormatError
 
 from .fields import FORMAT_VERSION, check_version
 

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.errors import DropError, FormatError
 from dropbydrop.system.atomic_folder import AtomicFolder
+from dropbydrop.system.errors import DropError, FormatError
 
 from .config import (
     CONFIG_FILE,

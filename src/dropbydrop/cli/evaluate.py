@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dropbydrop.errors import CalibrationError, DropError, PrecisionError
+from dropbydrop.system.errors import CalibrationError, DropError, PrecisionError
 
 from .options import Json, console, finish, parse_averages, parse_bits, parse_dtype
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 
 from .options import Json, console, finish
 

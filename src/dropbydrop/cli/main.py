@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import typer
 
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 
 from . import bench, evaluate, export, generate, info, plan, plugins, quantize, transfer, tune
 

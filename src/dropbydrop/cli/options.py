@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
 
-from dropbydrop.errors import DropError, PrecisionError
+from dropbydrop.system.errors import DropError, PrecisionError
 from dropbydrop.system.settings import Settings, option_name
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 
 import typer
 
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 
 GROUP = "dropbydrop.commands"
 RESEARCH = ("compare", "study")

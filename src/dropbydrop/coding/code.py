@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dropbydrop.errors import FormatError
+from dropbydrop.system.errors import FormatError
 
 GROUP = 8
 ENTRIES = 256

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dropbydrop.errors import CalibrationError
+from dropbydrop.system.errors import CalibrationError
 
 from .channel_scaling import input_scales_of
 from .objective import Coded, condition, descent_metric, feedback_metric, objective, weighted_errors

@@ -33,7 +33,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dropbydrop.errors import FormatError
+from dropbydrop.system.errors import FormatError
 
 
 def split_odd(d: int) -> tuple[int, int]:

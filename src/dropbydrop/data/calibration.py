@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.errors import CalibrationError
 from dropbydrop.models.sources import Source
+from dropbydrop.system.errors import CalibrationError
 
 from .hub import is_hub_text, read_hub_text
 from .self_generated import Writing, write_windows

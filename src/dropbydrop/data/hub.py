@@ -16,7 +16,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dropbydrop.errors import CalibrationError
+from dropbydrop.system.errors import CalibrationError
 
 from .text_files import join_documents
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.errors import CalibrationError
 from dropbydrop.system.console import quiet_transformers
+from dropbydrop.system.errors import CalibrationError
 
 
 def raw_rows(text: str) -> str:

@@ -26,10 +26,10 @@ import torch
 from transformers import StaticCache
 
 from dropbydrop import kernels
-from dropbydrop.errors import DropError
 from dropbydrop.planning.memory import held_bytes
 from dropbydrop.runtime import fused_decode
 from dropbydrop.runtime.views import store_of, view
+from dropbydrop.system.errors import DropError
 from dropbydrop.system.native_library import library
 
 _STREAM_BYTES = 256 << 20  # more than the last cache of most machines

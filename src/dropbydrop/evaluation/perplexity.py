@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dropbydrop.errors import CalibrationError
 from dropbydrop.system.console import progress_bar
+from dropbydrop.system.errors import CalibrationError
 
 # Values of a chunk of [tokens, vocab]. On a CPU 2 MiB in float32, so that the passes of a softmax
 # find it in the cache: four times as fast as chunks of 64 MiB, which suit a GPU.

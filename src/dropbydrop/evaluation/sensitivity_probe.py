@@ -34,11 +34,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dropbydrop.errors import CalibrationError, PrecisionError
 from dropbydrop.planning.sensitivity import Sensitivity
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import precision, store_of, view
 from dropbydrop.system.console import phase, progress_bar, quiet_transformers
+from dropbydrop.system.errors import CalibrationError, PrecisionError
 
 from .perplexity import evaluate
 

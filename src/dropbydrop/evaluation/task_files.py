@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 
 Row = dict[str, Any]
 

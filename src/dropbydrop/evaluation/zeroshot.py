@@ -28,10 +28,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dropbydrop.errors import DropError, first_line
 from dropbydrop.runtime.hf import DropByDropQuantizer
 from dropbydrop.runtime.views import plan_of, view
 from dropbydrop.system.console import quiet_transformers
+from dropbydrop.system.errors import DropError, first_line
 
 from .task_files import TASKS, read_items, write_tasks
 

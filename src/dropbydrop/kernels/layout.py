@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dropbydrop.coding.code import ENTRIES, GROUP
-from dropbydrop.errors import KernelError
+from dropbydrop.system.errors import KernelError
 from dropbydrop.system.native_library import library
 
 from . import registry

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from dropbydrop.errors import UnsupportedModelError
 from dropbydrop.system.console import quiet_transformers
+from dropbydrop.system.errors import UnsupportedModelError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # a block's arguments after the hidden state
 _Record = tuple[int, Tensor, Call]  # index of the block, its hidden state, the rest

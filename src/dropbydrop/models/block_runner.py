@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dropbydrop.errors import FormatError, UnsupportedModelError
 from dropbydrop.system.console import quiet_transformers
 from dropbydrop.system.distributed import SHARDS, Partition, Ranks
+from dropbydrop.system.errors import FormatError, UnsupportedModelError
 
 from .block_inputs import BlockInputs
 from .embeddings import embedding_name, head_name

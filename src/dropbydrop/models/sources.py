@@ -27,11 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dropbydrop.errors import DropError, FormatError, UnsupportedModelError, first_line
 from dropbydrop.system.atomic_folder import full_disk, replacing
 from dropbydrop.system.cache import cache_dir
 from dropbydrop.system.console import phase, quiet_transformers
 from dropbydrop.system.digest import file_digest
+from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError, first_line
 
 from .weight_files import INDEX, SINGLE
 

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dropbydrop.errors import CalibrationError, UnsupportedModelError
+from dropbydrop.system.errors import CalibrationError, UnsupportedModelError
 
 from .input_groups import InputGroup, group_name
 

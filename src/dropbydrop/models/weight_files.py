@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dropbydrop.errors import FormatError
+from dropbydrop.system.errors import FormatError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -25,11 +25,11 @@ import torch
 
 from dropbydrop.checkpoint import Checkpoint, PlaneSpec
 from dropbydrop.checkpoint.config import RESERVED_PREFIXES
-from dropbydrop.errors import DropError
 from dropbydrop.kernels.int8_head import HEAD_SLAB
 from dropbydrop.kernels.layout import STRIP
 from dropbydrop.kernels.registry import select
 from dropbydrop.models.model_config import context_length, text_settings
+from dropbydrop.system.errors import DropError
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}

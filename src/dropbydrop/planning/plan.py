@@ -23,7 +23,7 @@ import torch
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.fields import Fields, check_version
 from dropbydrop.checkpoint.files import dump_json, read_json
-from dropbydrop.errors import FormatError
+from dropbydrop.system.errors import FormatError
 
 from .memory import Memory, estimate
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.errors import PrecisionError
+from dropbydrop.system.errors import PrecisionError
 
 from .plan import Plan
 from .solver import make_plan

@@ -20,8 +20,8 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import LOG_FILE
 from dropbydrop.checkpoint.fields import Fields, check_version
 from dropbydrop.checkpoint.files import dump_json, read_json
-from dropbydrop.errors import DropError, FormatError
 from dropbydrop.system.atomic_folder import write_whole
+from dropbydrop.system.errors import DropError, FormatError
 
 SIDECAR = "sensitivity.json"
 SIDECAR_FORMAT = "dropbydrop-sensitivity"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.errors import MissingPlaneError, PrecisionError
+from dropbydrop.system.errors import MissingPlaneError, PrecisionError
 
 from .memory import default_context, parse_bytes, plane_bytes
 from .plan import Plan

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dropbydrop.errors import DropError, PrecisionError
+from dropbydrop.system.errors import DropError, PrecisionError
 from dropbydrop.system.settings import Settings, setting
 
 MAX_BITS = 8

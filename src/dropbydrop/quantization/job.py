@@ -16,12 +16,12 @@ from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.encoder import EFFORTS, Effort
 from dropbydrop.coding.search import backends
 from dropbydrop.data.calibration import Calibration, load_windows
-from dropbydrop.errors import CalibrationError, UnsupportedModelError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.embeddings import output_scale
 from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.system.accelerator import pick_device
+from dropbydrop.system.errors import CalibrationError, UnsupportedModelError
 from dropbydrop.system.memory import map_large_allocations
 
 from .config import SEQ_LEN, WINDOWS, QuantizeConfig

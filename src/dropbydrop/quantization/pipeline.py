@@ -33,10 +33,10 @@ from dropbydrop.checkpoint.config import CARD_FILE, LOG_FILE
 from dropbydrop.checkpoint.journal import Journal
 from dropbydrop.coding.codebooks import UNIVERSAL, file_of_set, universal_set
 from dropbydrop.data.calibration import Calibration
-from dropbydrop.errors import DropError
 from dropbydrop.system.accelerator import pick_device
 from dropbydrop.system.console import phase, progress_bar
 from dropbydrop.system.distributed import Partition, Ranks
+from dropbydrop.system.errors import DropError
 from dropbydrop.system.memory import device_peak, peak_memory
 from dropbydrop.system.version import __version__
 

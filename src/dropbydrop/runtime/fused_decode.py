@@ -34,10 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.errors import UnsupportedModelError
 from dropbydrop.kernels import registry
 from dropbydrop.kernels.cpu.step import MODEL_TYPES, DecodeStep, GroupOf
 from dropbydrop.kernels.registry import MAX_GEMV_ROWS, TYPES, log
+from dropbydrop.system.errors import UnsupportedModelError
 
 from .guards import Guards
 

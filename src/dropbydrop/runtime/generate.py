@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dropbydrop.errors import DropError
 from dropbydrop.system.console import quiet_transformers
+from dropbydrop.system.errors import DropError
 
 from . import fused_decode
 

@@ -35,8 +35,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dropbydrop.checkpoint import Checkpoint, QuantizationConfig
 from dropbydrop.checkpoint.config import FORMAT
-from dropbydrop.errors import DropError, FormatError, UnsupportedModelError
 from dropbydrop.models.embeddings import output_scale
+from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError
 
 from .fused_decode import attach
 from .fused_groups import multiply_together

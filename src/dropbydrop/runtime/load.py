@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.errors import FormatError, PrecisionError
 from dropbydrop.planning.plan import Plan
 from dropbydrop.planning.precision import Precision
 from dropbydrop.planning.solver import levels_here, make_plan
+from dropbydrop.system.errors import FormatError, PrecisionError
 
 from . import upgrade as upgrades
 from .hf import opened, register

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 
 from .modules import NestedLinear
 

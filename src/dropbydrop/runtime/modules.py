@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dropbydrop import kernels
-from dropbydrop.errors import PrecisionError, UnsupportedModelError
+from dropbydrop.system.errors import PrecisionError, UnsupportedModelError
 
 from .plane_store import GroupEntries, PlaneStore
 

@@ -31,8 +31,8 @@ from torch import Tensor
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import codes_name
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.errors import DropError
 from dropbydrop.kernels import Plane, to_device_layout
+from dropbydrop.system.errors import DropError
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 from transformers.generation import AssistedCandidateGenerator
 
-from dropbydrop.errors import DropError, PrecisionError
 from dropbydrop.planning.plan import Plan
 from dropbydrop.planning.precision import Precision
 from dropbydrop.system.console import quiet_transformers
+from dropbydrop.system.errors import DropError, PrecisionError
 
 from .views import plan_of, precision, store_of, view
 

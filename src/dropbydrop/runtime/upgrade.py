@@ -19,8 +19,8 @@ from pathlib import Path
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import CONFIG_FILE, MANIFEST_FILE, REST_FILE
-from dropbydrop.errors import DropError
 from dropbydrop.planning.plan import Plan
+from dropbydrop.system.errors import DropError
 
 from .plane_store import PlaneStore
 

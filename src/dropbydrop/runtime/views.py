@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from dropbydrop.errors import DropError, MissingPlaneError
 from dropbydrop.planning.plan import Plan
 from dropbydrop.planning.precision import Precision
+from dropbydrop.system.errors import DropError, MissingPlaneError
 
 from .hf import DropByDropConfig
 from .modules import NestedLinear

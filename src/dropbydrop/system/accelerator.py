@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from dropbydrop.errors import DropError
+from .errors import DropError
 
 
 def pick_device(device: str) -> str:

@@ -25,9 +25,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from dropbydrop.errors import DropError
-
 from .digest import FileEntry
+from .errors import DropError
 
 _CHUNK = 8 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

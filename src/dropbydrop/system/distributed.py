@@ -34,7 +34,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch import distributed as dist
 
-from dropbydrop.errors import DropError
+from .errors import DropError
 
 SHARDS = 8
 _TIMEOUT = timedelta(hours=2)  # rank 0 may write calibration text for long while others wait

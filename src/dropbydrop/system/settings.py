@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from dropbydrop.errors import DropError
+from .errors import DropError
 
 
 def setting(

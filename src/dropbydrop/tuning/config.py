@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dropbydrop.errors import CalibrationError, DropError
+from dropbydrop.system.errors import CalibrationError, DropError
 from dropbydrop.system.settings import Settings, setting
 
 EPOCHS = {"distill": 2, "blocks": 2}  # of a method, unless given

@@ -19,12 +19,12 @@ import transformers
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import MANIFEST_FILE
 from dropbydrop.data.calibration import Calibration, file_of, load_windows
-from dropbydrop.errors import DropError, FormatError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, original_of
 from dropbydrop.system.accelerator import multiplies_bfloat16, pick_device
 from dropbydrop.system.digest import CODING_ROOMS, code_digest, digest, model_digest
+from dropbydrop.system.errors import DropError, FormatError
 from dropbydrop.system.version import __version__
 
 from .config import TuneConfig

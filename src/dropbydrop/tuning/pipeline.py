@@ -25,8 +25,8 @@ from typing import Any
 
 from dropbydrop.checkpoint.files import check_replaceable
 from dropbydrop.checkpoint.journal import Journal
-from dropbydrop.errors import DropError
 from dropbydrop.system.atomic_folder import AtomicFolder
+from dropbydrop.system.errors import DropError
 from dropbydrop.system.memory import device_peak, peak_memory
 from dropbydrop.system.version import __version__
 

@@ -32,9 +32,9 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import RESERVED_PREFIXES, codebook_name
 from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.errors import FormatError, UnsupportedModelError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.weight_files import WeightFiles
+from dropbydrop.system.errors import FormatError, UnsupportedModelError
 
 from .decode import decode_levels
 from .optimizer import Values

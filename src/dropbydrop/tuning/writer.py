@@ -32,8 +32,8 @@ from dropbydrop.checkpoint.tensor_files import (
     wide_first,
 )
 from dropbydrop.checkpoint.writer import publish
-from dropbydrop.errors import FormatError
 from dropbydrop.system.atomic_folder import AtomicFolder
+from dropbydrop.system.errors import FormatError
 
 TUNE_LOG = "tune-log.jsonl"  # one line a step or block
 

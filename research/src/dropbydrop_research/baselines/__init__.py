@@ -25,7 +25,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 from dropbydrop.system.native_library import built_libraries
 from dropbydrop_research.sources import files_of
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dropbydrop.errors import CalibrationError
+from dropbydrop.system.errors import CalibrationError
 
 DAMP = 0.01
 BLOCK = 128  # a multiple of the group size

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dropbydrop.cli.options import Json, console, finish, parse_bits
-from dropbydrop.errors import DropError, PrecisionError
+from dropbydrop.system.errors import DropError, PrecisionError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -33,9 +33,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dropbydrop.checkpoint.journal import differences
-from dropbydrop.errors import DropError, FormatError
 from dropbydrop.system.atomic_folder import full_disk, lock, replacing
 from dropbydrop.system.digest import digest
+from dropbydrop.system.errors import DropError, FormatError
 from dropbydrop_research.baselines import Method
 
 COMMON = "compare.json"

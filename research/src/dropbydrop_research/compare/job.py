@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dropbydrop.data.calibration import Calibration, file_of, load_windows
 from dropbydrop.data.text_files import text_windows
-from dropbydrop.errors import CalibrationError, DropError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.quantization.config import SEQ_LEN
 from dropbydrop.quantization.job import check_model
 from dropbydrop.system.digest import digest, model_digest
+from dropbydrop.system.errors import CalibrationError, DropError
 from dropbydrop.system.memory import map_large_allocations
 from dropbydrop_research.baselines import Method, choose
 from dropbydrop_research.sources import files_of

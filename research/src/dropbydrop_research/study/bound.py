@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.errors import FormatError
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.system.errors import FormatError
 from dropbydrop_research.theory import (
     E8_SECOND_MOMENT,
     GaussianSource,

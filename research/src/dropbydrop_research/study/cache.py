@@ -23,13 +23,13 @@ from typing import Any
 from torch import Tensor
 
 from dropbydrop.data.calibration import SELF, load_windows
-from dropbydrop.errors import CalibrationError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source
 from dropbydrop.models.statistics import CLIP
 from dropbydrop.system.cache import cache_dir
 from dropbydrop.system.digest import file_digest
+from dropbydrop.system.errors import CalibrationError
 
 from .data import GramFolder, Progress, collect, fingerprint
 

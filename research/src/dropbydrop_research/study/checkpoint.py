@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dropbydrop import load, view
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.errors import FormatError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import Source, original_of
 from dropbydrop.system.console import quiet_transformers
+from dropbydrop.system.errors import FormatError
 
 from .data import linear_modules
 

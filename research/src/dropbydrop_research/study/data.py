@@ -28,10 +28,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dropbydrop.errors import FormatError
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.statistics import CLIP
 from dropbydrop.system.atomic_folder import replacing
+from dropbydrop.system.errors import FormatError
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what is next)."""

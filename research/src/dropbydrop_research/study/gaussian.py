@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.errors import FormatError
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.system.errors import FormatError
 from dropbydrop_research.theory.gaussian import BINS, GaussianFit, fit_gaussian, massive_activations
 
 from .data import GramFolder, Progress, finite, linear_modules, read_weight

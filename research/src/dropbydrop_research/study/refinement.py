@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 from dropbydrop_research.theory import (
     Case,
     GaussianSource,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dropbydrop.errors import FormatError
+from dropbydrop.system.errors import FormatError
 
 METHOD, ORIGINAL = "Drop-by-Drop", "full precision"
 

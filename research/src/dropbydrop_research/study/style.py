@@ -12,7 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from dropbydrop.errors import DropError
+from dropbydrop.system.errors import DropError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,8 +20,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from dropbydrop.errors import KernelError
 from dropbydrop.system.accelerator import triton_interpreted
+from dropbydrop.system.errors import KernelError
 
 from ..objective import Metric
 from . import batched, cpu

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.objective import Metric
-from dropbydrop.errors import KernelError
+from dropbydrop.system.errors import KernelError
 from dropbydrop.system.native_library import library, members
 
 _MAX = 8  # DROP_SEARCH_MAX_CODEBOOKS

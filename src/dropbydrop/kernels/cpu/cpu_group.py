@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from dropbydrop.coding import code
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.errors import KernelError
+from dropbydrop.system.errors import KernelError
 
 from .. import registry
 from ..layout import Codebooks, Matrix

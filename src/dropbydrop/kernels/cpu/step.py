@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropbydrop.errors import UnsupportedModelError
+from dropbydrop.system.errors import UnsupportedModelError
 from dropbydrop.system.native_library import members
 
 from .. import registry

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from dropbydrop.coding.code import decode
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.errors import KernelError
+from dropbydrop.system.errors import KernelError
 
 from .. import registry
 from ..layout import Codebooks, Matrix

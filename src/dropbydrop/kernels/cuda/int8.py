@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dropbydrop.coding.code import ENTRIES, GROUP
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.errors import KernelError
+from dropbydrop.system.errors import KernelError
 
 from ..registry import MAX_GEMV_ROWS, TYPES
 from .nvrtc import Function, pointer, source

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from dropbydrop.errors import KernelError
+from dropbydrop.system.errors import KernelError
 
 _OPTIN_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _FREE_SHARED = 48 << 10  # what a kernel may use without opting in

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.rotation import Rotation, hadamard_on
-from dropbydrop.errors import KernelError
 from dropbydrop.system.accelerator import triton_interpreted
+from dropbydrop.system.errors import KernelError
 
 from ..registry import MAX_GEMV_ROWS
 
