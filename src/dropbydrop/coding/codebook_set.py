@@ -1,0 +1,173 @@
+"""`CodebookSet`: what stored codes mean. One codebook a plane, all planes of one kind.
+
+For both kinds a plane gives every group of g weights (8, or 1) one of K entries; so what they share
+is an index and a table:
+
+    W^_P[r, g*j : g*(j+1)] = scales[r] * sum_{m=1..P} entries_m[index_m[r, j]]        (AQLM, eq. 2)
+
+    bytes     index = the code itself; entries [256, 8]
+    trellis   index = the label of a window of the input's bit stream, entries [64, 1]
+
+The stream of a trellis plane holds k bits a weight: bit i of input j is bit i % 8 of
+codes[i // 8, j], and the bits of row r are k*r .. k*r + k - 1. The window of row r is the L bits
+that end with its own; the bit of age a (0 is bit k*r + k - 1) adds taps[a] to the label, modulo 2
+in every bit (GF(2)); bits before the first row are 0. So the label is the output of a convolutional
+code, the classical trellis-coded quantization (Marcellin and Fischer 1990) without its tables: a
+linear map of the window is as good as a random table of 2^L values (docs/trellis.md), and it is
+computed, not looked up. The value is an integer of at most 63 in size times one scale a plane, so
+products with integer inputs are exact sums.
+
+Invariant: lower precision = prefix. Decoding P planes reads codes_1..codes_P and nothing else, and
+equals, bit for bit, the P-th partial sum of decoding more planes. Sums run in float32 in the order
+of the planes and are scaled once at the end.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .code import expand_codebook, partial_sums
+from .planes import BytesPlane, PlaneSpec, TrellisPlane
+
+VALUE_MAX = 63  # size of an integer value: sums of two products with int8 inputs fit 16 bits
+
+
+@dataclass(frozen=True, eq=False)
+class CodebookSet(ABC):
+    """See the module's note. Immutable.
+
+    Attributes:
+        planes: a spec for each codebook.
+        parts: the stored tensors of each, by the suffix of their names (`PlaneSpec.parts`).
+    """
+
+    planes: tuple[PlaneSpec, ...]
+    parts: tuple[Mapping[str, Tensor], ...]
+
+    @property
+    def kind(self) -> str:
+        """That of its planes."""
+        return self.planes[0].kind
+
+    @property
+    @abstractmethod
+    def entries(self) -> tuple[Tensor, ...]:
+        """The table of each plane, float32 [K, g]."""
+
+    @abstractmethod
+    def index(self, m: int, codes: Tensor, d_out: int) -> Tensor:
+        """Entry of every group of plane m (counted from 0): integers [d_out, G].
+
+        codes: uint8 of the plane's shape.
+        """
+
+    def to(self, device: torch.device | str) -> CodebookSet:
+        """The set on a device."""
+        moved = tuple({key: t.to(device) for key, t in part.items()} for part in self.parts)
+        return type(self)(self.planes, moved)
+
+    def sums(self, codes: Sequence[Tensor], d_out: int, prefixes: Sequence[int]) -> list[Tensor]:
+        """Partial sums before scaling, float32 [d_out, d_in], for every P of `prefixes`.
+
+        Args:
+            codes: of planes 1..M; only the first `prefixes[-1]` are read.
+            prefixes: numbers of planes, ascending.
+        """
+        index = [self.index(m, codes[m], d_out) for m in range(prefixes[-1])]
+        return partial_sums(index, self.entries, prefixes)
+
+    def decode(
+        self,
+        codes: Sequence[Tensor],
+        scales: Tensor,
+        prefix: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """The matrix of the first `prefix` planes, `dtype` [d_out, d_in], for rotated inputs.
+
+        scales: [d_out], of the rows.
+        """
+        if not 1 <= prefix <= min(len(codes), len(self.planes)):
+            raise ValueError(f"prefix {prefix} with {len(codes)} and {len(self.planes)} planes")
+        (weight,) = self.sums(codes, len(scales), [prefix])
+        return weight.mul_(scales.to(torch.float32)[:, None]).to(dtype)
+
+
+class BytesSet(CodebookSet):
+    """Codebooks of byte planes; parts: float16 or float32 [K/2, g] (sign-symmetric) or [K, g]."""
+
+    @staticmethod
+    def of(codebooks: Sequence[Tensor] | Tensor) -> BytesSet:
+        """Sign-symmetric codebooks [K/2, g] of planes 1..M."""
+        return BytesSet(
+            tuple(BytesPlane() for _ in codebooks), tuple({"": book} for book in codebooks)
+        )
+
+    @property
+    def stacked(self) -> Tensor:
+        """float32 [M, K/2, g], as the search and the refit of sign-symmetric codebooks take it."""
+        return torch.stack([part[""].to(torch.float32) for part in self.parts])
+
+    @property
+    def entries(self) -> tuple[Tensor, ...]:
+        """See `CodebookSet.entries`."""
+        specs = (plane for plane in self.planes if isinstance(plane, BytesPlane))
+        return tuple(
+            expand_codebook(part[""], spec.sign_symmetric)
+            for spec, part in zip(specs, self.parts, strict=True)
+        )
+
+    def index(self, m: int, codes: Tensor, d_out: int) -> Tensor:
+        """See `CodebookSet.index`."""
+        return codes
+
+
+class TrellisSet(CodebookSet):
+    """Codebooks of trellis planes; parts: int8 values [K], float32 scale [1], uint8 taps [L]."""
+
+    planes: tuple[TrellisPlane, ...]
+
+    @property
+    def entries(self) -> tuple[Tensor, ...]:
+        """See `CodebookSet.entries`."""
+        return tuple((part[""].to(torch.float32) * part[".scale"])[:, None] for part in self.parts)
+
+    def index(self, m: int, codes: Tensor, d_out: int) -> Tensor:
+        """See `CodebookSet.index`; uint8 [d_out, d_in]."""
+        return labels(codes, self.parts[m][".taps"], self.planes[m].bits, d_out)
+
+
+def stream_bits(codes: Tensor) -> Tensor:
+    """uint8 [n, d_in] -> bits uint8 [8 n, d_in], in the order of the stream."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return ((codes[:, None] >> shifts[None, :, None]) & 1).reshape(-1, codes.shape[1])
+
+
+def pack_stream(bits: Tensor) -> Tensor:
+    """Bits uint8 [n, d_in] -> codes uint8 [ceil(n / 8), d_in]; `stream_bits` undoes it."""
+    missing = -bits.shape[0] % 8
+    whole = torch.nn.functional.pad(bits, (0, 0, 0, missing)).view(-1, 8, bits.shape[1])
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (whole << shifts[None, :, None]).sum(1, dtype=torch.uint8)
+
+
+def labels(codes: Tensor, taps: Tensor, bits: int, d_out: int) -> Tensor:
+    """Label of every weight: uint8 [d_out, d_in].
+
+    codes uint8 [ceil(k d_out / 8), d_in]; taps uint8 [L]; bits: k.
+    """
+    window = len(taps)
+    stream = torch.nn.functional.pad(stream_bits(codes), (0, 0, window - bits, 0))
+    found = torch.zeros(d_out, codes.shape[1], dtype=torch.uint8, device=codes.device)
+    for age in range(window):
+        start = window - 1 - age  # of row 0, in the padded stream
+        found ^= stream[start : start + bits * d_out : bits] * taps[age]
+    return found
+
+
+SETS: dict[str, type[CodebookSet]] = {"bytes": BytesSet, "trellis": TrellisSet}
