@@ -11,10 +11,11 @@ is an index and a table:
 The stream of a trellis plane holds k bits a weight: bit i of input j is bit i % 8 of
 codes[i // 8, j], and the bits of row r are k*r .. k*r + k - 1. The window of row r is the L bits
 that end with its own; the bit of age a (0 is bit k*r + k - 1) adds taps[a] to the label, modulo 2
-in every bit (GF(2)); bits before the first row are 0. So the label is the output of a convolutional
-code, the classical trellis-coded quantization (Marcellin and Fischer 1990) without its tables: a
-linear map of the window is as good as a random table of 2^L values (docs/trellis.md), and it is
-computed, not looked up. The value is an integer of at most 63 in size times one scale a plane, so
+in every bit (GF(2)). The stream is a ring: before its first bit comes the last one of its last
+byte, padding included (tail biting; a start from zeros costs up to 13 % of the error at 576 rows).
+So the label is the output of a convolutional code, the classical trellis-coded quantization
+(Marcellin and Fischer 1990) without its tables: a linear map of the window is better than a random
+table of 2^L values (docs/trellis.md), and it is computed, not looked up. The value is an integer of at most 63 in size times one scale a plane, so
 products with integer inputs are exact sums.
 
 Invariant: lower precision = prefix. Decoding P planes reads codes_1..codes_P and nothing else, and
@@ -159,14 +160,13 @@ def pack_stream(bits: Tensor) -> Tensor:
 def labels(codes: Tensor, taps: Tensor, bits: int, d_out: int) -> Tensor:
     """Label of every weight: uint8 [d_out, d_in].
 
-    codes uint8 [ceil(k d_out / 8), d_in]; taps uint8 [L]; bits: k.
+    codes uint8 [bytes of a stream, d_in]; taps uint8 [L]; bits: k.
     """
-    window = len(taps)
-    stream = torch.nn.functional.pad(stream_bits(codes), (0, 0, window - bits, 0))
+    stream = stream_bits(codes)
     found = torch.zeros(d_out, codes.shape[1], dtype=torch.uint8, device=codes.device)
-    for age in range(window):
-        start = window - 1 - age  # of row 0, in the padded stream
-        found ^= stream[start : start + bits * d_out : bits] * taps[age]
+    for age, tap in enumerate(taps):
+        newest = stream.roll(age - (bits - 1), 0)  # row k*r: the bit of this age of row r
+        found ^= newest[: bits * d_out : bits] * tap
     return found
 
 

@@ -2,8 +2,8 @@
 
     kind      codes of a matrix [d_out, d_in], uint8            codebook
     bytes     [d_out, G], one code a group of g = 8 inputs      K = 256 entries of g weights
-    trellis   [ceil(bits * d_out / 8), d_in], a bit stream      K = 64 values of one weight, and how
-              down the rows of every input                      a window of the stream names one
+    trellis   [ceil(bits * d_out / 8), d_in], a ring of bits    K = 64 values of one weight, and how
+              down the rows of every input; 3 bytes at least    a window of the stream names one
 
 A checkpoint is of one kind. Its planes are ordered; level P reads the first `count` of them, those
 whose bits add up to P (`counts_of`). Users count bits (a level), everything below counts planes
@@ -27,6 +27,7 @@ from .code import ENTRIES, GROUP
 
 LABELS = 64  # values of a trellis plane: a label has 6 bits
 WINDOWS = range(8, 18)  # bits of a window that every decoder knows: it spans three bytes
+SHORTEST = 3  # bytes of a stream: no window is longer
 
 
 class PlaneSpec(ABC):
@@ -91,7 +92,7 @@ class BytesPlane(PlaneSpec):
 
 @dataclass(frozen=True)
 class TrellisPlane(PlaneSpec):
-    """A bit stream down the rows of every input, read through a sliding window.
+    """A ring of bits down the rows of every input, read through a sliding window.
 
     Attributes:
         bits: k, new bits a weight: 1 or 2.
@@ -114,7 +115,7 @@ class TrellisPlane(PlaneSpec):
 
     def shape(self, d_out: int, d_in: int) -> tuple[int, int]:
         """(bytes of a stream, d_in): 8 / k consecutive rows of an input in one byte."""
-        return -(-self.bits * d_out // 8), d_in
+        return max(-(-self.bits * d_out // 8), SHORTEST), d_in
 
     @property
     def parts(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
