@@ -15,8 +15,8 @@ in every bit (GF(2)). The stream is a ring: before its first bit comes the last 
 byte, padding included (tail biting; a start from zeros costs up to 13 % of the error at 576 rows).
 So the label is the output of a convolutional code, the classical trellis-coded quantization
 (Marcellin and Fischer 1990) without its tables: a linear map of the window is better than a random
-table of 2^L values (docs/trellis.md), and it is computed, not looked up. The value is an integer of at most 63 in size times one scale a plane, so
-products with integer inputs are exact sums.
+table of 2^L values (docs/trellis.md), and it is computed, not looked up. The value is an integer of
+at most 63 in size times one scale a plane, so products with integer inputs are exact sums.
 
 Invariant: lower precision = prefix. Decoding P planes reads codes_1..codes_P and nothing else, and
 equals, bit for bit, the P-th partial sum of decoding more planes. Sums run in float32 in the order
