@@ -6,7 +6,8 @@
     python benchmarks/gpu.py --smoke --device cpu   # tiny shapes, any device: that it runs at all
 
 Steps, in this order, each written to the state file when it is done and not repeated:
-    copy       bytes read and written by a copy of 1 GiB, a second: the ceiling all shares refer to
+    copy       bytes read and written by a copy of 1 GiB, a second. The ceiling that shares refer to
+               is this or the fastest bfloat16 product of `matvec`, which only reads, if that is more
     matvec     one row of x times W under a CUDA graph: rotation and product from P planes, against
                torch's bfloat16 product of the same shape in the same run
     prefill    decoding to a dense matrix, against a product of 2,048 rows with it
@@ -69,7 +70,9 @@ def targets(results: dict[str, Any]) -> dict[str, Any]:
         if value > best.get(key, {"value": 0})["value"]:
             best[key] = {"value": value, "kernel": kernel}
 
-    bandwidth = results.get("copy", {}).get("gb_per_s")
+    products = [e for e in results.get("matvec", {}).values() if isinstance(e, dict)]
+    rates = [results.get("copy", {}).get("gb_per_s", 0)]
+    bandwidth = max(rates + [entry.get("bf16_gb_per_s", 0) for entry in products])
     for shape, entry in results.get("matvec", {}).items():
         for row in entry["planes"] if isinstance(entry, dict) else []:
             if "error" in row:
@@ -78,7 +81,7 @@ def targets(results: dict[str, Any]) -> dict[str, Any]:
             better(f"{what}, times bf16", row["times_bf16"], row["kernel"])
             if bandwidth:
                 share = row["codes_gb_per_s"] / bandwidth
-                better(f"{what}, share of the copy bandwidth", share, row["kernel"])
+                better(f"{what}, share of the fastest read", share, row["kernel"])
     for row in results.get("decode", {}).get("planes", []):
         if "error" not in row:
             better(f"decode {row['bits']} bits, times bf16", row["times_bf16"], row["kernel"])

@@ -131,8 +131,11 @@ def test_the_best_kernel_counts(bench):
     ]
     found = bench.targets({"copy": {"gb_per_s": 480.0}, "matvec": {"8x8": {"planes": rows}}})
     assert found["matvec 8x8 2 bits, times bf16"] == {"value": 3.6, "kernel": "b"}
-    share = found["matvec 8x8 2 bits, share of the copy bandwidth"]
+    share = found["matvec 8x8 2 bits, share of the fastest read"]
     assert share == {"value": 0.5, "kernel": "b"}
+    fast = {"8x8": {"bf16_gb_per_s": 960.0, "planes": rows}}
+    found = bench.targets({"copy": {"gb_per_s": 480.0}, "matvec": fast})
+    assert found["matvec 8x8 2 bits, share of the fastest read"]["value"] == 0.25
     found = bench.targets({"prefill": {"8x8": {"share": 0.1}}, "decode": {"planes": rows}})
     assert found["prefill 8x8, share of the product"] == {"value": 0.1}
     assert found["decode 2 bits, times bf16"] == {"value": 3.6, "kernel": "b"}
