@@ -24,10 +24,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dropbydrop.checkpoint import (
     CheckpointWriter,
     Embeddings,
-    PlaneSpec,
     QuantizationConfig,
     StoredGroup,
 )
+from dropbydrop.coding.codebook_set import SETS, CodebookSet
+from dropbydrop.coding.planes import BytesPlane, PlaneSpec, TrellisPlane, trellis_planes
 from dropbydrop.coding.rotation import Rotation
 
 LEVELS = (2, 3, 4)
@@ -88,25 +89,47 @@ def group_rotation(index: int, d_in: int, scaled_inputs: bool = False) -> Rotati
     return rotation
 
 
-def random_codebooks(
+def random_planes(
+    code: str, levels: Sequence[int], *, sign_symmetric: bool = True, window: int = 12
+) -> tuple[PlaneSpec, ...]:
+    """Planes of a kind, "bytes" or "trellis", for these levels."""
+    if code == "trellis":
+        return trellis_planes(levels, window)
+    return tuple(BytesPlane(sign_symmetric=sign_symmetric) for _ in range(max(levels)))
+
+
+def random_set(
     planes: Sequence[PlaneSpec], seed: int = 0, sizes: Sequence[float] | None = None
-) -> list[Tensor]:
-    """Stored codebooks, float16 [K/2 or K, g] a plane; `sizes` by default 1, 1/2, 1/4, ..."""
+) -> CodebookSet:
+    """A codebook set of N(0, size^2) entries; `sizes` by default 1, 1/2, 1/4, ..."""
     generator = torch.Generator().manual_seed(seed)
     sizes = [0.5**m for m in range(len(planes))] if sizes is None else sizes
-    return [
-        (torch.randn(plane.codebook_shape, generator=generator) * size).half()
-        for plane, size in zip(planes, sizes, strict=True)
-    ]
+    parts = [_codebook(*pair, generator) for pair in zip(planes, sizes, strict=True)]
+    return SETS[planes[0].kind](tuple(planes), tuple(parts))
+
+
+def _codebook(plane: PlaneSpec, size: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """Parts of one codebook. Any taps but 0 make a code; any two of a window may be equal."""
+    entries = torch.randn(plane.parts[""][1], generator=generator)
+    if not isinstance(plane, TrellisPlane):
+        return {"": (entries * size).half()}
+    taps = torch.randint(1, plane.entries, (plane.window,), generator=generator)
+    return {
+        "": (entries * 21).round().clamp(-63, 63).to(torch.int8),  # three sigma are 63
+        ".scale": torch.tensor([size / 21]),
+        ".taps": taps.to(torch.uint8),
+    }
 
 
 def random_checkpoint(
     out: Path,
     model: LlamaForCausalLM,
     *,
+    code: str = "bytes",
     levels: Sequence[int] = LEVELS,
     embedding_bits: int = 8,
     sign_symmetric: bool = True,
+    window: int = 12,
     sizes: Sequence[float] | None = None,
     scaled_inputs: bool = False,
     files: Mapping[str, bytes | Path] | None = None,
@@ -121,9 +144,11 @@ def random_checkpoint(
     Args:
         out: the folder to write.
         model: its shape and everything but the linears of the blocks.
-        levels: of the checkpoint; max(levels) planes are written.
+        code: kind of the planes, "bytes" or "trellis".
+        levels: of the checkpoint; its planes are what they need.
         embedding_bits: of embedding and head.
-        sign_symmetric: codebooks of K/2 stored entries and their negatives, else of K.
+        sign_symmetric: of bytes: codebooks of K/2 stored entries and their negatives, else of K.
+        window: of trellis: bits of a window.
         sizes: scale of the codebook of each plane; by default each is half of the last.
         scaled_inputs: give every second input group input scales.
         files: further files of the folder.
@@ -131,11 +156,11 @@ def random_checkpoint(
         writer: further arguments of `CheckpointWriter`.
     """
     generator = torch.Generator().manual_seed(seed)
-    planes = tuple(PlaneSpec(sign_symmetric=sign_symmetric) for _ in range(max(levels)))
+    planes = random_planes(code, levels, sign_symmetric=sign_symmetric, window=window)
     tied = bool(model.config.tie_word_embeddings)
     input_groups, done = [], set()
     with CheckpointWriter(out, **writer) as checkpoint:
-        checkpoint.add_codebook_set("universal", random_codebooks(planes, seed, sizes))
+        checkpoint.add_codebook_set("universal", random_set(planes, seed, sizes))
         for index, (name, modules) in enumerate(llama_groups(model)):
             d_in = model.get_submodule(modules[0]).in_features
             turn = group_rotation(index, d_in, scaled_inputs)
@@ -144,14 +169,16 @@ def random_checkpoint(
             checkpoint.add_group(group, turn)
             for module in modules:
                 linear = model.get_submodule(module)
-                shape = linear.out_features, d_in // 8  # [d_out, G]
+                d_out = linear.out_features
                 codes = [
-                    torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-                    for _ in planes
+                    torch.randint(
+                        0, 256, plane.shape(d_out, d_in), dtype=torch.uint8, generator=generator
+                    )
+                    for plane in planes
                 ]
-                scales = 0.4 * (1 + torch.rand(shape[0], generator=generator)) / d_in**0.5
+                scales = 0.4 * (1 + torch.rand(d_out, generator=generator)) / d_in**0.5
                 bias = None if linear.bias is None else _values(linear.bias, generator)
-                checkpoint.add_linear(module, codes, scales, bias)
+                checkpoint.add_linear(module, codes, scales, bias, d_in=d_in)
                 done |= {f"{module}.weight", f"{module}.bias"}
         tables = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
         for module in tables:
@@ -192,12 +219,12 @@ def equal_errors(model: LlamaForCausalLM, levels: Sequence[int] = LEVELS) -> dic
     return {"quantize-log.jsonl": "\n".join(lines).encode()}
 
 
-def sized_checkpoint(out: Path, size: str) -> Path:
+def sized_checkpoint(out: Path, size: str, code: str = "bytes") -> Path:
     """A random checkpoint of one of `SIZES`, written unless it is there."""
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         model = llama_shape(llama_config(size))
-        random_checkpoint(out, model, files=equal_errors(model))
+        random_checkpoint(out, model, code=code, files=equal_errors(model))
     return out
 
 
@@ -205,8 +232,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder to write; one that exists is left alone")
     parser.add_argument("--size", choices=SIZES, default="1gb", help="shape of the model")
+    parser.add_argument("--code", choices=SETS, default="bytes", help="kind of the planes")
     args = parser.parse_args()
-    print(sized_checkpoint(args.out, args.size))
+    print(sized_checkpoint(args.out, args.size, args.code))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dropbydrop.checkpoint import Checkpoint, CheckpointWriter, PlaneSpec, StoredGroup
+from dropbydrop.checkpoint import Checkpoint, CheckpointWriter, StoredGroup
 from dropbydrop.checkpoint.tensor_files import METADATA
+from dropbydrop.coding.codebook_set import BytesSet
+from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.system import atomic_folder as folder_module
 from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
@@ -128,7 +130,7 @@ def test_spills_to_disk_while_adding(tmp_path: Path) -> None:
     ck = CheckpointWriter(tmp_path / "o")
     for i in range(50):
         codes = [torch.zeros(1000, 100, dtype=torch.uint8)] * 2
-        ck.add_linear(f"m{i}", codes, torch.ones(1000))
+        ck.add_linear(f"m{i}", codes, torch.ones(1000), d_in=800)
     spilled = sum(p.stat().st_size for p in next(tmp_path.glob(".o.partial-*")).iterdir())
     assert spilled > 0.9 * 50 * 2 * 100_000  # all but the last buffer
     ck.abort()
@@ -180,7 +182,7 @@ def test_full_disk_for_real(tmp_path: Path) -> None:
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
         with CheckpointWriter(tmp_path / "out") as ck:
-            ck.add_linear("m", [torch.zeros(64, 8, dtype=torch.uint8)], torch.ones(64))
+            ck.add_linear("m", [torch.zeros(64, 8, dtype=torch.uint8)], torch.ones(64), d_in=64)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(10)
 
@@ -252,11 +254,14 @@ def write_minimal(ck: CheckpointWriter, spec: StoredGroup, **changes: Any) -> Pa
     ck.add_group(spec, Rotation.make(spec.d_in))
     d_in = changes.get("d_in", spec.d_in)
     module = changes.get("module", "m")
-    ck.add_linear(module, [torch.zeros(4, d_in // 8, dtype=torch.uint8)], torch.ones(4))
-    ck.add_codebook_set(changes.get("set", "u"), [torch.ones(128, 8)] * changes.get("books", 1))
+    rows, columns = changes.get("codes", (4, d_in // 8))
+    codes = [torch.zeros(rows, columns, dtype=torch.uint8)] * changes.get("planes", 1)
+    ck.add_linear(module, codes, torch.ones(4), d_in=d_in)
+    books = [torch.ones(*changes.get("book", (128, 8)))] * changes.get("books", 1)
+    ck.add_codebook_set(changes.get("set", "u"), BytesSet.of(books))
     ck.add_embedding("e", torch.ones(4, 8), bits=16)
     quantization = QuantizationConfig(
-        1, (1,), (PlaneSpec(),), (changes.get("described", spec),), Embeddings(16, ("e",), True)
+        1, (1,), (BytesPlane(),), (changes.get("described", spec),), Embeddings(16, ("e",), True)
     )
     if "before_finish" in changes:
         changes["before_finish"]()
@@ -273,8 +278,12 @@ def write_minimal(ck: CheckpointWriter, spec: StoredGroup, **changes: Any) -> Pa
     [
         ({"module": "n"}, r"linears and input groups differ in \['m', 'n'\]"),
         ({"d_in": 16}, "m has d_in 16, its input group 8"),
-        ({"set": "v"}, "codebook sets have {'u': None}"),
-        ({"books": 2}, "codebook sets have {'u': 2}"),
+        ({"set": "v"}, r"codebooks.u.1 is missing, expected F16 \[128, 8\]"),
+        ({"books": 2}, r"codebooks.u.2 is F16 \[128, 8\], expected no such codebook"),
+        ({"book": (256, 8)}, r"codebooks.u.1 is F16 \[256, 8\], expected F16 \[128, 8\]"),
+        ({"codes": (3, 1)}, r"m.codes.1 is U8 \[3, 1\], its plane says \[4, 1\]"),
+        ({"codes": (4, 2)}, r"m.codes.1 is U8 \[4, 2\], its plane says \[4, 1\]"),
+        ({"planes": 2}, "2 planes added, the config has 1"),
         (
             {"described": StoredGroup("t", ("m",), 8, "u")},
             "not those of the config",
@@ -310,19 +319,17 @@ def test_bad_tensors(tmp_path: Path) -> None:
     ck = CheckpointWriter(tmp_path / "o")
     for bad, scales in (
         ([codes.int()], torch.ones(4)),
-        ([codes, codes[:2]], torch.ones(4)),
-        ([codes], torch.ones(3)),
         ([codes], torch.ones(2, 4)),
         ([codes], torch.full((4,), 1e6)),
         ([codes], torch.full((4,), float("nan"))),
     ):
         with pytest.raises(ValueError, match="x: "):
-            ck.add_linear("x", bad, scales)
-    ck.add_linear("m", [codes], torch.ones(4))
+            ck.add_linear("x", bad, scales, d_in=16)
+    ck.add_linear("m", [codes], torch.ones(4), d_in=16)
     with pytest.raises(ValueError, match="2 planes, other matrices 1"):
-        ck.add_linear("n", [codes, codes], torch.ones(4))
+        ck.add_linear("n", [codes, codes], torch.ones(4), d_in=16)
     with pytest.raises(ValueError, match="added twice"):
-        ck.add_linear("m", [codes], torch.ones(4))
+        ck.add_linear("m", [codes], torch.ones(4), d_in=16)
     with pytest.raises(ValueError, match="reserved"):
         ck.add_tensor("codebooks.x.1", torch.ones(4))
     for other in (Rotation.make(24), Rotation(16, 1, torch.ones(16), None)):
@@ -477,12 +484,16 @@ def test_missing_or_truncated_file(out: Path, name: str) -> None:
         ),
         (
             "config.json",
-            lambda d: d["quantization_config"]["planes"][1].update(kind="trellis"),
-            "plane of kind 'trellis'",
+            lambda d: d["quantization_config"]["planes"][1].update(kind="hexagons"),
+            "plane of kind 'hexagons'",
         ),
         ("manifest.json", lambda d: d.update(format_version=2), "format_version 2"),
         ("config.json", lambda d: d.pop("quantization_config"), "not a dropbydrop checkpoint"),
-        ("config.json", lambda d: d["quantization_config"]["planes"].pop(), "contradict 3 planes"),
+        (
+            "config.json",
+            lambda d: d["quantization_config"]["planes"].pop(),
+            r"contradict planes of \[1, 1, 1\] bits",
+        ),
         ("manifest.json", lambda d: d["planes"].pop(), "lists 3 planes, the config 4"),
         (
             "config.json",

@@ -17,13 +17,14 @@ from dropbydrop.checkpoint import (
     CheckpointWriter,
     Embeddings,
     Manifest,
-    PlaneSpec,
     QuantizationConfig,
     StoredGroup,
 )
 from dropbydrop.checkpoint.fields import plain_name
 from dropbydrop.checkpoint.int8_rows import quantize_rows
 from dropbydrop.checkpoint.tensor_files import TensorInfo, encode_header, read_header
+from dropbydrop.coding.codebook_set import BytesSet
+from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.coding.rotation import Rotation, pack_input_scales
 from dropbydrop.system.errors import FormatError, PrecisionError
 
@@ -48,18 +49,18 @@ def write_golden(out: Path) -> None:
     signs = signs * torch.exp2((torch.arange(24) - 12) / 8)
     odd = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     quantization = QuantizationConfig(
-        2, (1, 2), (PlaneSpec(), PlaneSpec()), (spec,), Embeddings(8, ("e",), True), {"seed": 7}
+        2, (1, 2), (BytesPlane(), BytesPlane()), (spec,), Embeddings(8, ("e",), True), {"seed": 7}
     )
     with CheckpointWriter(out) as writer:
         writer.add_group(spec, Rotation(24, 8, signs, odd))
         book = torch.arange(128 * 8).reshape(128, 8) / 64
-        writer.add_codebook_set("universal", [book, book / 2])
+        writer.add_codebook_set("universal", BytesSet.of([book, book / 2]))
         for offset, (module, d_out) in enumerate((("b", 2), ("a", 4))):
             codes = [
                 (torch.arange(d_out * 3).reshape(d_out, 3) * 5 + m + offset).to(torch.uint8)
                 for m in range(2)
             ]
-            writer.add_linear(module, codes, torch.arange(1, d_out + 1) / 8)
+            writer.add_linear(module, codes, torch.arange(1, d_out + 1) / 8, d_in=24)
         writer.add_embedding("e", torch.arange(-12, 12).reshape(3, 8) / 4, bits=8)
         writer.add_tensor("norm.weight", torch.ones(24, dtype=torch.bfloat16))
         config = {"model_type": "toy", "dtype": "float32"}
@@ -109,12 +110,12 @@ def test_same_input_same_bytes_whatever_the_order(tmp_path: Path) -> None:
                 writer.add_group(spec, Rotation.make(8))
             for name in names:
                 codes = [torch.full((2, 1), ord(name), dtype=torch.uint8)]
-                writer.add_linear(name, codes, torch.full((2,), 0.5))
+                writer.add_linear(name, codes, torch.full((2,), 0.5), d_in=8)
                 writer.add_tensor(f"{name}_norm.weight", torch.ones(8))
-            writer.add_codebook_set("u", [torch.ones(128, 8)])
+            writer.add_codebook_set("u", BytesSet.of([torch.ones(128, 8)]))
             writer.add_embedding("e", torch.ones(4, 8), bits=8)
             q = QuantizationConfig(
-                1, (1,), (PlaneSpec(),), tuple(specs), Embeddings(8, ("e",), True)
+                1, (1,), (BytesPlane(),), tuple(specs), Embeddings(8, ("e",), True)
             )
             writer.finish({"model_type": "toy"}, q)
 
@@ -260,12 +261,12 @@ def _set(*path: Any) -> Any:
         (_set("surprise", 1), r"unknown keys \['surprise'\]"),
         (_set("bits", "3"), "'bits' is '3'; expected int"),
         (_set("bits", True), "'bits' is True; expected int"),
-        (_set("levels", []), "contradict 3 planes"),
-        (_set("levels", [3, 2]), "contradict 3 planes"),
-        (_set("levels", [2, 2, 3]), "contradict 3 planes"),
-        (_set("levels", [0, 3]), "contradict 3 planes"),
-        (_set("levels", [2, 4]), "contradict 3 planes"),
-        (_set("levels", [2.0, 3]), "contradict 3 planes"),
+        (_set("levels", []), r"levels \[\] must ascend"),
+        (_set("levels", [3, 2]), "must ascend"),
+        (_set("levels", [2, 2, 3]), "must ascend"),
+        (_set("levels", [0, 3]), "must ascend from at least 1"),
+        (_set("levels", [2, 4]), r"contradict planes of \[1, 1, 1\] bits: .* up to \[1, 2, 3\]"),
+        (_set("levels", [2.0, 3]), "must ascend"),
         (_set("planes", 1, "entries", 16), "plane of 16 entries"),
         (_set("planes", 1, "group", 4), "group 4"),
         (_set("planes", 1, "dtype", "uint16"), "uint16"),
@@ -286,7 +287,10 @@ def _set(*path: Any) -> Any:
             r"rotation has unknown keys",
         ),
         (_set("input_groups", 0, "rotation", {}), "rotation lacks 'kind'"),
-        (_set("planes", 1, "kind", "trellis"), "plane of kind 'trellis'"),
+        (
+            _set("planes", 1, "kind", "hexagons"),
+            "plane of kind 'hexagons'; .* decodes bytes and tre",
+        ),
         (_set("embeddings", "bits", 4), "embeddings of 4 bits"),
         (_set("embeddings", "modules", ["m.q"]), "quantized linears and as embeddings"),
     ],

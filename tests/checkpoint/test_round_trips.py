@@ -17,13 +17,14 @@ from dropbydrop.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     Embeddings,
-    PlaneSpec,
     QuantizationConfig,
     StoredGroup,
 )
 from dropbydrop.checkpoint.tensor_files import DTYPES, TensorInfo, encode_header, read_header
+from dropbydrop.coding.planes import counts_of
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.system.errors import FormatError
+from random_model import random_planes, random_set
 
 INFOS = st.builds(
     TensorInfo,
@@ -74,6 +75,8 @@ def test_any_json_in_a_header(value: object) -> None:
     rows=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     groups=st.integers(1, 6),
     levels=st.sets(st.integers(1, 4), min_size=1),
+    code=st.sampled_from(["bytes", "trellis"]),
+    window=st.integers(8, 17),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     bits=st.sampled_from([8, 16]),
     symmetric=st.booleans(),
@@ -85,6 +88,8 @@ def test_checkpoints(
     rows: list[int],
     groups: int,
     levels: set[int],
+    code: str,
+    window: int,
     dtype: torch.dtype,
     bits: int,
     symmetric: bool,
@@ -97,12 +102,15 @@ def test_checkpoints(
     def bytes_of(*shape: int) -> torch.Tensor:
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
-    d_in, count = 8 * groups, max(levels)
+    d_in, asked = 8 * groups, sorted(levels)
     names = [f"m{i}" for i in range(len(rows))]
-    planes = tuple(PlaneSpec(sign_symmetric=symmetric) for _ in range(count))
-    codes = {n: [bytes_of(d, groups) for _ in planes] for n, d in zip(names, rows, strict=True)}
+    planes = random_planes(code, asked, sign_symmetric=symmetric, window=window)
+    codes = {
+        n: [bytes_of(*plane.shape(d, d_in)) for plane in planes]
+        for n, d in zip(names, rows, strict=True)
+    }
     scales = {n: bytes_of(d) / 64 for n, d in zip(names, rows, strict=True)}
-    books = [bytes_of(*plane.codebook_shape) / 16 for plane in planes]
+    books = random_set(planes, seed)
     turn = Rotation.make(d_in, seed=seed).scale(0.5 + bytes_of(d_in) / 128)
     group = StoredGroup("g", tuple(names), d_in)
     norm = (bytes_of(d_in) / 64).to(dtype)
@@ -112,13 +120,11 @@ def test_checkpoints(
             writer.add_group(group, turn)
             writer.add_codebook_set("universal", books)
             for name in names:
-                writer.add_linear(name, codes[name], scales[name])
+                writer.add_linear(name, codes[name], scales[name], d_in=d_in)
             writer.add_embedding("e", table, bits)
             writer.add_tensor("norm.weight", norm)
             embeddings = Embeddings(bits, ("e",), True)
-            quantization = QuantizationConfig(
-                count, tuple(sorted(levels)), planes, (group,), embeddings
-            )
+            quantization = QuantizationConfig(asked[-1], tuple(asked), planes, (group,), embeddings)
             writer.finish({"model_type": "toy"}, quantization)
         checkpoint = Checkpoint.open(Path(folder) / "out")
         assert checkpoint.verify() == []
@@ -127,8 +133,14 @@ def test_checkpoints(
             for m, plane in enumerate(codes[name], 1):
                 assert torch.equal(checkpoint.read_codes(name, m), plane)
             assert torch.equal(checkpoint.read(f"{name}.scales"), scales[name].half())
-        for stored, book in zip(checkpoint.read_codebooks("universal"), books, strict=True):
-            assert torch.equal(stored, book.half())
+        stored = checkpoint.read_set("universal")
+        assert type(stored) is type(books)
+        for part, given in zip(stored.parts, books.parts, strict=True):
+            assert part.keys() == given.keys()
+            assert all(torch.equal(part[key], given[key]) for key in part)
+        counts = [quantization.prefix_of(level) for level in asked]
+        assert counts == list(counts_of(planes, asked))
+        assert [quantization.level_of(count) for count in counts] == asked
         x = torch.randn(2, d_in, generator=generator)
         assert torch.equal(checkpoint.read_rotation(0).apply(x), turn.apply(x))
         assert torch.equal(checkpoint.read("norm.weight"), norm)

@@ -54,7 +54,7 @@ def test_what_is_written_is_valid(written: tuple[dict[str, Any], dict[str, Any]]
         lambda d: d.update(surprise=1),
         lambda d: d.update(bits="4"),
         lambda d: d["planes"][0].pop("kind"),
-        lambda d: d["planes"][0].update(kind="trellis"),
+        lambda d: d["planes"][0].update(kind="hexagons"),
         lambda d: d["planes"][0].update(entries=16),
         lambda d: d["input_groups"][0].update(d_in=20),
         lambda d: d["input_groups"][0].update(modules=[]),

@@ -150,7 +150,7 @@ def test_learned_codebooks(tmp_path: Path, text: Path) -> None:
     input_groups = checkpoint.quantization.input_groups
     assert len({input_group.codebooks for input_group in input_groups}) == len(input_groups) == 12
     first, second = (
-        checkpoint.read_codebooks(input_group.codebooks)[0] for input_group in input_groups[:2]
+        checkpoint.read_set(input_group.codebooks).entries[0] for input_group in input_groups[:2]
     )
     assert not torch.equal(first, second)
     check_levels(source, made.out)

@@ -89,7 +89,7 @@ def test_dense_weight_against_a_naive_decoder(out: Path, model: Any) -> None:
     assert (rotation.signs.abs() != 1).any()
     q = rotation.apply(torch.eye(96)).T.double()  # orthogonal up to the factors of its inputs
     torch.testing.assert_close(q.T @ q, rotation.signs.double().square().diag(), atol=1e-6, rtol=0)
-    books, scales = checkpoint.read_codebooks("universal"), checkpoint.read(f"{name}.scales")
+    books, scales = checkpoint.read_set("universal").stacked, checkpoint.read(f"{name}.scales")
     for bits in (2, 4):
         rotated = torch.zeros(64, 96, dtype=torch.float64)
         for m in range(1, bits + 1):

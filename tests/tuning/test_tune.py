@@ -363,7 +363,7 @@ def test_lower_levels_are_prefixes_of_higher_ones(made: dict[str, TuneReport], m
     checkpoint = Checkpoint.open(folder)
     input_group = checkpoint.quantization.input_groups[0]
     module = input_group.modules[0]
-    entries = [expand_codebook(book) for book in checkpoint.read_codebooks(input_group.codebooks)]
+    entries = checkpoint.read_set(input_group.codebooks).entries
     codes = [checkpoint.read_codes(module, m) for m in (1, 2, 3, 4)]
     one = torch.ones(codes[0].shape[0])
     partial = decode(codes[:3], entries[:3], one, 3)
@@ -406,7 +406,7 @@ def test_scales_alone_leave_the_codebooks(place: Path, tmp_path: Path) -> None:
     old, new = Checkpoint.open(place / "llama-tied-q"), Checkpoint.open(report.out)
     assert new.quantization.sets == ("universal",)
     for one, other in zip(
-        old.read_codebooks("universal"), new.read_codebooks("universal"), strict=True
+        old.read_set("universal").entries, new.read_set("universal").entries, strict=True
     ):
         assert torch.equal(one, other)
     assert new.true_bits(4) == old.true_bits(4)

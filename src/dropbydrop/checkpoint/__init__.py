@@ -9,7 +9,7 @@ slice.py, pull.py, origins.py   a precision out of a folder, a server, the Hub
 export.py                       one level as a dense model
 """
 
-from .config import Embeddings, PlaneSpec, QuantizationConfig, StoredGroup
+from .config import Embeddings, QuantizationConfig, StoredGroup
 from .files import Manifest
 from .reader import Checkpoint, Finding
 from .writer import CheckpointWriter
@@ -20,7 +20,6 @@ __all__ = [
     "Embeddings",
     "Finding",
     "Manifest",
-    "PlaneSpec",
     "QuantizationConfig",
     "StoredGroup",
 ]

@@ -6,18 +6,19 @@ docs/format.md is the specification. This module is pure: name builders and data
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
-from dropbydrop.coding.code import ENTRIES, GROUP
+from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.planes import KINDS, PlaneSpec, counts_of
 from dropbydrop.models.input_groups import InputGroup
 from dropbydrop.system.errors import FormatError, PrecisionError
 
 from .fields import FORMAT_VERSION, Fields, check_version, module_names
+from .tensor_files import TensorInfo
 
 FORMAT = "dropbydrop"
 CONFIG_FILE = "config.json"
@@ -33,13 +34,13 @@ SIGNPOST = "call_dropbydrop_register_before_loading"  # an empty tensor: tells w
 
 
 def codes_name(module: str, m: int) -> str:
-    """Tensor of plane m of a quantized linear: uint8 [d_out, G]."""
+    """Tensor of plane m of a quantized linear: uint8, of the shape that the plane gives it."""
     return f"{module}.codes.{m}"
 
 
-def codebook_name(set_name: str, m: int) -> str:
-    """Tensor of codebook m of a set: float16 [K/2 or K, g]."""
-    return f"codebooks.{set_name}.{m}"
+def codebook_name(set_name: str, m: int, suffix: str = "") -> str:
+    """Tensor of codebook m of a set, or of one of its parts (`PlaneSpec.parts`)."""
+    return f"codebooks.{set_name}.{m}{suffix}"
 
 
 def input_scales_name(index: int) -> str:
@@ -55,49 +56,18 @@ def odd_name(odd: int) -> str:
 # --------------------------------------------------------------------- quantization_config
 
 
-@dataclass(frozen=True)
-class PlaneSpec:
-    """One plane: K entries of g weights, one code of `dtype` a group of weights.
-
-    Every plane of a checkpoint describes itself. This version knows the kind "bytes". Shapes and
-    bytes of a plane and its codebook are computed here alone.
-    """
-
-    entries: int = ENTRIES
-    group: int = GROUP
-    dtype: str = "uint8"
-    sign_symmetric: bool = True
-    kind: str = "bytes"
-
-    def __post_init__(self) -> None:
-        if self.kind != "bytes":
-            raise FormatError(
-                f"plane of kind {self.kind!r}; this version decodes 'bytes'. Upgrade dropbydrop."
-            )
-        if (self.entries, self.group, self.dtype) != (ENTRIES, GROUP, "uint8"):
-            raise FormatError(
-                f"plane of {self.entries} entries, group {self.group}, dtype {self.dtype}; this "
-                f"version decodes {ENTRIES} entries, group {GROUP}, uint8. Upgrade dropbydrop."
-            )
-
-    def shape(self, d_out: int, d_in: int) -> tuple[int, int]:
-        """Shape of the codes of a matrix [d_out, d_in]: (d_out, G)."""
-        return d_out, d_in // self.group
-
-    def nbytes(self, d_out: int, d_in: int) -> int:
-        """Bytes of the codes of a matrix [d_out, d_in]."""
-        return math.prod(self.shape(d_out, d_in))  # uint8
-
-    @property
-    def codebook_shape(self) -> tuple[int, int]:
-        """Shape of the codebook on disk: half of the entries when the top bit is the sign."""
-        return self.entries // 2 if self.sign_symmetric else self.entries, self.group
-
-    @staticmethod
-    def from_dict(data: object, where: str = "plane") -> PlaneSpec:
-        """Raises FormatError naming what is unknown."""
-        kinds = {f.name: type(f.default) for f in fields(PlaneSpec)}
-        return PlaneSpec(**Fields(data, where).exactly(**kinds))
+def parse_plane(data: object, where: str = "plane") -> PlaneSpec:
+    """The spec of a plane (FormatError naming what is unknown)."""
+    given = Fields(data, where)
+    name = given.take("kind", str)
+    if name not in KINDS:
+        raise FormatError(
+            f"{where}: plane of kind {name!r}; this version decodes {' and '.join(KINDS)}. "
+            "Upgrade dropbydrop."
+        )
+    kind = KINDS[name]
+    plain = {f.name: type(f.default) for f in fields(cast(Any, kind))}
+    return kind(**given.exactly(**plain))
 
 
 @dataclass(frozen=True)
@@ -167,8 +137,9 @@ class QuantizationConfig:
 
     Attributes:
         bits: precision that is loaded when none is asked for.
-        levels: supervised prefixes P, ascending; the only precisions that can be asked for.
-        planes: one spec a plane; the last level is their number.
+        levels: supervised levels P, bits a weight, ascending; the only precisions that can be
+            asked for. Level P reads the first planes, as many as have P bits together.
+        planes: one spec a plane, all of one kind.
         input_groups: matrices that read the same input, in the order of the model.
         provenance: free-form (base model, calibration, seed, weights of the levels, version).
     """
@@ -183,18 +154,12 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         for name in ("levels", "planes", "input_groups"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        count = len(self.planes)
-        if (
-            not self.levels
-            or any(type(level) is not int for level in self.levels)
-            or list(self.levels) != sorted(set(self.levels))
-            or self.levels[0] < 1
-            or self.levels[-1] != count
-        ):
+        if len({plane.kind for plane in self.planes}) != 1:
             raise FormatError(
-                f"levels {list(self.levels)} contradict {count} planes: they must ascend from at "
-                "least 1, and the last level is the number of planes."
+                f"planes of kinds {[plane.kind for plane in self.planes]}: a checkpoint has planes "
+                "of one kind. The config is damaged."
             )
+        counts_of(self.planes, self.levels)
         if not self.input_groups:
             raise FormatError("quantization_config lists no input groups: nothing is quantized.")
         for what, names in (
@@ -221,6 +186,27 @@ class QuantizationConfig:
             f"{', '.join(map(str, self.levels))}. Ask for one of these, or quantize again with it."
         )
 
+    @property
+    def kind(self) -> str:
+        """Kind of its planes."""
+        return self.planes[0].kind
+
+    @cached_property
+    def _counts(self) -> dict[int, int]:
+        return dict(zip(self.levels, counts_of(self.planes, self.levels), strict=True))
+
+    def prefix_of(self, level: int) -> int:
+        """Number of planes that a level reads (PrecisionError: not a level)."""
+        return self._counts[self.check_level(level)]
+
+    def level_of(self, prefix: int) -> int:
+        """The highest level that the first `prefix` planes serve; they must serve one."""
+        return self.served_by(prefix)[-1]
+
+    def served_by(self, prefix: int) -> tuple[int, ...]:
+        """The levels that read no more than the first `prefix` planes."""
+        return tuple(level for level in self.levels if self._counts[level] <= prefix)
+
     @cached_property
     def group_index(self) -> dict[str, int]:
         """Quantized module -> index of its input group."""
@@ -236,6 +222,16 @@ class QuantizationConfig:
     def sets(self) -> tuple[str, ...]:
         """Names of the codebook sets in use, in order of first use."""
         return tuple(dict.fromkeys(group.codebooks for group in self.input_groups))
+
+    @property
+    def codebooks(self) -> dict[str, TensorInfo]:
+        """Every tensor of the codebook sets: its type and shape."""
+        return {
+            codebook_name(name, m, suffix): TensorInfo(*part)
+            for name in self.sets
+            for m, plane in enumerate(self.planes, 1)
+            for suffix, part in plane.parts.items()
+        }
 
     @property
     def guards(self) -> tuple[str, str]:
@@ -262,7 +258,7 @@ class QuantizationConfig:
         return QuantizationConfig(
             values["bits"],
             tuple(values["levels"]),
-            tuple(PlaneSpec.from_dict(plane, f"{where}: plane {m}") for m, plane in planes),
+            tuple(parse_plane(plane, f"{where}: plane {m}") for m, plane in planes),
             tuple(StoredGroup.from_dict(s, f"{where}: input group {i}") for i, s in groups),
             Embeddings.from_dict(values["embeddings"], f"{where}: embeddings"),
             provenance,
@@ -275,7 +271,7 @@ class QuantizationConfig:
             "format_version": FORMAT_VERSION,
             "bits": self.bits,
             "levels": list(self.levels),
-            "planes": [asdict(plane) for plane in self.planes],
+            "planes": [plane.to_dict() for plane in self.planes],
             "input_groups": [group.to_dict() for group in self.input_groups],
             "embeddings": self.embeddings.to_dict(),
             "provenance": dict(self.provenance),

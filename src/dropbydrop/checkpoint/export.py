@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.code import decode
 from dropbydrop.models.weight_files import INDEX, SINGLE
 from dropbydrop.system.atomic_folder import AtomicFolder
 from dropbydrop.system.console import progress_bar
@@ -98,20 +97,20 @@ def export(
     if dtype not in FLOATS:
         raise DropError(f"--dtype {dtype}: choose one of {', '.join(FLOATS)}.")
     checkpoint = Checkpoint.open(source)
-    prefix = checkpoint.require(checkpoint.levels[-1] if bits is None else bits)
-    tensors = _plan(checkpoint, prefix, FLOATS[dtype])
+    level = checkpoint.require(checkpoint.levels[-1] if bits is None else bits)
+    tensors = _plan(checkpoint, level, FLOATS[dtype])
     with (
         AtomicFolder(Path(os.path.abspath(out))) as folder,
         folder.disk_errors(),
         progress_bar(progress) as bar,
     ):
-        task = bar.add_task(f"export {prefix} bits", total=len(tensors))
+        task = bar.add_task(f"export {level} bits", total=len(tensors))
         _write_weights(folder, tensors, shard_bytes, lambda: bar.advance(task))
-        _write_side_files(folder, checkpoint, prefix, dtype)
+        _write_side_files(folder, checkpoint, level, dtype)
         folder.publish()
     return {
         "out": str(folder.out),
-        "bits": prefix,
+        "bits": level,
         "dtype": dtype,
         "tensors": len(tensors),
         "files": sorted(folder.files),
@@ -119,10 +118,11 @@ def export(
     }
 
 
-def _plan(checkpoint: Checkpoint, prefix: int, dtype: torch.dtype) -> list[StreamedTensor]:
+def _plan(checkpoint: Checkpoint, level: int, dtype: torch.dtype) -> list[StreamedTensor]:
     """Every tensor of the dense model."""
     parts: dict[str, tuple[tuple[int, ...], torch.dtype, Rows]] = {}
     quantization = checkpoint.quantization
+    prefix = quantization.prefix_of(level)
     ours = {f"{module}.scales" for module in checkpoint.shapes}
     ours |= set(quantization.guards)
     for module, matrix in checkpoint.shapes.items():
@@ -146,15 +146,15 @@ def _plan(checkpoint: Checkpoint, prefix: int, dtype: torch.dtype) -> list[Strea
 
 
 def _linear_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Rows:
-    """Rows of W in the original space: scales * sum_m C_m[codes_m], rotated back."""
+    """Rows of W in the original space: those of the first `prefix` planes, rotated back."""
     quantization = checkpoint.quantization
     input_group = quantization.group_index[module]
 
     def rows(low: int, high: int) -> Tensor:
-        entries = checkpoint.read_entries(quantization.input_groups[input_group].codebooks)
+        books = checkpoint.read_set(quantization.input_groups[input_group].codebooks)
         scales = checkpoint.read(f"{module}.scales")
-        codes = [checkpoint.read_codes(module, m)[low:high] for m in range(1, prefix + 1)]
-        rotated = decode(codes, entries, scales[low:high], prefix)
+        codes = [checkpoint.read_codes(module, m) for m in range(1, prefix + 1)]
+        rotated = books.decode(codes, scales, prefix, rows=slice(low, high))
         return checkpoint.read_rotation(input_group).transpose(rotated)
 
     return rows
@@ -204,9 +204,7 @@ def _write_weights(
         folder.write(INDEX, [dump_json(index)])
 
 
-def _write_side_files(
-    folder: AtomicFolder, checkpoint: Checkpoint, prefix: int, dtype: str
-) -> None:
+def _write_side_files(folder: AtomicFolder, checkpoint: Checkpoint, level: int, dtype: str) -> None:
     """Config, tokenizer and model card."""
     other = {*checkpoint.manifest.tensor_files(), CONFIG_FILE, CARD_FILE, LOG_FILE}
     for name in sorted(set(checkpoint.manifest.files) - other):
@@ -216,20 +214,20 @@ def _write_side_files(
     config.pop("torch_dtype", None)
     config["dtype"] = dtype
     folder.write(CONFIG_FILE, [dump_json(config)])
-    folder.write(CARD_FILE, [_card(checkpoint, prefix, dtype, config).encode()])
+    folder.write(CARD_FILE, [_card(checkpoint, level, dtype, config).encode()])
 
 
-def _card(checkpoint: Checkpoint, prefix: int, dtype: str, config: Mapping[str, Any]) -> str:
+def _card(checkpoint: Checkpoint, level: int, dtype: str, config: Mapping[str, Any]) -> str:
     """README.md of the dense folder. Deterministic."""
     made = checkpoint.quantization.provenance
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# {made.get("base_model", config.get("model_type", "model"))}, {prefix} bits, as {dtype}
+# {made.get("base_model", config.get("model_type", "model"))}, {level} bits, as {dtype}
 
 Plain {dtype} weights, exported with dropbydrop from level \
-{prefix} of a nested checkpoint. They carry {checkpoint.true_bits(prefix):.3f} bits of information \
+{level} of a nested checkpoint. They carry {checkpoint.true_bits(level):.3f} bits of information \
 a weight in the decoder matrices; the files are as large as those of any {dtype} model. Whatever \
 runs this architecture reads them.
 

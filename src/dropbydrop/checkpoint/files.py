@@ -88,7 +88,7 @@ class Manifest:
     total_parameters: int
 
     def tensor_files(self, prefix: int | None = None) -> list[str]:
-        """Files of tensors that precision `prefix` needs, or all, in the order of need."""
+        """Files of tensors of the first `prefix` planes, or of all, in the order of need."""
         return [*self.rest, *(name for names in self.planes[:prefix] for name in names)]
 
     @staticmethod

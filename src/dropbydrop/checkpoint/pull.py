@@ -1,7 +1,7 @@
 """Fetch a checkpoint at a precision, piece by piece, into a folder that may hold a lower one.
 
-What P bits need is everything but planes P+1 .. M. The manifest stays as it is, so the result is an
-ordinary partial checkpoint, and a later `pull --bits 4` adds the planes that lack.
+What P bits need is everything but the planes behind theirs. The manifest stays as it is, so the
+result is an ordinary partial checkpoint, and a later `pull --bits 4` adds the planes that lack.
 
     1. manifest.json first. It is the root of trust: names (plain ones only), sizes, hashes.
     2. small files, model.safetensors, plane 1, plane 2, ...: what is needed first comes first, so
@@ -91,7 +91,7 @@ def pull(
         config = here.read(CONFIG_FILE, MAX_TEXT)
         if config is None:
             raise FormatError(f"{here.name} has no {CONFIG_FILE}: an incomplete checkpoint.")
-        bits = _level(_parse(config, here.name), bits)
+        level, prefix = _level(_parse(config, here.name), bits)
         _check_dest(target, manifest)
         target.mkdir(exist_ok=True)
         with _lock(target):
@@ -99,7 +99,8 @@ def pull(
             if not (target / MANIFEST_FILE).is_file():
                 write_whole(target / MANIFEST_FILE, raw)
             created = False
-            return _Pull(here, target, manifest, bits, attempts).run(progress)
+            run = _Pull(here, manifest, Transfer(target, level), attempts)
+            return run.run(prefix, progress)
     finally:
         shutil.rmtree(target / STAGING, ignore_errors=True)
         if created and target.is_dir() and not any(target.iterdir()):
@@ -109,14 +110,12 @@ def pull(
 class _Pull:
     """One run of `pull` on a locked folder."""
 
-    def __init__(
-        self, here: Origin, target: Path, manifest: Manifest, bits: int, attempts: int
-    ) -> None:
-        self.here, self.target, self.manifest, self.attempts = here, target, manifest, attempts
-        self.done = Transfer(target, bits)
+    def __init__(self, here: Origin, manifest: Manifest, done: Transfer, attempts: int) -> None:
+        self.here, self.manifest, self.done, self.attempts = here, manifest, done, attempts
+        self.target = done.path
 
-    def run(self, progress: bool) -> Transfer:
-        names = files_for(self.manifest, self.done.bits)
+    def run(self, prefix: int, progress: bool) -> Transfer:
+        names = files_for(self.manifest, prefix)
         self._check_space(names)
         total = sum(self.manifest.files[name].size for name in names)
         with progress_bar(progress) as bar:
@@ -274,10 +273,12 @@ def _check_dest(target: Path, manifest: Manifest) -> None:
         )
 
 
-def _level(config: object, bits: int | None) -> int:
+def _level(config: object, bits: int | None) -> tuple[int, int]:
+    """The level that was asked for, and the number of its planes."""
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     parsed = QuantizationConfig.from_dict(quantization)
-    return parsed.check_level(parsed.bits if bits is None else bits)
+    level = parsed.check_level(parsed.bits if bits is None else bits)
+    return level, parsed.prefix_of(level)
 
 
 def _parse(raw: bytes, name: str) -> object:

@@ -3,7 +3,7 @@
 Three depths of checking, each cheap enough for its moment:
 - `open` parses config and manifest, compares the size of model.safetensors with the manifest and
   its header with the config (names, dtypes, shapes). No plane is touched.
-- `require(P)`, and every read, does the same for the files of planes 1..P. Exchanged plane files
+- `require(P)`, and every read, does the same for the files of its planes. Exchanged plane files
   are found here, without hashing, because tensor names carry the number of the plane.
 - `verify` hashes every file. A flipped bit inside a tensor is found only here.
 """
@@ -11,7 +11,6 @@ Three depths of checking, each cheap enough for its moment:
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from dropbydrop.coding.code import expand_codebook
+from dropbydrop.coding.codebook_set import SETS, CodebookSet
 from dropbydrop.coding.rotation import Rotation, split_odd
 from dropbydrop.system.digest import file_digest
 from dropbydrop.system.errors import FormatError, MissingPlaneError
@@ -149,28 +148,29 @@ class Checkpoint:
     # -- what it costs --------------------------------------------------------------------
 
     def bytes_at(self, bits: int) -> int:
-        """Bytes of the files that precision `bits` reads: planes 1..P and model.safetensors.
+        """Bytes of the files that precision `bits` reads: its planes and model.safetensors.
 
         Raises:
             PrecisionError: not a level.
         """
-        prefix = self.quantization.check_level(bits)
+        prefix = self.quantization.prefix_of(bits)
         return sum(self.manifest.files[name].size for name in self.manifest.tensor_files(prefix))
 
     def true_bits(self, bits: int) -> float:
         """Bits a weight of the quantized linears at precision `bits`, everything counted.
 
-        8 * bytes(codes 1..P, one scale row a matrix, codebooks 1..P, input scales,
+        8 * bytes(codes and codebooks of its planes, one scale row a matrix, input scales,
         odd factors) / sum(d_out * d_in).
 
         Raises:
             PrecisionError: not a level.
         """
-        prefix, q = self.quantization.check_level(bits), self.quantization
+        q = self.quantization
+        planes = q.planes[: q.prefix_of(bits)]
         weights = sum(d_out * d_in for d_out, d_in in self.shapes.values())
-        total = sum(p.nbytes(*shape) for p in q.planes[:prefix] for shape in self.shapes.values())
+        total = sum(p.nbytes(*shape) for p in planes for shape in self.shapes.values())
         total += sum(2 * d_out for d_out, _ in self.shapes.values())
-        total += len(q.sets) * sum(2 * math.prod(p.codebook_shape) for p in q.planes[:prefix])
+        total += len(q.sets) * sum(p.codebook_bytes for p in planes)
         total += sum(
             info.nbytes
             for name, info in self.rest.items()
@@ -185,23 +185,30 @@ class Checkpoint:
     # -- reading --------------------------------------------------------------------------
 
     def require(self, bits: int) -> int:
-        """Check that precision `bits` is a level and that planes 1..P are present and plausible.
+        """Check that precision `bits` is a level and that its planes are present and plausible.
 
         Returns:
-            The prefix P.
+            The level.
 
         Raises:
             PrecisionError: not a level.
             MissingPlaneError: a plane is absent.
             FormatError: a plane is cut off, damaged, or in the wrong file.
         """
-        prefix = self.quantization.check_level(bits)
+        self.require_planes(self.quantization.prefix_of(bits))
+        return bits
+
+    def require_planes(self, prefix: int) -> None:
+        """Check that the first `prefix` planes are present and plausible.
+
+        Raises:
+            MissingPlaneError, FormatError: as `require`.
+        """
         for m in range(1, prefix + 1):
             self._check_plane(m)
-        return prefix
 
     def read_codes(self, module: str, m: int) -> Tensor:
-        """Codes of plane m of a quantized linear: uint8 [d_out, G].
+        """Codes of plane m of a quantized linear: uint8, of the shape that the plane gives it.
 
         Raises:
             MissingPlaneError, FormatError: as `require`.
@@ -225,18 +232,24 @@ class Checkpoint:
         tensor: Tensor = self._handle(REST_FILE).get_tensor(name)
         return tensor
 
-    def read_codebooks(self, set_name: str) -> list[Tensor]:
-        """The stored codebooks of a set: M tensors float16 [K/2 or K, g]."""
-        count = len(self.quantization.planes)
-        return [self.read(codebook_name(set_name, m)) for m in range(1, count + 1)]
+    def read_set(self, name: str) -> CodebookSet:
+        """A codebook set, as it is stored.
 
-    def read_entries(self, set_name: str) -> list[Tensor]:
-        """The expanded codebooks of a set: M tensors float32 [K, g]."""
+        Raises:
+            FormatError: values that no codebook has; native code relies on their ranges.
+        """
         planes = self.quantization.planes
-        return [
-            expand_codebook(stored, plane.sign_symmetric)
-            for stored, plane in zip(self.read_codebooks(set_name), planes, strict=True)
-        ]
+        parts = tuple(
+            {suffix: self.read(codebook_name(name, m, suffix)) for suffix in plane.parts}
+            for m, plane in enumerate(planes, 1)
+        )
+        books = SETS[self.quantization.kind](planes, parts)
+        if problems := list(books.problems()):
+            raise FormatError(
+                f"{self.path / REST_FILE}: codebook set {name!r} is damaged: "
+                f"{'; '.join(problems)}. Fetch it again."
+            )
+        return books
 
     def read_rotation(self, index: int) -> Rotation:
         """The rotation of input group `index`."""
@@ -304,9 +317,7 @@ class Checkpoint:
     def _rest_problems(self) -> Iterator[str]:
         rest, q = self.rest, self.quantization
         expected = {name: TensorInfo("F16", (0,)) for name in q.guards}
-        for name in q.sets:
-            for m, plane in enumerate(q.planes, 1):
-                expected[codebook_name(name, m)] = TensorInfo("F16", plane.codebook_shape)
+        expected |= q.codebooks
         for i, group in enumerate(q.input_groups):
             odd = split_odd(group.d_in)[1]
             expected[input_scales_name(i)] = TensorInfo("U8", (group.d_in,))

@@ -1,4 +1,4 @@
-"""Copy a precision out of a checkpoint folder: everything but planes P+1 .. M.
+"""Copy a precision out of a checkpoint folder: everything but the planes that it does not read.
 
 The manifest stays as it is, so the result is an ordinary partial checkpoint. It is written into a
 hidden folder that is renamed when every hash was right: all or nothing.
@@ -43,10 +43,10 @@ class Transfer:
     resumed: int = 0
 
 
-def files_for(manifest: Manifest, bits: int) -> list[str]:
-    """Files of precision `bits` in the order of need: text files, model.safetensors, planes."""
+def files_for(manifest: Manifest, prefix: int) -> list[str]:
+    """Files of the first planes in the order of need: text files, model.safetensors, planes."""
     texts = sorted(set(manifest.files) - set(manifest.tensor_files()))
-    return [*texts, *manifest.tensor_files(bits)]
+    return [*texts, *manifest.tensor_files(prefix)]
 
 
 def slice_checkpoint(
@@ -60,11 +60,11 @@ def slice_checkpoint(
         DropError: `dest` exists, or the disk is full.
     """
     checkpoint = Checkpoint.open(source)
-    checkpoint.require(bits)
+    prefix = checkpoint.quantization.prefix_of(checkpoint.require(bits))
     target = Path(os.path.abspath(dest))
     done, replace = Transfer(target, bits), check_replaceable if overwrite else None
     with AtomicFolder(target, replace) as folder, folder.disk_errors():
-        for name in files_for(checkpoint.manifest, bits):
+        for name in files_for(checkpoint.manifest, prefix):
             entry = checkpoint.manifest.files[name]
             path = checkpoint.path / name
             if not path.is_file():

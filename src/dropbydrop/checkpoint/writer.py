@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.codebook_set import CodebookSet
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.system.atomic_folder import AtomicFolder
 from dropbydrop.system.errors import DropError, FormatError
@@ -90,7 +90,6 @@ class CheckpointWriter:
         self._planes: list[StagingFile] = []
         self._linears: dict[str, tuple[int, int]] = {}  # module -> (d_out, d_in)
         self._input_groups: list[StoredGroup] = []
-        self._sets: dict[str, int] = {}  # codebook set -> planes
         with self._folder.disk_errors():
             if records:
                 self._restore(records)
@@ -119,7 +118,6 @@ class CheckpointWriter:
             "staged": staged,
             "linears": [[name, *shape] for name, shape in list(self._linears.items())[linears:]],
             "input_groups": [group.to_dict() for group in self._input_groups[input_groups:]],
-            "sets": self._sets.copy(),
         }
 
     def _restore(self, records: Sequence[Mapping[str, Any]]) -> None:
@@ -130,7 +128,6 @@ class CheckpointWriter:
                 entries.setdefault(name, []).extend(new)
             self._linears |= {name: (rows, columns) for name, rows, columns in record["linears"]}
             self._input_groups += [StoredGroup.from_dict(group) for group in record["input_groups"]]
-            self._sets |= record["sets"]
         self._rest = StagingFile(self._work / "rest.raw", entries.pop("rest"))
         self._planes = [
             StagingFile(self._work / f"plane-{m}.raw", entries[f"plane-{m}"])
@@ -145,26 +142,25 @@ class CheckpointWriter:
         codes: Sequence[Tensor],
         scales: Tensor,
         bias: Tensor | None = None,
+        *,
+        d_in: int,
     ) -> None:
         """Add a quantized linear.
 
         Args:
             module: its full name in the Hugging Face model.
-            codes: M planes, uint8 [d_out, G].
+            codes: M planes, uint8, of the shapes that their specs give them (`finish` checks it).
             scales: [d_out], the row scales of every level.
             bias: [d_out], stored in its own dtype.
+            d_in: inputs of the matrix.
 
         Raises:
-            ValueError: shapes or dtypes that do not fit (a bug of the caller).
+            ValueError: what does not fit (a bug of the caller).
         """
-        shape = tuple(codes[0].shape)
-        if any(c.dtype != torch.uint8 or tuple(c.shape) != shape or c.dim() != 2 for c in codes):
-            raise ValueError(f"{module}: codes must be uint8 [d_out, G], all planes alike")
+        if any(plane.dtype != torch.uint8 for plane in codes) or scales.dim() != 1:
+            raise ValueError(f"{module}: codes must be uint8, and scales [d_out]")
         if self._planes and len(self._planes) != len(codes):
             raise ValueError(f"{module}: {len(codes)} planes, other matrices {len(self._planes)}")
-        d_out = shape[0]
-        if tuple(scales.shape) != (d_out,):
-            raise ValueError(f"{module}: scales must be [{d_out}]")
         rows = half(scales, module)
         with self._folder.disk_errors():
             if not self._planes:
@@ -174,13 +170,20 @@ class CheckpointWriter:
         self._add(f"{module}.scales", rows)
         if bias is not None:
             self._add(f"{module}.bias", bias)
-        self._linears[module] = (d_out, shape[1] * GROUP)
+        self._linears[module] = (len(scales), d_in)
 
-    def add_codebook_set(self, name: str, codebooks: Sequence[Tensor]) -> None:
-        """Add a set: M codebooks [K/2, g] (sign-symmetric planes) or [K, g], stored in float16."""
-        for m, codebook in enumerate(codebooks, 1):
-            self._add(codebook_name(name, m), half(codebook, f"codebook {name}.{m}"))
-        self._sets[name] = len(codebooks)
+    def add_codebook_set(self, name: str, books: CodebookSet) -> None:
+        """Add a set under a name; what its planes store in float16 is rounded.
+
+        Raises:
+            ValueError: values that no reader accepts (a bug of the caller).
+        """
+        if problems := list(books.problems()):
+            raise ValueError(f"codebook set {name}: {'; '.join(problems)}")
+        for m, (plane, part) in enumerate(zip(books.planes, books.parts, strict=True), 1):
+            for suffix, (dtype, _) in plane.parts.items():
+                stored = codebook_name(name, m, suffix)
+                self._add(stored, half(part[suffix], stored) if dtype == "F16" else part[suffix])
 
     def add_group(self, group: StoredGroup, rotation: Rotation) -> None:
         """Add an input group and its rotation; the order of the calls numbers the groups."""
@@ -284,15 +287,26 @@ class CheckpointWriter:
                 for module in group.modules
                 if module in self._linears and self._linears[module][1] != group.d_in
             ]
-        wrong = {s: self._sets.get(s) for s in quantization.sets}
-        if len(self._planes) != len(quantization.planes) or any(
-            count != len(quantization.planes) for count in wrong.values()
-        ):
-            problems.append(f"{len(quantization.planes)} planes, codebook sets have {wrong}")
+        problems += self._contradictions(quantization)
         if counts[1] < counts[0]:
             problems.append(f"{counts[1]} parameters, counted {counts[0]} quantized")
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _contradictions(self, quantization: QuantizationConfig) -> Iterator[str]:
+        """Staged codes and codebooks that the planes of the config do not describe."""
+        if len(self._planes) != len(quantization.planes):
+            yield f"{len(self._planes)} planes added, the config has {len(quantization.planes)}"
+        for plane, staging in zip(quantization.planes, self._planes, strict=False):
+            for name, staged in staging.tensors.items():
+                shape = plane.shape(*self._linears[name.rpartition(".codes.")[0]])
+                if staged.info.shape != shape:
+                    yield f"{name} is {staged.info}, its plane says {list(shape)}"
+        expected = quantization.codebooks
+        found = {n: s.info for n, s in self._rest.tensors.items() if n.startswith("codebooks.")}
+        for name in sorted(set(expected) | set(found)):
+            if (here := found.get(name)) != (plan := expected.get(name)):
+                yield f"{name} is {here or 'missing'}, expected {plan or 'no such codebook'}"
 
     def _assemble_plane(self, m: int, quantization: QuantizationConfig) -> tuple[str, ...]:
         staging = self._planes[m - 1]

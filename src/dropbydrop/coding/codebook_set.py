@@ -26,14 +26,14 @@ of the planes and are scaled once at the end.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .code import expand_codebook, partial_sums
-from .planes import BytesPlane, PlaneSpec, TrellisPlane
+from .planes import LABELS, BytesPlane, PlaneSpec, TrellisPlane
 
 VALUE_MAX = 63  # size of an integer value: sums of two products with int8 inputs fit 16 bits
 
@@ -61,25 +61,39 @@ class CodebookSet(ABC):
         """The table of each plane, float32 [K, g]."""
 
     @abstractmethod
-    def index(self, m: int, codes: Tensor, d_out: int) -> Tensor:
+    def index(self, m: int, codes: Tensor, d_out: int, rows: slice | None = None) -> Tensor:
         """Entry of every group of plane m (counted from 0): integers [d_out, G].
 
-        codes: uint8 of the plane's shape.
+        codes: uint8 of the plane's shape; rows: of these consecutive rows only (both ends given).
         """
+
+    def problems(self) -> Iterator[str]:
+        """Values that no codebook may hold; what decodes relies on there being none."""
+        for m, part in enumerate(self.parts, 1):
+            for suffix, stored in part.items():
+                if not torch.isfinite(stored).all():
+                    yield f"{m}{suffix} has values that are not finite"
 
     def to(self, device: torch.device | str) -> CodebookSet:
         """The set on a device."""
         moved = tuple({key: t.to(device) for key, t in part.items()} for part in self.parts)
         return type(self)(self.planes, moved)
 
-    def sums(self, codes: Sequence[Tensor], d_out: int, prefixes: Sequence[int]) -> list[Tensor]:
+    def sums(
+        self,
+        codes: Sequence[Tensor],
+        d_out: int,
+        prefixes: Sequence[int],
+        rows: slice | None = None,
+    ) -> list[Tensor]:
         """Partial sums before scaling, float32 [d_out, d_in], for every P of `prefixes`.
 
         Args:
             codes: of planes 1..M; only the first `prefixes[-1]` are read.
             prefixes: numbers of planes, ascending.
+            rows: of these consecutive rows only (both ends given).
         """
-        index = [self.index(m, codes[m], d_out) for m in range(prefixes[-1])]
+        index = [self.index(m, codes[m], d_out, rows) for m in range(prefixes[-1])]
         return partial_sums(index, self.entries, prefixes)
 
     def decode(
@@ -88,15 +102,20 @@ class CodebookSet(ABC):
         scales: Tensor,
         prefix: int,
         dtype: torch.dtype = torch.float32,
+        rows: slice | None = None,
     ) -> Tensor:
-        """The matrix of the first `prefix` planes, `dtype` [d_out, d_in], for rotated inputs.
+        """The matrix of the first `prefix` planes, `dtype` [n, d_in], for rotated inputs.
 
-        scales: [d_out], of the rows.
+        Args:
+            codes: of planes 1..M, of all rows, as stored.
+            scales: [d_out], of the rows.
+            rows: of these consecutive rows only (both ends given).
         """
         if not 1 <= prefix <= min(len(codes), len(self.planes)):
             raise ValueError(f"prefix {prefix} with {len(codes)} and {len(self.planes)} planes")
-        (weight,) = self.sums(codes, len(scales), [prefix])
-        return weight.mul_(scales.to(torch.float32)[:, None]).to(dtype)
+        (weight,) = self.sums(codes, len(scales), [prefix], rows)
+        kept = scales if rows is None else scales[rows]
+        return weight.mul_(kept.to(torch.float32)[:, None]).to(dtype)
 
 
 class BytesSet(CodebookSet):
@@ -123,9 +142,9 @@ class BytesSet(CodebookSet):
             for spec, part in zip(specs, self.parts, strict=True)
         )
 
-    def index(self, m: int, codes: Tensor, d_out: int) -> Tensor:
+    def index(self, m: int, codes: Tensor, d_out: int, rows: slice | None = None) -> Tensor:
         """See `CodebookSet.index`."""
-        return codes
+        return codes if rows is None else codes[rows]
 
 
 class TrellisSet(CodebookSet):
@@ -133,14 +152,32 @@ class TrellisSet(CodebookSet):
 
     planes: tuple[TrellisPlane, ...]
 
+    def problems(self) -> Iterator[str]:
+        """See `CodebookSet.problems`."""
+        yield from super().problems()
+        for m, part in enumerate(self.parts, 1):
+            if int(part[""].to(torch.int32).abs().max()) > VALUE_MAX:
+                yield f"{m} has values beyond {VALUE_MAX}"
+            if int(part[".taps"].max()) >= LABELS:
+                yield f"{m}.taps has labels of more than {LABELS} values"
+            if not bool((part[".scale"] > 0).all()):
+                yield f"{m}.scale is not above 0"
+
     @property
     def entries(self) -> tuple[Tensor, ...]:
         """See `CodebookSet.entries`."""
         return tuple((part[""].to(torch.float32) * part[".scale"])[:, None] for part in self.parts)
 
-    def index(self, m: int, codes: Tensor, d_out: int) -> Tensor:
+    def index(self, m: int, codes: Tensor, d_out: int, rows: slice | None = None) -> Tensor:
         """See `CodebookSet.index`; uint8 [d_out, d_in]."""
-        return labels(codes, self.parts[m][".taps"], self.planes[m].bits, d_out)
+        bits, taps = self.planes[m].bits, self.parts[m][".taps"]
+        if rows is None:
+            return labels(codes, taps, bits, d_out)
+        # the bytes of these rows, and the two before, which hold the rest of the first windows
+        start = bits * rows.start // 8 - 2
+        part = torch.arange(start, -(-bits * rows.stop // 8), device=codes.device) % len(codes)
+        before = rows.start - start * 8 // bits
+        return labels(codes[part], taps, bits, before + rows.stop - rows.start)[before:]
 
 
 def stream_bits(codes: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from dropbydrop.checkpoint import Checkpoint, PlaneSpec
+from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import RESERVED_PREFIXES
+from dropbydrop.coding.planes import PlaneSpec
 from dropbydrop.kernels.int8_head import HEAD_SLAB
 from dropbydrop.kernels.layout import STRIP
 from dropbydrop.kernels.registry import select

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dropbydrop.checkpoint import CheckpointWriter, Embeddings, StoredGroup
+from dropbydrop.coding.codebook_set import BytesSet
 from dropbydrop.coding.codebooks import UNIVERSAL, default_lambdas
 from dropbydrop.coding.encoder import Effort, Encoded, encode_group, group_rotation, learn_group
 from dropbydrop.coding.rotation import Rotation, odd_factor, split_odd
@@ -96,7 +97,7 @@ class BlockEncoder:
         name = UNIVERSAL
         if learned is not None:
             name = f"input-group-{len(self.writer.input_groups)}"
-            self.writer.add_codebook_set(name, list(learned.cpu()))
+            self.writer.add_codebook_set(name, BytesSet.of(learned))
         stored = StoredGroup(group.name, group.modules, group.d_in, name)
         self.writer.add_group(stored, rotation)
 
@@ -194,6 +195,7 @@ class BlockEncoder:
             [plane.cpu() for plane in code.codes],
             scales=code.scales.cpu(),
             bias=None if bias is None else bias.detach().cpu(),
+            d_in=weight.shape[1],
         )
         self.log.parameters += weight.numel() + (0 if bias is None else bias.numel())
         rms = float(weight.square().mean().sqrt())

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import shutil
 import tempfile
@@ -37,9 +36,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropbydrop.checkpoint import CheckpointWriter, PlaneSpec
+from dropbydrop.checkpoint import CheckpointWriter
 from dropbydrop.coding.codebooks import UNIVERSAL, default_lambdas, universal_set
 from dropbydrop.coding.encoder import encode_group, group_rotation, learn_group
+from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.coding.rotation import split_odd
 from dropbydrop.data.calibration import SELF
 from dropbydrop.data.self_generated import Writing, writing_seconds
@@ -259,13 +259,13 @@ def _sizes(job: Job, groups: list[InputGroup]) -> tuple[int, int, int]:
     outer = [runner.model.get_parameter(f"{module}.weight") for module in modules]
     everything = sum(p.numel() for p in runner.model.parameters())
     kept = everything - weights - sum(p.numel() for p in outer)
-    spec = PlaneSpec()
+    spec = BytesPlane()
     plane = sum(spec.nbytes(m.out_features, m.in_features) for m in linears)
     total = planes * plane + 2 * sum(m.out_features for m in linears) + 4 * max(0, kept)
     total += runner.num_blocks * sum(g.d_in for g in groups)  # input scales
     total += sum(4 * odd * odd for odd in {split_odd(g.d_in)[1] for g in groups})
     sets = 1 if config.codebooks == UNIVERSAL else runner.num_blocks * len(groups)
-    total += sets * planes * (2 * math.prod(spec.codebook_shape) + 130)
+    total += sets * planes * (spec.codebook_bytes + 130)
     total += sum(p.numel() + 2 * len(p) if config.head_bits == 8 else 2 * p.numel() for p in outer)
     # headers, log and config: about so many characters a tensor, matrix and input group
     total += (130 * (planes + 1) + 300) * len(linears) + 250 * runner.num_blocks * len(groups)

@@ -28,10 +28,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dropbydrop.checkpoint import CheckpointWriter, PlaneSpec, QuantizationConfig
+from dropbydrop.checkpoint import CheckpointWriter, QuantizationConfig
 from dropbydrop.checkpoint.config import CARD_FILE, LOG_FILE
 from dropbydrop.checkpoint.journal import Journal
+from dropbydrop.coding.codebook_set import BytesSet
 from dropbydrop.coding.codebooks import UNIVERSAL, file_of_set, universal_set
+from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.data.calibration import Calibration
 from dropbydrop.system.accelerator import pick_device
 from dropbydrop.system.console import phase, progress_bar
@@ -203,7 +205,7 @@ def _begin(
     if text is not None:
         calibration = dict(text.description)
         if not encoder.learned:
-            encoder.writer.add_codebook_set(UNIVERSAL, list(encoder.codebooks.cpu()))
+            encoder.writer.add_codebook_set(UNIVERSAL, BytesSet.of(encoder.codebooks))
     _commit(
         journal, encoder, {"calibration": calibration}, partition.gather(hidden) if kept else None
     )
@@ -252,7 +254,7 @@ def _finish(
     quantization = QuantizationConfig(
         bits=levels[-1],
         levels=levels,
-        planes=tuple(PlaneSpec() for _ in range(levels[-1])),
+        planes=tuple(BytesPlane() for _ in range(levels[-1])),
         input_groups=encoder.writer.input_groups,
         embeddings=embeddings,
         provenance=provenance,

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import codes_name
+from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.kernels import Plane, to_device_layout
 from dropbydrop.system.errors import DropError
@@ -179,8 +180,8 @@ class PlaneStore:
             name,
             self.checkpoint.read_rotation(index).to(device),
             self.derived(("entries", name, device), lambda: self._make_entries(name, device)),
-            tuple(plane.sign_symmetric for plane in config.planes),
+            tuple(p.sign_symmetric for p in config.planes if isinstance(p, BytesPlane)),
         )
 
     def _make_entries(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
-        return tuple(entries.to(device) for entries in self.checkpoint.read_entries(name))
+        return tuple(entries.to(device) for entries in self.checkpoint.read_set(name).entries)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import RESERVED_PREFIXES, codebook_name
 from dropbydrop.coding.code import expand_codebook
+from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.weight_files import WeightFiles
@@ -194,7 +195,9 @@ class Student:
         )
         rows = tuple(self.checkpoint.shapes[module][0] for module in spec.modules)
         rotation = self.checkpoint.read_rotation(number).to(self.device)
-        symmetric = tuple(plane.sign_symmetric for plane in q.planes)
+        symmetric = tuple(
+            plane.sign_symmetric for plane in q.planes if isinstance(plane, BytesPlane)
+        )
         for module in spec.modules:
             linear = cast(nn.Linear, self.runner.model.get_submodule(module))
             self.runner.model.set_submodule(module, RotatedLinear(linear, rotation))
@@ -204,8 +207,8 @@ class Student:
         """Sort the checkpoint's small tensors into those that can be trained and the others."""
         checkpoint, q = self.checkpoint, self.checkpoint.quantization
         for number, input_group in enumerate(q.input_groups):
-            for m, stored in enumerate(checkpoint.read_codebooks(input_group.codebooks), 1):
-                name = codebook_name(self.sets[number], m)
+            for m, part in enumerate(checkpoint.read_set(input_group.codebooks).parts, 1):
+                stored, name = part[""], codebook_name(self.sets[number], m)
                 if train == "all" and m <= self.levels[-1]:
                     self.start[name] = stored
                 else:
