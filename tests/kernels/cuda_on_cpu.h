@@ -1,4 +1,4 @@
-// Runs a CUDA kernel on the host, thread by thread: enough of CUDA C for gpu/int8.cu. For tests.
+// Runs a CUDA kernel on the host, thread by thread: enough of CUDA C for this package's. For tests.
 //
 // CUDA threads are fibers of one thread, so a run is reproducible; __syncthreads is a meeting of the
 // block, a shuffle two meetings of the warp around an exchange in memory. Blocks run one after the
@@ -23,6 +23,7 @@ struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct Index { int x, y; };
 
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 inline Index threadIdx, blockIdx, blockDim, gridDim;
@@ -69,7 +70,49 @@ inline float __shfl_xor_sync(unsigned, float value, int offset) {
   return got;
 }
 
+// The result of `add(one, other)` over the values of a warp.
+template <class T, class Add> T reduced(T value, const Add &add) {
+  static std::vector<T> values(1024);
+  const int own = threadIdx.x, first = own / 32 * 32;
+  values[own] = value;
+  meet(warps[own / 32], 32);
+  T total = values[first];
+  for (int i = 1; i < 32; i++) total = add(total, values[first + i]);
+  meet(warps[own / 32], 32);
+  return total;
+}
+inline int __reduce_add_sync(unsigned, int value) {
+  return reduced(value, [](int a, int b) { return int(unsigned(a) + unsigned(b)); });
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return reduced(value, [](unsigned a, unsigned b) { return a > b ? a : b; });
+}
+inline void __syncwarp() { meet(warps[threadIdx.x / 32], 32); }
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned *at, unsigned value) { return (*at += value) - value; }
+
 template <class T> T __ldcs(const T *at) { return *at; }
+template <class T> T __ldcg(const T *at) { return *at; }
+template <class T> T __ldg(const T *at) { return *at; }
+
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned select) {
+  uint8_t from[8], to[4];
+  std::memcpy(from, &a, 4);
+  std::memcpy(from + 4, &b, 4);
+  for (int i = 0; i < 4; i++) to[i] = from[(select >> (4 * i)) & 7];
+  std::memcpy(&a, to, 4);
+  return a;
+}
+// Two 16-bit integers times the bytes of b from `first` on.
+inline int dot2(int a, int b, int c, int first) {
+  int16_t u[2];
+  int8_t v[4];
+  std::memcpy(u, &a, 4);
+  std::memcpy(v, &b, 4);
+  return c + u[0] * v[first] + u[1] * v[first + 1];
+}
+inline int __dp2a_lo(int a, int b, int c) { return dot2(a, b, c, 0); }
+inline int __dp2a_hi(int a, int b, int c) { return dot2(a, b, c, 2); }
 
 inline int __dp4a(int a, int b, int c) {
   int8_t u[4], v[4];
@@ -84,6 +127,8 @@ inline void wait_for_inputs() {}
 inline void prefetch(const void *) {}
 inline float __fsqrt_rn(float a) { return sqrtf(a); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __ll2float_rn(long long a) { return float(a); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline int __float2int_rn(float a) { return a != a ? 0 : int(lrintf(a)); }
 inline float __uint_as_float(unsigned a) { float f; std::memcpy(&f, &a, 4); return f; }

@@ -9,7 +9,6 @@ source is also compiled for real devices. What runs on a GPU is in test_kernels.
 
 import ctypes
 import re
-import shutil
 import subprocess
 import tempfile
 from dataclasses import replace
@@ -20,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cuda_on_cpu import compiled
 from torch import Tensor
 
 from dropbydrop.coding.code import decode
@@ -29,11 +29,10 @@ from dropbydrop.kernels import Matrix, Plane, prepare_codebooks, registry
 from dropbydrop.kernels.cuda import CudaGroup, dense, device_entries, int8, nvrtc
 from dropbydrop.system.errors import KernelError
 
-HERE = Path(__file__).parent
-COMPILER = shutil.which("c++")
 GLUE = """
 #include "cuda_on_cpu.h"
 #include "numbers.cu"
+#include "rotate.cu"
 #include "int8.cu"
 extern "C" void host_rotate(const void *x, const float *signs, const float *factor,
                             signed char *steps, float *units, int type, int d, int odd, int size,
@@ -63,22 +62,6 @@ extern "C" void host_decode(Planes planes, const uint4 *books, const void *scale
   });
 }
 """
-
-
-def compiled(folder: Path, glue: str, name: str, defines: dict[str, int]) -> ctypes.CDLL:
-    """A CUDA source as a library for the host."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
-    out = folder / f"{name}.so"
-    (folder / f"{name}.cpp").write_text(glue)
-    subprocess.run(
-        [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
-        + [f"-I{HERE}", f"-I{Path(int8.__file__).parent}", "-w"]
-        + [f"-D{key}={value}" for key, value in defines.items()]
-        + [str(folder / f"{name}.cpp"), "-o", str(out)],
-        check=True,
-    )
-    return ctypes.CDLL(str(out))
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +273,7 @@ def test_a_site_from_end_to_end(build, monkeypatch):
         input_group = CudaGroup(matrices, books, rotation, 2, int8.NAME)
         launches.clear()
         y = input_group.gemv_rows(x)
-        assert launches == [("rotate_rows", False), *[(name, True) for name in expected]]
+        assert launches == [("rotate_rows", True), *[(name, True) for name in expected]]
         rotated = rotation.apply(x.double())
         want = torch.cat(
             [

@@ -9,8 +9,8 @@
 // Two launches an input group, however many matrices read its input:
 //   rotate_rows  x -> Q x (float32, in shared memory) -> bytes and a unit for each 128 of them.
 //   product      all rows of all matrices of the group.
-// On devices from 9.0 on the second may start while the first runs: it loads the codebooks and asks
-// for its first codes, then waits (`wait_for_inputs`) before it reads x.
+// On devices from 9.0 on each may start while the kernel before it runs. The second loads the
+// codebooks and asks for its first codes, then waits (`wait_for_inputs`) before it reads x.
 //
 // Layout. A crew of LANES lanes takes R rows of W; a lane takes one block at a time: 16 codes of a
 // plane and row are one 16-byte load, and neighbouring lanes read neighbouring bytes. Shared memory:
@@ -34,77 +34,6 @@ struct Matrices {
   int end[MOST];             // the row after the last of each
 };
 
-#ifndef DROP_HOST  // tests compile this file for the host and define these themselves
-__device__ inline void start_dependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ inline void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ inline void prefetch(const void *at) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-}
-#endif
-
-__device__ inline int padded(int i) { return i + (i >> 3); }  // strides of 8 meet in no bank
-
-// Q x of `span` consecutive outputs, `first` onwards, into y[padded(0 .. span)]; zeros past d.
-// Q = (factor (x) H) signs, H the Hadamard matrix of `size`; `factor` [odd, odd] or null, `signs`
-// +-1 or +-factor, null for no rotation. The factor comes first, while loading (both commute); then H in passes of
-// up to three stages, from the largest stride down.
-__device__ inline void rotate(const void *x, int type, long long row, const float *signs,
-                              const float *factor, float *y, int first, int span, int d, int odd,
-                              int size) {
-  for (int i = threadIdx.x; i < span; i += blockDim.x) {
-    const int at = first + i;
-    float value = 0.0f;
-    if (at < d && !factor) {
-      value = load_number(x, type, row * d + at) * (signs ? signs[at] : 1.0f);
-    } else if (at < d) {
-      const int column = at % size;
-      const float *weights = factor + (at / size) * odd;
-#pragma unroll 8
-      for (int o = 0; o < odd; o++) {
-        const int from = o * size + column;
-        value = fmaf(weights[o], load_number(x, type, row * d + from) * signs[from], value);
-      }
-    }
-    y[padded(i)] = value;
-  }
-  __syncthreads();
-  for (int left = size; left > 1;) {
-    const int points = left >= 8 ? 8 : left, h = left / points;
-    for (int t = threadIdx.x; t < span / points; t += blockDim.x) {
-      const int base = t / h * h * points + t % h;
-      float v[8];
-#pragma unroll
-      for (int k = 0; k < 8; k++) v[k] = k < points ? y[padded(base + k * h)] : 0.0f;
-#pragma unroll
-      for (int stage = 1; stage < 8; stage *= 2) {
-        if (stage < points) {
-#pragma unroll
-          for (int k = 0; k < 8; k++) {
-            if (!(k & stage)) {
-              const float low = v[k], high = v[k | stage];
-              v[k] = low + high;
-              v[k | stage] = low - high;
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int k = 0; k < 8; k++)
-        if (k < points) y[padded(base + k * h)] = v[k];
-    }
-    __syncthreads();
-    left = h;
-  }
-}
-
 // x [n, d] of a type -> steps int8 [n, 128 * blocks] and units float32 [n, blocks], Q x ~ units *
 // steps. Inputs past d count as zeros; a block with a NaN or infinity gets a NaN unit. Grid: spans of
 // `span` outputs (a multiple of `size` and of 128), rows. Shared memory: padded(span) floats.
@@ -113,6 +42,7 @@ extern "C" __global__ void rotate_rows(const void *x, const float *signs, const 
                                        int size, int span, int blocks) {
   extern __shared__ uint4 shared[];
   start_dependents();
+  wait_for_inputs();
   float *y = (float *)shared;
   const int first = blockIdx.x * span, lane = threadIdx.x & 31;
   const long long row = blockIdx.y;

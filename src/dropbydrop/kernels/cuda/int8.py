@@ -34,7 +34,7 @@ from .nvrtc import Function, pointer, source
 from .ops import check_planes
 
 NAME = "cuda-i8"
-SOURCE = source("int8.cu")
+SOURCE = source("rotate.cu", "int8.cu")
 BLOCK = 128  # inputs that share a unit: 16 groups
 MOST = 4  # matrices of a launch
 LARGEST_BLOCK = 1 << 15  # of a Hadamard factor: 144 KiB of shared memory
@@ -153,6 +153,7 @@ def rotate_rows(x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         threads,
         4 * (span + span // 8),
         rotate_arguments(x, rotation, steps, units),
+        overlap=True,
     )
     return steps, units
 

@@ -23,11 +23,14 @@ __device__ inline u32 to_bfloat16(float low, float high) {
 }
 #endif
 
+__device__ inline float number(float word, int) { return word; }
+__device__ inline float number(u16 word, int type) {
+  return type == 1 ? half_to_float(word) : __uint_as_float((u32)word << 16);
+}
+
 // Element i of an array of float32 (type 0), float16 (1) or bfloat16 (2).
 __device__ inline float load_number(const void *array, int type, long long i) {
-  if (type == 0) return ((const float *)array)[i];
-  const u16 bits = ((const u16 *)array)[i];
-  return type == 1 ? half_to_float(bits) : __uint_as_float((u32)bits << 16);
+  return type == 0 ? ((const float *)array)[i] : number(((const u16 *)array)[i], type);
 }
 
 __device__ inline void store_number(void *array, int type, long long i, float value) {

@@ -46,10 +46,10 @@ class _Config(ctypes.Structure):  # CUlaunchConfig
     )
 
 
-def source(name: str) -> str:
-    """A CUDA source of this folder, after what all of them use."""
+def source(*names: str) -> str:
+    """CUDA sources of this folder, one after the other, after what all of them use."""
     folder = Path(__file__).parent
-    return (folder / "numbers.cu").read_text() + (folder / name).read_text()
+    return "".join((folder / name).read_text() for name in ("numbers.cu", *names))
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
