@@ -101,8 +101,8 @@ def test_allocation_against_all_plans(checkpoint: Checkpoint, seed: int) -> None
     one = sum(cost.values())
     for average in (2.0, 2.2, 2.5, 2.6, 3.0, 3.3, 3.5, 3.9, 4.0):
         plan = make_plan(checkpoint, average, sensitivity=table)
-        spent = sum(cost[n] * p for n, p in plan.prefixes.items())
-        loss = sum(table.losses[n][p] for n, p in plan.prefixes.items())
+        spent = sum(cost[n] * p for n, p in plan.levels.items())
+        loss = sum(table.losses[n][p] for n, p in plan.levels.items())
         assert spent <= average * one + 1e-6
         assert plan.average_bits(checkpoint) == pytest.approx(spent / one)
         best = min(other for size, other in every if size <= average * one + 1e-6)
@@ -118,13 +118,13 @@ def test_allocation_in_coarse_units(
     one = sum(cost.values())
 
     def loss(plan: Plan) -> float:
-        return sum(table.losses[n][p] for n, p in plan.prefixes.items())
+        return sum(table.losses[n][p] for n, p in plan.levels.items())
 
     fine = [make_plan(checkpoint, 2 + i / 10, sensitivity=table) for i in range(21)]
     monkeypatch.setattr("dropbydrop.planning.solver._MAX_UNITS", 40)
     for i, exact in enumerate(fine):
         plan = make_plan(checkpoint, 2 + i / 10, sensitivity=table)
-        assert sum(cost[n] * p for n, p in plan.prefixes.items()) <= (2 + i / 10) * one + 1e-6
+        assert sum(cost[n] * p for n, p in plan.levels.items()) <= (2 + i / 10) * one + 1e-6
         assert loss(exact) <= loss(plan) + 1e-12 <= loss(exact) + 0.6
 
 
@@ -134,7 +134,7 @@ def test_a_useless_level_is_left_out(checkpoint: Checkpoint) -> None:
     first = checkpoint.quantization.input_groups[0].name
     table.losses[first].update({2: 5.0, 3: 4.99, 4: 0.0})  # type: ignore[attr-defined]
     plans = [make_plan(checkpoint, 2 + i / 10, sensitivity=table) for i in range(21)]
-    assert {plan.prefixes[first] for plan in plans} == {2, 4}
+    assert {plan.levels[first] for plan in plans} == {2, 4}
 
 
 def test_infeasible_budgets(checkpoint: Checkpoint) -> None:
@@ -204,7 +204,7 @@ def test_amounts_of_memory() -> None:
 def test_a_plan_is_an_immutable_value(checkpoint: Checkpoint, tmp_path: Path) -> None:
     plan = make_plan(checkpoint, 2.6, sensitivity=invented(checkpoint))
     with pytest.raises(TypeError):
-        plan.prefixes["x"] = 2  # type: ignore[index]
+        plan.levels["x"] = 2  # type: ignore[index]
     with pytest.raises(AttributeError):
         plan.checkpoint = ""  # type: ignore[misc]
     plan.save(tmp_path / "plan.json")
@@ -229,7 +229,7 @@ def test_plans_that_do_not_fit(out: Path, model: Any, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="does not name the input groups"):
         Plan(plan.checkpoint, {"x": 2}).check(checkpoint)
     with pytest.raises(PrecisionError, match="precision 5 is not a level"):
-        Plan(plan.checkpoint, dict.fromkeys(plan.prefixes, 5)).check(checkpoint)
+        Plan(plan.checkpoint, dict.fromkeys(plan.levels, 5)).check(checkpoint)
     for text, message in [
         ("{", "cannot be read as JSON"),
         ("{}", "is no plan"),
@@ -263,7 +263,7 @@ def test_several_plans_are_views_of_one_store(out: Path, model: Any) -> None:
         reference = decoded_reference(tiny_llama(), view)
         torch.testing.assert_close(logits(view), logits(reference), rtol=1e-4, atol=1e-4)
         for module in linears(view):
-            assert module.prefix == plan.by_module(checkpoint)[module.name]
+            assert module.prefix == plan.planes_by_module(checkpoint)[module.name]
             held = store_of(model).plane(module.name, 1).data
             assert module.codes[1].data_ptr() == held.data_ptr()
         assert torch.equal(logits(view), logits(dropbydrop.load(out, plan=plan)))
@@ -434,7 +434,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert 2.2 < result["average_bits"] <= 2.5
     assert (out / SIDECAR).is_file()  # kept for the next time
     plan = Plan.load(file)
-    assert result["prefixes"] == dict(plan.prefixes)
+    assert result["prefixes"] == dict(plan.levels)
     assert result["memory"] == plan.memory(Checkpoint.open(out), context=256).to_dict()
     assert plan_of(dropbydrop.load(out, plan=plan)) == plan
     code, stdout, _ = run(out, "--memory", "1GiB", "--context", 64)

@@ -24,7 +24,7 @@ def run(
         str | None, typer.Option(help="Levels, such as 2,3,4 [all that are here].")
     ] = None,
     avg_bits: Annotated[
-        str | None, typer.Option(help="Averages of planes a weight, such as 2.5,2.75.")
+        str | None, typer.Option(help="Averages of bits a weight, such as 2.5,2.75.")
     ] = None,
     plan: Annotated[
         list[Path] | None,

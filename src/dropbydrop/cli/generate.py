@@ -15,7 +15,7 @@ def run(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     bits: Annotated[str | None, typer.Option(help="Level [the highest].")] = None,
     avg_bits: Annotated[
-        float | None, typer.Option(help="Average planes a weight, instead of a level.")
+        float | None, typer.Option(help="Average bits a weight, instead of a level.")
     ] = None,
     plan: PlanFile = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,

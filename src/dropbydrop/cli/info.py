@@ -83,10 +83,12 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "path": str(checkpoint.path),
         "levels": {
             str(p): sizes_of(checkpoint, p)
-            | {"loadable": all(m in present for m in range(1, p + 1))}
+            | {"loadable": all(m in present for m in range(1, q.prefix_of(p) + 1))}
             for p in q.levels
         },
+        "kind": q.kind,
         "planes": len(q.planes),
+        "plane_bits": [plane.bits for plane in q.planes],
         "planes_present": list(present),
         "matrices": len(q.modules),
         "input_groups": len(q.input_groups),

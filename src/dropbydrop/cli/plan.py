@@ -1,4 +1,4 @@
-"""`dropbydrop plan`: a map of prefixes for any budget, and what it takes."""
+"""`dropbydrop plan`: a map of levels for any budget, and what it takes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def run(
     out: CheckpointFolder,
-    avg_bits: Annotated[float | None, typer.Option(help="Average planes a weight.")] = None,
+    avg_bits: Annotated[float | None, typer.Option(help="Average bits a weight.")] = None,
     memory: Annotated[str | None, typer.Option(help="All memory, such as 1.5GiB.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of the cache [2048].")] = None,
     dtype: Annotated[
@@ -60,7 +60,7 @@ def run(
         **made.to_dict(),
         "average_bits": made.average_bits(checkpoint),
         "memory": made.memory(checkpoint, dtype, tokens).to_dict(),
-        "predicted_loss": sum(known.losses[name][p] for name, p in made.prefixes.items()),
+        "predicted_loss": sum(known.losses[name][p] for name, p in made.levels.items()),
         "sensitivity": known.kind,
     }
     if save is not None:

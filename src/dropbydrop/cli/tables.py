@@ -82,9 +82,11 @@ def print_info(info: Mapping[str, Any], console: Console) -> None:
     console.print(table(info["path"], columns, rows))
     made, sets = info["provenance"], info["codebook_sets"]
     named = ", ".join(sets) if len(sets) <= 4 else f"{sets[0]}, … ({len(sets)})"
+    planes = "+".join(map(str, info["plane_bits"]))
     console.print(
-        f"{info['matrices']} matrices in {info['input_groups']} input groups, codebook sets "
-        f"{named}; embeddings {info['embeddings']['bits']} bits; from "
+        f"{info['kind']} planes of {planes} bits; {info['matrices']} matrices in "
+        f"{info['input_groups']} input groups, codebook sets {named}; embeddings "
+        f"{info['embeddings']['bits']} bits; from "
         f"{made.get('base_model')}, preset {made.get('preset')}, seed {made.get('seed')}"
         + "".join(f"; tuned: {done.get('method')}" for done in made.get("tuning", ()))
     )
@@ -185,7 +187,7 @@ def print_plan(
         column = "/".join(m.rpartition(".")[2].removesuffix("_proj") for m in group.modules)
         rows.setdefault(block, {})[column] = result["prefixes"][group.name]
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    title = f"planes of each input group, {result['average_bits']:.3f} bits"
+    title = f"level of each input group, {result['average_bits']:.3f} bits"
     blocks = ((block, *(str(row.get(c, "")) for c in columns)) for block, row in rows.items())
     console.print(table(title, ("block", *columns), blocks))
     kinds = ((k.replace("_", " "), f"{size / 1e6:.2f}") for k, size in result["memory"].items())

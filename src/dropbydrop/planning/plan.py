@@ -1,8 +1,8 @@
-"""Plans: another number of planes for every input group, so that any budget can be met exactly.
+"""Plans: another level for every input group, so that any budget can be met exactly.
 
 A plan is an immutable map from input groups to levels. The matrices of an input group (q/k/v;
-gate/up) read one input and are fused by many runtimes, so they share one prefix. Each entry is one
-of the checkpoint's levels: only those prefixes were supervised.
+gate/up) read one input and are fused by many runtimes, so they share one level. Each entry is one
+of the checkpoint's levels: only those were supervised. What it reads is counted in planes.
 
 A plan carries the fingerprint of its checkpoint (`Checkpoint.fingerprint`) and is refused by any
 other. Which plan fits a budget is decided in solver.py, what one takes in memory in memory.py.
@@ -11,6 +11,7 @@ other. Which plan fits a budget is decided in solver.py, what one takes in memor
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,17 +37,17 @@ class Plan:
 
     Attributes:
         checkpoint: fingerprint.
-        prefixes: one level for every input group of the checkpoint.
+        levels: one for every input group of the checkpoint ("prefixes" in the JSON form).
     """
 
     checkpoint: str
-    prefixes: Mapping[str, int]
+    levels: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prefixes", MappingProxyType(dict(self.prefixes)))
+        object.__setattr__(self, "levels", MappingProxyType(dict(self.levels)))
 
     def __hash__(self) -> int:
-        return hash((self.checkpoint, tuple(sorted(self.prefixes.items()))))
+        return hash((self.checkpoint, tuple(sorted(self.levels.items()))))
 
     @staticmethod
     def uniform(checkpoint: Checkpoint, bits: int) -> Plan:
@@ -58,12 +59,12 @@ class Plan:
     @property
     def lowest(self) -> int:
         """The smallest level in it."""
-        return min(self.prefixes.values())
+        return min(self.levels.values())
 
     @property
     def highest(self) -> int:
-        """The largest level in it: planes 1..highest must be present."""
-        return max(self.prefixes.values())
+        """The largest level in it, whose planes must be present."""
+        return max(self.levels.values())
 
     def check(self, checkpoint: Checkpoint) -> Plan:
         """This plan, if it is one for `checkpoint`.
@@ -78,45 +79,53 @@ class Plan:
                 "dropbydrop plan OUT --avg-bits 2.6"
             )
         names = {input_group.name for input_group in checkpoint.quantization.input_groups}
-        if set(self.prefixes) != names:
+        if set(self.levels) != names:
             raise FormatError(
                 f"the plan does not name the input groups of the checkpoint: "
-                f"{sorted(names ^ set(self.prefixes))[:4]} differ. It was edited; make it again."
+                f"{sorted(names ^ set(self.levels))[:4]} differ. It was edited; make it again."
             )
-        for level in self.prefixes.values():
+        for level in self.levels.values():
             checkpoint.quantization.check_level(level)
         return self
 
-    def by_module(self, checkpoint: Checkpoint) -> dict[str, int]:
-        """Quantized module -> planes to read."""
+    def levels_by_module(self, checkpoint: Checkpoint) -> dict[str, int]:
+        """Quantized module -> level."""
         input_groups = checkpoint.quantization.input_groups
-        return {module: self.prefixes[s.name] for s in input_groups for module in s.modules}
+        return {module: self.levels[s.name] for s in input_groups for module in s.modules}
+
+    def planes_by_module(self, checkpoint: Checkpoint) -> dict[str, int]:
+        """Quantized module -> number of planes to read."""
+        count = checkpoint.quantization.prefix_of
+        return {name: count(level) for name, level in self.levels_by_module(checkpoint).items()}
 
     def average_bits(self, checkpoint: Checkpoint) -> float:
-        """Planes a weight, averaged over all weights of the quantized matrices."""
-        shapes = checkpoint.shapes
-        weights = {module: d_out * d_in for module, (d_out, d_in) in shapes.items()}
-        planes = sum(p * weights[module] for module, p in self.by_module(checkpoint).items())
-        return planes / sum(weights.values())
+        """The levels, averaged over all weights of the quantized matrices."""
+        return average(self.levels_by_module(checkpoint), checkpoint)
 
     def true_bits(self, checkpoint: Checkpoint) -> float:
         """Bits a weight of the quantized linears, everything counted (`Checkpoint.true_bits`)."""
-        return checkpoint.true_bits(self.highest) - self.highest + self.average_bits(checkpoint)
+        weights = checkpoint.manifest.quantized_parameters
+        return checkpoint.true_bits(self.highest) - 8 * self._unread(checkpoint) / weights
 
     def bytes_read(self, checkpoint: Checkpoint) -> int:
         """Bytes that loading by this plan reads: `Checkpoint.bytes_at` less the codes left out."""
-        unread = sum(
+        return checkpoint.bytes_at(self.highest) - self._unread(checkpoint)
+
+    def _unread(self, checkpoint: Checkpoint) -> int:
+        """Bytes of codes that the highest level of the plan reads and the plan does not."""
+        planes = checkpoint.quantization.planes
+        all_of_it = checkpoint.quantization.prefix_of(self.highest)
+        return sum(
             plane.nbytes(*checkpoint.shapes[module])
-            for module, p in self.by_module(checkpoint).items()
-            for plane in checkpoint.quantization.planes[p : self.highest]
+            for module, count in self.planes_by_module(checkpoint).items()
+            for plane in planes[count:all_of_it]
         )
-        return checkpoint.bytes_at(self.highest) - unread
 
     def memory(
         self, checkpoint: Checkpoint, dtype: torch.dtype | str | None = None, context: int = 0
     ) -> Memory:
         """What a model loaded by this plan takes."""
-        return estimate(checkpoint, self.by_module(checkpoint), dtype, context)
+        return estimate(checkpoint, self.planes_by_module(checkpoint), dtype, context)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -124,7 +133,7 @@ class Plan:
             "format": PLAN_FORMAT,
             "format_version": 1,
             "checkpoint": self.checkpoint,
-            "prefixes": dict(self.prefixes),
+            "prefixes": dict(self.levels),
         }
 
     @staticmethod
@@ -140,7 +149,7 @@ class Plan:
         check_version(fields.data.pop("format_version", None), where)
         plan = Plan(fields.take("checkpoint", str), fields.take("prefixes", dict))
         fields.done()
-        if not plan.prefixes or any(type(p) is not int for p in plan.prefixes.values()):
+        if not plan.levels or any(type(p) is not int for p in plan.levels.values()):
             raise FormatError(f"{where}: prefixes must be whole numbers. Damaged; make it again.")
         return plan
 
@@ -159,5 +168,11 @@ class Plan:
         return Plan.from_dict(read_json(path), str(path))
 
     def __repr__(self) -> str:
-        counts = Counter(self.prefixes.values())
+        counts = Counter(self.levels.values())
         return f"Plan({json.dumps(dict(sorted(counts.items())))} input groups at these levels)"
+
+
+def average(levels: Mapping[str, int], checkpoint: Checkpoint) -> float:
+    """Mean of the levels of these modules, by their numbers of weights."""
+    weights = {name: math.prod(checkpoint.shapes[name]) for name in levels}
+    return sum(level * weights[name] for name, level in levels.items()) / sum(weights.values())

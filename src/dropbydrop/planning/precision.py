@@ -1,7 +1,7 @@
 """One request for a precision: a level, an average, or a plan. Each has a name, none is guessed.
 
-    Precision(bits=3)           level 3: planes 1..3 of every input group
-    Precision(avg_bits=2.6)     the plan of least predicted loss with 2.6 planes a weight on average
+    Precision(bits=3)           level 3: its planes of every input group
+    Precision(avg_bits=2.6)     the plan of least predicted loss with 2.6 bits a weight on average
     Precision(plan=plan)        this plan
 
 `bits=3` and `bits=3.0` would be the same number to a JSON client, so the type of a number decides
@@ -25,7 +25,7 @@ class Precision:
 
     Attributes:
         bits: a level of the checkpoint.
-        avg_bits: average planes a weight, between the lowest and the highest level.
+        avg_bits: average bits a weight, between the lowest and the highest level.
         plan: a level for every input group.
 
     Raises:

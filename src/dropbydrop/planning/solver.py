@@ -2,18 +2,21 @@
 
 With b[s, p] the code bytes of input group s at level p and L[s, p] the loss it causes there
 (sensitivity.py), minimise sum_s L[s, p_s] under sum_s b[s, p_s] <= B: a multiple-choice knapsack.
-Plane sizes have large common divisors (13,824 bytes on SmolLM2, so 1,920 units in all), which makes
+Plane sizes have large common divisors (bytes planes: 13,824 bytes on SmolLM2, so 1,920 units in
+all), which makes
 dynamic programming over the units cheap: it is the optimum, also where losses are not convex in
 bytes. The greedy path along the convex hulls was tried first and loses up to a step. Above 65,536
 units, sizes are rounded up to coarser ones: still feasible, within one unit an input group of the
 optimum.
 
 Budgets are average bits (sum_s p_s * weights_s / sum_s weights_s, so that the uniform plan at level
-P has average P) or bytes (memory.py: weights of every kind, cache, activations).
+P has average P; b counts p_s bits a weight) or bytes (memory.py: weights of every kind, cache,
+activations; b is what the planes of level p take as they are held).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -43,7 +46,7 @@ def make_plan(
     """The plan of least predicted loss within a budget. Exactly one budget must be given.
 
     Args:
-        avg_bits: average planes a weight, between the lowest and the highest level.
+        avg_bits: average bits a weight, between the lowest and the highest level.
         memory: bytes, or text such as "1.5GiB": weights, cache for `context` tokens, activations.
         context: tokens; by default 2,048 or what the model takes.
         dtype: type of the activations, as given to `load`.
@@ -61,12 +64,13 @@ def make_plan(
     known = sensitivity or known_sensitivity(checkpoint)
     if avg_bits is not None:
         check_average(avg_bits, levels, checkpoint.levels)
-        costs = _plane_costs(checkpoint)
-        budget = math.floor(avg_bits * sum(costs) + 1e-6)  # a plane is a bit a weight
+        costs = _code_bytes(checkpoint, levels)
+        weights = checkpoint.manifest.quantized_parameters
+        budget = math.floor(avg_bits * weights / 8 + 1e-6)
     else:
         tokens = default_context(checkpoint, context)
         budget = _bytes_for_codes(checkpoint, levels[0], parse_bytes(memory or 0), dtype, tokens)
-        costs = _plane_costs(checkpoint, held=True)
+        costs = _held_bytes(checkpoint, levels)
     names = [input_group.name for input_group in checkpoint.quantization.input_groups]
     losses = [known.losses[name] for name in names]
     chosen = allocate(losses, costs, levels, budget)
@@ -88,23 +92,36 @@ def _bytes_for_codes(
     return wanted - (least.total - least.codes)
 
 
-def _plane_costs(checkpoint: Checkpoint, held: bool = False) -> list[int]:
-    """Bytes of one plane of every input group: on disk, or as memory holds them (padded)."""
-    plane = checkpoint.quantization.planes[0]  # all are of one size
-    size = {
-        name: plane_bytes(plane, *shape) if held else plane.nbytes(*shape)
-        for name, shape in checkpoint.shapes.items()
-    }
+def _code_bytes(checkpoint: Checkpoint, levels: Sequence[int]) -> list[list[int]]:
+    """Bytes of every input group at every level: so many bits a weight, without any padding."""
     return [
-        sum(size[m] for m in input_group.modules)
-        for input_group in checkpoint.quantization.input_groups
+        [sum(math.prod(checkpoint.shapes[m]) for m in group.modules) * p // 8 for p in levels]
+        for group in checkpoint.quantization.input_groups
+    ]
+
+
+def _held_bytes(checkpoint: Checkpoint, levels: Sequence[int]) -> list[list[int]]:
+    """Bytes of the planes of every input group at every level, as memory holds them (padded)."""
+    q = checkpoint.quantization
+    return [
+        [
+            sum(
+                plane_bytes(plane, *checkpoint.shapes[module])
+                for module in group.modules
+                for plane in q.planes[: q.prefix_of(level)]
+            )
+            for level in levels
+        ]
+        for group in q.input_groups
     ]
 
 
 def levels_here(checkpoint: Checkpoint, planes: int | None = None) -> tuple[int, ...]:
     """Levels that the first `planes` planes, or those in the folder, suffice for."""
-    here = range(1, planes + 1) if planes is not None else checkpoint.planes_present()
-    levels = tuple(p for p in checkpoint.levels if set(range(1, p + 1)) <= set(here))
+    if planes is None:
+        present = checkpoint.planes_present()
+        planes = next(m for m in range(len(present) + 1) if m + 1 not in present)
+    levels = checkpoint.quantization.served_by(planes)
     if not levels:
         checkpoint.require(checkpoint.levels[0])  # names the file
     return levels
@@ -119,8 +136,8 @@ def check_average(bits: float, here: tuple[int, ...], levels: tuple[int, ...]) -
     """
     if here[-1] < bits <= levels[-1]:
         raise MissingPlaneError(
-            f"{bits} bits on average need more planes than are here (1..{here[-1]}). Fetch more "
-            f"(dropbydrop pull SOURCE DEST --bits {levels[-1]}), read more "
+            f"{bits} bits on average need more planes than are here (those of {here[-1]} bits). "
+            f"Fetch more (dropbydrop pull SOURCE DEST --bits {levels[-1]}), read more "
             f"(dropbydrop.load_planes(model, {levels[-1]})), or ask for at most {here[-1]}."
         )
     if not here[0] <= bits <= levels[-1]:
@@ -133,7 +150,7 @@ def check_average(bits: float, here: tuple[int, ...], levels: tuple[int, ...]) -
 
 def allocate(
     losses: Sequence[Mapping[int, float]],
-    planes: Sequence[int],
+    costs: Sequence[Sequence[int]],
     levels: Sequence[int],
     budget: int,
 ) -> list[int]:
@@ -141,37 +158,37 @@ def allocate(
 
     Args:
         losses: for every input group, level -> loss.
-        planes: bytes of one plane of every input group.
+        costs: for every input group, its bytes at each of `levels`, ascending.
         levels: ascending; the lowest everywhere fits the budget.
         budget: bytes of codes.
     """
     lowest, highest = levels[0], levels[-1]
-    spare = min(budget - lowest * sum(planes), (highest - lowest) * sum(planes))
-    if spare == (highest - lowest) * sum(planes):
-        return [highest] * len(planes)  # whatever rounding to units says
-    unit = math.gcd(*planes)
+    further = [[cost - row[0] for cost in row] for row in costs]  # beyond the lowest level
+    spare = budget - sum(row[0] for row in costs)
+    if spare >= sum(row[-1] for row in further):
+        return [highest] * len(costs)  # whatever rounding to units says
+    unit = math.gcd(*itertools.chain(*further))
     if spare // unit > _MAX_UNITS:
         unit = -(-spare // _MAX_UNITS)
     count = spare // unit
-    # costs[s][k]: units of level k beyond the lowest
-    costs = [[-(-(level - lowest) * plane // unit) for level in levels] for plane in planes]
+    units = [[-(-cost // unit) for cost in row] for row in further]
     # best[c]: least loss of the input groups so far for exactly c units beyond the lowest level
     best = np.full(count + 1, np.inf)
     best[0] = 0.0
-    choices = np.zeros((len(planes), count + 1), dtype=np.uint8)
+    choices = np.zeros((len(costs), count + 1), dtype=np.uint8)
     for s, row in enumerate(losses):
         total = best + row[lowest]
         for k, level in enumerate(levels[1:], 1):
-            cost = costs[s][k]
+            cost = units[s][k]
             if cost <= count:
                 other = np.full_like(best, np.inf)
                 other[cost:] = best[: count + 1 - cost] + row[level]
                 better = other < total
                 total[better], choices[s][better] = other[better], k
         best = total
-    chosen, c = [lowest] * len(planes), int(np.argmin(best))
-    for s in reversed(range(len(planes))):
+    chosen, c = [lowest] * len(costs), int(np.argmin(best))
+    for s in reversed(range(len(costs))):
         k = int(choices[s][c])
         chosen[s] = levels[k]
-        c -= costs[s][k]
+        c -= units[s][k]
     return chosen

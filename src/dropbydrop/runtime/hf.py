@@ -2,7 +2,7 @@
 
 Steps of `AutoModelForCausalLM.from_pretrained(out)` that are ours:
 1. `DropByDropConfig` parses and validates `quantization_config`; its `bits` is the precision.
-2. Before the weights are read, the quantizer opens the checkpoint, checks planes 1..P, puts our
+2. Before the weights are read, the quantizer opens the checkpoint, checks the planes, puts our
    modules (on the meta device) in place of the linears, and appends the files of planes 1..P to
    the list of files that transformers is about to read. Tensor names on disk equal parameter
    names, so transformers loads them itself, to whatever device it was told.
@@ -123,7 +123,7 @@ class DropByDropQuantizer(HfQuantizer):
                 f"the quantization_config given differs from the one in {checkpoint.path}; only "
                 "'bits' may be changed."
             )
-        prefix = checkpoint.require(asked.bits)
+        prefix = checkpoint.quantization.prefix_of(checkpoint.require(asked.bits))
         with torch.device("meta"):
             _place_modules(model, checkpoint, prefix, kwargs.get("dtype"))
         # The same list object is read afterwards; a copy would leave the codes unread, which

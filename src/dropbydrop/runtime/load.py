@@ -46,7 +46,7 @@ def load(
     Args:
         path: a local checkpoint folder.
         bits: one of the checkpoint's levels.
-        avg_bits: average planes a weight: the plan of least predicted loss.
+        avg_bits: average bits a weight: the plan of least predicted loss.
         plan: a level for every input group.
         memory: what the model may take in all, in bytes or as "1.5GiB".
         context: tokens that `memory` is to suffice for [2048].
@@ -82,7 +82,7 @@ def load(
     checkpoint.require(resolved.highest)
     model = _load_level(checkpoint, resolved.lowest, dtype, device)
     if resolved.lowest < resolved.highest:
-        store_of(model).fill(resolved.by_module(checkpoint))
+        store_of(model).fill(resolved.planes_by_module(checkpoint))
         model = view(model, plan=resolved)
     if upgrade:
         upgrades.start(store_of(model))
@@ -109,7 +109,7 @@ def load_views(
     checkpoint.require(max(plan.highest for plan in plans.values()))
     base = _load_level(checkpoint, min(plan.lowest for plan in plans.values()), dtype, "cpu")
     for plan in plans.values():
-        store_of(base).fill(plan.by_module(checkpoint))
+        store_of(base).fill(plan.planes_by_module(checkpoint))
     return {name: (plan, view(base, plan=plan)) for name, plan in plans.items()}
 
 

@@ -41,7 +41,8 @@ class Upgrade:
         self._changed = threading.Condition()
         self._stop = threading.Event()
         self._error: DropError | None = None
-        self.level, self.done = store.loaded, False
+        self.level = store.checkpoint.quantization.level_of(store.loaded)
+        self.done = False
         self._thread = threading.Thread(target=self._run, name="dropbydrop-upgrade", daemon=True)
         self._thread.start()
 
@@ -73,9 +74,9 @@ class Upgrade:
     def _run(self) -> None:
         try:
             checkpoint = self._store.checkpoint
-            for bits in (p for p in checkpoint.levels if p > self._store.loaded):
+            for bits in (p for p in checkpoint.levels if p > self.level):
                 wait_for_planes(checkpoint, bits, self._stop)
-                planes = Plan.uniform(checkpoint, bits).by_module(checkpoint)
+                planes = Plan.uniform(checkpoint, bits).planes_by_module(checkpoint)
                 self._store.fill(planes, self._stop.is_set)
                 if self._stop.is_set():
                     break
@@ -109,14 +110,15 @@ def is_pulling(folder: Path) -> bool:
 
 
 def wait_for_planes(checkpoint: Checkpoint, bits: int, stop: threading.Event | None = None) -> None:
-    """Return when planes 1..bits are present, or `stop` is set.
+    """Return when the planes of level `bits` are present, or `stop` is set.
 
     Raises:
         MissingPlaneError: a plane is absent and no pull is running.
     """
+    needed = set(range(1, checkpoint.quantization.prefix_of(bits) + 1))
     while not (stop and stop.is_set()):
         pulling = is_pulling(checkpoint.path)  # asked first: a pull may end between the two looks
-        if set(range(1, bits + 1)) <= set(checkpoint.planes_present()):
+        if needed <= set(checkpoint.planes_present()):
             return
         if not pulling:
             checkpoint.require(bits)  # names the file

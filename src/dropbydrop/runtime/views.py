@@ -1,7 +1,7 @@
 """Views: the same loaded model at other precisions, on the same storage.
 
-    two = view(model, 2)                 planes 1..2, already in memory: immediate
-    load_planes(model, 4)                reads planes 3 and 4 into the store that both share
+    two = view(model, 2)                 its planes are in memory already: immediate
+    load_planes(model, 4)                reads what 4 bits need into the store that both share
     four = view(model, 4)
 
 A view is a model of the same class whose parameters and buffers share their memory with the model
@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from dropbydrop.planning.plan import Plan
+from dropbydrop.planning.plan import Plan, average
 from dropbydrop.planning.precision import Precision
 from dropbydrop.system.errors import DropError, MissingPlaneError
 
@@ -43,7 +43,7 @@ def view(
     Args:
         model: what `load`, `from_pretrained` or `view` returned.
         bits: a level of the checkpoint.
-        avg_bits: average planes a weight; planned with the planes that are in memory.
+        avg_bits: average bits a weight; planned with the planes that are in memory.
         plan: a level for every input group.
 
     Returns:
@@ -85,7 +85,7 @@ def load_planes(model: Any, bits: int | None = None, *, plan: Plan | None = None
     The model and its views keep their precision; this may run while they do.
 
     Args:
-        bits: a level: planes 1..bits of every matrix.
+        bits: a level: its planes of every matrix.
         plan: only the planes that it uses.
 
     Raises:
@@ -95,23 +95,21 @@ def load_planes(model: Any, bits: int | None = None, *, plan: Plan | None = None
     """
     store = store_of(model)
     resolved = Precision(bits, plan=plan).resolve(store.checkpoint)
-    store.fill(resolved.by_module(store.checkpoint))
+    store.fill(resolved.planes_by_module(store.checkpoint))
 
 
 def precision(model: Any) -> int | float:
-    """The precision of a loaded model or view: its level P, or the average planes of its plan.
+    """The precision of a loaded model or view: its level, or the average bits of its plan.
 
     It cannot be set; see `view`.
 
     Raises:
         DropError: not a model of ours.
     """
-    shapes = store_of(model).checkpoint.shapes
-    found = {m.name: m.prefix for m in model.modules() if isinstance(m, NestedLinear)}
+    found = _levels(model)
     if len(levels := set(found.values())) == 1:
         return levels.pop()
-    weights = {name: shapes[name][0] * shapes[name][1] for name in found}
-    return sum(p * weights[name] for name, p in found.items()) / sum(weights.values())
+    return average(found, store_of(model).checkpoint)
 
 
 def plan_of(model: Any) -> Plan:
@@ -120,13 +118,18 @@ def plan_of(model: Any) -> Plan:
     Raises:
         DropError: not a model of ours.
     """
-    checkpoint = store_of(model).checkpoint
-    found = {m.name: m.prefix for m in model.modules() if isinstance(m, NestedLinear)}
+    checkpoint, found = store_of(model).checkpoint, _levels(model)
     input_groups = checkpoint.quantization.input_groups
     # a model without some of the modules (a bare decoder) still has a level for the others
     levels = {s.name: next((found[m] for m in s.modules if m in found), 0) for s in input_groups}
     rest = max(levels.values())
     return Plan(checkpoint.fingerprint, {name: p or rest for name, p in levels.items()})
+
+
+def _levels(model: Any) -> dict[str, int]:
+    """Quantized module -> the level that its planes are of (DropError: not a model of ours)."""
+    level_of = store_of(model).checkpoint.quantization.level_of
+    return {m.name: level_of(m.prefix) for m in model.modules() if isinstance(m, NestedLinear)}
 
 
 def store_of(model: Any) -> PlaneStore:
@@ -146,16 +149,16 @@ def store_of(model: Any) -> PlaneStore:
 
 def _prefixes_in_memory(store: PlaneStore, plan: Plan, asked: Precision) -> dict[str, int]:
     """Planes of every module, all of them in memory (else MissingPlaneError)."""
-    prefixes = plan.by_module(store.checkpoint)
+    prefixes = plan.planes_by_module(store.checkpoint)
     lacking = [name for name, p in prefixes.items() if p > store.held(name, p)]
     if not lacking:
         return prefixes
     if asked.bits is not None:
         raise MissingPlaneError(
-            f"{asked.bits} bits need planes 1..{asked.bits}, but only 1..{store.loaded} are in "
-            f"memory. Read the others with dropbydrop.load_planes(model, {asked.bits}), or load "
-            f"the model again with dropbydrop.load({str(store.checkpoint.path)!r}, "
-            f"bits={asked.bits})."
+            f"{asked.bits} bits need planes 1..{max(prefixes.values())}, but only "
+            f"1..{store.loaded} are in memory. Read the others with "
+            f"dropbydrop.load_planes(model, {asked.bits}), or load the model again with "
+            f"dropbydrop.load({str(store.checkpoint.path)!r}, bits={asked.bits})."
         )
     raise MissingPlaneError(
         f"the plan needs plane {prefixes[lacking[0]]} of {lacking[0]}"
