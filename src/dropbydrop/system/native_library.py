@@ -31,6 +31,9 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     # native/search/c_api.h
     "drop_search_backend": (_str, [_int]),
     "drop_search": (_int, [_str, _ptr, _int]),
+    # native/trellis/c_api.h
+    "drop_trellis_backend": (_str, [_int]),
+    "drop_trellis_search": (_int, [_str, _ptr, _int]),
     # native/kernels/c_api.h
     "drop_kernel_count": (_int, []),
     "drop_kernel_name": (_str, [_int]),

@@ -1,0 +1,234 @@
+"""The search in torch operations: no compiler needed, and a reference for the other backends.
+
+The steps of native/trellis/trellis_core.h, with path metrics in float32. All segments of a plane
+are one batch. A state is the last L bits of the stream, the newest one lowest; its predecessors
+share its upper L - k bits, so that a step of all 2^L states is a minimum over the first axis of
+[2^k, 2^(L-k)], repeated along a new last axis. A Viterbi pass is a class of its own (`Viterbi`),
+which the Triton backend replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..codebook_set import labels, pack_stream
+from ..planes import TrellisPlane
+from .arguments import WARM_UP, Problem, ring_of, ring_rows, segments_of, state_labels
+
+INFINITY = float("inf")
+
+
+class Viterbi:
+    """Forward and back over a batch of sequences of one plane.
+
+    Attributes:
+        plane, values: the spec, and float32 [K] by label.
+        labels: uint8 [2^L], of every state.
+    """
+
+    def __init__(self, plane: TrellisPlane, values: Tensor, taps: Tensor) -> None:
+        self.plane = plane
+        self.values = values
+        self.labels = state_labels(plane, taps)
+        self._back = values  # of the last `forward`
+
+    def forward(self, x: Tensor, s: Tensor, start: int | None = None) -> Tensor:
+        """Finds the paths of least sum_t s_t (x_t - value)^2 to every state, for `trace`.
+
+        Args:
+            x, s: targets and weights, float32 [G, T].
+            start: the state before the first row, free by default.
+
+        Returns:
+            The best last state of each sequence: int64 [G].
+        """
+        count, rows = x.shape
+        states = len(self.labels)
+        shape = (count, 1 << self.plane.bits, states >> self.plane.bits)
+        metrics = torch.zeros(count, states, device=x.device)
+        if start is not None:
+            metrics.fill_(INFINITY)[:, start] = 0
+        index = self.labels.long()
+        back = []
+        for t in range(rows):
+            costs = s[:, t, None] * (x[:, t, None] - self.values).square()
+            best, came = metrics.view(shape).min(1)
+            back.append(came.to(torch.uint8))
+            metrics = best.repeat_interleave(shape[1], 1) + costs[:, index]
+            metrics -= metrics.amin(1, keepdim=True)
+        self._back = torch.stack(back)  # [T, G, 2^(L-k)]
+        return metrics.argmin(1)
+
+    def trace(self, at: Tensor, state: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Follows the path of each sequence back from `state` [G] at row `at` [G] to row `first`.
+
+        Returns:
+            (states int64 [G, T], zero elsewhere; the state before row `first` [G]).
+        """
+        bits, window = self.plane.bits, self.plane.window
+        rows, count, _ = self._back.shape
+        found = torch.zeros(rows, count, dtype=torch.int64, device=state.device)
+        each = torch.arange(count, device=state.device)
+        now = state
+        for t in range(rows - 1, first - 1, -1):
+            now = torch.where(at == t, state, now)
+            found[t] = now
+            stay = now >> bits
+            came = self._back[t, each, stay].long()
+            now = torch.where(at >= t, stay | came << (window - bits), now)
+        return found.T, now
+
+
+class Plane:
+    """The ring of one plane: its segments as a batch. See native/trellis/segments.h."""
+
+    def __init__(self, problem: Problem, m: int, passes: type[Viterbi]) -> None:
+        plane, part = problem.books.planes[m], problem.books.parts[m]
+        d_out, device = problem.w.shape[0], problem.w.device
+        self.plane = plane
+        self.taps = part[".taps"]
+        self.viterbi = passes(plane, problem.books.entries[m].flatten(), part[".taps"])
+        self.rows = ring_rows(plane, d_out)
+        segments = segments_of(plane, d_out)
+        self.warm = WARM_UP * ring_of(plane) // plane.bits
+        length = self.warm + max(last - first for _, first, last in segments)
+        starts = torch.tensor([warm for warm, _, _ in segments], device=device)
+        rows = starts[:, None] + torch.arange(length, device=device)  # [G, T]
+        self.ends = torch.tensor([last - warm - 1 for warm, _, last in segments], device=device)
+        inside = torch.arange(length, device=device) <= self.ends[:, None]
+        self.index = rows % self.rows
+        weights = torch.nn.functional.pad(problem.row_weights, (0, max(0, self.rows - d_out)))
+        self.weights = torch.where(inside, weights[self.index], 0.0)
+        self.own = inside & (torch.arange(length, device=device) >= self.warm)
+
+    def search(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The ring for targets x [rows]: (values [rows], newest bits uint8 [k rows])."""
+        batch, whole = x[self.index], self.index.shape[1] - 1
+        best = self.viterbi.forward(batch, self.weights)
+        _, before = self.viterbi.trace(torch.full_like(self.ends, whole), best, self.warm)
+        start = before[0]
+        for _ in range(len(before)):  # once, unless a segment's paths never meet
+            ends = torch.cat([before[1:], start[None]])
+            states, new = self.viterbi.trace(self.ends, ends, self.warm)
+            if torch.equal(new[1:], before[1:]):
+                break
+            before = new
+        if new[0] != start:  # a short ring: the first segment again, from what closes the ring
+            bounds = slice(self.warm, None)
+            self.viterbi.forward(batch[:, bounds], self.weights[:, bounds], int(start))
+            states[0, bounds] = self.viterbi.trace(self.ends - self.warm, ends, 0)[0][0]
+        ring = torch.zeros(self.rows, dtype=torch.int64, device=x.device)
+        ring[self.index[self.own]] = states[self.own]
+        value = self.viterbi.values[self.viterbi.labels[ring].long()]
+        shifts = torch.arange(self.plane.bits - 1, -1, -1, device=x.device)
+        return value, ((ring[:, None] >> shifts) & 1).flatten().to(torch.uint8)
+
+
+class Search:
+    """One problem, input after input: errors of every level, streams of every plane."""
+
+    def __init__(self, problem: Problem, passes: type[Viterbi]) -> None:
+        self.problem = problem
+        self.planes = [Plane(problem, m, passes) for m in range(len(problem.books.planes))]
+        d_out, d_in = problem.w.shape
+        device = problem.w.device
+        self.rows = max(plane.rows for plane in self.planes)
+        self.w = torch.zeros(d_in, self.rows, device=device)
+        self.w[:, :d_out] = problem.w.T
+        self.weights = torch.nn.functional.pad(problem.row_weights, (0, self.rows - d_out))
+        self.error = torch.zeros(len(problem.prefixes), d_in, self.rows, device=device)
+        self.streams = [
+            torch.zeros(plane.rows * plane.plane.bits, d_in, dtype=torch.uint8, device=device)
+            for plane in self.planes
+        ]
+        self.lambdas = torch.tensor(problem.lambdas, device=device)
+
+    def sums(self, values: Sequence[Tensor]) -> Tensor:
+        """Partial sums of planes at the supervised prefixes: [levels, rows]."""
+        return torch.stack(list(values)).cumsum(0)[[prefix - 1 for prefix in self.problem.prefixes]]
+
+    def set_error(self, j: int, values: Sequence[Tensor]) -> None:
+        """The errors of input j; rows that do not exist have none."""
+        self.error[:, j] = self.w[j] - self.sums(values)
+        self.error[:, j, self.problem.w.shape[0] :] = 0
+
+    def visit(self, target: Tensor, values: list[Tensor], known: bool) -> list[Tensor]:
+        """One turn of every plane of an input, for targets [levels, rows]; sets `values`, [rows].
+
+        Returns:
+            The bits of every plane's stream.
+        """
+        bits = []
+        for m, plane in enumerate(self.planes):
+            pulls = self.problem.level_weights[known][m]
+            x = torch.zeros_like(target[0])
+            for pull, prefix, u in zip(pulls, self.problem.prefixes, target, strict=True):
+                others = [i for i in range(prefix if known else m) if i != m and pull]
+                x += pull * (u - sum((values[i] for i in others), torch.zeros_like(x)))
+            value, stream = plane.search(x[: plane.rows])
+            values[m] = torch.nn.functional.pad(value, (0, self.rows - plane.rows))
+            bits.append(stream)
+        return bits
+
+    def start(self, lower: Tensor) -> None:
+        """Error feedback, from the last input to the first."""
+        for j in range(len(self.w) - 1, -1, -1):
+            pulled = (lower[j + 1 :, j] / lower[j, j]) @ self.error[:, j + 1 :]
+            target = self.w[j] + pulled
+            values = [torch.zeros_like(self.w[j])] * len(self.planes)
+            for known in (False, True):
+                bits = self.visit(target, values, known)
+            self.put(j, bits, values)
+
+    def put(self, j: int, bits: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Takes codes and values for input j."""
+        for stream, new in zip(self.streams, bits, strict=True):
+            stream[:, j] = new
+        self.set_error(j, values)
+
+    def values_of(self, j: int) -> list[Tensor]:
+        """Values of the codes of input j, [rows] each."""
+        found = []
+        for plane, stream in zip(self.planes, self.streams, strict=True):
+            code = pack_stream(stream[:, j : j + 1])
+            label = labels(code, plane.taps, plane.plane.bits, plane.rows)[:, 0].long()
+            found.append(
+                torch.nn.functional.pad(plane.viterbi.values[label], (0, self.rows - plane.rows))
+            )
+        return found
+
+    def cost(self, target: Tensor, values: Sequence[Tensor]) -> float:
+        """Weighted squared error of the levels."""
+        square = (target - self.sums(values)).double().square() @ self.weights.double()
+        return float(square @ self.lambdas.double())
+
+    def sweep(self, h: Tensor) -> None:
+        """Descent, from the last input to the first."""
+        for j in range(len(self.w) - 1, -1, -1):
+            row = h[:, j] / h[j, j]
+            target = self.w[j] + row @ self.error - self.error[:, j]
+            values = self.values_of(j)
+            before = self.cost(target, values)
+            bits = self.visit(target, values, known=True)
+            if self.cost(target, values) < before * (1 - 1e-9):
+                self.put(j, bits, values)
+
+
+def search(problem: Problem, passes: type[Viterbi] = Viterbi) -> list[Tensor]:
+    """See `dropbydrop.coding.trellis.search`, on the device of the problem's tensors."""
+    task = Search(problem, passes)
+    if problem.lower is not None:
+        task.start(problem.lower.float())
+    elif problem.codes is not None:
+        for m, code in enumerate(problem.codes):
+            shifts = torch.arange(8, dtype=torch.uint8, device=code.device)
+            task.streams[m] = ((code[:, None] >> shifts[:, None]) & 1).reshape(-1, code.shape[1])
+        for j in range(len(task.w)):
+            task.set_error(j, task.values_of(j))
+    for _ in range(problem.sweeps):
+        if problem.h is not None:
+            task.sweep(problem.h.float())
+    return [pack_stream(stream) for stream in task.streams]
