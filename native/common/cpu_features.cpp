@@ -16,6 +16,7 @@ uint32_t detect() {
   if (__builtin_cpu_supports("avx512vl")) found |= kAvx512vl;
   if (__builtin_cpu_supports("avx512vbmi")) found |= kAvx512vbmi;
   if (__builtin_cpu_supports("avx512vnni")) found |= kAvx512vnni;
+  if (__builtin_cpu_supports("gfni")) found |= kGfni;
 #endif
   return found;
 }

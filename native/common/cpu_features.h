@@ -19,6 +19,7 @@ enum CpuFeature : uint32_t {
   kAvx512vl = 1 << 6,
   kAvx512vbmi = 1 << 7,
   kAvx512vnni = 1 << 8,
+  kGfni = 1 << 9,
 };
 
 // Of the file that includes this header: hence `static`, a constant of its own in each.
@@ -49,6 +50,9 @@ static constexpr uint32_t kCompiledFeatures = 0
 #endif
 #ifdef __AVX512VNNI__
                                               | kAvx512vnni
+#endif
+#ifdef __GFNI__
+                                              | kGfni
 #endif
     ;
 

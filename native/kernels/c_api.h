@@ -28,6 +28,13 @@ DROP_API void drop_unpack(const uint8_t* packed, int64_t d_out, int64_t groups, 
 DROP_API int64_t drop_codebook_bytes(int64_t entries);
 DROP_API void drop_prepare_codebook(const float* values, int64_t entries, void* prepared);
 
+// Prepared codebooks of trellis planes (trellis.h). bits 1 or 2, window 8 .. 17, taps [window]
+// below 64 by age, values int8 [64] of at most 63 in size; else -1. `out` has drop_trellis_bytes(),
+// 64-byte aligned.
+DROP_API int64_t drop_trellis_bytes(void);
+DROP_API int drop_prepare_trellis(int bits, int window, const uint8_t* taps, const int8_t* values,
+                                  float scale, void* out);
+
 // The LUT of one activation row.
 DROP_API int64_t drop_lut_bytes(int kernel, int64_t groups, int64_t prefix, int64_t entries);
 
@@ -43,7 +50,7 @@ DROP_API int drop_build_lut(int kernel, const float* x, int64_t n, int64_t group
                             const void* const* codebooks, uint8_t* lut, int threads);
 
 typedef struct {
-  const uint8_t* const* planes;  // [prefix], packed
+  const uint8_t* const* planes;  // [prefix], packed or held (trellis.h)
   int64_t d_out;
   const void* scales;  // [d_out]
   int64_t scale_type;
@@ -56,11 +63,15 @@ DROP_API int drop_lut_gemv(int kernel, const uint8_t* lut, int64_t n, int64_t gr
                            int64_t prefix, int64_t entries, const DropMatrix* matrices,
                            int64_t count, void* out, int out_type, int threads);
 
-// An input group: everything that consumes one input. Rotation, LUT and products in one call.
+// An input group: everything that consumes one input. Rotation, tables or integers, and products in
+// one call. kind DROP_BYTES: packed planes, codebooks of drop_prepare_codebook. DROP_TRELLIS: held
+// planes, codebooks of drop_prepare_trellis, d_in at most 2^17; `entries` is not read.
+#define DROP_BYTES 0
+#define DROP_TRELLIS 1
 #define DROP_INPUT_GROUP_MAGIC \
-  0x7072677475706e69  // first worker of a DropInputGroup; anything else is refused
+  0x32707267706e6964  // first word of a DropInputGroup; anything else is refused
 typedef struct {
-  int64_t magic;
+  int64_t magic, kind;
   int64_t d_in, block;
   const float* signs;
   const float* odd;
@@ -112,6 +123,12 @@ DROP_API int drop_decode(int kernel, const uint8_t* const* planes, int packed, i
                          int64_t groups, int64_t prefix, const void* const* codebooks,
                          const void* scales, int scale_type, int64_t first_row, int64_t last_row,
                          void* out, int out_type, int threads);
+
+// The same of trellis planes, held: -> out [last_row - first_row, d_in].
+DROP_API int drop_trellis_decode(int kernel, const uint8_t* const* planes, int64_t d_out,
+                                 int64_t d_in, int64_t prefix, const void* const* codebooks,
+                                 const void* scales, int scale_type, int64_t first_row,
+                                 int64_t last_row, void* out, int out_type, int threads);
 
 // Eight-bit rows int8 [d_out, d_in] times x [n, d_in] of x_type, times scales [d_out] -> out
 // [n, d_out].

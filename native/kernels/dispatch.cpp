@@ -38,7 +38,7 @@ const Kernel* const kKernels[] = {
 };
 constexpr int kCount = sizeof kKernels / sizeof kKernels[0];
 
-thread_local Scratch rotated_scratch, lut_scratch;
+thread_local Scratch rotated_scratch, table_scratch;
 
 template <bool kPack>
 void copy_packed(uint8_t* codes, int64_t d_out, int64_t groups, uint8_t* packed) {
@@ -188,18 +188,18 @@ int drop_lut_gemv(int kernel, const uint8_t* lut, int64_t n, int64_t groups, int
   job.out_rows = n;
   job.out_type = static_cast<Scalar>(out_type);
   auto body = [&](const Worker& worker) { gemv_share(job, worker); };
-  on_threads(threads_for(threads, job.strips() * kStrip * groups * prefix * n), body);
+  on_threads(threads_for(threads, job.units() * kStrip * groups * prefix * n), body);
   return 0;
 }
 
 int drop_input_group(int kernel, const DropInputGroup* input, const void* x, int x_type, int64_t n,
                      int64_t x_stride, void* out, int out_type, int threads) {
   const Kernel* chosen = usable(kernel);
-  if (!chosen || input->magic != DROP_INPUT_GROUP_MAGIC) return -1;
+  if (!chosen || !sound(*input)) return -1;
   const int64_t x_width = x_type == kF32 ? 4 : 2;
   const int64_t chunk = n < kRowsAtOnce ? n : kRowsAtOnce;
   float* rotated = rotated_scratch.get<float>(chunk * input->d_in);
-  uint8_t* lut = lut_scratch.get<uint8_t>(input_group_lut_bytes(*chosen, *input, chunk));
+  uint8_t* tables = table_scratch.get<uint8_t>(input_group_table_bytes(*chosen, *input, chunk));
   auto body = [&](const Worker& worker) {
     for (int64_t first = 0; first < n; first += chunk) {
       if (first) worker.barrier();  // the scratch memory is used again
@@ -210,15 +210,11 @@ int drop_input_group(int kernel, const DropInputGroup* input, const void* x, int
       products.out_type = static_cast<Scalar>(out_type);
       input_group_share({chosen, input, static_cast<const char*>(x) + first * x_stride * x_width,
                          static_cast<Scalar>(x_type), n - first < chunk ? n - first : chunk,
-                         x_stride, rotated, lut},
+                         x_stride, rotated, tables},
                         products, worker);
     }
   };
-  int64_t bytes = 0;
-  for (int64_t i = 0; i < input->count; ++i) {
-    bytes += PlaneShape{input->matrices[i].d_out, input->d_in / kGroup}.bytes() * input->prefix * n;
-  }
-  on_threads(threads_for(threads, bytes), body);
+  on_threads(threads_for(threads, input_group_code_bytes(*input) * n), body);
   return 0;
 }
 
@@ -251,7 +247,7 @@ int drop_int8_rows(int kernel, const int8_t* rows, int64_t d_out, int64_t d_in, 
                    int threads) {
   const Kernel* chosen = usable(kernel);
   if (!chosen) return -1;
-  int16_t* rounded = lut_scratch.get<int16_t>(n * d_in);
+  int16_t* rounded = table_scratch.get<int16_t>(n * d_in);
   float* steps = rotated_scratch.get<float>(n);
   const int64_t width = x_type == kF32 ? 4 : 2;
   for (int64_t i = 0; i < n; ++i) {

@@ -10,6 +10,7 @@
 #include "x86.h"
 // (x86.h first: lut.h uses what it declares.)
 #include "lut.h"
+#include "trellis_portable.h"
 
 namespace drop {
 namespace avx2 {
@@ -236,12 +237,14 @@ struct Ladder {
   }
 };
 
+typedef Nibbles<OneByte> Planes;
+
 }  // namespace avx2
 
 extern const Kernel avx2_kernel;
 extern const Kernel avx2_u8_kernel;
 constexpr Kernel avx2_kernel =
-    avx2::make_kernel<avx2::Tiled<avx2::Ladder<2>>>("avx2", "AVX2, 14-bit tables");
+    avx2::make_kernel<avx2::Tiled<avx2::Ladder<2>>, avx2::Planes>("avx2", "AVX2, 14-bit tables");
 constexpr Kernel avx2_u8_kernel =
-    avx2::make_kernel<avx2::Tiled<avx2::Ladder<1>>>("avx2-u8", "AVX2, 8-bit tables");
+    avx2::make_kernel<avx2::Tiled<avx2::Ladder<1>>, avx2::Planes>("avx2-u8", "AVX2, 8-bit tables");
 }  // namespace drop

@@ -8,6 +8,7 @@
 #include "x86.h"
 // (x86.h first: lut.h uses what it declares.)
 #include "lut.h"
+#include "trellis_portable.h"
 
 namespace drop {
 namespace avx512bw {
@@ -142,9 +143,12 @@ struct Words {
   }
 };
 
+typedef Nibbles<OneByte> Planes;
+
 }  // namespace avx512bw
 
 extern const Kernel avx512bw_kernel;
 constexpr Kernel avx512bw_kernel =
-    avx512bw::make_kernel<avx512bw::Tiled<avx512bw::Words>>("avx512bw", "AVX-512BW, 14-bit tables");
+    avx512bw::make_kernel<avx512bw::Tiled<avx512bw::Words>, avx512bw::Planes>(
+        "avx512bw", "AVX-512BW, 14-bit tables");
 }  // namespace drop

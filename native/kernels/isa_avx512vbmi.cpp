@@ -9,6 +9,7 @@
 #include "x86.h"
 // (x86.h first: lut.h uses what it declares.)
 #include "lut.h"
+#include "trellis_avx512vbmi.h"
 
 namespace drop {
 namespace avx512vbmi {
@@ -219,9 +220,10 @@ struct Bytes : LutBuilder {
 namespace drop {
 extern const Kernel avx512vbmi_kernel;
 extern const Kernel avx512vbmi_u8_kernel;
-constexpr Kernel avx512vbmi_kernel = avx512vbmi::make_kernel<avx512vbmi::Tiled<avx512vbmi::Digits>>(
-    "avx512vbmi", "AVX-512 VBMI + VNNI, 14-bit tables");
+constexpr Kernel avx512vbmi_kernel =
+    avx512vbmi::make_kernel<avx512vbmi::Tiled<avx512vbmi::Digits>, avx512vbmi::Gfni>(
+        "avx512vbmi", "AVX-512 VBMI + VNNI, 14-bit tables");
 constexpr Kernel avx512vbmi_u8_kernel =
-    avx512vbmi::make_kernel<avx512vbmi::Tiled<avx512vbmi::Bytes>>(
+    avx512vbmi::make_kernel<avx512vbmi::Tiled<avx512vbmi::Bytes>, avx512vbmi::Gfni>(
         "avx512vbmi-u8", "AVX-512 VBMI + VNNI, 8-bit tables");
 }  // namespace drop

@@ -26,6 +26,7 @@ DROP_INLINE void squared_norms(const int16_t* x, int64_t count, int32_t* norms) 
 }  // namespace drop
 
 #include "lut.h"
+#include "trellis_portable.h"
 
 namespace drop {
 namespace neon {
@@ -157,12 +158,14 @@ struct Lookup {
   }
 };
 
+typedef Nibbles<OneByte> Planes;
+
 }  // namespace neon
 
 extern const Kernel neon_kernel;
 extern const Kernel neon_u8_kernel;
 constexpr Kernel neon_kernel =
-    neon::make_kernel<neon::Tiled<neon::Lookup<2>>>("neon", "NEON, 14-bit tables");
+    neon::make_kernel<neon::Tiled<neon::Lookup<2>>, neon::Planes>("neon", "NEON, 14-bit tables");
 constexpr Kernel neon_u8_kernel =
-    neon::make_kernel<neon::Tiled<neon::Lookup<1>>>("neon-u8", "NEON, 8-bit tables");
+    neon::make_kernel<neon::Tiled<neon::Lookup<1>>, neon::Planes>("neon-u8", "NEON, 8-bit tables");
 }  // namespace drop

@@ -18,6 +18,7 @@ DROP_INLINE void squared_norms(const int16_t* x, int64_t count, int32_t* norms) 
 }  // namespace drop
 
 #include "lut.h"
+#include "trellis_portable.h"
 
 namespace drop {
 namespace portable {
@@ -76,12 +77,14 @@ struct Words {
   }
 };
 
+typedef Nibbles<OneByte> Planes;
+
 }  // namespace portable
 
 extern const Kernel portable_kernel;
 extern const Kernel portable_u8_kernel;
-constexpr Kernel portable_kernel =
-    portable::make_kernel<portable::Words<14>>("portable", "plain C++, 14-bit tables");
-constexpr Kernel portable_u8_kernel =
-    portable::make_kernel<portable::Words<8>>("portable-u8", "plain C++, 8-bit tables");
+constexpr Kernel portable_kernel = portable::make_kernel<portable::Words<14>, portable::Planes>(
+    "portable", "plain C++, 14-bit tables");
+constexpr Kernel portable_u8_kernel = portable::make_kernel<portable::Words<8>, portable::Planes>(
+    "portable-u8", "plain C++, 8-bit tables");
 }  // namespace drop

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "geometry.h"
+#include "trellis.h"
 
 namespace drop {
 
@@ -94,6 +95,28 @@ struct DecodeJob {
   int64_t first_row, out_stride;
 };
 
+// Products of a matrix of trellis planes (trellis.h), tiles of kTile rows.
+constexpr int64_t kTrellisRows = 16;  // of x at once, at most
+struct TrellisGemvJob {
+  TrellisInputs x;
+  const uint8_t* const* planes;  // [P], held
+  const Trellis* const* books;   // [P]
+  int64_t prefix, d_out;
+  float* sums;  // [n, sums_stride]: unscaled result of the given tiles, from their first row
+  int64_t sums_stride;
+};
+
+struct TrellisDecodeJob {
+  const uint8_t* const* planes;  // [P], held
+  const Trellis* const* books;   // [P]
+  int64_t prefix, d_out, d_in;
+  const void* scales;  // [d_out]
+  Scalar scale_type;
+  void* out;  // [.., d_in] of out_type (float32 or bfloat16), from first_row on
+  Scalar out_type;
+  int64_t first_row;
+};
+
 struct RotateJob {
   const float* signs;   // [d_in], +-1 or +-factor, or null: no rotation, only a conversion
   int64_t d_in, block;  // Hadamard over consecutive blocks
@@ -135,6 +158,9 @@ struct Kernel {
   void (*lut_gemv)(const LutGemvJob&, int64_t first_strip, int64_t last_strip);
   void (*epilogue)(const EpilogueJob&, int64_t first_row, int64_t last_row);
   void (*decode)(const DecodeJob&, int64_t first_row, int64_t last_row);
+  void (*trellis_input)(const float* x, int64_t d_in, const TrellisInputs& out, int64_t row);
+  void (*trellis_gemv)(const TrellisGemvJob&, int64_t first_tile, int64_t last_tile);
+  void (*trellis_decode)(const TrellisDecodeJob&, int64_t first_row, int64_t last_row);
   // One row: x of any type -> out float32 [d_in]; scratch [d_in].
   void (*rotate)(const RotateJob&, const void* x, Scalar x_type, float* out, float* scratch);
   float (*quantize_row)(const void* x, Scalar x_type, int64_t d_in, int16_t* out);  // its step

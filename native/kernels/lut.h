@@ -28,6 +28,7 @@
 #include "decode.h"
 #include "int8_rows.h"
 #include "rotate.h"
+#include "trellis_product.h"
 
 namespace drop {
 namespace DROP_ISA {
@@ -217,9 +218,10 @@ struct Tiled : T {
   }
 };
 
-// One line of the list of kernels. A constant expression: nothing that was compiled for an
-// instruction set may run before the processor is known to have it.
-template <typename Isa>
+// One line of the list of kernels: look-up tables by Isa, trellis planes by Planes. A constant
+// expression: nothing that was compiled for an instruction set may run before the processor is
+// known to have it.
+template <typename Isa, typename Planes>
 constexpr Kernel make_kernel(const char* name, const char* summary) {
   return {name,
           summary,
@@ -230,6 +232,9 @@ constexpr Kernel make_kernel(const char* name, const char* summary) {
           lut_gemv<Isa>,
           epilogue,
           decode,
+          trellis_input,
+          trellis_gemv<Planes>,
+          trellis_decode<Planes>,
           rotate,
           quantize_row,
           int8_rows,

@@ -37,10 +37,16 @@ class Scratch {
 // At most so many threads that each has enough of `bytes` to be worth waking.
 int threads_for(int threads, int64_t bytes);
 
+// Rows that one worker computes together: a strip, or a tile.
+inline int64_t unit_rows(bool trellis) { return trellis ? kTile : kStrip; }
+
 struct Products {
   const Kernel* kernel;
-  const uint8_t* lut;  // [n, LutShape::bytes()]
+  bool trellis;        // else planes of bytes
+  const uint8_t* lut;  // [n, LutShape::bytes()] of planes of bytes
+  TrellisInputs x;     // of trellis planes
   int64_t n, groups, prefix, entries;
+  const void* const* codebooks;  // [prefix] of trellis planes
   const DropMatrix* matrices;
   int64_t count;
   char* out;  // matrix after matrix, each [out_rows, d_out]; this call writes n from first_row on
@@ -49,15 +55,20 @@ struct Products {
   const float* residual;  // null, or added: [out_rows, d_out] of the only matrix; may be `out`
   bool aligned;           // a worker gets the same rows of all matrices, which have equal heights
 
-  int64_t strips() const;
+  int64_t unit() const { return unit_rows(trellis); }
+  int64_t units(const DropMatrix& matrix) const { return (matrix.d_out + unit() - 1) / unit(); }
+  int64_t units() const;  // of all matrices
 };
 
-// One worker's rows. Without `aligned`, the matrices are shared as one column of strips.
+// One worker's rows. Without `aligned`, the matrices are shared as one column of units.
 void gemv_share(const Products& job, const Worker& worker);
 
-// One worker's part of everything that an input group does to n rows of x: rotation, LUT, products.
-// `rotated` [n, d_in] and `lut` are common to the workers. All of them must call it, and x must be
-// complete; nothing is complete afterwards until the next barrier.
+// Whether the library can compute this input group.
+bool sound(const DropInputGroup& input);
+
+// One worker's part of everything that an input group does to n rows of x: rotation, LUTs or
+// integers, products. `rotated` [n, d_in] and `tables` are common to the workers. All of them must
+// call it, and x must be complete; nothing is complete afterwards until the next barrier.
 struct InputGroupShare {
   const Kernel* kernel;
   const DropInputGroup* input;
@@ -65,14 +76,18 @@ struct InputGroupShare {
   Scalar x_type;
   int64_t n, x_stride;
   float* rotated;
-  uint8_t* lut;
+  uint8_t* tables;
 };
 void input_group_share(const InputGroupShare& job, Products products, const Worker& worker);
 
-// Bytes of the LUTs of n rows of x for an input group.
-int64_t input_group_lut_bytes(const Kernel& kernel, const DropInputGroup& input, int64_t n);
+// Bytes of the LUTs, or of the integers, of n rows of x for an input group.
+int64_t input_group_table_bytes(const Kernel& kernel, const DropInputGroup& input, int64_t n);
+
+// Bytes of the codes that a product with an input group reads.
+int64_t input_group_code_bytes(const DropInputGroup& input);
 
 // Rows of x whose LUTs are held together: 16 rows of one block still fit the second cache.
 constexpr int64_t kRowsAtOnce = 16;
+static_assert(kRowsAtOnce <= kTrellisRows, "rows of one product");
 
 }  // namespace drop

@@ -28,7 +28,7 @@ thread_local Scratch call_scratch, normed_scratch, score_scratch;
 
 struct Buffers {
   float *stream, *qkv, *mixed, *gates, *active, *rotated;
-  uint8_t* lut;
+  uint8_t* tables;
 };
 
 class Step {
@@ -69,8 +69,9 @@ class Step {
     products.out_rows = n_;
     products.residual = residual;
     products.aligned = aligned;
-    input_group_share({&kernel_, &input, x, kF32, n_, input.d_in, buffers_.rotated, buffers_.lut},
-                      products, worker);
+    input_group_share(
+        {&kernel_, &input, x, kF32, n_, input.d_in, buffers_.rotated, buffers_.tables}, products,
+        worker);
   }
 
   void attention(const DropBlock& block, const DropCache& cache, const Worker& worker) const {
@@ -123,9 +124,10 @@ class Step {
   void feed_forward(const DropBlock& block, const Worker& worker) const {
     const int64_t size = decoder_.intermediate;
     run_input_group(block.gate_up, normed(block.post_norm), buffers_.gates, nullptr, true, worker);
-    const Range strips = share((size + kStrip - 1) / kStrip, worker);
-    const int64_t first = strips.first * kStrip;
-    const int64_t last = strips.last * kStrip < size ? strips.last * kStrip : size;
+    const int64_t unit = unit_rows(block.gate_up.kind == DROP_TRELLIS);
+    const Range units = share((size + unit - 1) / unit, worker);
+    const int64_t first = units.first * unit;
+    const int64_t last = units.last * unit < size ? units.last * unit : size;
     for (int64_t i = 0; i < n_; ++i) {
       const float* gates = buffers_.gates + i * size;
       kernel_.silu_mul(gates + first, gates + n_ * size + first, last - first,
@@ -167,7 +169,8 @@ int drop_step(int kernel, const DropDecoder* decoder, const DropTokens* tokens, 
   for (int64_t i = 0; i < decoder->count; ++i) {
     const DropBlock& block = decoder->blocks[i];
     for (const DropInputGroup* input : {&block.qkv, &block.output, &block.gate_up, &block.down}) {
-      const int64_t bytes = input_group_lut_bytes(*chosen, *input, n);
+      if (!sound(*input)) return -1;
+      const int64_t bytes = input_group_table_bytes(*chosen, *input, n);
       if (bytes > table_bytes) table_bytes = bytes;
       if (input->d_in > widest) widest = input->d_in;
     }

@@ -2,23 +2,15 @@
 // Runs anywhere the library builds: natively, under sanitizers, and under an emulator, where it is
 // how the NEON kernels are tested. Prints one line a kernel; exits with the number of failures.
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "naive.h"
 
 namespace {
-
-int failures = 0;
-
-void check(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  std::printf("  FAILED %s\n", what.c_str());
-}
 
 double relative_error(const std::vector<float>& a, const std::vector<double>& b) {
   double error = 0, size = 0;
@@ -84,8 +76,9 @@ void check_input_group(int kernel, const std::string& name, Random& random) {
   const DropMatrix matrices[2] = {
       {planes1.data(), 70, first.scales.data(), 0, nullptr, 0},
       {planes2.data(), 5, second.scales.data(), 0, second.bias.data(), 0}};
-  const DropInputGroup input{DROP_INPUT_GROUP_MAGIC, d,        8, signs.data(), odd.data(), 2, 128,
-                             books.data(),           matrices, 2};
+  const DropInputGroup input{DROP_INPUT_GROUP_MAGIC, DROP_BYTES, d, 8,
+                             signs.data(),           odd.data(), 2, 128,
+                             books.data(),           matrices,   2};
   std::vector<float> y(150), parts(150);
   check(drop_input_group(kernel, &input, first.x.data(), 0, 2, d, y.data(), 0, 2) == 0,
         name + ": input group");
@@ -161,6 +154,7 @@ struct OwnedInput {
     }
     books = problems.front()->book_pointers();
     input = {DROP_INPUT_GROUP_MAGIC,
+             DROP_BYTES,
              d,
              8,
              nullptr,
@@ -271,6 +265,7 @@ int main() {
     problems.emplace_back(c, random);
   }
   check_packing(random);
+  check_trellis_refusals();
   std::vector<std::vector<float>> exact(problems.size() * 2);
   for (int kernel = 0; kernel < drop_kernel_count(); ++kernel) {
     const std::string name = drop_kernel_name(kernel);
@@ -287,6 +282,7 @@ int main() {
     check_int8_rows(kernel, name, random);
     check_step(kernel, name, random);
     check_odd_inputs(kernel, name, random);
+    check_trellis(kernel, name);
     std::printf("%-16s %s\n", name.c_str(), failures == before ? "ok" : "FAILED");
   }
   std::printf("threads: %s\n%s\n", drop_thread_pool(), failures ? "FAILED" : "all kernels ok");

@@ -20,7 +20,7 @@ from pathlib import Path
 
 log = logging.getLogger("dropbydrop.native")
 
-VERSION = 2  # drop_version() that this module was written for
+VERSION = 3  # drop_version() that this module was written for
 _FILE = "libdropbydrop." + {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 
 _int, _i64, _ptr, _str = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
@@ -44,6 +44,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "drop_unpack": (None, [_ptr, _i64, _i64, _ptr]),
     "drop_codebook_bytes": (_i64, [_i64]),
     "drop_prepare_codebook": (None, [_ptr, _i64, _ptr]),
+    "drop_trellis_bytes": (_i64, []),
+    "drop_prepare_trellis": (_int, [_int, _int, _ptr, _ptr, ctypes.c_float, _ptr]),
     "drop_lut_bytes": (_i64, [_int, _i64, _i64, _i64]),
     "drop_rotate": (_int, [_int, _ptr, _int, _i64, _i64, _i64, _i64, _ptr, _ptr, _ptr, _int]),
     "drop_build_lut": (_int, [_int, _ptr, _i64, _i64, _i64, _ptr, _ptr, _int]),
@@ -55,6 +57,10 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "drop_decode": (
         _int,
         [_int, _ptr, _int, _i64, _i64, _i64, _ptr, _ptr, _int, _i64, _i64, _ptr, _int, _int],
+    ),
+    "drop_trellis_decode": (
+        _int,
+        [_int, _ptr, _i64, _i64, _i64, _ptr, _ptr, _int, _i64, _i64, _ptr, _int, _int],
     ),
     "drop_int8_rows": (
         _int,

@@ -89,14 +89,15 @@ class _Matrix(ctypes.Structure):
     )
 
 
-_MAGIC = 0x7072677475706E69  # DROP_INPUT_GROUP_MAGIC
+_MAGIC = 0x32707267706E6964  # DROP_INPUT_GROUP_MAGIC
+_BYTES = 0  # DROP_BYTES
 
 
 class GroupStruct(ctypes.Structure):
     """DropInputGroup of native/kernels/c_api.h."""
 
     _fields_ = (
-        *members(ctypes.c_int64, "magic", "d_in", "block"),
+        *members(ctypes.c_int64, "magic", "kind", "d_in", "block"),
         *members(ctypes.c_void_p, "signs", "odd"),
         *members(ctypes.c_int64, "prefix", "entries"),
         *members(ctypes.c_void_p, "codebooks", "matrices"),
@@ -183,6 +184,7 @@ def describe_group(
         )
     group = GroupStruct(
         _MAGIC,
+        _BYTES,
         matrices[0].d_in,
         rotation.block,
         rotation.signs.data_ptr(),
