@@ -17,7 +17,6 @@ from transformers import LlamaConfig
 
 import dropbydrop
 from dropbydrop.checkpoint import CheckpointWriter
-from dropbydrop.coding.codebook_set import BytesSet
 from dropbydrop.coding.codebooks import UNIVERSAL, universal_set
 from dropbydrop.coding.rotation import Rotation
 from random_model import LEVELS, llama_shape, random_checkpoint, random_llama
@@ -145,7 +144,7 @@ def quantize(b: Bench) -> dict[str, Any]:
         hidden = runner.embed(ids)
         marks = [time.perf_counter()]
         with suppress(Measured), CheckpointWriter(Path(folder) / "out") as writer:
-            writer.add_codebook_set(UNIVERSAL, BytesSet.of(codebooks))
+            writer.add_codebook_set(UNIVERSAL, codebooks)
             encoder = BlockEncoder(runner, writer, QuantizeConfig(levels=LEVELS), effort, codebooks)
             block = runner.block(0)
             statistics = runner.collect_statistics(0, block, hidden, out=hidden)

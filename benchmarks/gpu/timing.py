@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from dropbydrop import kernels
-from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.codebooks import universal_set
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.kernels import Matrix, Plane
@@ -53,7 +52,7 @@ class Bench:
         self.partial: dict[str, Any] = {}  # of the step that runs, kept if it fails
         fitting = [k for k in kernels.available() if k.takes(self.device.type)]
         self.names = [k.name for k in fitting if k.gpu] or ["torch"]
-        self.entries = [expand_codebook(book) for book in universal_set((2, 3, 4))]
+        self.entries = list(universal_set((2, 3, 4)).entries)
 
     def seconds(self, calls: list[Callable[[], object]]) -> float:
         """Median time of one call when all are done in turn; on a GPU replayed as one graph."""

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.code import expand_set, partial_sums
+from dropbydrop.coding.codebook_set import CodebookSet
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import (
     EFFORTS,
@@ -94,7 +94,7 @@ def all_groups(args: argparse.Namespace) -> Iterator[InputGroup]:
 def errors(
     weights: Mapping[str, Tensor],
     coded: Mapping[str, Encoded],
-    codebooks: Tensor,
+    books: CodebookSet,
     rotation: Rotation,
     h: Tensor,
 ) -> list[float]:
@@ -103,8 +103,7 @@ def errors(
     for level in range(len(LEVELS)):
         parts = [
             rotation.transpose(
-                e.scales.float()[:, None]
-                * partial_sums(e.codes, expand_set(codebooks), LEVELS)[level]
+                e.scales.float()[:, None] * books.sums(e.codes, len(e.scales), LEVELS)[level]
             )
             for e in coded.values()
         ]
@@ -133,7 +132,7 @@ def main() -> None:
         rotation = Rotation.make(h.shape[0], seed=n)
         rest = (weights, h, rotation, universal, LEVELS, lambdas)
         marks = [time.process_time()]
-        coded: list[tuple[Mapping[str, Encoded], Tensor]] = []
+        coded: list[tuple[Mapping[str, Encoded], CodebookSet]] = []
         for rounds in (effort.rounds, effort.rounds + LEARNING_ROUNDS):
             coded.append((encode_group(*rest, replace(effort, rounds=rounds)), universal))
             marks.append(time.process_time())
@@ -156,7 +155,7 @@ def main() -> None:
                 "ratio": learned[0][i] / plain[0][i],
                 "swept_ratio_held_out": swept[1][i] / plain[1][i],
                 "ratio_held_out": learned[1][i] / plain[1][i],
-                "bits_cost": 16 * p * universal[0].numel() / count,
+                "bits_cost": 8 * p * universal.planes[0].codebook_bytes / count,
                 "bits_worth": -math.log2(learned[1][i] / swept[1][i]) / slope,
                 "seconds": seconds,
             }

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.code import GROUP, expand_set, partial_sums
+from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import EFFORTS, encode_group, group_rotation
 from dropbydrop.coding.objective import weighted_errors
@@ -98,15 +98,13 @@ def true_bits(level: int, d_out: int, d_in: int, own_codebooks: bool) -> float:
 
 def nested(weight: Tensor, h: Tensor, seed: int, preset: str) -> tuple[list[Tensor], float]:
     """Our one code decoded at every level, and its seconds."""
-    codebooks, lambdas = universal_set(LEVELS), default_lambdas(LEVELS)
+    books, lambdas = universal_set(LEVELS), default_lambdas(LEVELS)
     start = time.perf_counter()
     rotation = group_rotation({"w": weight}, h, seed)
-    code = encode_group({"w": weight}, h, rotation, codebooks, LEVELS, lambdas, EFFORTS[preset])[
-        "w"
-    ]
+    code = encode_group({"w": weight}, h, rotation, books, LEVELS, lambdas, EFFORTS[preset])["w"]
     seconds = time.perf_counter() - start
     scaled = code.scales.float()[:, None]
-    decoded = partial_sums(code.codes, expand_set(codebooks), LEVELS)
+    decoded = books.sums(code.codes, len(weight), LEVELS)
     return [rotation.transpose(scaled * q) for q in decoded], seconds
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dropbydrop.coding.code import GROUP, expand_set, partial_sums
+from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import EFFORTS, encode_group
 from dropbydrop.coding.objective import weighted_errors
@@ -75,7 +75,7 @@ def decode(weight: Tensor, h: Tensor, variant: str, seed: int, effort: str) -> l
         EFFORTS[effort],
     )["w"]
     out = []
-    for q in partial_sums(found.codes, expand_set(books), LEVELS):
+    for q in books.sums(found.codes, len(weight), LEVELS):
         whole = weight.half().float()
         whole[:, coded] = rotation.transpose(found.scales.float()[:, None] * q)
         out.append(whole)

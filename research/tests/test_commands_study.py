@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import dropbydrop
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.cli import main as cli
 from dropbydrop.coding import codebooks as universal
+from dropbydrop.coding.codebook_set import BytesSet
 from dropbydrop.coding.codebooks import default_lambdas, train
 from dropbydrop.coding.encoder import Effort
 from dropbydrop.models.block_runner import BlockRunner
@@ -200,8 +200,8 @@ def test_reconstruction_serves_every_level_from_one_model(root: Path) -> None:
         assert torch.equal(w(name, p), want.dense_weight(torch.float32))
 
 
-def small_sets(levels: tuple[int, ...]) -> Tensor:
-    return train(levels, default_lambdas(levels), samples=2048, rounds=2, beam=2)
+def small_sets(levels: tuple[int, ...]) -> BytesSet:
+    return BytesSet.of(train(levels, default_lambdas(levels), samples=2048, rounds=2, beam=2))
 
 
 def test_refinement_with_codebooks_of_the_cache(

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dropbydrop.cli import main as cli
 from dropbydrop.coding import codebooks as universal
+from dropbydrop.coding.codebook_set import BytesSet, CodebookSet
 from dropbydrop.coding.codebooks import default_lambdas
 from dropbydrop.evaluation.perplexity import evaluate
 from dropbydrop.quantization.pipeline import quantize
@@ -36,8 +36,8 @@ ORDER: dict[str, Any] = {"calibration_windows": 4, "seq_len": 64, "windows": 3, 
 
 
 @lru_cache
-def quick_set(levels: tuple[int, ...], lambdas: tuple[float, ...]) -> Tensor:
-    return universal.train(levels, lambdas, samples=2048, rounds=1, beam=2)
+def quick_set(levels: tuple[int, ...], lambdas: tuple[float, ...]) -> CodebookSet:
+    return BytesSet.of(universal.train(levels, lambdas, samples=2048, rounds=1, beam=2))
 
 
 @pytest.fixture(autouse=True)
@@ -170,8 +170,8 @@ def test_drop_is_the_checkpoint_that_quantize_writes(
     from dropbydrop.checkpoint.export import export
 
     monkeypatch.setattr(
-        "dropbydrop.quantization.pipeline.universal_set",
-        lambda p: quick_set(p, tuple(default_lambdas(p))),
+        "dropbydrop.quantization.job.universal_set",
+        lambda p, *_: quick_set(p, tuple(default_lambdas(p))),
     )
     quantize(root / "model", tmp_path / "out", [2, 4], calibration=root / "text.txt",
              preset="fast", windows=4, head_bits=16, progress=False)  # fmt: skip

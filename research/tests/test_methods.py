@@ -6,9 +6,9 @@ from functools import lru_cache
 
 import pytest
 import torch
-from torch import Tensor
 
 from dropbydrop.coding import codebooks as universal
+from dropbydrop.coding.codebook_set import BytesSet, CodebookSet
 from dropbydrop.coding.objective import weighted_errors
 from dropbydrop.system.errors import DropError
 from dropbydrop_research import baselines
@@ -17,9 +17,9 @@ from problems import SHORT, matrix_and_gram
 
 
 @lru_cache
-def quick_set(levels: tuple[int, ...], lambdas: tuple[float, ...]) -> Tensor:
+def quick_set(levels: tuple[int, ...], lambdas: tuple[float, ...]) -> CodebookSet:
     """A universal set that is trained in no time."""
-    return universal.train(levels, lambdas, samples=2048, rounds=1, beam=2)
+    return BytesSet.of(universal.train(levels, lambdas, samples=2048, rounds=1, beam=2))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -72,7 +72,7 @@ def test_bytes_of_our_codes_are_those_of_a_checkpoint(monkeypatch: pytest.Monkey
 def test_weights_of_the_paper_are_on_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
 
-    def remember(levels: tuple[int, ...], lambdas: tuple[float, ...]) -> Tensor:
+    def remember(levels: tuple[int, ...], lambdas: tuple[float, ...]) -> CodebookSet:
         trained.append((levels, lambdas))
         return quick_set(levels, lambdas)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dropbydrop.coding.codebook_set import BytesSet
 from dropbydrop.coding.codebooks import default_lambdas, train
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.system.errors import DropError
@@ -73,9 +74,10 @@ def test_package_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real quantizer: prefixes in the original space, the nested one better when dropped."""
     sets = {}
 
-    def small(levels: tuple[int, ...]) -> Tensor:
+    def small(levels: tuple[int, ...]) -> BytesSet:
         if levels not in sets:
-            sets[levels] = train(levels, default_lambdas(levels), samples=4096, rounds=3, beam=2)
+            quick = train(levels, default_lambdas(levels), samples=4096, rounds=3, beam=2)
+            sets[levels] = BytesSet.of(quick)
         return sets[levels]
 
     monkeypatch.setattr(encode, "universal_set", small)

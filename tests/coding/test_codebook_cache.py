@@ -35,9 +35,9 @@ def count_training(monkeypatch):
 
 def test_a_set_is_trained_once(cache, monkeypatch):
     trained = count_training(monkeypatch)
-    first = universal_set((2, 4))
+    first = universal_set((2, 4)).stacked
     universal_set.cache_clear()  # as in another process
-    assert torch.equal(universal_set((2, 4)), first)
+    assert torch.equal(universal_set((2, 4)).stacked, first)
     assert trained == [(2, 4)]
     assert torch.equal(first, train((2, 4), default_lambdas((2, 4)), **QUICK))
     assert [path.name[:4] for path in cache.iterdir()] == ["2-4-"]  # and nothing half written
@@ -46,34 +46,35 @@ def test_a_set_is_trained_once(cache, monkeypatch):
 def test_the_key_is_all_that_a_set_depends_on(cache, monkeypatch):
     trained = count_training(monkeypatch)
     usual = tuple(default_lambdas((1, 2)))
-    sets = [universal_set((1, 2)), universal_set((1, 2), (1.0, 1.0)), universal_set((2, 4))]
+    asked = ((1, 2),), ((1, 2), (1.0, 1.0)), ((2, 4),)
+    sets = [universal_set(*which).stacked for which in asked]
     monkeypatch.setattr(codebooks, "TRAINING", {**QUICK, "samples": 2048})
     universal_set.cache_clear()
-    sets.append(universal_set((1, 2)))
+    sets.append(universal_set((1, 2)).stacked)
     monkeypatch.setattr(codebooks, "code_digest", lambda *rooms: "other sources")
     universal_set.cache_clear()
-    sets.append(universal_set((1, 2)))
+    sets.append(universal_set((1, 2)).stacked)
     assert trained == [(1, 2), (1, 2), (2, 4), (1, 2), (1, 2)]
     assert not torch.equal(sets[0], sets[1])
     universal_set.cache_clear()
-    assert torch.equal(universal_set((1, 2), usual), sets[4])  # default weights by value
+    assert torch.equal(universal_set((1, 2), usual).stacked, sets[4])  # default weights by value
     assert len(trained) == len(list(cache.iterdir())) == 5
 
 
 def test_damaged_and_unwritable_caches_cost_time_only(cache, monkeypatch, tmp_path):
     trained = count_training(monkeypatch)
-    first = universal_set((1,))
+    first = universal_set((1,)).stacked
     (path,) = cache.iterdir()
     path.write_bytes(b"damaged")
     universal_set.cache_clear()
-    assert torch.equal(universal_set((1,)), first)
+    assert torch.equal(universal_set((1,)).stacked, first)
     universal_set.cache_clear()
-    assert torch.equal(universal_set((1,)), first)
+    assert torch.equal(universal_set((1,)).stacked, first)
     assert len(trained) == 2
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("DROPBYDROP_CACHE", str(tmp_path / "file"))
     universal_set.cache_clear()
-    assert torch.equal(universal_set((1,)), first)
+    assert torch.equal(universal_set((1,)).stacked, first)
     assert len(trained) == 3
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dropbydrop.cli import main as cli
+from dropbydrop.coding.codebook_set import CodebookSet
 from dropbydrop.coding.encoder import Effort, encode_group
 from dropbydrop.data.calibration import load_windows
 from dropbydrop.models.block_runner import BlockRunner
@@ -153,16 +154,15 @@ def test_training_of_a_set_that_does_not_ship(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is part of the search, in the estimate as in the run."""
-    real, clock = estimates.universal_set, Clock()
+    real, clock = jobs.universal_set, Clock()
 
-    def slow(levels: tuple[int, ...]) -> torch.Tensor:
+    def slow(*which: Any) -> CodebookSet:
         clock.now += 50
-        return real(levels)
+        return real(*which)
 
-    for module in (estimates, pipeline):
-        monkeypatch.setattr(module, "universal_set", slow)
+    monkeypatch.setattr(jobs, "universal_set", slow)
+    for module in (estimates, pipeline, logs):
         monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(logs, "time", clock)
     expected = estimate(job(place, windows=3), tmp_path / "out")
     found = pipeline.quantize(
         place / "model", tmp_path / "out", calibration=place / "text.txt", windows=3, seq_len=64,

@@ -28,6 +28,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -74,10 +75,22 @@ class CodebookSet(ABC):
                 if not torch.isfinite(stored).all():
                     yield f"{m}{suffix} has values that are not finite"
 
-    def to(self, device: torch.device | str) -> CodebookSet:
+    def to(self, device: torch.device | str) -> Self:
         """The set on a device."""
         moved = tuple({key: t.to(device) for key, t in part.items()} for part in self.parts)
         return type(self)(self.planes, moved)
+
+    def first(self, prefix: int) -> Self:
+        """The set of the first `prefix` planes."""
+        return type(self)(self.planes[:prefix], self.parts[:prefix])
+
+    def named(self) -> dict[str, Tensor]:
+        """All stored tensors: number of the plane and suffix, such as "2.scale" -> tensor."""
+        return {
+            f"{m}{suffix}": tensor
+            for m, part in enumerate(self.parts, 1)
+            for suffix, tensor in part.items()
+        }
 
     def sums(
         self,
@@ -208,3 +221,16 @@ def labels(codes: Tensor, taps: Tensor, bits: int, d_out: int) -> Tensor:
 
 
 SETS: dict[str, type[CodebookSet]] = {"bytes": BytesSet, "trellis": TrellisSet}
+
+
+def set_of(planes: Sequence[PlaneSpec], named: Mapping[str, Tensor]) -> CodebookSet:
+    """The set of these planes from its stored tensors, as `CodebookSet.named` calls them.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    parts = tuple(
+        {suffix: named[f"{m}{suffix}"] for suffix in plane.parts}
+        for m, plane in enumerate(planes, 1)
+    )
+    return SETS[planes[0].kind](tuple(planes), parts)

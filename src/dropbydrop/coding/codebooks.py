@@ -33,9 +33,12 @@ from torch import Tensor
 from dropbydrop.system.atomic_folder import replacing
 from dropbydrop.system.cache import cache_dir
 from dropbydrop.system.digest import code_digest
+from dropbydrop.system.errors import DropError
 
 from .code import ENTRIES, GROUP, expand_set, partial_sums
+from .codebook_set import BytesSet, CodebookSet, set_of
 from .objective import feedback_metric
+from .planes import planes_of
 from .search import search
 
 UNIVERSAL = "universal"  # the name of the set in a checkpoint
@@ -55,14 +58,20 @@ def default_lambdas(levels: Sequence[int]) -> list[float]:
     return [2.2 * weights[0], *weights[1:]] if len(levels) > 1 else weights
 
 
-def name_of(levels: Sequence[int]) -> str:
-    """File name stem of a shipped set, such as "2-3-4"."""
-    return "-".join(map(str, levels))
+def name_of(levels: Sequence[int], kind: str = "bytes", window: int = 0) -> str:
+    """File name stem of a shipped set, such as "2-3-4" or "trellis-2-3-4-12"."""
+    stem = "-".join(map(str, levels))
+    return f"trellis-{stem}-{window}" if kind == "trellis" else stem
 
 
-def file_of_set(levels: Sequence[int], lambdas: Sequence[float] | None = None) -> Path:
+def file_of_set(
+    levels: Sequence[int],
+    lambdas: Sequence[float] | None = None,
+    kind: str = "bytes",
+    window: int = 0,
+) -> Path:
     """Where the set for these levels is: in the package or, once it is trained, in the cache."""
-    usual, name = default_lambdas(levels), name_of(levels)
+    usual, name = default_lambdas(levels), name_of(levels, kind, window)
     shipped = _FOLDER / f"{name}.safetensors"
     weights = usual if lambdas is None else list(lambdas)
     if weights == usual and shipped.is_file():
@@ -73,20 +82,43 @@ def file_of_set(levels: Sequence[int], lambdas: Sequence[float] | None = None) -
 
 
 @lru_cache(maxsize=16)
-def universal_set(levels: tuple[int, ...], lambdas: tuple[float, ...] | None = None) -> Tensor:
-    """The set for these levels: float32 [M, K/2, g] with entries exact in float16.
+def universal_set(
+    levels: tuple[int, ...],
+    lambdas: tuple[float, ...] | None = None,
+    kind: str = "bytes",
+    window: int = 0,
+) -> CodebookSet:
+    """The set for these levels; that of byte planes is float32, with entries exact in float16.
 
     Args:
-        levels: supervised prefixes, ascending; M is the last.
+        levels: supervised levels, ascending; the last reads all planes.
         lambdas: their weights in J, by default `default_lambdas`.
+        kind: of the planes. window: of trellis planes, bits.
+
+    Raises:
+        DropError: no set of trellis planes ships for these levels and this window.
     """
-    path = file_of_set(levels, lambdas)
+    path = file_of_set(levels, lambdas, kind, window)
+    if kind == "trellis":
+        return _trellis_set(path, levels, window)
     with suppress(OSError, SafetensorError, KeyError):  # not there, or damaged: trained again
-        return load_file(path)["codebooks"].to(torch.float32)
+        return BytesSet.of(load_file(path)["codebooks"].to(torch.float32))
     codebooks = train(levels, lambdas or default_lambdas(levels), **TRAINING)
     with suppress(OSError), replacing(path) as partial:  # a cache that is full costs time, no more
         save_file({"codebooks": codebooks}, partial)
-    return codebooks
+    return BytesSet.of(codebooks)
+
+
+def _trellis_set(path: Path, levels: Sequence[int], window: int) -> CodebookSet:
+    """A set of trellis planes that ships."""
+    if path.is_file():
+        return set_of(planes_of("trellis", levels, window), load_file(path))
+    shipped = sorted(file.stem for file in _FOLDER.glob("trellis-*.safetensors"))
+    raise DropError(
+        f"no codebooks of trellis planes ship for levels {','.join(map(str, levels))} with a "
+        f"window of {window} bits (there are: {', '.join(shipped) or 'none'}). Choose other "
+        "--bits, or --code bytes, whose codebooks are trained when they are first needed."
+    )
 
 
 def least_squares(x: Tensor, codes: Tensor, lambdas: Sequence[float], ridge: float) -> Tensor:
@@ -166,7 +198,7 @@ def train(
 
 
 def distortions(codebooks: Tensor, levels: Sequence[int], lambdas: Sequence[float]) -> list[float]:
-    """E ||x - x^_P||^2 / 8 on fresh N(0, 1) samples, for every P = 1..M. Beam 16.
+    """Of byte planes: E ||x - x^_P||^2 / 8 on fresh N(0, 1) samples, for every P = 1..M. Beam 16.
 
     codebooks float32 [M, K/2, g].
     """

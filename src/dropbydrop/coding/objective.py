@@ -16,6 +16,8 @@ Two packed forms of H feed the search, each [G, d_in, g] "coupling" and [G, g, g
             ||e L||^2 = sum_j ||(e L)_j||^2.
   descent   H_jj = R_j R_j^T, coupling H[i not in j, j] R_j^{-T}, factor R_j: the exact cost of
             group j with all others fixed, up to a constant.
+Both cut columns of L or H into groups of 8, as the search of byte planes visits them. That of
+trellis planes visits single columns and takes L and H themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .code import GROUP, expand_set, partial_sums
+from .code import GROUP
+from .codebook_set import CodebookSet
 
 
 @dataclass
@@ -35,25 +38,22 @@ class Coded:
 
     weight: Tensor  # float32 [d_out, d_in]
     scales: Tensor  # float32 [d_out]
-    codes: Tensor  # uint8 [M, d_out, G]
+    codes: list[Tensor]  # of each plane, as it is stored
 
-    def sums(self, codebooks: Tensor, levels: Sequence[int]) -> list[Tensor]:
-        """What the codes decode to at each level, before scaling: float32 [d_out, d_in].
-
-        codebooks float32 [M, K/2, g].
-        """
-        return partial_sums(self.codes, expand_set(codebooks), levels)
+    def sums(self, books: CodebookSet, prefixes: Sequence[int]) -> list[Tensor]:
+        """What the first planes decode to, before scaling: float32 [d_out, d_in] each."""
+        return books.sums(self.codes, len(self.weight), prefixes)
 
 
 def objective(
-    coded: Coded, h: Tensor, codebooks: Tensor, levels: Sequence[int], lambdas: Sequence[float]
+    coded: Coded, h: Tensor, books: CodebookSet, prefixes: Sequence[int], lambdas: Sequence[float]
 ) -> float:
     """J of one matrix in the units of its weights (not divided by the scales).
 
-    h float32 [d_in, d_in], conditioned; codebooks float32 [M, K/2, g].
+    h float32 [d_in, d_in], conditioned; prefixes: the planes that each supervised level reads.
     """
     total = 0.0
-    for q, lam in zip(coded.sums(codebooks, levels), lambdas, strict=True):
+    for q, lam in zip(coded.sums(books, prefixes), lambdas, strict=True):
         e = coded.weight - coded.scales[:, None] * q
         total += lam * float(((e @ h) * e).sum(dtype=torch.float64))
     return total

@@ -154,3 +154,10 @@ def trellis_planes(levels: Sequence[int], window: int) -> tuple[TrellisPlane, ..
     steps = [high - low for low, high in zip([0, *levels[:-1]], levels, strict=True)]
     bits = [b for step in steps for b in [2] * (step // 2) + [1] * (step % 2)]
     return tuple(TrellisPlane(b, window) for b in bits)
+
+
+def planes_of(kind: str, levels: Sequence[int], window: int) -> tuple[PlaneSpec, ...]:
+    """The planes of a checkpoint of this kind for these levels; `window` is that of a trellis."""
+    if kind == "trellis":
+        return trellis_planes(levels, window)
+    return tuple(BytesPlane() for _ in range(levels[-1]))

@@ -1,7 +1,9 @@
 """Refits between searches: row scales in closed form, codebooks by conjugate gradients.
 
 Both minimise the same J as the search, over the continuous parameters with the codes fixed, so a
-refit never increases J (in exact arithmetic; callers keep the old value otherwise).
+refit never increases J (in exact arithmetic; callers keep the old value otherwise). Scales are
+refit for planes of any kind, codebooks for byte planes alone: those of trellis planes are the
+universal ones, and `tune` trains them.
 
     scales     s_i = sum_P lambda_P <w_i, H q_iP> / sum_P lambda_P <q_iP, H q_iP>
     codebooks  J is a quadratic in the stacked entries C. Its gradient for entry k of codebook m is
@@ -19,20 +21,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .code import GROUP
+from .code import GROUP, expand_set, partial_sums
+from .codebook_set import CodebookSet
 from .objective import Coded
 
 
 def refit_scales(
-    coded: Coded, h: Tensor, codebooks: Tensor, levels: Sequence[int], lambdas: Sequence[float]
+    coded: Coded, h: Tensor, books: CodebookSet, prefixes: Sequence[int], lambdas: Sequence[float]
 ) -> Tensor:
     """Row scales [d_out] that minimise J for fixed codes; rows that decode to zero keep theirs.
 
-    h float32 [d_in, d_in], conditioned; codebooks float32 [M, K/2, g].
+    h float32 [d_in, d_in], conditioned; prefixes: the planes that each supervised level reads.
     """
     top = torch.zeros_like(coded.scales)
     bottom = torch.zeros_like(coded.scales)
-    for q, lam in zip(coded.sums(codebooks, levels), lambdas, strict=True):
+    for q, lam in zip(coded.sums(books, prefixes), lambdas, strict=True):
         qh = q @ h
         top += lam * (qh * coded.weight).sum(1)
         bottom += lam * (qh * q).sum(1)
@@ -98,18 +101,18 @@ class _Quadratic:
         self.matrices, self.h, self.levels, self.lambdas = matrices, h, list(levels), lambdas
         self.shape, self.groups = shape, h.shape[0] // GROUP
         half = shape[1]
-        self._entry = [(x.codes & (half - 1)).int() for x in matrices]  # [M, d_out, G] each
-        self._sign = [1.0 - 2.0 * (x.codes >= half).float() for x in matrices]
+        self._codes = [torch.stack(x.codes) for x in matrices]  # [M, d_out, G] each
+        self._entry = [(codes & (half - 1)).int() for codes in self._codes]
+        self._sign = [1.0 - 2.0 * (codes >= half).float() for codes in self._codes]
 
     def apply(self, codebooks: Tensor) -> Tensor:
         """A C, [M, K/2, g]."""
-        return self._adjoint([self._decode(x, codebooks) for x in self.matrices])
+        return self._adjoint(self._decode(codebooks))
 
     def residual(self, codebooks: Tensor) -> Tensor:
         """B - A C, [M, K/2, g]: half the negative gradient of J."""
-        return self._adjoint(
-            [[x.weight - q for q in self._decode(x, codebooks)] for x in self.matrices]
-        )
+        decoded = zip(self.matrices, self._decode(codebooks), strict=True)
+        return self._adjoint([[x.weight - q for q in levels] for x, levels in decoded])
 
     def diagonal(self) -> Tensor:
         """The g x g block of A of every entry, [M, K/2, g, g]."""
@@ -128,9 +131,13 @@ class _Quadratic:
                 blocks[m] += reach * (use @ h_blocks.reshape(self.groups, -1))  # [K/2, g * g]
         return blocks.view(planes, half, GROUP, GROUP)
 
-    def _decode(self, x: Coded, codebooks: Tensor) -> list[Tensor]:
-        """One matrix at each level, [d_out, d_in]."""
-        return [x.scales[:, None] * q for q in x.sums(codebooks, self.levels)]
+    def _decode(self, codebooks: Tensor) -> list[list[Tensor]]:
+        """Every matrix at each level, [d_out, d_in]."""
+        entries = expand_set(codebooks)
+        return [
+            [x.scales[:, None] * q for q in partial_sums(codes, entries, self.levels)]
+            for x, codes in zip(self.matrices, self._codes, strict=True)
+        ]
 
     def _adjoint(self, errors: Sequence[Sequence[Tensor]]) -> Tensor:
         """Adjoint of decoding, on errors [d_out, d_in] of each matrix at each level times

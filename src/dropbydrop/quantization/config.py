@@ -15,6 +15,7 @@ from dropbydrop.system.settings import Settings, setting
 MAX_BITS = 8
 WINDOWS = {"fast": 32, "balanced": 64, "best": 128}  # of a preset, unless given
 SEQ_LEN = 1024
+KINDS = ("bytes", "trellis")  # of planes
 
 
 def check_levels(bits: Sequence[int]) -> tuple[int, ...]:
@@ -38,15 +39,21 @@ class QuantizeConfig(Settings):
 
     Attributes:
         levels: ascending; they are supervised and can be asked for later.
+        code: kind of the planes (coding/planes.py).
         preset: calibration tokens and search effort.
         device: under torchrun each process takes the one of its number.
-        backend: one of `coding.search.backends`.
+        backend: one of `coding.kinds.backends`.
 
     Raises:
         DropError: a value out of its range.
     """
 
     levels: tuple[int, ...] = setting((2, 3, 4), "Levels, such as 2,3,4.", option="bits")
+    code: str = setting(
+        "bytes",
+        "Kind of the planes: bytes, or trellis: nearer to the bound, slower to decode.",
+        choices=KINDS,
+    )
     calibration: str = setting(
         "self", "Text or .jsonl file, hub:DATASET[:SPLIT], or self: text that the model writes."
     )
@@ -72,4 +79,10 @@ class QuantizeConfig(Settings):
         if (self.windows is not None and self.windows < 1) or self.seq_len < 2:
             raise DropError(
                 f"{self.windows} windows of {self.seq_len} tokens: give 1 or more, of 2 or more."
+            )
+        if self.code == "trellis" and self.codebooks != "universal":
+            raise DropError(
+                f"--codebooks {self.codebooks} with --code trellis: codebooks of trellis planes "
+                "are universal; `dropbydrop tune` trains them for a checkpoint. Leave --codebooks "
+                "out, or take --code bytes."
             )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dropbydrop.checkpoint import CheckpointWriter, Embeddings, StoredGroup
-from dropbydrop.coding.codebook_set import BytesSet
+from dropbydrop.coding.codebook_set import CodebookSet
 from dropbydrop.coding.codebooks import UNIVERSAL, default_lambdas
 from dropbydrop.coding.encoder import Effort, Encoded, encode_group, group_rotation, learn_group
 from dropbydrop.coding.rotation import Rotation, odd_factor, split_odd
@@ -35,8 +35,8 @@ class BlockEncoder:
     Args:
         writer: the root's; None on the other ranks.
         config: its levels, seed, search backend and kind of codebooks are read.
-        codebooks: the universal set, float32 [M, K/2, g]. With learned codebooks a set for every
-            input group starts from it (one process only).
+        books: the universal set. With learned codebooks a set for every input group starts from it
+            (one process only).
 
     Attributes:
         log: the books of the run.
@@ -48,12 +48,12 @@ class BlockEncoder:
         writer: CheckpointWriter | None,
         config: QuantizeConfig,
         effort: Effort,
-        codebooks: Tensor,
+        books: CodebookSet,
         ranks: Ranks | None = None,
     ) -> None:
         self.runner, self._writer, self.config, self.effort = runner, writer, config, effort
         self.levels, self.learned = config.levels, config.codebooks != UNIVERSAL
-        self.codebooks = codebooks.to(runner.device)
+        self.books = books.to(runner.device)
         self.lambdas = default_lambdas(self.levels)
         self.log = RunLog(self.levels)
         self.ranks = ranks or Ranks()
@@ -92,12 +92,14 @@ class BlockEncoder:
         if self.ranks.root:
             self._keep_others(prefix, block, modules)
 
-    def _add_group(self, group: InputGroup, rotation: Rotation, learned: Tensor | None) -> None:
-        """Write what the matrices of an input group share. learned: float32 [M, K/2, g]."""
+    def _add_group(
+        self, group: InputGroup, rotation: Rotation, learned: CodebookSet | None
+    ) -> None:
+        """Write what the matrices of an input group share."""
         name = UNIVERSAL
         if learned is not None:
             name = f"input-group-{len(self.writer.input_groups)}"
-            self.writer.add_codebook_set(name, BytesSet.of(learned))
+            self.writer.add_codebook_set(name, learned.to("cpu"))
         stored = StoredGroup(group.name, group.modules, group.d_in, name)
         self.writer.add_group(stored, rotation)
 
@@ -140,11 +142,10 @@ class BlockEncoder:
         modules: Mapping[str, Any],
         rotations: Mapping[str, Rotation],
         mine: set[str],
-    ) -> tuple[dict[str, tuple[Encoded, float]], dict[str, Tensor]]:
-        """This process's matrices, name -> code and seconds; learned sets by input group, float32
-        [M, K/2, g]."""
+    ) -> tuple[dict[str, tuple[Encoded, float]], dict[str, CodebookSet]]:
+        """This process's matrices, name -> code and seconds; learned sets by input group."""
         out: dict[str, tuple[Encoded, float]] = {}
-        sets: dict[str, Tensor] = {}
+        sets: dict[str, CodebookSet] = {}
         for input_group in statistics.input_groups:
             names = [name for name in input_group.modules if name in mine]
             if not names:
@@ -154,7 +155,7 @@ class BlockEncoder:
                 {name: modules[name].weight.detach().float() for name in names},
                 statistics.grams[input_group.name],
                 rotations[input_group.name],
-                self.codebooks,
+                self.books,
                 self.levels,
                 self.lambdas,
                 self.effort,
@@ -178,12 +179,14 @@ class BlockEncoder:
         if result is not None:
             code, spent = result
             numbers = torch.tensor([*code.errors, spent], dtype=torch.float64)
-            sent = {"codes": code.codes.cpu(), "scales": code.scales.cpu(), "numbers": numbers}
+            codes = {f"codes.{m}": plane.cpu() for m, plane in enumerate(code.codes, 1)}
+            sent = {**codes, "scales": code.scales.cpu(), "numbers": numbers}
         got = self.ranks.to_root(sent, owner)
         if got is None:
             return None
         *errors, seconds = got["numbers"].tolist()
-        return Encoded(got["codes"], got["scales"], errors), seconds
+        planes = [got[f"codes.{m}"] for m in range(1, len(got) - 1)]
+        return Encoded(planes, got["scales"], errors), seconds
 
     def _add_matrix(
         self, name: str, module: Any, code: Encoded, seconds: float, energy_ratio: float

@@ -37,9 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from dropbydrop.checkpoint import CheckpointWriter
-from dropbydrop.coding.codebooks import UNIVERSAL, default_lambdas, universal_set
+from dropbydrop.coding.codebooks import UNIVERSAL, default_lambdas
 from dropbydrop.coding.encoder import encode_group, group_rotation, learn_group
-from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.coding.rotation import split_odd
 from dropbydrop.data.calibration import SELF
 from dropbydrop.data.self_generated import Writing, writing_seconds
@@ -113,8 +112,8 @@ def estimate(
     place, runner, config = Path(os.path.abspath(out)), job.runner, job.config
     CheckpointWriter(place, overwrite=overwrite).abort()  # whether OUT can be written at all
     first = FirstBlock(job)
-    training, _ = _clock(lambda: universal_set(config.levels))
-    plane, total, embedding = _sizes(job, first.input_groups)
+    training, _ = _clock(job.universal)
+    sizes, total, embedding = _sizes(job, first.input_groups)
     hidden = _hidden_bytes(job)
     written = 1.3 * total + (hidden * runner.num_blocks if resume else 0)  # 1.3: and reading back
     seconds = {
@@ -125,7 +124,7 @@ def estimate(
     }
     seconds["total"] = sum(seconds.values())
     # a raw file and its copy: of one plane, or of everything else
-    most = total + max(plane, total - config.levels[-1] * plane)
+    most = total + max(*sizes, total - sum(sizes))
     if resume:  # raw files are kept to the end, and two generations of hidden states
         most = 2 * total + 2 * hidden
     _reset_peak()  # at the end the embedding is read and narrowed
@@ -208,7 +207,7 @@ class FirstBlock:
         largest, rows = max(weights, key=len), sum(len(w) for w in weights)
         few = min(_ROWS * torch.get_num_threads(), len(largest))
         many = min(3 * few, len(largest))
-        gram, codebooks = statistics.grams[group.name], universal_set(config.levels).to(device)
+        gram, books = statistics.grams[group.name], self.job.universal().to(device)
         rotation = group_rotation({"w": largest}, gram, seed=0)
         universal = config.codebooks == UNIVERSAL
         encoder: Any = encode_group if universal else learn_group
@@ -216,9 +215,7 @@ class FirstBlock:
 
         def encode(count: int) -> float:
             part = {"w": largest[:count]}
-            return _clock(
-                lambda: encoder(part, gram, rotation, codebooks, config.levels, *settings)
-            )[0]
+            return _clock(lambda: encoder(part, gram, rotation, books, config.levels, *settings))[0]
 
         _reset_peak()
         encode(min(few, 16))  # warms up
@@ -247,32 +244,31 @@ def _hidden_bytes(job: Job) -> int:
     return 4 * job.windows_asked * job.config.seq_len * width
 
 
-def _sizes(job: Job, groups: list[InputGroup]) -> tuple[int, int, int]:
-    """Bytes of a plane and of the checkpoint, values of the largest embedding; from shapes.
+def _sizes(job: Job, groups: list[InputGroup]) -> tuple[list[int], int, int]:
+    """Bytes of every plane and of the checkpoint, values of the largest embedding; from shapes.
 
     `groups` are those of one block.
     """
-    runner, config, planes = job.runner, job.config, job.config.levels[-1]
+    runner, config, planes = job.runner, job.config, job.planes
     linears = [m for b in runner.blocks for m in b.modules() if isinstance(m, nn.Linear)]
     weights = sum(runner.linear_sizes())
     modules = [*runner.embedding_modules, *([] if runner.tied else runner.head_modules)]
     outer = [runner.model.get_parameter(f"{module}.weight") for module in modules]
     everything = sum(p.numel() for p in runner.model.parameters())
     kept = everything - weights - sum(p.numel() for p in outer)
-    spec = BytesPlane()
-    plane = sum(spec.nbytes(m.out_features, m.in_features) for m in linears)
-    total = planes * plane + 2 * sum(m.out_features for m in linears) + 4 * max(0, kept)
+    sizes = [sum(p.nbytes(m.out_features, m.in_features) for m in linears) for p in planes]
+    total = sum(sizes) + 2 * sum(m.out_features for m in linears) + 4 * max(0, kept)
     total += runner.num_blocks * sum(g.d_in for g in groups)  # input scales
     total += sum(4 * odd * odd for odd in {split_odd(g.d_in)[1] for g in groups})
     sets = 1 if config.codebooks == UNIVERSAL else runner.num_blocks * len(groups)
-    total += sets * planes * (spec.codebook_bytes + 130)
+    total += sets * sum(plane.codebook_bytes + 130 for plane in planes)
     total += sum(p.numel() + 2 * len(p) if config.head_bits == 8 else 2 * p.numel() for p in outer)
     # headers, log and config: about so many characters a tensor, matrix and input group
-    total += (130 * (planes + 1) + 300) * len(linears) + 250 * runner.num_blocks * len(groups)
+    total += (130 * (len(planes) + 1) + 300) * len(linears) + 250 * runner.num_blocks * len(groups)
     side = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
     files = (job.source.folder / name for name in side)
     total += sum(file.stat().st_size for file in files if file.is_file())
-    return plane, total, max(p.numel() for p in outer)
+    return sizes, total, max(p.numel() for p in outer)
 
 
 def _seconds_a_byte(folder: Path) -> float:

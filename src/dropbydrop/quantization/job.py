@@ -13,8 +13,11 @@ import torch
 from torch import nn
 
 from dropbydrop.coding.code import GROUP
+from dropbydrop.coding.codebook_set import CodebookSet
+from dropbydrop.coding.codebooks import file_of_set, universal_set
 from dropbydrop.coding.encoder import EFFORTS, Effort
-from dropbydrop.coding.search import backends
+from dropbydrop.coding.kinds import backends
+from dropbydrop.coding.planes import PlaneSpec, planes_of
 from dropbydrop.data.calibration import Calibration, load_windows
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.embeddings import output_scale
@@ -62,6 +65,25 @@ class Job:
         )
 
     @property
+    def planes(self) -> tuple[PlaneSpec, ...]:
+        """Those of the checkpoint."""
+        return planes_of(self.config.code, self.config.levels, self.effort.window)
+
+    @property
+    def _set(self) -> tuple[tuple[int, ...], None, str, int]:
+        """How `coding.codebooks` calls the universal set."""
+        return self.config.levels, None, self.config.code, self.effort.window
+
+    def universal(self) -> CodebookSet:
+        """The universal set, which is trained first if need be."""
+        return universal_set(*self._set)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the universal set is there already."""
+        return file_of_set(*self._set).is_file()
+
+    @property
     def windows_asked(self) -> int:
         """Number of calibration windows."""
         assert self.config.windows is not None, "`prepare` settles it"
@@ -97,7 +119,7 @@ def prepare(model: str | Path, config: QuantizeConfig, *, ready: Calibration | N
         windows=windows,
         seq_len=seq_len,
         device=str(runner.device),
-        backend=config.backend or backends(runner.device)[0],
+        backend=config.backend or backends(config.code, runner.device)[0],
     )
     return Job(complete, source, runner, EFFORTS[config.preset], ready)
 

@@ -11,6 +11,12 @@ def model_card(base: str, quantization: QuantizationConfig, errors: Mapping[int,
     """How the checkpoint was made and how it is loaded. Deterministic."""
     levels = ", ".join(map(str, quantization.levels))
     low = quantization.levels[0]
+    count = quantization.prefix_of(low)
+    reads = ", ".join(f"{p}: {quantization.prefix_of(p)}" for p in quantization.levels)
+    code = {
+        "bytes": "additive codebooks, a byte a plane for 8 weights",
+        "trellis": "additive trellis codes, a stream of bits a plane for every input",
+    }[quantization.kind]
     made = quantization.provenance
     calibration = made.get("calibration", {})
     source = "text that the model wrote"
@@ -30,14 +36,14 @@ pipeline_tag: text-generation
 ---
 # {base} at {levels} bits, one checkpoint
 
-Made by dropbydrop {made.get("version", "")}: additive codebooks ordered so that any supervised \
-prefix is a model. Plane m is `plane-m.safetensors`; a device needs planes 1..P for P bits a \
-weight, and `model.safetensors`.
+Made by dropbydrop {made.get("version", "")}: {code}, ordered so that the first planes are a \
+model. Plane m is `plane-m.safetensors`; a device needs `model.safetensors` and the first planes, \
+by bits a weight ({reads}).
 
 ```python
 import dropbydrop
 
-model = dropbydrop.load("this-folder", bits={low})   # reads {low} planes
+model = dropbydrop.load("this-folder", bits={low})   # planes read: {count}
 ```
 
 Stock transformers cannot read the codes and stops with a size mismatch. After \

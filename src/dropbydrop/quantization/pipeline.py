@@ -31,9 +31,8 @@ from torch import Tensor
 from dropbydrop.checkpoint import CheckpointWriter, QuantizationConfig
 from dropbydrop.checkpoint.config import CARD_FILE, LOG_FILE
 from dropbydrop.checkpoint.journal import Journal
-from dropbydrop.coding.codebook_set import BytesSet
-from dropbydrop.coding.codebooks import UNIVERSAL, file_of_set, universal_set
-from dropbydrop.coding.planes import BytesPlane
+from dropbydrop.coding.codebook_set import set_of
+from dropbydrop.coding.codebooks import UNIVERSAL
 from dropbydrop.data.calibration import Calibration
 from dropbydrop.system.accelerator import pick_device
 from dropbydrop.system.console import phase, progress_bar
@@ -154,11 +153,11 @@ def _carry_out(
         return RunLog(job.config.levels)
     kept = bool(ranks.broadcast(journal is not None))  # whether steps are kept for --resume
     mark = time.perf_counter()
-    levels = job.config.levels
-    with phase("training codebooks", progress and not file_of_set(levels).is_file()):
-        universal = ranks.broadcast(
-            ranks.on_all_ranks(lambda: universal_set(levels) if ranks.root else None)
+    with phase("training codebooks", progress and not job.trained):
+        stored = ranks.broadcast(
+            ranks.on_all_ranks(lambda: job.universal().named() if ranks.root else None)
         )
+    universal = set_of(job.planes, stored)
     trained = time.perf_counter() - mark  # a while, once a machine, if the set does not ship
     encoder = BlockEncoder(runner, writer, job.config, job.effort, universal, ranks)
     log = encoder.log
@@ -205,7 +204,7 @@ def _begin(
     if text is not None:
         calibration = dict(text.description)
         if not encoder.learned:
-            encoder.writer.add_codebook_set(UNIVERSAL, BytesSet.of(encoder.codebooks))
+            encoder.writer.add_codebook_set(UNIVERSAL, encoder.books.to("cpu"))
     _commit(
         journal, encoder, {"calibration": calibration}, partition.gather(hidden) if kept else None
     )
@@ -254,7 +253,7 @@ def _finish(
     quantization = QuantizationConfig(
         bits=levels[-1],
         levels=levels,
-        planes=tuple(BytesPlane() for _ in range(levels[-1])),
+        planes=job.planes,
         input_groups=encoder.writer.input_groups,
         embeddings=embeddings,
         provenance=provenance,

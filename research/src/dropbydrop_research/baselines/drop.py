@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dropbydrop.coding.code import ENTRIES, GROUP, expand_set, partial_sums
+from dropbydrop.coding.code import ENTRIES, GROUP
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import EFFORTS, encode_group, group_rotation
 from dropbydrop.coding.rotation import split_odd
@@ -63,7 +63,7 @@ def drop(
         scales = code.scales.float()[:, None]
         fixed = 2 * len(scales) + inputs
         plane = code.codes[0].numel()
-        sums = partial_sums(code.codes, expand_set(books), chosen)  # [d_out, d_in] each
+        sums = books.sums(code.codes, len(scales), chosen)  # [d_out, d_in] each
         served = {
             p: Level(rotation.transpose(scales * q), p * plane + fixed)
             for p, q in zip(chosen, sums, strict=True)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dropbydrop.coding.code import expand_set, partial_sums
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import EFFORTS, encode_group, group_rotation
 
@@ -26,14 +25,13 @@ def package_encoder(preset: str = "balanced", seed: int = 0) -> Encode:
 
     def encode(weight: Tensor, h: Tensor, levels: Sequence[int], /) -> list[Tensor]:
         chosen = tuple(levels)
-        codebooks = universal_set(chosen)
+        books = universal_set(chosen)
         rotation = group_rotation({"w": weight}, h, seed)
         lambdas = default_lambdas(chosen)
         effort = EFFORTS[preset]
-        coded = encode_group({"w": weight}, h, rotation, codebooks, chosen, lambdas, effort)["w"]
+        coded = encode_group({"w": weight}, h, rotation, books, chosen, lambdas, effort)["w"]
         scales = coded.scales.to(weight.dtype)[:, None]
-        every = range(1, chosen[-1] + 1)
-        sums = partial_sums(coded.codes, expand_set(codebooks), every)
+        sums = books.sums(coded.codes, len(weight), range(1, chosen[-1] + 1))
         return [rotation.transpose(scales * q) for q in sums]
 
     return encode
