@@ -8,8 +8,8 @@
     torch       anywhere, also CUDA                     batched over segments; no compiler needed
 
 All minimise J = sum_P lambda_P sum_r weight_r (w_r - q_P,r) H (w_r - q_P,r)^T as stated in
-native/trellis/trellis_core.h: inputs one after the other with exact error feedback, planes of an
-input in turns, every turn of a plane a Viterbi pass over the rows. The native backends keep path
+native/trellis/trellis_core.h: inputs one after the other with exact error feedback, the planes of
+an input one after the other, each by a Viterbi pass over the rows. The native backends keep path
 metrics in 16 bits, the others in float32; so codes differ between them while J agrees to a part in
 a thousand. The codes of one backend do not depend on the number of threads.
 """

@@ -54,23 +54,20 @@ class Problem:
                 raise ValueError(f"codes of {shapes} for a matrix {[d_out, d_in]}")
 
     @cached_property
-    def level_weights(self) -> list[list[list[float]]]:
-        """[turn][m][level] how the levels pull on plane m, summing to 1.
+    def pulls(self) -> list[list[float]]:
+        """[m][level] how the levels pull on plane m, summing to 1.
 
-        In turn 0 later planes are unknown: a later level counts with the share of its error that
-        they will leave, 4^-bits.
+        Later planes are unknown: a later level counts with the share of its error that they will
+        leave, 4^-bits.
         """
-        turns = []
-        for known in (False, True):
-            rows = []
-            for m in range(len(self.books.planes)):
-                pulls = []
-                for prefix, lam in zip(self.prefixes, self.lambdas, strict=True):
-                    bits = sum(plane.bits for plane in self.books.planes[m + 1 : prefix])
-                    pulls.append(lam * (1 if known else 4.0**-bits) if prefix > m else 0.0)
-                rows.append([pull / sum(pulls) for pull in pulls])
-            turns.append(rows)
-        return turns
+        rows = []
+        for m in range(len(self.books.planes)):
+            pulls = []
+            for prefix, lam in zip(self.prefixes, self.lambdas, strict=True):
+                bits = sum(plane.bits for plane in self.books.planes[m + 1 : prefix])
+                pulls.append(lam * 4.0**-bits if prefix > m else 0.0)
+            rows.append([pull / sum(pulls) for pull in pulls])
+        return rows
 
 
 def ring_of(plane: TrellisPlane) -> int:

@@ -155,33 +155,26 @@ class Search:
         self.error[:, j] = self.w[j] - self.sums(values)
         self.error[:, j, self.problem.w.shape[0] :] = 0
 
-    def visit(self, target: Tensor, values: list[Tensor], known: bool) -> list[Tensor]:
-        """One turn of every plane of an input, for targets [levels, rows]; sets `values`, [rows].
+    def visit(self, target: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Codes of an input for targets [levels, rows], plane after plane.
 
         Returns:
-            The bits of every plane's stream.
+            (bits of each plane's stream, values [rows] of each plane).
         """
-        bits = []
-        for m, plane in enumerate(self.planes):
-            pulls = self.problem.level_weights[known][m]
-            x = torch.zeros_like(target[0])
-            for pull, prefix, u in zip(pulls, self.problem.prefixes, target, strict=True):
-                others = [i for i in range(prefix if known else m) if i != m and pull]
-                x += pull * (u - sum((values[i] for i in others), torch.zeros_like(x)))
+        bits: list[Tensor] = []
+        values: list[Tensor] = []
+        for plane, pulls in zip(self.planes, self.problem.pulls, strict=True):
+            x = torch.tensor(pulls, device=target.device) @ target - sum(values)
             value, stream = plane.search(x[: plane.rows])
-            values[m] = torch.nn.functional.pad(value, (0, self.rows - plane.rows))
+            values.append(torch.nn.functional.pad(value, (0, self.rows - plane.rows)))
             bits.append(stream)
-        return bits
+        return bits, values
 
     def start(self, lower: Tensor) -> None:
         """Error feedback, from the last input to the first."""
         for j in range(len(self.w) - 1, -1, -1):
             pulled = (lower[j + 1 :, j] / lower[j, j]) @ self.error[:, j + 1 :]
-            target = self.w[j] + pulled
-            values = [torch.zeros_like(self.w[j])] * len(self.planes)
-            for known in (False, True):
-                bits = self.visit(target, values, known)
-            self.put(j, bits, values)
+            self.put(j, *self.visit(self.w[j] + pulled))
 
     def put(self, j: int, bits: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Takes codes and values for input j."""
@@ -210,9 +203,8 @@ class Search:
         for j in range(len(self.w) - 1, -1, -1):
             row = h[:, j] / h[j, j]
             target = self.w[j] + row @ self.error - self.error[:, j]
-            values = self.values_of(j)
-            before = self.cost(target, values)
-            bits = self.visit(target, values, known=True)
+            before = self.cost(target, self.values_of(j))
+            bits, values = self.visit(target)
             if self.cost(target, values) < before * (1 - 1e-9):
                 self.put(j, bits, values)
 
