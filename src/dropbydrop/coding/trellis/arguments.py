@@ -80,17 +80,20 @@ def ring_rows(plane: TrellisPlane, d_out: int) -> int:
     return 8 * plane.shape(d_out, 1)[0] // plane.bits
 
 
-def segments_of(plane: TrellisPlane, d_out: int) -> list[tuple[int, int, int]]:
+def segments_of(
+    plane: TrellisPlane, d_out: int, segment: int, warm_up: int
+) -> list[tuple[int, int, int]]:
     """(first row of the warm-up, first, last) of each segment of the ring: whole cycles of rows.
 
-    The first warm-up begins before row 0, where the last rows of the ring are.
+    segment: rows, about; warm_up: cycles. The first warm-up begins before row 0, where the last
+    rows of the ring are.
     """
     cycle, rows = ring_of(plane) // plane.bits, ring_rows(plane, d_out)
-    count = max(1, (rows + SEGMENT // 2) // SEGMENT)
+    count = max(1, (rows + segment // 2) // segment)
     cycles = -(-rows // cycle)
     bounds = [cycles * i // count * cycle for i in range(count + 1)]
     bounds[-1] = rows
-    return [(first - WARM_UP * cycle, first, last) for first, last in pairwise(bounds)]
+    return [(first - warm_up * cycle, first, last) for first, last in pairwise(bounds)]
 
 
 def state_labels(plane: TrellisPlane, taps: Tensor) -> Tensor:

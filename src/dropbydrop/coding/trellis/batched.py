@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..codebook_set import labels, pack_stream
 from ..planes import TrellisPlane
-from .arguments import WARM_UP, Problem, ring_of, ring_rows, segments_of, state_labels
+from .arguments import SEGMENT, WARM_UP, Problem, ring_of, ring_rows, segments_of, state_labels
 
 INFINITY = float("inf")
 
@@ -28,6 +28,9 @@ class Viterbi:
         plane, values: the spec, and float32 [K] by label.
         labels: uint8 [2^L], of every state.
     """
+
+    SEGMENT = SEGMENT
+    WARM_UP = WARM_UP
 
     def __init__(self, plane: TrellisPlane, values: Tensor, taps: Tensor) -> None:
         self.plane = plane
@@ -92,8 +95,8 @@ class Plane:
         self.taps = part[".taps"]
         self.viterbi = passes(plane, problem.books.entries[m].flatten(), part[".taps"])
         self.rows = ring_rows(plane, d_out)
-        segments = segments_of(plane, d_out)
-        self.warm = WARM_UP * ring_of(plane) // plane.bits
+        segments = segments_of(plane, d_out, passes.SEGMENT, passes.WARM_UP)
+        self.warm = passes.WARM_UP * ring_of(plane) // plane.bits
         length = self.warm + max(last - first for _, first, last in segments)
         starts = torch.tensor([warm for warm, _, _ in segments], device=device)
         rows = starts[:, None] + torch.arange(length, device=device)  # [G, T]
