@@ -22,6 +22,9 @@ from torch import nn
 from random_model import random_checkpoint
 
 VOCAB = 384
+CODES = ("bytes", "trellis")  # kinds of planes
+# planes that each level of `write_checkpoint` reads; those of trellis have 2, 1 and 1 bits
+COUNTS = {"bytes": {2: 2, 3: 3, 4: 4}, "trellis": {2: 1, 3: 2, 4: 3}}
 
 # d = 48 = 16 x 3 and 80 = 16 x 5: multiples of the group size with odd factors
 _COMMON: dict[str, Any] = {

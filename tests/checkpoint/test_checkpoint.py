@@ -25,14 +25,20 @@ from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.system import atomic_folder as folder_module
 from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
-from random_model import group_rotation, llama_groups
-from tiny import tiny_llama, write_checkpoint
+from random_model import group_rotation, llama_groups, random_planes, random_set
+from tiny import CODES, COUNTS, tiny_llama, write_checkpoint
+
+
+@pytest.fixture(scope="module", params=CODES)
+def code(request: pytest.FixtureRequest) -> str:
+    """Kind of the planes."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pristine(tmp_path_factory: pytest.TempPathFactory, code: str) -> Path:
     """A checkpoint that no test changes."""
-    return write_checkpoint(tmp_path_factory.mktemp("pristine") / "out")
+    return write_checkpoint(tmp_path_factory.mktemp("pristine") / "out", code=code)
 
 
 @pytest.fixture
@@ -48,7 +54,7 @@ def leftovers(parent: Path) -> list[str]:
 # ---------------------------------------------------------------------------------- writing
 
 
-def test_reads_back_what_was_written(pristine: Path) -> None:
+def test_reads_back_what_was_written(pristine: Path, code: str) -> None:
     checkpoint = Checkpoint.open(pristine)
     generator = torch.Generator().manual_seed(0)
     model = tiny_llama()
@@ -59,20 +65,22 @@ def test_reads_back_what_was_written(pristine: Path) -> None:
         x = torch.randn(3, d_in)
         assert torch.equal(stored.apply(x), turn.apply(x))
         for module in modules:
-            shape = (model.get_submodule(module).out_features, d_in // 8)
-            for m in range(1, 5):
+            d_out = model.get_submodule(module).out_features
+            for m in range(1, COUNTS[code][4] + 1):
+                rows = d_out * (2 if m == 1 else 1) // 8  # of a stream
+                shape = (d_out, d_in // 8) if code == "bytes" else (rows, d_in)
                 codes = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
                 assert torch.equal(checkpoint.read_codes(module, m), codes)
-            scales = 0.4 * (1 + torch.rand(shape[0], generator=generator)) / d_in**0.5
+            scales = 0.4 * (1 + torch.rand(d_out, generator=generator)) / d_in**0.5
             assert torch.equal(checkpoint.read(f"{module}.scales"), scales.half())
     assert torch.equal(checkpoint.read("model.norm.weight"), model.model.norm.weight)
     assert checkpoint.levels == (2, 3, 4)
-    assert checkpoint.planes_present() == (1, 2, 3, 4)
+    assert checkpoint.planes_present() == tuple(range(1, COUNTS[code][4] + 1))
     assert checkpoint.verify() == []
 
 
-def test_writing_twice_gives_the_same_bytes(pristine: Path, tmp_path: Path) -> None:
-    again = write_checkpoint(tmp_path / "again")
+def test_writing_twice_gives_the_same_bytes(pristine: Path, tmp_path: Path, code: str) -> None:
+    again = write_checkpoint(tmp_path / "again", code=code)
     names = sorted(path.name for path in pristine.iterdir())
     assert names == sorted(path.name for path in again.iterdir())
     for name in names:
@@ -94,10 +102,11 @@ def test_file_modes_follow_the_umask(tmp_path: Path) -> None:
             assert path.stat().st_mode & 0o777 == mode, path.name
 
 
-def test_large_planes_are_sharded(pristine: Path, tmp_path: Path) -> None:
-    out = write_checkpoint(tmp_path / "out", shard_bytes=3000)
+def test_large_planes_are_sharded(pristine: Path, tmp_path: Path, code: str) -> None:
+    out = write_checkpoint(tmp_path / "out", code=code, shard_bytes=3000)
     checkpoint = Checkpoint.open(out)
-    for m in range(1, 5):
+    planes = COUNTS[code][4]
+    for m in range(1, planes + 1):
         paths = checkpoint.plane_paths(m)
         assert len(paths) > 2
         assert paths[0].name == f"plane-{m}-00001-of-{len(paths):05d}.safetensors"
@@ -114,9 +123,9 @@ def test_large_planes_are_sharded(pristine: Path, tmp_path: Path) -> None:
     expected = Checkpoint.open(pristine).read_codes(module, 3)
     assert torch.equal(checkpoint.read_codes(module, 3), expected)
     checkpoint.plane_paths(3)[1].unlink()
-    assert Checkpoint.open(out).planes_present() == (1, 2, 4)
+    assert Checkpoint.open(out).planes_present() == (1, 2, 4)[: planes - 1]
     with pytest.raises(MissingPlaneError, match="plane-3-00002-of-"):
-        Checkpoint.open(out).require(3)
+        Checkpoint.open(out).require(4)
 
 
 def test_a_tensor_larger_than_a_shard_gets_its_own(tmp_path: Path) -> None:
@@ -341,16 +350,18 @@ def test_bad_tensors(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- reading
 
 
-def test_counts_bytes_and_bits(pristine: Path) -> None:
+def test_counts_bytes_and_bits(pristine: Path, code: str) -> None:
     """By hand: q, k, v [64 + 32 + 32, 64], o [64, 64], gate, up [192, 64], down [64, 96], twice."""
     checkpoint = Checkpoint.open(pristine)
     weights = 2 * (128 * 64 + 64 * 64 + 192 * 64 + 64 * 96)
     rows = 2 * (128 + 64 + 192 + 64)
     signs = 2 * (64 + 64 + 64 + 96)  # a byte an input for its sign and scale
     for bits in (2, 3, 4):
-        total = bits * weights // 8 + 2 * rows + bits * 128 * 8 * 2 + signs + 3 * 3 * 4
+        count = COUNTS[code][bits]
+        books = count * (128 * 8 * 2 if code == "bytes" else 64 + 4 + 12)
+        total = bits * weights // 8 + 2 * rows + books + signs + 3 * 3 * 4
         assert checkpoint.true_bits(bits) == pytest.approx(8 * total / weights, rel=1e-12)
-        sizes = [(pristine / f"plane-{m}.safetensors").stat().st_size for m in range(1, bits + 1)]
+        sizes = [(pristine / f"plane-{m}.safetensors").stat().st_size for m in range(1, count + 1)]
         read = sum(sizes) + (pristine / "model.safetensors").stat().st_size
         assert checkpoint.bytes_at(bits) == read
         parameters = sum(p.numel() for p in tiny_llama().parameters())
@@ -360,20 +371,24 @@ def test_counts_bytes_and_bits(pristine: Path) -> None:
         checkpoint.true_bits(1)
 
 
-def test_absent_planes_matter_only_when_asked_for(out: Path) -> None:
-    (out / "plane-3.safetensors").unlink()
-    (out / "plane-4.safetensors").unlink()
+def test_absent_planes_matter_only_when_asked_for(out: Path, code: str) -> None:
+    here = COUNTS[code][2]
+    for m in range(here + 1, COUNTS[code][4] + 1):
+        (out / f"plane-{m}.safetensors").unlink()
     checkpoint = Checkpoint.open(out)
-    assert checkpoint.planes_present() == (1, 2)
+    assert checkpoint.planes_present() == tuple(range(1, here + 1))
     assert checkpoint.require(2) == 2
+    checkpoint.require_planes(here)
     assert checkpoint.verify() == []
     assert checkpoint.true_bits(4) > checkpoint.true_bits(3)  # known without the planes
-    module = checkpoint.quantization.modules[0]
-    message = r"plane 3 is needed, but .*plane-3.safetensors is missing \(complete planes .*: 1, 2"
+    module, m = checkpoint.quantization.modules[0], here + 1
+    message = rf"plane {m} is needed, but .*plane-{m}.* is missing \(complete planes .*: .*{here}\)"
     with pytest.raises(MissingPlaneError, match=message):
         checkpoint.require(3)
     with pytest.raises(MissingPlaneError, match=message):
-        checkpoint.read_codes(module, 3)
+        checkpoint.require_planes(m)
+    with pytest.raises(MissingPlaneError, match=message):
+        checkpoint.read_codes(module, m)
     with pytest.raises(KeyError):
         checkpoint.read_codes(module, 5)
     with pytest.raises(KeyError):
@@ -384,6 +399,11 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
+
+
+def other_codebook(plane: dict[str, Any]) -> None:
+    """A valid plane of the same kind and bits with a codebook of another size."""
+    plane.update({"window": 13} if plane["kind"] == "trellis" else {"sign_symmetric": False})
 
 
 def flip_bit(path: Path) -> None:
@@ -397,32 +417,35 @@ def truncate(path: Path) -> None:
 
 
 def swap_planes(out: Path) -> None:
-    (out / "plane-1.safetensors").rename(out / "aside")
-    (out / "plane-2.safetensors").rename(out / "plane-1.safetensors")
-    (out / "aside").rename(out / "plane-2.safetensors")
+    """2 and 3, which are of one size in both kinds."""
+    (out / "plane-2.safetensors").rename(out / "aside")
+    (out / "plane-3.safetensors").rename(out / "plane-2.safetensors")
+    (out / "aside").rename(out / "plane-3.safetensors")
 
 
 def test_truncated_plane(out: Path) -> None:
     truncate(out / "plane-2.safetensors")
     checkpoint = Checkpoint.open(out)
     with pytest.raises(FormatError, match=r"plane-2.safetensors has \d+ bytes, the manifest says"):
-        checkpoint.require(2)
+        checkpoint.require(3)
     assert [(f.file, f.kind) for f in checkpoint.verify()] == [("plane-2.safetensors", "size")]
 
 
 def test_swapped_planes_are_found_without_hashing(out: Path) -> None:
     swap_planes(out)
     checkpoint = Checkpoint.open(out)
-    with pytest.raises(FormatError, match=r"plane-1.safetensors does not hold plane 1 .*exchanged"):
-        checkpoint.require(2)
-    with pytest.raises(FormatError, match="does not hold plane 1"):
-        checkpoint.read_codes(checkpoint.quantization.modules[0], 1)
+    with pytest.raises(FormatError, match=r"plane-2.safetensors does not hold plane 2 .*exchanged"):
+        checkpoint.require(4)
+    with pytest.raises(FormatError, match="does not hold plane 2"):
+        checkpoint.read_codes(checkpoint.quantization.modules[0], 2)
     assert {f.kind for f in checkpoint.verify(hashes=False)} == {"header"}
     assert {f.kind for f in checkpoint.verify()} >= {"hash"}
 
 
-def test_plane_of_another_checkpoint_is_found_by_its_hash(out: Path, tmp_path: Path) -> None:
-    other = write_checkpoint(tmp_path / "other", seed=1)
+def test_plane_of_another_checkpoint_is_found_by_its_hash(
+    out: Path, tmp_path: Path, code: str
+) -> None:
+    other = write_checkpoint(tmp_path / "other", code=code, seed=1)
     shutil.copy(other / "plane-2.safetensors", out / "plane-2.safetensors")
     checkpoint = Checkpoint.open(out)
     assert checkpoint.verify(hashes=False) == []
@@ -492,9 +515,9 @@ def test_missing_or_truncated_file(out: Path, name: str) -> None:
         (
             "config.json",
             lambda d: d["quantization_config"]["planes"].pop(),
-            r"contradict planes of \[1, 1, 1\] bits",
+            r"contradict planes of \[[12], 1(, 1)?\] bits",
         ),
-        ("manifest.json", lambda d: d["planes"].pop(), "lists 3 planes, the config 4"),
+        ("manifest.json", lambda d: d["planes"].pop(), r"lists [23] planes, the config [34]"),
         (
             "config.json",
             lambda d: d["quantization_config"]["input_groups"][0].update(codebooks="learned"),
@@ -502,8 +525,8 @@ def test_missing_or_truncated_file(out: Path, name: str) -> None:
         ),
         (
             "config.json",
-            lambda d: d["quantization_config"]["planes"][1].update(sign_symmetric=False),
-            r"codebooks.universal.2 is F16 \[128, 8\], expected F16 \[256, 8\]",
+            lambda d: other_codebook(d["quantization_config"]["planes"][1]),
+            r"codebooks.universal.2(.taps)? is (F16 \[128|U8 \[12).*, expected (F16 \[256|U8 \[13)",
         ),
         (
             "config.json",
@@ -528,6 +551,44 @@ def test_contradictions_between_files(
     edit_json(out / name, change)
     with pytest.raises(FormatError, match=message):
         Checkpoint.open(out)
+
+
+@pytest.mark.parametrize(
+    ("code", "part", "value", "message"),
+    [
+        ("bytes", "", float("nan"), "1 has values that are not finite"),
+        ("trellis", "", 64, "1 has values beyond 63"),
+        ("trellis", "", -128, "1 has values beyond 63"),
+        ("trellis", ".taps", 64, "1.taps has labels of more than 64 values"),
+        ("trellis", ".scale", float("nan"), "1.scale has values that are not finite"),
+        ("trellis", ".scale", -1.0, "1.scale is not above 0"),
+    ],
+)
+def test_values_that_no_codebook_holds(
+    tmp_path: Path, code: str, part: str, value: float, message: str
+) -> None:
+    """They are found when the folder is opened, with sizes and headers as they were."""
+    out = write_checkpoint(tmp_path / "out", code=code)
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"codebooks.universal.1{part}"].view(-1)[-1] = value
+    save_file(tensors, path, METADATA)
+    size = path.stat().st_size
+    edit_json(out / "manifest.json", lambda data: data["files"][path.name].update(size=size))
+    with pytest.raises(FormatError, match=f"codebook set 'universal' is damaged: {message}"):
+        Checkpoint.open(out)
+
+
+def test_a_writer_refuses_them_too(tmp_path: Path) -> None:
+    books = random_set(random_planes("trellis", (2,)))
+    books.parts[0][""][7] = -100
+    writer = CheckpointWriter(tmp_path / "out")
+    with pytest.raises(ValueError, match="codebook set u: 1 has values beyond 63"):
+        writer.add_codebook_set("u", books)
+    large = BytesSet.of([torch.full((128, 8), 1e6)])
+    with pytest.raises(ValueError, match=r"codebooks.u.1: values that are not finite"):
+        writer.add_codebook_set("u", large)
+    writer.abort()
 
 
 def test_not_a_checkpoint(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from dropbydrop.checkpoint import (
+    Checkpoint,
     CheckpointWriter,
     Embeddings,
     Manifest,
@@ -23,8 +25,8 @@ from dropbydrop.checkpoint import (
 from dropbydrop.checkpoint.fields import plain_name
 from dropbydrop.checkpoint.int8_rows import quantize_rows
 from dropbydrop.checkpoint.tensor_files import TensorInfo, encode_header, read_header
-from dropbydrop.coding.codebook_set import BytesSet
-from dropbydrop.coding.planes import BytesPlane
+from dropbydrop.coding.codebook_set import BytesSet, TrellisSet
+from dropbydrop.coding.planes import BytesPlane, TrellisPlane
 from dropbydrop.coding.rotation import Rotation, pack_input_scales
 from dropbydrop.system.errors import FormatError, PrecisionError
 
@@ -42,17 +44,22 @@ GOLDEN = {
 }
 
 
-def write_golden(out: Path) -> None:
-    """Two linears of one input group, d_in 24 = 8 * 3, no random numbers anywhere."""
-    spec = StoredGroup("s", ("a", "b"), 24)
+def golden_rotation() -> Rotation:
+    """Scaled signs and an odd factor, d_in 24 = 8 * 3."""
     signs = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0] * 4)
     signs = signs * torch.exp2((torch.arange(24) - 12) / 8)
     odd = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    return Rotation(24, 8, signs, odd)
+
+
+def write_golden(out: Path) -> None:
+    """Two linears of one input group, no random numbers anywhere."""
+    spec = StoredGroup("s", ("a", "b"), 24)
     quantization = QuantizationConfig(
         2, (1, 2), (BytesPlane(), BytesPlane()), (spec,), Embeddings(8, ("e",), True), {"seed": 7}
     )
     with CheckpointWriter(out) as writer:
-        writer.add_group(spec, Rotation(24, 8, signs, odd))
+        writer.add_group(spec, golden_rotation())
         book = torch.arange(128 * 8).reshape(128, 8) / 64
         writer.add_codebook_set("universal", BytesSet.of([book, book / 2]))
         for offset, (module, d_out) in enumerate((("b", 2), ("a", 4))):
@@ -67,13 +74,77 @@ def write_golden(out: Path) -> None:
         writer.finish(config, quantization, {"notes.txt": b"hello\n"}, 200)
 
 
-def test_golden_bytes(tmp_path: Path) -> None:
-    write_golden(tmp_path / "out")
-    found = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted((tmp_path / "out").iterdir())
-    }
-    assert found == GOLDEN
+GOLDEN_TRELLIS = {
+    "config.json": "cf31d829eb3cf1bcc8db3b424726128612906c65560e45c9abf7a85b26018a46",
+    "manifest.json": "a72df8bb26b9eda43c3ac727aa46b40262acc6c3189aa27d8be46b5272be3f4a",
+    "model.safetensors": "a820bc8298c70aadf0ad40cf49b46346467a064c441e3c57b0a5a09271a7ea9d",
+    "plane-1.safetensors": "04ad3d0467aed3c771c800c6eb6a6f4a573a1150663c363370f28ba9fa735548",
+    "plane-2.safetensors": "cdf185b4993ebc070cad49f83001909a3431bbbd469c8077461a137a4f42e40a",
+}
+GOLDEN_WEIGHTS = {  # SHA-256 of float32 [d_out, d_in] of a level, in rotated coordinates
+    "a at 2 bits": "6899baa87e9883b1c7e886d65af6e62212acaf2dd9b26afdc34d994939f0f9ad",
+    "a at 3 bits": "ca8738a21a2012580e1371dacf9611a5a4b92f552bb0ce3793a8ebc6c94b30d9",
+    "b at 2 bits": "5765af012892dc6c9d1e683a12867e01c7f1e3f777af518c3ed38f0294c00c70",
+    "b at 3 bits": "b968376af5348cec4412337983ecd86ca5e65d39f867442ab3dacdee82fe6157",
+}
+
+
+def write_golden_trellis(out: Path) -> None:
+    """As `write_golden`: planes of 2 and 1 bits, windows of 9 and 17 bits, levels 2 and 3."""
+    group = StoredGroup("s", ("a", "b"), 24)
+    planes = (TrellisPlane(bits=2, window=9), TrellisPlane(bits=1, window=17))
+    values = (torch.arange(64) * 37 % 127 - 63).to(torch.int8)
+    parts = tuple(
+        {
+            "": values.roll(5 * m),
+            ".scale": torch.tensor([0.3 / 2**m]),
+            ".taps": (torch.arange(plane.window) * 11 % 64 + m).to(torch.uint8),
+        }
+        for m, plane in enumerate(planes)
+    )
+    embeddings = Embeddings(16, ("e",), True)
+    with CheckpointWriter(out) as writer:
+        writer.add_group(group, golden_rotation())
+        writer.add_codebook_set("universal", TrellisSet(planes, parts))
+        for offset, (module, d_out) in enumerate((("b", 2), ("a", 37))):
+            codes = [
+                torch.arange(n * 24).reshape(n, 24).mul(29 + m).add(offset).to(torch.uint8)
+                for m, n in enumerate(plane.shape(d_out, 24)[0] for plane in planes)
+            ]
+            writer.add_linear(module, codes, torch.arange(1, d_out + 1) / 8, d_in=24)
+        writer.add_embedding("e", torch.arange(-12, 12).reshape(3, 8) / 4, bits=16)
+        config = {"model_type": "toy", "dtype": "float32"}
+        writer.finish(config, QuantizationConfig(3, (2, 3), planes, (group,), embeddings))
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("write", "golden"), [(write_golden, GOLDEN), (write_golden_trellis, GOLDEN_TRELLIS)]
+)
+def test_golden_bytes(
+    tmp_path: Path, write: Callable[[Path], None], golden: dict[str, str]
+) -> None:
+    write(tmp_path / "out")
+    files = sorted((tmp_path / "out").iterdir())
+    assert {path.name: digest(path.read_bytes()) for path in files} == golden
+
+
+def test_golden_weights(tmp_path: Path) -> None:
+    """What trellis codes mean, from the bytes of the file alone."""
+    write_golden_trellis(tmp_path / "out")
+    checkpoint, found = Checkpoint.open(tmp_path / "out"), {}
+    books = checkpoint.read_set("universal")
+    for module, (d_out, _) in checkpoint.shapes.items():
+        codes = [checkpoint.read_codes(module, m) for m in (1, 2)]
+        scales = checkpoint.read(f"{module}.scales")
+        for level, prefix in ((2, 1), (3, 2)):
+            weight = books.decode(codes, scales, prefix)
+            assert weight.shape == (d_out, 24)
+            found[f"{module} at {level} bits"] = digest(weight.numpy().tobytes())
+    assert found == GOLDEN_WEIGHTS
 
 
 def test_bytes_of_input_scales(tmp_path: Path) -> None:
@@ -291,12 +362,52 @@ def _set(*path: Any) -> Any:
             _set("planes", 1, "kind", "hexagons"),
             "plane of kind 'hexagons'; .* decodes bytes and tre",
         ),
+        (
+            _set("planes", 1, {"kind": "trellis", "bits": 1, "window": 12, "entries": 64}),
+            r"planes of kinds \['bytes', 'trellis', 'bytes'\]",
+        ),
         (_set("embeddings", "bits", 4), "embeddings of 4 bits"),
         (_set("embeddings", "modules", ["m.q"]), "quantized linears and as embeddings"),
     ],
 )
 def test_config_refused(change: Any, message: str) -> None:
     data = copy.deepcopy(valid_config())
+    change(data)
+    with pytest.raises(FormatError, match=message):
+        QuantizationConfig.from_dict(data)
+
+
+def trellis_config() -> dict[str, Any]:
+    planes = [{"kind": "trellis", "bits": k, "window": 12, "entries": 64} for k in (2, 1, 1)]
+    return {**valid_config(), "bits": 4, "levels": [2, 3, 4], "planes": planes}
+
+
+def test_trellis_config() -> None:
+    config = QuantizationConfig.from_dict(trellis_config())
+    assert config.to_dict() == trellis_config()
+    assert config.kind == "trellis"
+    assert [config.prefix_of(p) for p in (2, 3, 4)] == [1, 2, 3]
+    assert [config.level_of(count) for count in (1, 2, 3)] == [2, 3, 4]
+    assert config.served_by(2) == (2, 3)
+    assert config.served_by(0) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("planes", 0, "window", 7), "trellis plane of 2 bits a weight, window 7"),
+        (_set("planes", 0, "window", 18), "window 18 and 64 values; this version decodes"),
+        (_set("planes", 0, "bits", 3), "trellis plane of 3 bits"),
+        (_set("planes", 0, "bits", True), "expected int"),
+        (_set("planes", 0, "entries", 128), "128 values"),
+        (_set("planes", 0, "sign_symmetric", True), r"plane 1 has unknown keys"),
+        (_set("planes", 0, "kind", "bytes"), "plane 1 lacks 'entries'|plane 1 lacks 'group'"),
+        (_set("levels", [1, 2, 3, 4]), r"contradict planes of \[2, 1, 1\] bits"),
+        (_set("levels", [2, 3]), r"add up to \[2, 3, 4\], and the last level must"),
+    ],
+)
+def test_trellis_config_refused(change: Any, message: str) -> None:
+    data = copy.deepcopy(trellis_config())
     change(data)
     with pytest.raises(FormatError, match=message):
         QuantizationConfig.from_dict(data)

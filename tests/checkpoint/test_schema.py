@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dropbydrop.checkpoint import Manifest, QuantizationConfig
+from dropbydrop.checkpoint.config import parse_plane
+from dropbydrop.coding.planes import WINDOWS, BytesPlane, TrellisPlane
 from dropbydrop.system.errors import DropError
-from tiny import write_checkpoint
+from tiny import CODES, write_checkpoint
 
 DOCS = Path(__file__).parents[2] / "docs"
 Change = Callable[[dict[str, Any]], Any]
@@ -28,12 +30,19 @@ def validator(name: str) -> jsonschema.Draft202012Validator:
 
 
 CONFIG, MANIFEST = validator("config"), validator("manifest")
+OTHER_KIND = {  # a valid plane that is not of this kind
+    "bytes": TrellisPlane().to_dict(),
+    "trellis": BytesPlane().to_dict(),
+}
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+@pytest.fixture(scope="module", params=CODES)
+def written(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """quantization_config and manifest of a checkpoint whose planes are sharded."""
-    out = write_checkpoint(tmp_path_factory.mktemp("schema") / "out", shard_bytes=2000)
+    folder = tmp_path_factory.mktemp("schema")
+    out = write_checkpoint(folder / "out", code=request.param, shard_bytes=2000)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     return config, json.loads((out / "manifest.json").read_text())
 
@@ -56,6 +65,11 @@ def test_what_is_written_is_valid(written: tuple[dict[str, Any], dict[str, Any]]
         lambda d: d["planes"][0].pop("kind"),
         lambda d: d["planes"][0].update(kind="hexagons"),
         lambda d: d["planes"][0].update(entries=16),
+        lambda d: d["planes"][0].update(dtype="int8"),
+        lambda d: d["planes"][0].update(bits=3),
+        lambda d: d["planes"][0].update(window=7),
+        lambda d: d["planes"][0].update(window=18),
+        lambda d: d["planes"].append(OTHER_KIND[d["planes"][0]["kind"]]),
         lambda d: d["input_groups"][0].update(d_in=20),
         lambda d: d["input_groups"][0].update(modules=[]),
         lambda d: d["input_groups"][0].update(codebooks="a/b"),
@@ -70,6 +84,23 @@ def test_damaged_configs(written: tuple[dict[str, Any], dict[str, Any]], change:
     assert not CONFIG.is_valid(data)
     with pytest.raises(DropError):
         QuantizationConfig.from_dict(data)
+
+
+@given(
+    bits=st.integers(-1, 4), window=st.integers(0, 20), entries=st.sampled_from([0, 63, 64, 256])
+)
+@settings(max_examples=200, deadline=None)
+def test_ranges_of_trellis_planes(bits: int, window: int, entries: int) -> None:
+    """The schema and the parser agree on every plane, both ways."""
+    plane = {"kind": "trellis", "bits": bits, "window": window, "entries": entries}
+    try:
+        parse_plane(plane)
+    except DropError:
+        parsed = False
+    else:
+        parsed = True
+    assert parsed == CONFIG.evolve(schema=CONFIG.schema["$defs"]["trellis_plane"]).is_valid(plane)
+    assert parsed == (bits in (1, 2) and window in WINDOWS and entries == 64)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from dropbydrop.coding.codebook_set import CodebookSet, TrellisSet, pack_stream, stream_bits
 from random_model import random_planes, random_set
-
-CODES = ("bytes", "trellis")
+from tiny import CODES
 
 
 def naive_value(books: CodebookSet, m: int, codes: torch.Tensor, r: int, j: int) -> float:

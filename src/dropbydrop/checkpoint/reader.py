@@ -2,7 +2,8 @@
 
 Three depths of checking, each cheap enough for its moment:
 - `open` parses config and manifest, compares the size of model.safetensors with the manifest and
-  its header with the config (names, dtypes, shapes). No plane is touched.
+  its header with the config (names, dtypes, shapes), and looks at the values of the codebooks,
+  whose ranges native code relies on. No plane is touched.
 - `require(P)`, and every read, does the same for the files of its planes. Exchanged plane files
   are found here, without hashing, because tensor names carry the number of the plane.
 - `verify` hashes every file. A flipped bit inside a tensor is found only here.
@@ -236,7 +237,7 @@ class Checkpoint:
         """A codebook set, as it is stored.
 
         Raises:
-            FormatError: values that no codebook has; native code relies on their ranges.
+            FormatError: values that no codebook has (`open` has looked at all sets).
         """
         planes = self.quantization.planes
         parts = tuple(
@@ -313,6 +314,8 @@ class Checkpoint:
                 f"{' …' if len(problems) > 4 else ''}. Files of two checkpoints mixed, or damaged; "
                 "fetch it again."
             )
+        for name in self.quantization.sets:
+            self.read_set(name)
 
     def _rest_problems(self) -> Iterator[str]:
         rest, q = self.rest, self.quantization
