@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from dropbydrop import kernels
-from dropbydrop.coding.code import expand_codebook
+from dropbydrop.coding.codebook_set import BytesSet
+from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.evaluation.bench import topology
 from dropbydrop.kernels import CpuGroup, Matrix, Plane
@@ -64,7 +65,12 @@ class Sweep:
 
 def random_books(prefix: int) -> kernels.Codebooks:
     stored = [torch.randn(128, 8) * 0.5**m for m in range(prefix)]
-    return kernels.prepare_codebooks([expand_codebook(s) for s in stored], symmetric=True)
+    return kernels.prepare_codebooks(BytesSet.of(stored))
+
+
+def held(planes: Tensor, rows: int, d_in: int) -> tuple[Plane, ...]:
+    """Packed bytes [P, bytes] as planes."""
+    return tuple(Plane(plane, BytesPlane(), rows, d_in, packed=True) for plane in planes)
 
 
 def product_sweeps(
@@ -80,10 +86,7 @@ def product_sweeps(
         for prefix in PREFIXES:
             count = memory.numel() // (plane * prefix)
             prepared = [
-                CpuGroup(
-                    [Matrix(tuple(Plane(p, rows, groups, True) for p in planes), scales)],
-                    books, rotation, prefix, name,
-                )
+                CpuGroup([Matrix(held(planes, rows, d_in), scales)], books, rotation, prefix, name)
                 for planes in memory[: count * plane * prefix].view(count, prefix, plane)
             ]  # fmt: skip
             calls = [lambda group=group: group(x) for group in prepared]
@@ -186,7 +189,7 @@ def measure_errors(args: argparse.Namespace) -> list[dict]:
         rows, d_in = map(int, shape.split("x"))
         books, straight = random_books(max(PREFIXES)), Rotation(d_in, 1, torch.ones(d_in), None)
         codes = [torch.randint(0, 256, (rows, d_in // 8)).byte() for _ in PREFIXES]
-        matrix = Matrix(kernels.pack(codes), torch.ones(rows))
+        matrix = Matrix(kernels.pack(codes, books.set.planes, rows, d_in), torch.ones(rows))
         plain = torch.randn(8, d_in)
         peaked = plain.clone()
         peaked[:, :: d_in // 4] = 20.0  # four outliers of 20 times the rms

@@ -75,7 +75,7 @@ def matvec(b: Bench) -> dict[str, Any]:
 
 def prefill(b: Bench) -> dict[str, Any]:
     """Decoding to bfloat16 as a share of a product of many rows."""
-    books = kernels.prepare_codebooks(b.entries, True)
+    books = kernels.prepare_codebooks(b.books)
     product_us: dict[tuple[int, int], float] = {}
     for d_out, d_in in b.sizes.matvec:
         x = torch.randn(b.sizes.prefill, d_in, dtype=torch.bfloat16, device=b.device)

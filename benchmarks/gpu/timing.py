@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dropbydrop import kernels
+from dropbydrop.coding.codebook_set import CodebookSet
 from dropbydrop.coding.codebooks import universal_set
+from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.kernels import Matrix, Plane
 
@@ -52,7 +54,7 @@ class Bench:
         self.partial: dict[str, Any] = {}  # of the step that runs, kept if it fails
         fitting = [k for k in kernels.available() if k.takes(self.device.type)]
         self.names = [k.name for k in fitting if k.gpu] or ["torch"]
-        self.entries = list(universal_set((2, 3, 4)).entries)
+        self.books = universal_set((2, 3, 4))
 
     def seconds(self, calls: list[Callable[[], object]]) -> float:
         """Median time of one call when all are done in turn; on a GPU replayed as one graph."""
@@ -97,7 +99,7 @@ class Bench:
             torch.randint(0, 256, (d_out, d_in // 8), dtype=torch.uint8, device=self.device)
             for _ in range(prefix)
         )
-        return tuple(map(Plane.row_major, planes))
+        return tuple(Plane.stored(plane, BytesPlane(), d_out, d_in) for plane in planes)
 
     def products(self, rows: Sequence[int], d_in: int, prefix: int, kernel: str) -> Products:
         """Matrices of P random planes that share an input; the rotation is part of the product."""
@@ -109,28 +111,28 @@ class Bench:
             for d_out in rows
         ]
         rotation = Rotation.make(d_in, seed=0).to(self.device)
-        return Products(matrices, self.entries, rotation, prefix, kernel)
+        return Products(matrices, self.books, rotation, prefix, kernel)
 
 
 class Products(nn.Module):
     """x -> W x for each matrix of an input group, from planes, by a kernel.
 
     Args:
-        entries: expanded codebook of each plane, [K, g].
+        books: what the codes mean.
         kernel: name of the kernel; "torch" decodes a dense matrix.
     """
 
     def __init__(
         self,
         matrices: list[Matrix],
-        entries: list[Tensor],
+        books: CodebookSet,
         rotation: Rotation,
         prefix: int,
         kernel: str,
     ) -> None:
         super().__init__()
-        books = kernels.prepare_codebooks(entries, True)
-        self._call = kernels.prepare_group(matrices, books, rotation, prefix, kernel)
+        prepared = kernels.prepare_codebooks(books)
+        self._call = kernels.prepare_group(matrices, prepared, rotation, prefix, kernel)
 
     def forward(self, x: Tensor) -> Sequence[Tensor]:
         return self._call(x)

@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import dropbydrop
 from dropbydrop import kernels
 from dropbydrop.coding.code import decode
+from dropbydrop.coding.codebook_set import BytesSet
 from dropbydrop.coding.rotation import Rotation, hadamard_on
 from dropbydrop.kernels import cuda as gpu
 from dropbydrop.kernels import registry
@@ -43,15 +44,16 @@ def same_numbers():
 
 def matrix_of(case: Case, bias=None, kernel: str = "triton") -> kernels.Matrix:
     at = device(kernel)
-    planes = tuple(kernels.Plane.row_major(plane.to(at)) for plane in case.codes)
-    return kernels.Matrix(planes, case.scales.to(at), None if bias is None else bias.to(at))
+    return kernels.Matrix(
+        case.stored(at), case.scales.to(at), None if bias is None else bias.to(at)
+    )
 
 
 def group_of(case: Case, prefix: int, bias=None, kernel: str = "triton", more=()) -> gpu.CudaGroup:
     """The matrix of a case, and those of `more`, with the codebooks of the first."""
     at = device(kernel)
     matrices = [matrix_of(case, bias, kernel), *(matrix_of(c, None, kernel) for c in more)]
-    books = kernels.prepare_codebooks(case.tables, True)
+    books = kernels.prepare_codebooks(case.set)
     rotation = Rotation.make(case.groups * 8, seed=1)
     rotation = rotation.scale(torch.rand(case.groups * 8) + 0.5).to(at)
     return gpu.CudaGroup(matrices, books, rotation, prefix, kernel)
@@ -179,7 +181,7 @@ class TestOperators:
         """Up to three share a launch, further ones take another; biases of some."""
         cases = [Case(rows, 45, 8, n=2, seed=rows) for rows in (70, 5, 32, 33)]
         for case in cases[1:]:
-            case.tables = cases[0].tables
+            case.set = cases[0].set
         for count in (2, 3, 4):
             input_group = group_of(cases[0], prefix, cases[0].bias, more=cases[1:count])
             x = cases[0].x.to(device("triton"))
@@ -245,9 +247,9 @@ class TestOperators:
             ops.product(x[:1], [planes] * 4, input_group.entries, scales, None)
         with pytest.raises(ValueError, match="uint8"):
             ops.decode([planes[0].float()], input_group.entries, scales, torch.float32, "triton")
-        packed = tuple(kernels.Plane(plane, 70, 8, True) for plane in planes)
-        books = kernels.prepare_codebooks(case.tables, True)
-        with pytest.raises(KernelError, match="row major"):
+        packed = tuple(replace(plane, packed=True) for plane in case.stored())
+        books = kernels.prepare_codebooks(case.set)
+        with pytest.raises(KernelError, match="as stored"):
             gpu.CudaGroup(
                 [kernels.Matrix(packed, scales)],
                 books,
@@ -543,7 +545,7 @@ class TestDevice:
         case = Case(333, 77, 8)
         at = "cuda"
         planes = [plane.to(at) for plane in case.codes]
-        case.tables = [table.half().float() for table in case.tables]
+        case.set = BytesSet.of([part[""].half() for part in case.set.parts])
         tables = gpu.device_entries(case.tables, at)
         for prefix in range(1, 9):
             for dtype in DTYPES:

@@ -23,7 +23,9 @@ from cuda_on_cpu import compiled
 from torch import Tensor
 
 from dropbydrop.coding.code import decode
+from dropbydrop.coding.codebook_set import BytesSet
 from dropbydrop.coding.codebooks import universal_set
+from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.kernels import Matrix, Plane, prepare_codebooks, registry
 from dropbydrop.kernels.cuda import CudaGroup, dense, device_entries, int8, nvrtc
@@ -263,11 +265,16 @@ def test_a_site_from_end_to_end(build, monkeypatch):
     monkeypatch.setattr(registry, "by_name", lambda name: SimpleNamespace(name=name))
     groups, rotation = 45, Rotation.make(360, seed=2).scale(torch.rand(360) + 0.5)
     x, _, tables, *_ = random_case(3, 8, groups, 2)
-    books = prepare_codebooks(list(tables), symmetric=False)
+    specs = (BytesPlane(sign_symmetric=False),) * 2
+    books = prepare_codebooks(BytesSet(specs, tuple({"": table} for table in tables)))
     cases = [random_case(1, rows, groups, 2) for rows in (40, 8, 33, 5, 16)]
     for count, expected in ((3, ["product"]), (5, ["product", "product"])):
         matrices = [
-            Matrix(tuple(map(Plane.row_major, codes)), scales, bias if i else None)
+            Matrix(
+                tuple(Plane.stored(c, specs[0], len(scales), 8 * groups) for c in codes),
+                scales,
+                bias if i else None,
+            )
             for i, (_, codes, _, scales, bias) in enumerate(cases[:count])
         ]
         input_group = CudaGroup(matrices, books, rotation, 2, int8.NAME)

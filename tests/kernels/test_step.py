@@ -17,13 +17,13 @@ from transformers import (
 )
 
 from dropbydrop import kernels
-from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.kernels import MAX_GEMV_ROWS, CpuGroup, Matrix, PreparedGroup
 from dropbydrop.kernels.cpu.step import DecodeStep
 from dropbydrop.runtime import fused_decode
 from dropbydrop.system.errors import KernelError, UnsupportedModelError
 from dropbydrop.system.native_library import library
+from random_model import random_planes, random_set
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the native library is not built")
 
@@ -78,9 +78,7 @@ def build(kind: str, **changes):
     torch.manual_seed(5)
     config = AutoConfig.for_model(kind.split()[0], **{**SIZES, **KINDS.get(kind, {}), **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    books = kernels.prepare_codebooks(
-        [expand_codebook(torch.randn(128, 8) * 0.5**m) for m in range(3)], symmetric=True
-    )
+    books = kernels.prepare_codebooks(random_set(random_planes("bytes", (1, 2, 3))))
     rotations: dict[int, Rotation] = {}
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.4 + (parameter.dim() == 1)
@@ -93,10 +91,10 @@ def build(kind: str, **changes):
                 rotation = rotations.setdefault(
                     d, Rotation.make(d, seed=d).scale(torch.linspace(0.5, 2, d))
                 )
-                codes = [torch.randint(0, 256, (rows, d // 8)).byte() for _ in range(3)]
+                codes = [torch.randint(0, 256, p.shape(rows, d)).byte() for p in books.set.planes]
                 scales = (torch.rand(rows) * 0.1 + 0.05).half()
                 bias = None if linear.bias is None else linear.bias.detach()
-                matrix = Matrix(kernels.pack(codes), scales, bias)
+                matrix = Matrix(kernels.pack(codes, books.set.planes, rows, d), scales, bias)
                 setattr(part, name, Coded(CpuGroup([matrix], books, rotation, 2)))
     return model
 

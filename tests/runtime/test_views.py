@@ -378,9 +378,7 @@ def test_sites_are_shared_values(model: Any) -> None:
         attention.q_proj.input_group is attention.k_proj.input_group is attention.v_proj.input_group
     )
     assert attention.q_proj.input_group is not attention.o_proj.input_group
-    assert (
-        attention.q_proj.input_group.entries is mlp.up_proj.input_group.entries
-    )  # one codebook set
+    assert attention.q_proj.input_group.books is mlp.up_proj.input_group.books  # one codebook set
     assert (
         dropbydrop.view(model, 2).model.layers[0].self_attn.q_proj.input_group
         is attention.q_proj.input_group
@@ -452,7 +450,7 @@ def test_planes_have_one_form_in_memory_and_another_on_disk(out: Path, model: An
     for m in (1, 2, 3, 4):
         stored = checkpoint.read_codes(name, m)
         assert torch.equal(saved[f"{name}.codes.{m}"], stored)
-        assert torch.equal(codes.to_row_major()[m - 1], stored)
+        assert torch.equal(codes.to_stored()[m - 1], stored)
     twin = dropbydrop.load(out)
     twin.load_state_dict(saved)
     assert torch.equal(logits(twin), logits(model))
@@ -462,7 +460,7 @@ def test_planes_have_one_form_in_memory_and_another_on_disk(out: Path, model: An
     assert not moved.packed
 
 
-def test_row_major_planes_give_the_same_weights(out: Path, model: Any) -> None:
+def test_stored_planes_give_the_same_weights(out: Path, model: Any) -> None:
     name = "model.layers.1.self_attn.k_proj"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(kernels.registry.VARIABLE, "torch")

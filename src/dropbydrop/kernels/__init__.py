@@ -1,8 +1,8 @@
 """Kernels for a prefix of additive codes: of the CPU in `cpu`, of CUDA devices in `cuda`.
 
     kernel = select()                          # or select("avx2-u8"), or DROPBYDROP_KERNEL=torch
-    planes = pack(codes)                       # once per matrix
-    books = prepare_codebooks(entries, symmetric=True)
+    planes = pack(codes, specs, d_out, d_in)   # once per matrix
+    books = prepare_codebooks(codebook_set)
     matrix = Matrix(planes, scales, bias)
     attention = prepare_group([mq, mk, mv], books, rotation, prefix=2)     # per input group and P
     q, k, v = attention(x)                     # one call: rotation, look-up tables, three products
@@ -21,7 +21,7 @@ from .layout import (
     Matrix,
     Plane,
     pack,
-    pack_plane,
+    plane_bytes,
     prepare_codebooks,
     to_device_layout,
 )
@@ -49,7 +49,7 @@ __all__ = [
     "decode_dense",
     "describe",
     "pack",
-    "pack_plane",
+    "plane_bytes",
     "prepare_codebooks",
     "prepare_group",
     "rotate",

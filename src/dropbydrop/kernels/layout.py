@@ -1,16 +1,22 @@
 """What kernels read: planes in the layout of their device, matrices, and prepared codebooks.
 
-Codes on disk are row major, uint8 [d_out, G]. A native CPU kernel wants the same group of many rows
-side by side; native/kernels/geometry.h defines that order, one for all instruction sets. Packing
-permutes bytes, pads rows to a multiple of 64 and nothing else, so it is invertible. A loaded plane
-is held in one layout only, the one that its device reads (`to_device_layout`), shared by all views
-of a checkpoint; the other one is made where it is asked for and not kept. Prefix P reads the first
-P planes.
+Codes are stored as `PlaneSpec.shape` says. GPU kernels and torch read them so; a native CPU kernel
+wants what one instruction multiplies side by side ("packed"):
 
-A prepared codebook holds a codebook twice: float32 entries of all 256 codes for decoding, int16
-entries for building look-up tables. A few kilobytes for each set of the whole model.
+    bytes     the same group of 64 rows; native/kernels/geometry.h defines the order. Packing
+              permutes bytes and pads rows to a multiple of 64
+    trellis   one byte of the streams of 64 inputs: as stored, inputs padded to a multiple of 64.
+              Where there is nothing to pad the packed plane is the stored one, not copied
 
-Without the native library planes stay row major and only the "torch" kernel reads them.
+Both are one for all instruction sets and invertible. A loaded plane is held in one layout only, the
+one that its device reads (`to_device_layout`), shared by all views of a checkpoint; the other one
+is made where it is asked for and not kept. Prefix P reads the first P planes.
+
+A prepared codebook is what the native kernels read beside codes. Of bytes: float32 entries of all
+256 codes for decoding, int16 entries for building look-up tables. Of trellis: matrices of the taps
+and tables of the values. A few kilobytes for each set of the whole model.
+
+Without the native library planes stay as stored and only the "torch" kernel reads them.
 """
 
 from __future__ import annotations
@@ -23,12 +29,14 @@ import torch
 from torch import Tensor
 
 from dropbydrop.coding.code import ENTRIES, GROUP
+from dropbydrop.coding.codebook_set import CodebookSet
+from dropbydrop.coding.planes import BytesPlane, PlaneSpec
 from dropbydrop.system.errors import KernelError
 from dropbydrop.system.native_library import library
 
 from . import registry
 
-STRIP = 64  # rows are padded to a multiple of this
+STRIP = 64  # rows of a packed byte plane, inputs of a packed trellis plane: multiples of this
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,65 +44,94 @@ class Plane:
     """One plane of a matrix as it is held. Immutable.
 
     Attributes:
-        data: uint8; packed bytes [padded rows * G], or codes [rows, G].
-        rows, groups: d_out and G of the matrix.
+        data: uint8; codes of the shape that `spec` says, or packed: bytes [padded d_out * G],
+            trellis [bytes of a stream, padded d_in].
+        spec: its kind and shape.
+        d_out, d_in: of the matrix.
         packed: which of the two layouts it is.
     """
 
     data: Tensor
-    rows: int
-    groups: int
+    spec: PlaneSpec
+    d_out: int
+    d_in: int
     packed: bool
 
     @staticmethod
-    def row_major(codes: Tensor) -> Plane:
-        """Codes uint8 [rows, G] as they are."""
-        return Plane(codes, codes.shape[0], codes.shape[1], packed=False)
+    def stored(codes: Tensor, spec: PlaneSpec, d_out: int, d_in: int) -> Plane:
+        """Codes as they are on disk. ValueError: not those of a matrix [d_out, d_in]."""
+        if codes.dtype != torch.uint8 or tuple(codes.shape) != spec.shape(d_out, d_in):
+            raise ValueError(
+                f"codes of {codes.dtype} {tuple(codes.shape)}; a {spec.kind} plane of a matrix "
+                f"[{d_out}, {d_in}] is uint8 {list(spec.shape(d_out, d_in))}"
+            )
+        return Plane(codes, spec, d_out, d_in, packed=False)
 
-    def to_row_major(self) -> Tensor:
-        """Codes uint8 [rows, G], on the device of the plane."""
-        return unpack_plane(self.data, self.rows, self.groups) if self.packed else self.data
+    def to_stored(self) -> Tensor:
+        """Codes as on disk, on the device of the plane."""
+        if not self.packed:
+            return self.data
+        if self.spec.kind == "trellis":
+            return self.data[:, : self.d_in].contiguous()
+        return unpack_bytes(self.data, self.d_out, self.d_in // GROUP)
 
     def to(self, device: torch.device) -> Plane:
         """The plane in the layout of a device; itself if it is there already."""
         if self.data.device == device:
             return self
-        return to_device_layout(self.to_row_major().to(device))
+        return to_device_layout(self.to_stored().to(device), self.spec, self.d_out, self.d_in)
 
 
-def to_device_layout(codes: Tensor) -> Plane:
-    """A plane, uint8 [rows, G], in the layout that its device reads: packed on a CPU with native
-    kernels, else row major."""
-    packs = codes.device.type == "cpu" and registry.select().native
-    return _packed(codes) if packs else Plane.row_major(codes)
+def to_device_layout(codes: Tensor, spec: PlaneSpec, d_out: int, d_in: int) -> Plane:
+    """A plane of stored codes in the layout that its device reads: packed on a CPU with native
+    kernels for it, else as stored."""
+    plane = Plane.stored(codes, spec, d_out, d_in)
+    return _packed(plane) if codes.device.type == "cpu" and _native(spec) else plane
 
 
-def pack(codes: Sequence[Tensor]) -> tuple[Plane, ...]:
-    """Planes 1..M of a matrix, uint8 [d_out, G] each; packed when the native library is there and
-    the codes are on the CPU, else row major.
+def plane_bytes(spec: PlaneSpec, d_out: int, d_in: int) -> int:
+    """Bytes of a plane of a matrix [d_out, d_in] as the CPU of this machine holds it (padded)."""
+    if not _native(spec):
+        return spec.nbytes(d_out, d_in)
+    if spec.kind == "trellis":
+        return spec.nbytes(d_out, -(-d_in // STRIP) * STRIP)
+    return spec.nbytes(-(-d_out // STRIP) * STRIP, d_in)
+
+
+def _native(spec: PlaneSpec) -> bool:
+    return registry.select(kind=spec.kind).native
+
+
+def pack(
+    codes: Sequence[Tensor], specs: Sequence[PlaneSpec], d_out: int, d_in: int
+) -> tuple[Plane, ...]:
+    """Planes 1..M of a matrix, codes as stored; packed when the native library is there and the
+    codes are on the CPU, else as they are. `specs` are of M planes or more.
 
     Raises:
-        ValueError: not codes, or not of one shape.
+        ValueError: not codes of a matrix [d_out, d_in].
     """
-    for plane in codes:
-        _check_codes(plane)
-        if plane.shape != codes[0].shape:
-            raise ValueError(f"planes of {tuple(plane.shape)} and {tuple(codes[0].shape)}")
+    given = zip(codes, specs[: len(codes)], strict=True)
+    planes = [Plane.stored(plane.contiguous(), spec, d_out, d_in) for plane, spec in given]
     packs = library() is not None and codes[0].device.type == "cpu"
-    return tuple(_packed(c) if packs else Plane.row_major(c.contiguous()) for c in codes)
+    return tuple(_packed(plane) if packs else plane for plane in planes)
 
 
-def _packed(codes: Tensor) -> Plane:
-    return Plane(pack_plane(codes), codes.shape[0], codes.shape[1], packed=True)
+def _packed(plane: Plane) -> Plane:
+    if plane.spec.kind == "trellis":
+        held = torch.nn.functional.pad(plane.data, (0, -plane.d_in % STRIP))
+        data = plane.data.contiguous() if plane.d_in % STRIP == 0 else held
+    else:
+        data = pack_bytes(plane.data)
+    return Plane(data, plane.spec, plane.d_out, plane.d_in, packed=True)
 
 
-def pack_plane(codes: Tensor) -> Tensor:
-    """Codes uint8 [rows, G] -> packed bytes [padded rows * G].
+def pack_bytes(codes: Tensor) -> Tensor:
+    """Codes of a byte plane uint8 [d_out, G] -> packed bytes [padded d_out * G].
 
     Raises:
         KernelError: no native library, or codes that are not on the CPU.
     """
-    _check_codes(codes)
     lib = library()
     if lib is None or codes.device.type != "cpu":
         raise KernelError(
@@ -106,8 +143,8 @@ def pack_plane(codes: Tensor) -> Tensor:
     return packed
 
 
-def unpack_plane(packed: Tensor, rows: int, groups: int) -> Tensor:
-    """Inverse of `pack_plane`: packed bytes -> uint8 [rows, G]."""
+def unpack_bytes(packed: Tensor, rows: int, groups: int) -> Tensor:
+    """Inverse of `pack_bytes`: packed bytes -> uint8 [d_out, G]."""
     lib = library()
     if lib is None:
         raise KernelError("unpacking needs the native library that packed these codes.")
@@ -118,17 +155,12 @@ def unpack_plane(packed: Tensor, rows: int, groups: int) -> Tensor:
     return codes
 
 
-def _check_codes(codes: Tensor) -> None:
-    if codes.dtype != torch.uint8 or codes.dim() != 2:
-        raise ValueError(f"codes of {codes.dtype} {tuple(codes.shape)}; need uint8 [d_out, G]")
-
-
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """A matrix as kernels read it.
 
     Attributes:
-        planes: planes 1..M, all in one layout; may be more than are used.
+        planes: planes 1..M, of one kind, all in one layout; may be more than are used.
         scales: [d_out], of the rows. bias: [d_out] or None.
     """
 
@@ -139,12 +171,12 @@ class Matrix:
     @property
     def rows(self) -> int:
         """d_out."""
-        return self.planes[0].rows
+        return self.planes[0].d_out
 
     @property
     def d_in(self) -> int:
         """Number of inputs."""
-        return self.planes[0].groups * GROUP
+        return self.planes[0].d_in
 
     @property
     def packed(self) -> bool:
@@ -156,11 +188,15 @@ class Matrix:
         return [plane.data for plane in self.planes[:prefix]]
 
     def check(self, prefix: int, books: Codebooks) -> None:
-        """Raise ValueError unless there are `prefix` planes and codebooks."""
-        if not 1 <= prefix <= min(len(self.planes), len(books.entries)):
+        """Raise ValueError unless there are `prefix` planes and codebooks that describe them."""
+        specs = books.set.planes
+        if not 1 <= prefix <= min(len(self.planes), len(specs)):
             raise ValueError(
-                f"prefix {prefix} with {len(self.planes)} planes and {len(books.entries)} codebooks"
+                f"prefix {prefix} with {len(self.planes)} planes and {len(specs)} codebooks"
             )
+        mine = tuple(plane.spec for plane in self.planes[:prefix])
+        if mine != specs[:prefix]:
+            raise ValueError(f"planes {mine} with codebooks of {specs[:prefix]}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,27 +204,37 @@ class Codebooks:
     """A set of codebooks as kernels read it. Immutable, shared by all input groups that name it.
 
     Attributes:
-        entries: M tensors float32 [256, 8], the entries of all codes, on the CPU.
-        prepared: M tensors uint8 for the native library; empty without it.
-        symmetric: every codebook is sign-symmetric (128 entries and a sign bit a code).
+        set: what the codes mean, on the CPU.
+        prepared: M tensors uint8 for the native library; empty where it has no kernel for them.
     """
 
-    entries: tuple[Tensor, ...]
+    set: CodebookSet
     prepared: tuple[Tensor, ...]
-    symmetric: bool
     _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
-    def lut_entries(self) -> int:
-        """Entries of a look-up table: 128 when symmetric, else 256."""
-        return ENTRIES // 2 if self.symmetric else ENTRIES
+    def kind(self) -> str:
+        """Kind of the planes."""
+        return self.set.kind
 
-    def on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """`entries` on a device."""
-        copies: tuple[Tensor, ...] = self.derived(
-            ("copies", device), lambda: tuple(table.to(device) for table in self.entries)
-        )
-        return copies
+    @property
+    def entries(self) -> tuple[Tensor, ...]:
+        """The table of each plane, float32 [K, g], on the CPU."""
+        tables: tuple[Tensor, ...] = self.derived("entries", lambda: self.set.entries)
+        return tables
+
+    @property
+    def lut_entries(self) -> int:
+        """Of byte planes: entries of a look-up table, 128 when all are sign-symmetric, else 256.
+
+        A set with one that is not takes the general path for all: twice the work.
+        """
+        return lut_entries(self.set)
+
+    def on(self, device: torch.device) -> CodebookSet:
+        """`set` on a device."""
+        copy: CodebookSet = self.derived(("copy", device), lambda: self.set.to(device))
+        return copy
 
     def derived(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """The value of `key`, built once for all input groups that share this set."""
@@ -197,24 +243,22 @@ class Codebooks:
         return self._derived[key]
 
 
-def prepare_codebooks(entries: Sequence[Tensor], symmetric: bool | Sequence[bool]) -> Codebooks:
-    """Codebooks [256, 8] of planes 1..M, as `code.expand_codebook` expands them.
+def lut_entries(books: CodebookSet) -> int:
+    """See `Codebooks.lut_entries`; 0 for trellis planes."""
+    if books.kind != "bytes":
+        return 0
+    halved = all(isinstance(spec, BytesPlane) and spec.sign_symmetric for spec in books.planes)
+    return ENTRIES // 2 if halved else ENTRIES
 
-    Args:
-        symmetric: whether each is sign-symmetric. A set with one that is not takes the general
-            path for all: look-up tables of 256 entries, twice the work.
-    """
-    flags = [symmetric] * len(entries) if isinstance(symmetric, bool) else list(symmetric)
-    for table in entries:
-        if tuple(table.shape) != (ENTRIES, GROUP):
-            raise ValueError(f"codebook of {tuple(table.shape)}; need [{ENTRIES}, {GROUP}]")
-    whole = tuple(table.detach().to("cpu", torch.float32).contiguous() for table in entries)
-    count = ENTRIES // 2 if all(flags) else ENTRIES
-    lib = library()
+
+def prepare_codebooks(books: CodebookSet) -> Codebooks:
+    """Codebooks of planes 1..M, ready for every kernel."""
+    here, lib = books.to("cpu"), library()
     prepared = []
-    for table in whole if lib else ():
-        assert lib is not None
-        blob = torch.empty(lib.drop_codebook_bytes(count), dtype=torch.uint8)
-        lib.drop_prepare_codebook(table[:count].data_ptr(), count, blob.data_ptr())
-        prepared.append(blob)
-    return Codebooks(whole, tuple(prepared), all(flags))
+    if lib is not None and here.kind == "bytes":
+        count = lut_entries(here)
+        for table in here.entries:
+            blob = torch.empty(lib.drop_codebook_bytes(count), dtype=torch.uint8)
+            lib.drop_prepare_codebook(table[:count].contiguous().data_ptr(), count, blob.data_ptr())
+            prepared.append(blob)
+    return Codebooks(here, tuple(prepared))

@@ -30,7 +30,8 @@ def prepare_group(
         KernelError: the kernel named is not available, or does not take these planes.
         ValueError: fewer planes or codebooks than P.
     """
-    backend, name = registry.backend_for(matrices[0].scales.device.type, kernel)
+    device = matrices[0].scales.device.type
+    backend, name = registry.backend_for(device, kernel, books.kind)
     kind = cuda.CudaGroup if backend == "gpu" else CpuGroup
     return kind(matrices, books, rotation, prefix, name)
 
@@ -44,11 +45,11 @@ def decode_dense(
 ) -> Tensor:
     """The weight of the first `prefix` planes, [d_out, d_in], in the rotated space of its inputs.
 
-    Equals `coding.code.decode` bit for bit with every kernel. CPU kernels take either layout, so
+    Equals `CodebookSet.decode` bit for bit with every kernel. CPU kernels take either layout, so
     nothing has to be packed for this.
     """
     matrix.check(prefix, books)
-    backend, name = registry.backend_for(matrix.scales.device.type, kernel)
+    backend, name = registry.backend_for(matrix.scales.device.type, kernel, books.kind)
     if backend == "gpu":
         return cuda.decode_dense(matrix, books, prefix, dtype, name)
     return decode_rows(matrix, books, prefix, dtype, name, (0, matrix.rows))

@@ -1,10 +1,10 @@
 """The table of kernels, and which of them runs: the one place where that is decided (`route`).
 
-One row a kernel: name, what it needs, whether this machine has it. "torch" is always there and is
-the reference. A kernel is picked once per process and kind of device: the best one this machine
-supports there, or the one named by the environment variable DROPBYDROP_KERNEL, or the one named in
-a call; a name that cannot be honoured raises `KernelError`, never a silent substitute. The choice
-is logged once.
+One row a kernel: name, what it needs, the kinds of planes it reads, whether this machine has it.
+"torch" is always there, reads all kinds and is the reference. A kernel is picked once per process,
+kind of device and kind of planes: the best one this machine supports there, or the one named by the
+environment variable DROPBYDROP_KERNEL, or the one named in a call; a name that cannot be honoured
+raises `KernelError`, never a silent substitute. The choice is logged once.
 
     device    kernels, best first
     cpu       the native ones (native/kernels), torch
@@ -28,6 +28,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from dropbydrop.coding.planes import KINDS
 from dropbydrop.system.accelerator import triton_interpreted
 from dropbydrop.system.errors import KernelError
 from dropbydrop.system.native_library import library, library_path
@@ -37,6 +38,8 @@ log = logging.getLogger("dropbydrop.kernels")
 VARIABLE = "DROPBYDROP_KERNEL"
 
 MAX_GEMV_ROWS = 16  # rows of x that kernels multiply without a dense matrix; a tensor core's least
+_NATIVE_KINDS = ("bytes",)
+_GPU_KINDS = {"triton": ("bytes",), "cuda-i8": ("bytes",)}
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of x; the numbers are those of C
 
 
@@ -50,6 +53,7 @@ class Kernel:
     supported: bool
     reason: str  # why it is not supported; empty otherwise
     device: str = "cpu"  # kind of device whose tensors it takes; "any" for torch
+    kinds: tuple[str, ...] = tuple(KINDS)  # of planes that it multiplies by
 
     @property
     def native(self) -> bool:
@@ -67,6 +71,10 @@ class Kernel:
             device == "cpu" and self.name == "triton" and triton_interpreted()
         )
 
+    def reads(self, kind: str | None) -> bool:
+        """Whether it multiplies by planes of this kind; None is what has none, as the head."""
+        return kind is None or kind in self.kinds
+
 
 @lru_cache(maxsize=1)
 def table() -> tuple[Kernel, ...]:
@@ -83,6 +91,7 @@ def table() -> tuple[Kernel, ...]:
                 index,
                 ok,
                 "" if ok else "this processor lacks the instructions",
+                kinds=_NATIVE_KINDS,
             )
         )
     rows += _gpu_rows()
@@ -109,7 +118,7 @@ def _gpu_rows() -> list[Kernel]:
         "cuda-i8": "CUDA, 8-bit codebooks and activations; 1 % error, only when named",
     }
     return [
-        Kernel(name, summaries[name], -1, not reason, reason, "cuda")
+        Kernel(name, summaries[name], -1, not reason, reason, "cuda", _GPU_KINDS[name])
         for name, reason in reasons.items()
     ]
 
@@ -154,29 +163,40 @@ def index(name: str) -> int:
     return kernel.index
 
 
-def _automatic(device: str) -> Kernel:
+def _automatic(device: str, kind: str | None) -> Kernel:
     """The best kernel for a kind of device, of those that are chosen without being named."""
     return next(
         kernel
         for kernel in available()
-        if kernel.device in ("any", device) and kernel.name != "cuda-i8"
+        if kernel.device in ("any", device) and kernel.reads(kind) and kernel.name != "cuda-i8"
     )
 
 
-def _named(name: str, device: str) -> Kernel:
+def _named(name: str, device: str, kind: str | None) -> Kernel:
     kernel = by_name(name)
+    if kernel.takes(device) and kernel.reads(kind):
+        return kernel
+    fitting = ", ".join(k.name for k in available() if k.takes(device) and k.reads(kind))
     if not kernel.takes(device):
-        fitting = ", ".join(k.name for k in available() if k.takes(device))
         raise KernelError(
             f"kernel {name!r} multiplies tensors on {kernel.device}, these are on {device}. "
             f"Move the model, or choose one of: {fitting}."
         )
+    raise KernelError(
+        f"kernel {name!r} reads planes of kind {' and '.join(kernel.kinds)}, these are of kind "
+        f"{kind}. Choose one of: {fitting}."
+    )
+
+
+@lru_cache(maxsize=16)
+def _preferred(forced: str | None, device: str, kind: str | None) -> Kernel:
+    kernel = _named(forced, device, kind) if forced else _automatic(device, kind)
+    _log_choice(kernel, device, bool(forced))
     return kernel
 
 
-@lru_cache(maxsize=8)
-def _preferred(forced: str | None, device: str) -> Kernel:
-    kernel = _named(forced, device) if forced else _automatic(device)
+@lru_cache(maxsize=16)
+def _log_choice(kernel: Kernel, device: str, forced: bool) -> None:
     lib = library()
     threads = f"; threads: {lib.drop_thread_pool().decode()}" if lib and kernel.native else ""
     log.info(
@@ -187,31 +207,32 @@ def _preferred(forced: str | None, device: str) -> Kernel:
         threads,
         f", forced by {VARIABLE}" if forced else "",
     )
-    return kernel
 
 
 @torch.compiler.assume_constant_result
-def select(name: str | None = None, device: str = "cpu") -> Kernel:
+def select(name: str | None = None, device: str = "cpu", kind: str | None = None) -> Kernel:
     """The kernel to use: `name`, else DROPBYDROP_KERNEL, else the best one here.
 
     Args:
         device: kind of device (`tensor.device.type`) of the tensors to multiply.
+        kind: of the planes to multiply by; None for what has none, as rotations and the head.
 
     Raises:
-        KernelError: see `by_name`; or the kernel named does not take tensors of `device`.
+        KernelError: see `by_name`; or the kernel named does not take tensors of `device`, or does
+            not read planes of `kind`.
     """
     if name:
-        return _named(name, device)
-    return _preferred(os.environ.get(VARIABLE) or None, device)
+        return _named(name, device, kind)
+    return _preferred(os.environ.get(VARIABLE) or None, device, kind)
 
 
 @torch.compiler.assume_constant_result
-def backend_for(device: str, kernel: str | None = None) -> tuple[str, str]:
-    """("native", "gpu" or "torch", name) of what `select` gives for a kind of device.
+def backend_for(device: str, kernel: str | None = None, kind: str | None = None) -> tuple[str, str]:
+    """("native", "gpu" or "torch", name) of what `select` gives for a kind of device and of planes.
 
     Strings rather than a `Kernel`, so that torch.compile can branch on them.
     """
-    found = select(kernel, device)
+    found = select(kernel, device, kind)
     return ("native" if found.native else "gpu" if found.gpu else "torch"), found.name
 
 
@@ -236,14 +257,16 @@ def route(x: Tensor, kernel: str | None = None) -> tuple[str, str]:
 
 
 def describe() -> list[str]:
-    """One line a kernel, for `dropbydrop info --kernels`; `*` marks what is in use."""
+    """One line a kernel, for `dropbydrop info --kernels`: its name, whether it runs here, the kinds
+    of planes that it reads. `*` marks what is in use, for one of these kinds at least."""
     chosen = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        with suppress(KernelError):  # one that was forced for the other kind of device
-            chosen.append(select(device=device))
+        for kind in KINDS:
+            with suppress(KernelError):  # one that was forced for others
+                chosen.append(select(device=device, kind=kind))
     return [
         f"{'*' if kernel in chosen else ' '} {kernel.name:15} "
-        f"{'yes' if kernel.supported else 'no':4} {kernel.summary}"
+        f"{'yes' if kernel.supported else 'no':4} {', '.join(kernel.kinds):15} {kernel.summary}"
         f"{f' ({kernel.reason})' if kernel.reason else ''}"
         for kernel in table()
     ]

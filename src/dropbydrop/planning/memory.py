@@ -3,7 +3,8 @@
     weights      unique tensor bytes of the modules (codes of the planes in use, scales, biases,
                  embeddings, norms) as a loaded model holds them, plus codebooks and rotations as
                  stored. Planes are held once; where native CPU kernels run that is their packed
-                 form, with rows padded to 64. From headers alone: nothing is loaded to know it.
+                 form, with rows or inputs padded to 64 (kernels/layout). From headers alone:
+                 nothing is loaded to know it.
     kv_cache     2 * layers * key-value heads * head_dim * tokens * bytes a value; a layer with a
                  sliding window keeps at most the window.
     activations  an estimate of the peak of one forward pass over the whole context: hidden states
@@ -25,10 +26,8 @@ import torch
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import RESERVED_PREFIXES
-from dropbydrop.coding.planes import PlaneSpec
 from dropbydrop.kernels.int8_head import HEAD_SLAB
-from dropbydrop.kernels.layout import STRIP
-from dropbydrop.kernels.registry import select
+from dropbydrop.kernels.layout import plane_bytes
 from dropbydrop.models.model_config import context_length, text_settings
 from dropbydrop.system.errors import DropError
 
@@ -125,11 +124,6 @@ def estimate(
         kv_cache(checkpoint.config, context, width),
         _activations(checkpoint, context, width),
     )
-
-
-def plane_bytes(plane: PlaneSpec, d_out: int, d_in: int) -> int:
-    """Bytes of a plane of a matrix [d_out, d_in] as the CPU of this machine holds it (padded)."""
-    return plane.nbytes(-(-d_out // STRIP) * STRIP if select().native else d_out, d_in)
 
 
 def kv_cache(config: Mapping[str, Any], context: int, width: int) -> int:

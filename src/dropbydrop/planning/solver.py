@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.kernels.layout import plane_bytes
 from dropbydrop.system.errors import MissingPlaneError, PrecisionError
 
-from .memory import default_context, parse_bytes, plane_bytes
+from .memory import default_context, parse_bytes
 from .plan import Plan
 from .sensitivity import Sensitivity, known_sensitivity
 

@@ -84,7 +84,8 @@ def how(model: Any) -> str:
 def how_config(config: Mapping[str, Any] | None) -> str:
     """What `how` can tell from a model's config.json alone, or without one."""
     kinds = ", ".join(MODEL_TYPES)
-    kernel = registry.select()
+    planes = (config or {}).get("quantization_config", {}).get("planes")
+    kernel = registry.select(kind=planes[0]["kind"] if planes else None)
     if not kernel.native:
         return f"through torch: the kernel {kernel.name!r} has no native step"
     if config is None:

@@ -83,7 +83,7 @@ def _plain(linears: Sequence[Any]) -> bool:
 
 
 def _on_gpu_kernel(linear: NestedLinear) -> bool:
-    return kernels.backend_for(linear.codes.device.type)[0] == "gpu"
+    return kernels.backend_for(linear.codes.device.type, kind=linear.codes.kind)[0] == "gpu"
 
 
 def _stand_in(module: nn.Module, input_groups: Sequence[Sequence[str]]) -> Any:

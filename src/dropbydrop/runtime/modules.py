@@ -1,6 +1,6 @@
 """`NestedLinear`: a linear layer that runs from the first P planes of its codes.
 
-    y = W x + b,   W = (scales * sum_{m<=P} C_m[codes_m]) Q   (decoded, then back from x' = Q x)
+    y = W x + b,   W = (scales * sum_{m<=P} C_m[index_m]) Q   (decoded, then back from x' = Q x)
 
 A module registers the codes of its own P planes as parameters (uint8, so never trained by
 accident) and its scales as buffers; their names are the tensors' names in the checkpoint. The
@@ -40,11 +40,12 @@ def refuse_change(bits: int, value: object) -> NoReturn:
 class Planes(nn.Module):
     """The container `codes` of a NestedLinear: parameters named "1".."P".
 
-    Each is held once, in the layout of its device (`kernels.to_device_layout`): packed bytes on a
-    CPU with native kernels, else uint8 [d_out, G]. The latter is what state_dict gives, as on disk.
+    Each is held once, in the layout of its device (`kernels.to_device_layout`): packed on a CPU
+    with native kernels, else as stored. The latter is what state_dict gives.
 
     Attributes:
-        rows, groups: d_out and G of the matrix.
+        specs: kind and shape of each.
+        d_out, d_in: of the matrix.
         packed: whether the planes are held packed.
     """
 
@@ -53,7 +54,9 @@ class Planes(nn.Module):
         self._set(planes)
 
     def _set(self, planes: Sequence[kernels.Plane]) -> None:
-        self.rows, self.groups, self.packed = planes[0].rows, planes[0].groups, planes[0].packed
+        first = planes[0]
+        self.d_out, self.d_in, self.packed = first.d_out, first.d_in, first.packed
+        self.specs = tuple(plane.spec for plane in planes)
         for m, plane in enumerate(planes, 1):
             self._parameters[str(m)] = nn.Parameter(plane.data, requires_grad=False)
 
@@ -65,27 +68,39 @@ class Planes(nn.Module):
         return len(self._parameters)
 
     @property
+    def kind(self) -> str:
+        """Kind of the planes."""
+        return self.specs[0].kind
+
+    @property
     def device(self) -> torch.device:
         """Where the planes are."""
         return self[1].device
 
     def held(self) -> tuple[kernels.Plane, ...]:
         """Planes 1..P as they are held."""
-        shape = (self.rows, self.groups, self.packed)
-        return tuple(kernels.Plane(self[m].detach(), *shape) for m in range(1, len(self) + 1))
+        shape = (self.d_out, self.d_in, self.packed)
+        return tuple(
+            kernels.Plane(self[m].detach(), spec, *shape) for m, spec in enumerate(self.specs, 1)
+        )
 
-    def to_row_major(self) -> list[Tensor]:
-        """Planes 1..P, uint8 [d_out, G] each; unpacked now if they are held packed."""
-        return [plane.to_row_major() for plane in self.held()]
+    def to_stored(self) -> list[Tensor]:
+        """Planes 1..P, uint8 of the shapes on disk; unpacked now if they are held packed."""
+        return [plane.to_stored() for plane in self.held()]
+
+    def _to_device_layout(self, codes: Tensor, m: int) -> kernels.Plane:
+        return kernels.to_device_layout(codes, self.specs[m - 1], self.d_out, self.d_in)
 
     def settle(self) -> None:
-        """Bring planes that were just read, row major, into the layout of their device."""
-        self._set([kernels.to_device_layout(codes) for codes in self.to_row_major()])
+        """Bring planes that were just read, as stored, into the layout of their device."""
+        self._set([self._to_device_layout(codes, m) for m, codes in enumerate(self.to_stored(), 1)])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Planes:
         if fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device == self.device:
             return cast(Planes, super()._apply(fn, recurse))
-        self._set([kernels.Plane.row_major(codes) for codes in self.to_row_major()])
+        shape = (self.d_out, self.d_in)
+        given = zip(self.to_stored(), self.specs, strict=True)
+        self._set([kernels.Plane.stored(codes, spec, *shape) for codes, spec in given])
         super()._apply(fn, recurse)
         self.settle()
         return self
@@ -93,14 +108,14 @@ class Planes(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed:
-            for m, codes in enumerate(self.to_row_major(), 1):
+            for m, codes in enumerate(self.to_stored(), 1):
                 destination[f"{prefix}{m}"] = codes
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        mine = {f"{prefix}{m}" for m in range(1, len(self) + 1)}
+        mine = {f"{prefix}{m}": m for m in range(1, len(self) + 1)}
         if self.packed:
             state_dict = {
-                k: kernels.to_device_layout(v).data if k in mine else v
+                k: self._to_device_layout(v, mine[k]).data if k in mine else v
                 for k, v in state_dict.items()
             }
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -127,7 +142,7 @@ class NestedLinear(FixedScales):
     """A linear layer that reads the first P planes of its codes.
 
     Attributes (on disk under the same names, see docs/format.md):
-        codes: `Planes`, uint8 [d_out, G] each in a state_dict.
+        codes: `Planes`, uint8 as stored in a state_dict.
         scales: float16 [d_out], the row scales of every level.
         bias: [d_out] or None.
         store, name: where planes, codebooks and rotation are, and the key to them.
@@ -144,7 +159,8 @@ class NestedLinear(FixedScales):
         matrix = self.out_features, self.in_features = store.checkpoint.shapes[name]
         specs = store.checkpoint.quantization.planes[:prefix]
         codes = [torch.empty(p.shape(*matrix), dtype=torch.uint8, device="meta") for p in specs]
-        self.codes = Planes([kernels.Plane.row_major(plane) for plane in codes])
+        given = zip(codes, specs, strict=True)
+        self.codes = Planes([kernels.Plane.stored(plane, spec, *matrix) for plane, spec in given])
         scales = torch.empty(self.out_features, dtype=torch.float16, device="meta")
         self.register_buffer("scales", scales)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
@@ -215,13 +231,13 @@ def prepared(modules: Sequence[NestedLinear]) -> kernels.PreparedGroup:
     first = modules[0]
     codes, store = first.codes, first.store
     device = codes.device
-    _, kernel = kernels.backend_for(device.type)
+    _, kernel = kernels.backend_for(device.type, kind=codes.kind)
 
     def build() -> kernels.PreparedGroup:
         input_group = first.input_group
         books = store.derived(
             ("books", input_group.codebooks),
-            lambda: kernels.prepare_codebooks(input_group.entries, input_group.sign_symmetric),
+            lambda: kernels.prepare_codebooks(input_group.books),
         )
         matrices = [
             kernels.Matrix(m.codes.held(), m.scales, None if m.bias is None else m.bias.detach())

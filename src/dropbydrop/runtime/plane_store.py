@@ -1,10 +1,10 @@
 """One store of planes for all views of a checkpoint.
 
 A model loaded at P bits and every view made from it share one `PlaneStore`: codes per module and
-plane, the expanded codebooks, the rotations, and what kernels derive from them. Views hold
-references; the store is never copied (`copy.deepcopy` returns it), so a view costs no memory of
-its own. A plane is held once, in the layout that its device reads (`kernels.to_device_layout`):
-packed for the native CPU kernels, else row major as on disk.
+plane, the codebooks, the rotations, and what kernels derive from them. Views hold references; the
+store is never copied (`copy.deepcopy` returns it), so a view costs no memory of its own. A plane is
+held once, in the layout that its device reads (`kernels.to_device_layout`): packed for the native
+CPU kernels, else as on disk.
 
 Rules that make sharing safe:
 - What is in the store is never changed, only added to. Values handed out are immutable.
@@ -26,11 +26,10 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import codes_name
-from dropbydrop.coding.planes import BytesPlane
+from dropbydrop.coding.codebook_set import CodebookSet
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.kernels import Plane, to_device_layout
 from dropbydrop.system.errors import DropError
@@ -45,17 +44,15 @@ class GroupEntries:
 
     Attributes:
         name: its name in the checkpoint.
-        codebooks: name of its codebook set; equal sets share the identical `entries`.
+        codebooks: name of its codebook set; equal names share the identical `books`.
         rotation: x -> x' of this input group.
-        entries: M expanded codebooks, float32 [K, g]; all planes, whatever the view's prefix.
-        sign_symmetric: per plane; when true, entries[m][c + K/2] == -entries[m][c].
+        books: what the codes mean; all planes, whatever the view's prefix.
     """
 
     name: str
     codebooks: str
     rotation: Rotation
-    entries: tuple[Tensor, ...]
-    sign_symmetric: tuple[bool, ...]
+    books: CodebookSet
 
 
 class PlaneStore:
@@ -112,14 +109,13 @@ class PlaneStore:
         that run meanwhile never see a plane that some modules lack.
 
         Args:
-            prefixes: module -> level; its planes 1..level will be in memory.
+            prefixes: module -> number of planes that will be in memory.
             stop: asked between two tensors; when it says yes, the plane at hand is dropped.
 
         Raises:
-            PrecisionError: the highest is not a level.
             MissingPlaneError, FormatError: a plane is absent or damaged.
         """
-        self.checkpoint.require(max(prefixes.values()))
+        self.checkpoint.require_planes(max(prefixes.values()))
         with self._filling:
             lacking = {n: p for n, p in prefixes.items() if self.held(n, p) < p}
             for m in range(1, max(lacking.values(), default=0) + 1):
@@ -139,7 +135,7 @@ class PlaneStore:
         They are packed on this thread, before anyone can see them.
         """
         wanted = {codes_name(module, m): module for module in modules}
-        new = {}
+        spec, new = self.checkpoint.quantization.planes[m - 1], {}
         for path in self.checkpoint.plane_paths(m):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - no dict
@@ -147,7 +143,8 @@ class PlaneStore:
                         return {}
                     if module := wanted.get(name):
                         codes = file.get_tensor(name).to(self._modules[module], copy=True)
-                        new[module, m] = to_device_layout(codes)
+                        matrix = self.checkpoint.shapes[module]
+                        new[module, m] = to_device_layout(codes, spec, *matrix)
         return new
 
     def input_group(self, module: str, device: torch.device) -> GroupEntries:
@@ -158,10 +155,9 @@ class PlaneStore:
     def derived(self, key: Hashable, build: Callable[[], Any]) -> Any:
         """The value of `key`, built at most once for all views.
 
-        For expanded codebooks, the descriptions that kernels are called with, and the like; not
-        for copies of planes. Keys must name everything the value depends on (module, plane,
-        device, layout); values must not be changed afterwards. `build` may call `derived` for
-        other keys.
+        For codebooks, the descriptions that kernels are called with, and the like; not for copies
+        of planes. Keys must name everything the value depends on (module, plane, device, layout);
+        values must not be changed afterwards. `build` may call `derived` for other keys.
         """
         value = self._derived.get(key)
         if value is None:
@@ -172,16 +168,9 @@ class PlaneStore:
         return value
 
     def _make_group(self, index: int, device: torch.device) -> GroupEntries:
-        config = self.checkpoint.quantization
-        spec = config.input_groups[index]
+        spec = self.checkpoint.quantization.input_groups[index]
         name = spec.codebooks
-        return GroupEntries(
-            spec.name,
-            name,
-            self.checkpoint.read_rotation(index).to(device),
-            self.derived(("entries", name, device), lambda: self._make_entries(name, device)),
-            tuple(p.sign_symmetric for p in config.planes if isinstance(p, BytesPlane)),
+        books = self.derived(
+            ("codebook set", name, device), lambda: self.checkpoint.read_set(name).to(device)
         )
-
-    def _make_entries(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
-        return tuple(entries.to(device) for entries in self.checkpoint.read_set(name).entries)
+        return GroupEntries(spec.name, name, self.checkpoint.read_rotation(index).to(device), books)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dropbydrop.coding import code
+from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.system.errors import KernelError
 
@@ -67,22 +67,22 @@ def decode_rows(
 ) -> Tensor:
     """Rows first..last of a matrix, [last - first, d_in], in the rotated space of its inputs.
 
-    Equals `coding.code.decode` bit for bit with every kernel, in either layout.
+    Equals `CodebookSet.decode` bit for bit with every kernel, in either layout.
     """
     (first, last), plane = rows, matrix.planes[0]
-    backend, _ = registry.backend_for(plane.data.device.type, kernel)
+    backend, _ = registry.backend_for(plane.data.device.type, kernel, books.kind)
     native = backend == "native" and matrix.scales.dtype in TYPES
     if not native or dtype not in TYPES:
-        codes = [p.to_row_major()[first:last] for p in matrix.planes[:prefix]]
-        entries = books.on(plane.data.device)
-        return code.decode(codes, entries, matrix.scales[first:last], prefix, dtype)
+        codes = [p.to_stored() for p in matrix.planes[:prefix]]
+        found = books.on(plane.data.device)
+        return found.decode(codes, matrix.scales, prefix, dtype, slice(first, last))
     return torch.ops.dropbydrop.decode(
         matrix.data(prefix),
         plane.packed,
         books.prepared[:prefix],
         matrix.scales,
-        plane.rows,
-        plane.groups,
+        plane.d_out,
+        plane.d_in // GROUP,
         first,
         last,
         dtype,
@@ -106,9 +106,9 @@ class CpuGroup(PreparedGroup):
         kernel: str | None = None,
     ) -> None:
         """Args as for `PreparedGroup`; kernel: a name to force, see `registry.select`."""
-        chosen = registry.select(kernel, matrices[0].scales.device.type)
+        chosen = registry.select(kernel, matrices[0].scales.device.type, books.kind)
         if chosen.gpu:
-            raise KernelError(f"kernel {chosen.name!r} reads row-major planes; use CudaGroup.")
+            raise KernelError(f"kernel {chosen.name!r} reads planes as stored; use CudaGroup.")
         super().__init__(matrices, books, rotation, prefix, chosen.name)
         self.job: ops.GroupJob | None = None
         if chosen.native and all(matrix.packed for matrix in matrices):

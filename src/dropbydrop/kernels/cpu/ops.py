@@ -230,7 +230,7 @@ def decode(
 ) -> Tensor:
     """Rows first..last of the weight decoded from planes 1..P, float32 or bfloat16.
 
-    Bit for bit what `dropbydrop.coding.code.decode` gives.
+    Bit for bit what `CodebookSet.decode` gives.
     """
     out = torch.empty(last - first, groups * GROUP, dtype=dtype)
     if dtype == torch.float16:

@@ -5,8 +5,8 @@
                 cuda-i8  rotate and round, multiply
     more        rotate (one or two); for each matrix: decode to the type of x, vendor's product
 
-The counterpart of `cpu.cpu_group.CpuGroup`. The planes are those of the module, row major as on
-disk: nothing is packed, copied or padded; scales and biases are copied, in float32, below each
+The counterpart of `cpu.cpu_group.CpuGroup`. The planes are those of the module, as stored: nothing
+is packed, copied or padded; scales and biases are copied, in float32, below each
 other. A row of the result does not depend on how many rows are computed together, as long as they
 are few.
 
@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dropbydrop.coding.code import decode
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.system.errors import KernelError
 
@@ -80,19 +79,19 @@ def decode_dense(
     matrix: Matrix, books: Codebooks, prefix: int, dtype: torch.dtype, kernel: str
 ) -> Tensor:
     """`kernels.decode_dense` by a kernel of its name; float64 by torch."""
-    _check_row_major(matrix)
+    _check_stored(matrix)
     planes, scales = matrix.data(prefix), matrix.scales
     if dtype not in TYPES:
-        return decode(planes, books.on(scales.device), scales, prefix, dtype)
+        return books.on(scales.device).decode(planes, scales, prefix, dtype)
     entries = ops.device_entries(books.entries[:prefix], scales.device)
     return torch.ops.dropbydrop.gpu_decode(planes, entries, scales, dtype, kernel)
 
 
-def _check_row_major(matrix: Matrix) -> None:
+def _check_stored(matrix: Matrix) -> None:
     if matrix.packed:
         raise KernelError(
-            "these planes are packed for the CPU kernels; GPU kernels read them row major, as "
-            "stored: take Plane.row_major(codes)."
+            "these planes are packed for the CPU kernels; GPU kernels read them as stored: take "
+            "Plane.stored(codes, spec, d_out, d_in)."
         )
 
 
@@ -109,7 +108,7 @@ class CudaGroup(PreparedGroup):
     ) -> None:
         """Args as for `PreparedGroup`; kernel: "triton" or "cuda-i8"."""
         for matrix in matrices:
-            _check_row_major(matrix)
+            _check_stored(matrix)
         super().__init__(matrices, books, rotation, prefix, registry.by_name(kernel).name)
         self.width = sum(self.rows)
         device = matrices[0].scales.device
@@ -186,7 +185,7 @@ class CudaGroup(PreparedGroup):
             return torch.ops.dropbydrop.gpu_decode(
                 self.planes[i], self.entries, scales, dtype, self.kernel
             )
-        return decode(self.planes[i], list(self.entries), scales, self.prefix, dtype)
+        return self.books.on(scales.device).decode(self.planes[i], scales, self.prefix, dtype)
 
     def _rotate(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x [n, d_in] -> Q x in `dtype`: one or two launches, or torch's steps (`ops.rotates`)."""
