@@ -25,14 +25,15 @@ from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system import atomic_folder as folder_module
 from dropbydrop.system.errors import DropError, MissingPlaneError, PrecisionError
-from tiny import VOCAB, save_tiny, tiny_llama, write_checkpoint
+from tiny import CODES, VOCAB, save_tiny, tiny_llama, write_checkpoint
 
 IDS = torch.randint(5, VOCAB, (2, 17), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("export") / "out")
+@pytest.fixture(scope="module", params=CODES)
+def out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of either kind of plane."""
+    return write_checkpoint(tmp_path_factory.mktemp("export") / "out", code=request.param)
 
 
 def logits(model: Any) -> Tensor:
@@ -52,6 +53,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "biases": ({"attention_bias": True, "mlp_bias": True}, {}),
     "256 entries": ({}, {"sign_symmetric": False}),
     "sharded planes": ({}, {"shard_bytes": 2000}),
+    "trellis": ({}, {"code": "trellis", "window": 17}),
+    "trellis, biases": ({"attention_bias": True, "mlp_bias": True}, {"code": "trellis"}),
 }
 
 
@@ -156,6 +159,10 @@ def test_slabs_do_not_show(out: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     a, b = stock(tmp_path / "one").state_dict(), stock(tmp_path / "many").state_dict()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0.01, atol=1e-6)
+    export(out, tmp_path / "last", 3, dtype="float32", progress=False)
+    ours = dropbydrop.load(out, bits=3).model.layers[1].mlp.down_proj.dense_weight()
+    found = stock(tmp_path / "last").model.layers[1].mlp.down_proj.weight
+    torch.testing.assert_close(found, ours, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3", "qwen2"])

@@ -24,7 +24,7 @@ from dropbydrop.checkpoint.slice import slice_checkpoint
 from dropbydrop.cli import main as cli
 from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from file_server import Server, flip
-from tiny import VOCAB, write_checkpoint
+from tiny import CODES, COUNTS, VOCAB, write_checkpoint
 
 IDS = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(5))
 PLANE = "plane-2.safetensors"
@@ -86,6 +86,29 @@ def test_slice_is_a_partial_checkpoint(out: Path, tmp_path: Path) -> None:
     with pytest.raises(PrecisionError, match="it has 2, 3, 4"):
         slice_checkpoint(out, tmp_path / "five", 5)
     assert names(tmp_path) == {"two", "again"}
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_each_level_has_its_planes(tmp_path: Path, code: str) -> None:
+    """Slices, and a folder that grows by pulls, hold the planes of their level and no others."""
+    out = write_checkpoint(tmp_path / "out", code=code)
+    for bits, count in COUNTS[code].items():
+        planes = [f"plane-{m}.safetensors" for m in range(1, count + 1)]
+        for done in (
+            slice_checkpoint(out, tmp_path / f"slice{bits}", bits),
+            pull(out, tmp_path / "grown", bits, progress=False),
+        ):
+            assert done.bits == bits
+            assert sorted(name for name in names(done.path) if name.startswith("plane")) == planes
+            here = Checkpoint.open(done.path)
+            assert here.require(bits) == bits
+            assert here.bytes_at(bits) == sum(
+                (done.path / name).stat().st_size for name in ("model.safetensors", *planes)
+            )
+            assert torch.equal(logits(done.path, bits), logits(out, bits))
+            if bits < 4:
+                with pytest.raises(MissingPlaneError, match=f"plane {count + 1} is needed"):
+                    here.require(bits + 1)
 
 
 def test_slice_never_writes_what_is_damaged(out: Path, tmp_path: Path) -> None:
