@@ -165,6 +165,22 @@ class Case:
     def exact(self, prefix: int, x: Tensor | None = None) -> Tensor:
         return (self.x if x is None else x).double() @ self.weight(prefix).T
 
+    def integer(self, prefix: int, x: Tensor | None = None) -> Tensor:
+        """The product with trellis planes as native/kernels/trellis.h defines it: exact sums of
+        integers, then float32 operations in a fixed order, each rounded."""
+        x = self.x if x is None else x
+        most = np.float32(127 * 256 + 127)
+        rows = []
+        for row in x.numpy():
+            factor = most / np.abs(row).max()  # float32
+            step, whole = np.float32(1) / factor, np.rint(row * factor).astype(np.int64)
+            total = np.zeros(self.rows, np.float32)
+            for m in range(prefix):
+                sums = self.integers(m).numpy() @ whole
+                total = total + sums.astype(np.float32) * self.set.parts[m][".scale"].numpy()
+            rows.append(total * step * self.scales.numpy())
+        return torch.from_numpy(np.stack(rows))
+
     def run(self, kernel: str, prefix: int, x: Tensor | None = None) -> Tensor:
         identity = Rotation(self.d_in, 1, torch.ones(self.d_in), None)
         place, x = device(kernel), self.x if x is None else x
@@ -252,6 +268,15 @@ class TestProduct:
         for symmetric in (True, False):
             case = Case(150, 133, 3, symmetric, n=2, outlier=True, kind=kind)
             assert torch.equal(case.run(kernel, 3), case.run(reference, 3))
+
+    def test_trellis_products_are_those_of_the_naive_reference(self, kernel):
+        """Bit for bit, so for every kernel, number of threads and of rows alike."""
+        native_only(kernel)
+        for rows, groups, planes in ((1, 1, 1), (70, 9, 3), (300, 16, 4), (130, 140, 2)):
+            case = Case(rows, groups, planes, n=3, outlier=True, kind="trellis")
+            for prefix in range(1, planes + 1):
+                assert torch.equal(case.run(kernel, prefix), case.integer(prefix))
+                assert relative(case.run(kernel, prefix), case.exact(prefix)) < 1e-3
 
     def test_many_rows_take_the_dense_path(self, kernel, kind):
         case = Case(100, 9, 2, n=kernels.MAX_GEMV_ROWS + 1, kind=kind)
@@ -558,19 +583,21 @@ class TestOperators:
         case.prepared = CpuGroup([case.matrix], case.books, Rotation.make(groups * 8), prefix)
         job = case.prepared.job  # holds the tensors whose addresses the operator is given
         planes, books = case.matrix.data(prefix), list(case.books.prepared[:prefix])
-        drop = torch.ops.dropbydrop
-        return {
+        drop, span = torch.ops.dropbydrop, (3, 40, torch.bfloat16, name)
+        if case.kind == "bytes":
+            decode = {drop.decode: (planes, True, books, case.scales, case.rows, groups, *span)}
+        else:
+            decode = {drop.decode_trellis: (planes, books, case.scales, case.d_in, *span)}
+        return decode | {
             drop.rotate: (case.x, signs, None, groups * 8, name),
             drop.prepared_group: (case.x, job.job, job.width, job.kernel),
             drop.rows: (case.x, torch.ones(9, groups * 8, dtype=torch.int8), torch.ones(9), name),
-            drop.decode: (
-                planes, True, books, case.scales, case.rows, groups, 3, 40, torch.bfloat16, name,
-            ),
-        }  # fmt: skip
+        }
 
-    def test_fake_implementations_agree(self):
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_fake_implementations_agree(self, kind):
         tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-        case = Case(70, 16, 2, n=2)
+        case = Case(70, 16, 2, n=2, kind=kind)
         for operator, arguments in self.arguments(case).items():
             torch.library.opcheck(operator.default, arguments, test_utils=tests)
 
@@ -587,14 +614,22 @@ class TestOperators:
         assert torch.equal(long[:, :size], short[:, :size])
 
     @pytest.mark.filterwarnings("ignore")
-    def test_compile_sees_one_graph(self):
-        case = Case(70, 16, 2, n=1)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_compile_sees_one_graph(self, kind):
+        case = Case(70, 16, 2, n=1, kind=kind)
         prepared_matrix = CpuGroup([case.matrix, case.matrix], case.books, Rotation.make(128), 2)
         compiled = torch.compile(
             lambda x: [y * 2 for y in prepared_matrix(x)], fullgraph=True, backend="aot_eager"
         )
         for got, want in zip(compiled(case.x), prepared_matrix(case.x), strict=True):
             assert torch.equal(got, want * 2)
+
+    def test_more_inputs_than_sums_can_hold(self, monkeypatch):
+        monkeypatch.setattr(ops, "TRELLIS_INPUTS", 120)
+        case = Case(70, 16, 2, kind="trellis")
+        group = CpuGroup([case.matrix], case.books, Rotation(128, 1, torch.ones(128), None), 2)
+        assert group.job is None
+        assert relative(group(case.x)[0], case.exact(2)) < 1e-5
 
     def test_a_tensor_of_another_device_is_no_address(self):
         case = Case(70, 16, 2, n=1)

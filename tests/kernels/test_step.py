@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from dropbydrop import kernels
+from dropbydrop.coding.planes import KINDS as PLANES
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.kernels import MAX_GEMV_ROWS, CpuGroup, Matrix, PreparedGroup
 from dropbydrop.kernels.cpu.step import DecodeStep
@@ -73,12 +74,15 @@ class Coded(nn.Module):
         return self.prepared(x)[0]
 
 
-def build(kind: str, **changes):
-    """A random model whose block matrices are coded with three planes, two of them used."""
+def build(kind: str, code: str = "bytes", **changes):
+    """A random model whose block matrices are coded with three planes, two of them used.
+
+    kind: one of `KINDS`; `code`: kind of the planes.
+    """
     torch.manual_seed(5)
     config = AutoConfig.for_model(kind.split()[0], **{**SIZES, **KINDS.get(kind, {}), **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    books = kernels.prepare_codebooks(random_set(random_planes("bytes", (1, 2, 3))))
+    books = kernels.prepare_codebooks(random_set(random_planes(code, (1, 2, 3))))
     rotations: dict[int, Rotation] = {}
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * 0.4 + (parameter.dim() == 1)
@@ -108,9 +112,12 @@ def group_of(modules) -> PreparedGroup:
     return CpuGroup(matrices, first.books, first.rotation, 2)
 
 
-@pytest.fixture(params=list(KINDS))
+both = pytest.mark.parametrize("code", PLANES)
+
+
+@pytest.fixture(params=[(kind, code) for kind in KINDS for code in PLANES], ids=" ".join)
 def model(request):
-    return build(request.param)
+    return build(*request.param)
 
 
 def greedy(model, prompt: torch.Tensor, count: int, **settings) -> list[int]:
@@ -176,9 +183,10 @@ def test_generates_the_same_tokens(model, cache):
     assert calls == [1] * 23
 
 
-def test_assisted_generation():
+@both
+def test_assisted_generation(code):
     """Candidates are verified several at a time on a dynamic cache that is cropped in between."""
-    model, draft = build("llama"), build("llama", num_hidden_layers=1)
+    model, draft = build("llama", code), build("llama", code, num_hidden_layers=1)
     prompt = torch.randint(1, 100, (1, 7))
     want = greedy(model, prompt, 20, cache_implementation=None)
     with native(model) as calls:
@@ -187,8 +195,9 @@ def test_assisted_generation():
     assert max(calls) > 1
 
 
-def test_pieces_and_threads_do_not_change_bits():
-    model = build("llama")
+@both
+def test_pieces_and_threads_do_not_change_bits(code):
+    model = build("llama", code)
     ids = torch.randint(1, 100, (1, 40))
     threads, results = torch.get_num_threads(), []
     try:
@@ -343,8 +352,9 @@ def test_compiled_code_does_not_contain_it():
         assert (out.logits[0] - logits).norm() / logits.norm() < 1e-3
 
 
-def test_every_kernel():
-    model = build("llama")
+@both
+def test_every_kernel(code):
+    model = build("llama", code)
     ids = torch.randint(1, 100, (1, 20))
     want = hidden_states(model, ids, 9, [1] * 11)
     for kernel in kernels.available():
@@ -352,7 +362,7 @@ def test_every_kernel():
             with native(model, kernel.name) as calls:
                 got = hidden_states(model, ids, 9, [1] * 11)
             assert len(calls) == 11
-            limit = 0.2 if kernel.name.endswith("u8") else 1e-3
+            limit = 0.2 if kernel.name.endswith("u8") and code == "bytes" else 1e-3
             assert (got - want).norm() / want.norm() < limit
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dropbydrop.coding.code import ENTRIES, GROUP
-from dropbydrop.coding.codebook_set import CodebookSet
+from dropbydrop.coding.codebook_set import CodebookSet, TrellisSet
 from dropbydrop.coding.planes import BytesPlane, PlaneSpec
 from dropbydrop.system.errors import KernelError
 from dropbydrop.system.native_library import library
@@ -75,6 +75,21 @@ class Plane:
             return self.data[:, : self.d_in].contiguous()
         return unpack_bytes(self.data, self.d_out, self.d_in // GROUP)
 
+    def to_packed(self) -> Plane:
+        """The plane as native kernels read it.
+
+        Raises:
+            KernelError: a byte plane without the native library or not on the CPU.
+        """
+        if self.packed:
+            return self
+        data = self.data.contiguous()
+        if self.spec.kind == "bytes":
+            data = pack_bytes(data)
+        elif missing := -self.d_in % STRIP:
+            data = torch.nn.functional.pad(data, (0, missing))
+        return Plane(data, self.spec, self.d_out, self.d_in, packed=True)
+
     def to(self, device: torch.device) -> Plane:
         """The plane in the layout of a device; itself if it is there already."""
         if self.data.device == device:
@@ -86,7 +101,7 @@ def to_device_layout(codes: Tensor, spec: PlaneSpec, d_out: int, d_in: int) -> P
     """A plane of stored codes in the layout that its device reads: packed on a CPU with native
     kernels for it, else as stored."""
     plane = Plane.stored(codes, spec, d_out, d_in)
-    return _packed(plane) if codes.device.type == "cpu" and _native(spec) else plane
+    return plane.to_packed() if codes.device.type == "cpu" and _native(spec) else plane
 
 
 def plane_bytes(spec: PlaneSpec, d_out: int, d_in: int) -> int:
@@ -114,16 +129,7 @@ def pack(
     given = zip(codes, specs[: len(codes)], strict=True)
     planes = [Plane.stored(plane.contiguous(), spec, d_out, d_in) for plane, spec in given]
     packs = library() is not None and codes[0].device.type == "cpu"
-    return tuple(_packed(plane) if packs else plane for plane in planes)
-
-
-def _packed(plane: Plane) -> Plane:
-    if plane.spec.kind == "trellis":
-        held = torch.nn.functional.pad(plane.data, (0, -plane.d_in % STRIP))
-        data = plane.data.contiguous() if plane.d_in % STRIP == 0 else held
-    else:
-        data = pack_bytes(plane.data)
-    return Plane(data, plane.spec, plane.d_out, plane.d_in, packed=True)
+    return tuple(plane.to_packed() if packs else plane for plane in planes)
 
 
 def pack_bytes(codes: Tensor) -> Tensor:
@@ -205,7 +211,7 @@ class Codebooks:
 
     Attributes:
         set: what the codes mean, on the CPU.
-        prepared: M tensors uint8 for the native library; empty where it has no kernel for them.
+        prepared: M tensors uint8 for the native library; empty without it.
     """
 
     set: CodebookSet
@@ -252,13 +258,37 @@ def lut_entries(books: CodebookSet) -> int:
 
 
 def prepare_codebooks(books: CodebookSet) -> Codebooks:
-    """Codebooks of planes 1..M, ready for every kernel."""
-    here, lib = books.to("cpu"), library()
-    prepared = []
-    if lib is not None and here.kind == "bytes":
-        count = lut_entries(here)
-        for table in here.entries:
-            blob = torch.empty(lib.drop_codebook_bytes(count), dtype=torch.uint8)
-            lib.drop_prepare_codebook(table[:count].contiguous().data_ptr(), count, blob.data_ptr())
-            prepared.append(blob)
-    return Codebooks(here, tuple(prepared))
+    """Codebooks of planes 1..M, ready for every kernel.
+
+    Raises:
+        ValueError: values or taps that no checkpoint has (`CodebookSet.problems`).
+    """
+    here = books.to("cpu")
+    if library() is None:
+        return Codebooks(here, ())
+    if isinstance(here, TrellisSet):
+        return Codebooks(here, _prepare_trellis(here))
+    return Codebooks(here, _prepare_bytes(here))
+
+
+def _prepare_bytes(books: CodebookSet) -> tuple[Tensor, ...]:
+    lib, count, prepared = library(), lut_entries(books), []
+    assert lib is not None
+    for table in books.entries:
+        blob = torch.empty(lib.drop_codebook_bytes(count), dtype=torch.uint8)
+        lib.drop_prepare_codebook(table[:count].contiguous().data_ptr(), count, blob.data_ptr())
+        prepared.append(blob)
+    return tuple(prepared)
+
+
+def _prepare_trellis(books: TrellisSet) -> tuple[Tensor, ...]:
+    lib, prepared = library(), []
+    assert lib is not None
+    for spec, part in zip(books.planes, books.parts, strict=True):
+        taps, values = part[".taps"].contiguous(), part[""].contiguous()
+        blob = torch.empty(lib.drop_trellis_bytes(), dtype=torch.uint8)
+        scale, addresses = float(part[".scale"]), (taps.data_ptr(), values.data_ptr())
+        if lib.drop_prepare_trellis(spec.bits, spec.window, *addresses, scale, blob.data_ptr()):
+            raise ValueError(f"{spec} with taps {taps.tolist()} and values {values.tolist()}")
+        prepared.append(blob)
+    return tuple(prepared)

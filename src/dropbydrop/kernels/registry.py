@@ -10,6 +10,8 @@ raises `KernelError`, never a silent substitute. The choice is logged once.
     cpu       the native ones (native/kernels), torch
     cuda      triton, torch; cuda-i8 when named
 
+Products with trellis planes are exact sums of integers: inputs are rounded to 16 bits, nothing else,
+and all native kernels give the same bits. Products with byte planes go through look-up tables.
 Names ending in "-u8" use 8-bit tables: about 1 % output error on inputs without outliers (4 %
 with one of 20 times the rms), against 0.02 % (0.1 %) for the default 14-bit tables. They are used
 only when named; so is "cuda-i8", whose 8-bit codebooks and activations cost about the same
@@ -38,7 +40,6 @@ log = logging.getLogger("dropbydrop.kernels")
 VARIABLE = "DROPBYDROP_KERNEL"
 
 MAX_GEMV_ROWS = 16  # rows of x that kernels multiply without a dense matrix; a tensor core's least
-_NATIVE_KINDS = ("bytes",)
 _GPU_KINDS = {"triton": ("bytes",), "cuda-i8": ("bytes",)}
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of x; the numbers are those of C
 
@@ -91,7 +92,6 @@ def table() -> tuple[Kernel, ...]:
                 index,
                 ok,
                 "" if ok else "this processor lacks the instructions",
-                kinds=_NATIVE_KINDS,
             )
         )
     rows += _gpu_rows()

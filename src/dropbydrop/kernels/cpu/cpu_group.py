@@ -2,7 +2,8 @@
 
     rows of x       native kernel                          kernel "torch" (any device)
     few             one operator: rotate, build look-up    as below
-                    tables, multiply
+                    tables (bytes) or round to integers
+                    (trellis), multiply
     more            decode slabs of the matrix,            decode to a dense matrix,
                     torch's product with each              torch's product
 
@@ -76,6 +77,17 @@ def decode_rows(
         codes = [p.to_stored() for p in matrix.planes[:prefix]]
         found = books.on(plane.data.device)
         return found.decode(codes, matrix.scales, prefix, dtype, slice(first, last))
+    if books.kind == "trellis":
+        return torch.ops.dropbydrop.decode_trellis(
+            [p.to_packed().data for p in matrix.planes[:prefix]],
+            books.prepared[:prefix],
+            matrix.scales,
+            plane.d_in,
+            first,
+            last,
+            dtype,
+            kernel,
+        )
     return torch.ops.dropbydrop.decode(
         matrix.data(prefix),
         plane.packed,
@@ -111,7 +123,8 @@ class CpuGroup(PreparedGroup):
             raise KernelError(f"kernel {chosen.name!r} reads planes as stored; use CudaGroup.")
         super().__init__(matrices, books, rotation, prefix, chosen.name)
         self.job: ops.GroupJob | None = None
-        if chosen.native and all(matrix.packed for matrix in matrices):
+        fits = books.kind != "trellis" or self.d_in <= ops.TRELLIS_INPUTS
+        if chosen.native and fits and all(matrix.packed for matrix in matrices):
             self.job = ops.describe_group(self.matrices, books, rotation, prefix, chosen.name)
         self._in_slabs = chosen.native
         books.on(matrices[0].scales.device)  # now, not while a call is traced

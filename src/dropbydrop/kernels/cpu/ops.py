@@ -4,12 +4,14 @@
     dropbydrop::prepared_group(x, job, width, kernel) -> [n * width], one [n, rows[i]] after another
     dropbydrop::decode(planes, packed, codebooks, scales, rows, groups, first, last, dtype, kernel)
         -> rows first..last of the weight, [last - first, 8 * groups]
+    dropbydrop::decode_trellis(planes, codebooks, scales, d_in, first, last, dtype, kernel)
+        -> the same of trellis planes, held, [last - first, d_in]
 
-`prepared_group` rotates x, builds its look-up tables and multiplies all matrices that read x, in
-one native call. Everything but x and the result is described beforehand (`describe_group`) in one
-small tensor of addresses: passing 20 tensors through the dispatcher costs several times what a
-small product does. So it is for this process only; a graph that is to be saved decodes.
-Threads follow torch.get_num_threads().
+`prepared_group` rotates x, builds its look-up tables (for trellis planes: rounds it to integers)
+and multiplies all matrices that read x, in one native call. Everything but x and the result is
+described beforehand (`describe_group`) in one small tensor of addresses: passing 20 tensors through
+the dispatcher costs several times what a small product does. So it is for this process only; a
+graph that is to be saved decodes. Threads follow torch.get_num_threads().
 
 Operators are defined with torch.library.Library rather than `custom_op`, whose checks on every call
 cost more than a small product does. Tensors must be contiguous and on the CPU; the callers in this
@@ -90,7 +92,8 @@ class _Matrix(ctypes.Structure):
 
 
 _MAGIC = 0x32707267706E6964  # DROP_INPUT_GROUP_MAGIC
-_BYTES = 0  # DROP_BYTES
+_KINDS = {"bytes": 0, "trellis": 1}  # DROP_BYTES, DROP_TRELLIS
+TRELLIS_INPUTS = 1 << 17  # most inputs of a product with trellis planes: its sums fit 32 bits
 
 
 class GroupStruct(ctypes.Structure):
@@ -184,7 +187,7 @@ def describe_group(
         )
     group = GroupStruct(
         _MAGIC,
-        _BYTES,
+        _KINDS[books.kind],
         matrices[0].d_in,
         rotation.block,
         rotation.signs.data_ptr(),
@@ -262,3 +265,51 @@ def decode(
 @fake("decode")
 def _(planes, packed, codebooks, scales, rows, groups, first, last, dtype, kernel):  # type: ignore[no-untyped-def]
     return scales.new_empty((last - first, groups * GROUP), dtype=dtype)
+
+
+@operator(
+    "decode_trellis(Tensor[] planes, Tensor[] codebooks, Tensor scales, int d_in, int first, "
+    "int last, ScalarType dtype, str kernel) -> Tensor"
+)
+def decode_trellis(
+    planes: Sequence[Tensor],
+    codebooks: Sequence[Tensor],
+    scales: Tensor,
+    d_in: int,
+    first: int,
+    last: int,
+    dtype: torch.dtype,
+    kernel: str,
+) -> Tensor:
+    """Rows first..last of the weight decoded from packed trellis planes 1..P.
+
+    Bit for bit what `CodebookSet.decode` gives. scales: [d_out], of all rows.
+    """
+    if dtype == torch.float16:
+        whole = decode_trellis(planes, codebooks, scales, d_in, first, last, torch.float32, kernel)
+        return whole.to(dtype)
+    out = torch.empty(last - first, d_in, dtype=dtype)
+    addresses, books = pointers(planes), pointers(codebooks)
+    check_status(
+        native_library().drop_trellis_decode(
+            registry.index(kernel),
+            addresses,
+            len(scales),
+            d_in,
+            len(planes),
+            books,
+            scales.data_ptr(),
+            TYPES[scales.dtype],
+            first,
+            last,
+            out.data_ptr(),
+            TYPES[dtype],
+            torch.get_num_threads(),
+        )
+    )
+    return out
+
+
+@fake("decode_trellis")
+def _(planes, codebooks, scales, d_in, first, last, dtype, kernel):  # type: ignore[no-untyped-def]
+    return scales.new_empty((last - first, d_in), dtype=dtype)
