@@ -10,7 +10,7 @@ Factors are made once an input group and shared by its matrices.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -102,7 +102,10 @@ class BytesSearch:
 
 
 class TrellisSearch:
-    """See `PreparedSearch`; a stream runs down the rows, and their weights decide between them."""
+    """See `PreparedSearch`; a stream runs down the rows, and their weights decide between them.
+
+    A start takes no sweeps: they are worth more once scales are refit, and one is nearly all.
+    """
 
     def __init__(
         self,
@@ -124,15 +127,10 @@ class TrellisSearch:
         assert isinstance(books, TrellisSet)
         if codes is not None and not self._sweeps:
             return codes
+        given: Any = {"lower": self._lower}
+        if codes is not None:
+            given = {"codes": codes, "h": self._h, "sweeps": self._sweeps}
+        rows = scales.square()
         return trellis.search(
-            w,
-            scales.square(),
-            books,
-            self._prefixes,
-            self._lambdas,
-            lower=self._lower if codes is None else None,
-            h=self._h,
-            sweeps=self._sweeps,
-            codes=codes,
-            backend=self._backend,
+            w, rows, books, self._prefixes, self._lambdas, backend=self._backend, **given
         )

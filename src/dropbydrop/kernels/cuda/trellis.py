@@ -61,7 +61,9 @@ class Tables:
 
 def prepare(books: TrellisSet) -> Tables:
     """The tables of a set, on its device."""
-    words = [_label_words(p[".taps"], s.bits) for p, s in zip(books.parts, books.planes, strict=True)]
+    words = [
+        _label_words(p[".taps"], s.bits) for p, s in zip(books.parts, books.planes, strict=True)
+    ]
     return Tables(
         tuple(spec.bits for spec in books.planes),
         torch.stack(words),
