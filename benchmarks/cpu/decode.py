@@ -2,7 +2,8 @@
 
     python benchmarks/cpu/decode.py                       # a random Llama of 1 GB in bfloat16
     python benchmarks/cpu/decode.py --size smollm2        # the shapes of SmolLM2-135M, random
-    python benchmarks/cpu/decode.py --model OUT           # a checkpoint
+    python benchmarks/cpu/decode.py --code bytes,trellis  # both kinds of planes in turn
+    python benchmarks/cpu/decode.py --model OUT [--model OTHER]     # checkpoints
     python benchmarks/cpu/decode.py --llama Q4_0,Q2_K     # llama.cpp quantizes that shape
     python benchmarks/cpu/decode.py --gguf Q4_1=FILE      # llama.cpp on a file
 
@@ -11,7 +12,8 @@ embedding and head are eight-bit rows. Greedy, --tokens tokens from position --p
 are measured in turn, --rounds times, so that a busy machine slows them alike; figures are the best
 round. Rows:
 
-    P bits       `dropbydrop.load`, a static cache, the native step
+    P bits       `dropbydrop.load`, a static cache, the native step; with the kind of the planes
+                 when there are several checkpoints
     P bits, eager       the same modules one by one
     torch T      the dense model in type T through transformers, a static cache
     NAME         llama.cpp (llama-cpp-python, built from source)
@@ -39,6 +41,7 @@ from llama_cpp_peer import Counts, LlamaCpp, quantized_gguf, random_gguf
 
 import dropbydrop
 from dropbydrop import kernels
+from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.evaluation import bench
 from dropbydrop.runtime import fused_decode
 from dropbydrop.runtime.fused_decode import decoder_of
@@ -88,22 +91,23 @@ class Eager:
                 inner.forward = step
 
 
-def our_rows(args: argparse.Namespace, path: Path) -> list[Row]:
+def our_rows(args: argparse.Namespace, path: Path, label: str) -> list[Row]:
     levels = [int(b) for b in args.bits.split(",")]
     top = dropbydrop.load(path, bits=max(levels), dtype=getattr(torch, args.dtype))
     rows = []
     for bits in levels:
         view = dropbydrop.view(top, bits)
-        print(f"{bits} bits: {fused_decode.how(view)}")
+        name = f"{label}{bits} bits"
+        print(f"{name}: {fused_decode.how(view)}")
         decode = lambda v=view: bench.decode_seconds(v, args.prompt, args.tokens)  # noqa: E731
         prefill = lambda v=view: bench.prefill_seconds(v, args.prefill)  # noqa: E731
-        rows.append(Row(f"{bits} bits", decode, prefill, bench.read_bytes(view)))
+        rows.append(Row(name, decode, prefill, bench.read_bytes(view)))
         if args.eager:
             eager = Eager(dropbydrop.view(top, bits))
             call = lambda e=eager, d=decode: e(  # noqa: E731
                 lambda: bench.decode_seconds(e.model, args.prompt, args.tokens)
             )
-            rows.append(Row(f"{bits} bits, eager", call, None, bench.read_bytes(view)))
+            rows.append(Row(f"{name}, eager", call, None, bench.read_bytes(view)))
     return rows
 
 
@@ -160,10 +164,10 @@ def unread_bytes(path: Path) -> int:
     return int(tensors["token_embd.weight"].n_bytes) if "output.weight" in tensors else 0
 
 
-def weights_of(size: str, model: Path | None) -> int:
+def weights_of(size: str, models: list[Path]) -> int:
     """Parameters of blocks and head."""
-    if model is not None:
-        checkpoint = dropbydrop.checkpoint.Checkpoint.open(model)
+    if models:
+        checkpoint = Checkpoint.open(models[0])
         blocks = sum(d_out * d_in for d_out, d_in in checkpoint.shapes.values())
         head = checkpoint.config["vocab_size"] * checkpoint.config["hidden_size"]
         return blocks + int(head)
@@ -173,9 +177,19 @@ def weights_of(size: str, model: Path | None) -> int:
     return blocks + config.vocab_size * config.hidden_size
 
 
+def random_folder(folder: Path, size: str, code: str) -> Path:
+    """A random checkpoint, written now unless it is there."""
+    name = f"random-{size}" if code == "bytes" else f"random-{size}-{code}"
+    return random_model.sized_checkpoint(folder / name, size, code)
+
+
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    path = args.model or random_model.sized_checkpoint(folder / f"random-{args.size}", args.size)
-    rows = our_rows(args, path) + dense_rows(args) + llama_rows(args, folder)
+    paths = args.model or [random_folder(folder, args.size, c) for c in args.code.split(",")]
+    rows = []
+    for path in paths:
+        kind = Checkpoint.open(path).quantization.kind
+        rows += our_rows(args, path, f"{kind} " if len(paths) > 1 else "")
+    rows += dense_rows(args) + llama_rows(args, folder)
     read, speeds = bench.stream(args.threads), []
     for number in range(args.rounds):
         for row in rows:
@@ -199,7 +213,12 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=random_model.SIZES, default="1gb", help="shape")
-    parser.add_argument("--model", type=Path, help="a checkpoint folder instead of a random one")
+    parser.add_argument(
+        "--code", default="bytes", help="kinds of planes of random ones: bytes,trellis"
+    )
+    parser.add_argument(
+        "--model", type=Path, action="append", default=[], help="a checkpoint, not a random one"
+    )
     parser.add_argument("--bits", default="2,3,4")
     parser.add_argument("--dtype", default="bfloat16", help="type of our activations")
     parser.add_argument("--eager", action="store_true", help="also without the native step")

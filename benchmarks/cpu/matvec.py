@@ -1,16 +1,17 @@
-"""Matrix-vector products at every prefix, against named baselines of the same run.
+"""Matrix-vector products at every level, against named baselines of the same run.
 
-    python benchmarks/cpu/matvec.py                # shapes and prefixes of docs/results.md
+    python benchmarks/cpu/matvec.py                # shapes and levels of docs/results.md
     python benchmarks/cpu/matvec.py --threads 2 --kernels avx512vbmi,avx2-u8 --shapes 4096x4096
-    python benchmarks/cpu/matvec.py --crossover    # rows of x: tables against a dense matrix
+    python benchmarks/cpu/matvec.py --code bytes,trellis      # both kinds of planes in turn
+    python benchmarks/cpu/matvec.py --crossover    # rows of x: the kernel against a dense matrix
     python benchmarks/cpu/matvec.py --errors       # output error of every kernel; not timed
 
 Every product reads codes that are not in any cache: the matrices of a sweep total more than
 --megabytes (600; more than the last cache), and each is used once a sweep. A time is a whole call
-from Python, with rotation, table building, the product and the row scales. Baselines are timed in
-turn with the kernels, so that a busy machine slows them alike: a plain sequential read of the same
-memory with the same threads ("stream"), and torch's own product in bfloat16 and float32. Figures
-are the best of --rounds sweeps; the JSON on the last line has all of them.
+from Python, with rotation, tables or rounding, the product and the row scales. Baselines are timed
+in turn with the kernels, so that a busy machine slows them alike: a plain sequential read of the
+same memory with the same threads ("stream"), and torch's own product in bfloat16 and float32.
+Figures are the best of --rounds sweeps; the JSON on the last line has all of them.
 """
 
 from __future__ import annotations
@@ -21,19 +22,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dropbydrop import kernels
-from dropbydrop.coding.codebook_set import BytesSet
-from dropbydrop.coding.planes import BytesPlane
+from dropbydrop.coding.planes import counts_of
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.evaluation.bench import topology
 from dropbydrop.kernels import CpuGroup, Matrix, Plane
 from dropbydrop.system.native_library import library
 
-PREFIXES = (1, 2, 3, 4)
+sys.path.append(str(Path(__file__).parents[1]))  # a script sees the modules of its folder alone
+import random_model
+
+LEVELS = {"bytes": (1, 2, 3, 4), "trellis": (2, 3, 4)}
+DTYPES = (torch.float32, torch.bfloat16)
 _keep: list[object] = []  # results, so that nothing is optimised away
 
 
@@ -63,38 +68,55 @@ class Sweep:
         }
 
 
-def random_books(prefix: int) -> kernels.Codebooks:
-    stored = [torch.randn(128, 8) * 0.5**m for m in range(prefix)]
-    return kernels.prepare_codebooks(BytesSet.of(stored))
+class Coded:
+    """Matrices of one shape with random planes of one kind, cut out of one stretch of memory."""
+
+    def __init__(self, code: str, window: int, rows: int, d_in: int) -> None:
+        self.code, self.levels, self.rows, self.d_in = code, LEVELS[code], rows, d_in
+        self.specs = random_model.random_planes(code, self.levels, window=window)
+        self.prefixes = dict(zip(self.levels, counts_of(self.specs, self.levels), strict=True))
+        self.books = kernels.prepare_codebooks(random_model.random_set(self.specs))
+        self.sizes = [kernels.plane_bytes(spec, rows, d_in) for spec in self.specs]
+        self.scales = torch.rand(rows).half()
+
+    def bytes(self, level: int) -> int:
+        """Bytes of the planes of a level, as held."""
+        return sum(self.sizes[: self.prefixes[level]])
+
+    def matrix(self, memory: Tensor, level: int) -> Matrix:
+        """A matrix whose planes are the first bytes of memory."""
+        planes, at = [], 0
+        for spec, size in zip(self.specs, self.sizes[: self.prefixes[level]], strict=False):
+            data = memory[at : at + size]
+            if self.code == "trellis":
+                data = data.view(spec.shape(self.rows, self.d_in)[0], -1)
+            planes.append(Plane(data, spec, self.rows, self.d_in, packed=True))
+            at += size
+        return Matrix(tuple(planes), self.scales)
+
+    def group(self, matrix: Matrix, level: int, kernel: str, rotation: Rotation) -> CpuGroup:
+        """It alone as an input group."""
+        return CpuGroup([matrix], self.books, rotation, self.prefixes[level], kernel)
+
+    def sweep(self, memory: Tensor, level: int, kernel: str) -> Sweep:
+        """Products of one row with as many matrices as memory holds."""
+        x, size, rotation = torch.randn(1, self.d_in), self.bytes(level), Rotation.make(self.d_in)
+        parts = memory[: memory.numel() // size * size].view(-1, size)
+        groups = [self.group(self.matrix(p, level), level, kernel, rotation) for p in parts]
+        calls = [lambda group=group: group(x) for group in groups]
+        return Sweep(f"{kernel} {self.code} P={level}", calls, size)
 
 
-def held(planes: Tensor, rows: int, d_in: int) -> tuple[Plane, ...]:
-    """Packed bytes [P, bytes] as planes."""
-    return tuple(Plane(plane, BytesPlane(), rows, d_in, packed=True) for plane in planes)
+def all_coded(args: argparse.Namespace, shape: str) -> list[Coded]:
+    rows, d_in = map(int, shape.split("x"))
+    return [Coded(code, args.window, rows, d_in) for code in args.code.split(",")]
 
 
-def product_sweeps(
-    memory: Tensor, rows: int, d_in: int, names: list[str], dense_limit: int
-) -> list[Sweep]:
-    """One sweep per kernel and prefix, then the baselines."""
-    groups, x = d_in // 8, torch.randn(1, d_in)
-    plane = -(-rows // 64) * 64 * groups
-    books, rotation = random_books(max(PREFIXES)), Rotation.make(d_in)
-    scales = torch.rand(rows).half()
-    sweeps = []
-    for name in names:
-        for prefix in PREFIXES:
-            count = memory.numel() // (plane * prefix)
-            prepared = [
-                CpuGroup([Matrix(held(planes, rows, d_in), scales)], books, rotation, prefix, name)
-                for planes in memory[: count * plane * prefix].view(count, prefix, plane)
-            ]  # fmt: skip
-            calls = [lambda group=group: group(x) for group in prepared]
-            sweeps.append(Sweep(f"{name} P={prefix}", calls, plane * prefix))
+def dense_sweeps(rows: int, d_in: int, limit: int) -> list[Sweep]:
+    sweeps, x = [], torch.randn(1, d_in)
     for dtype in (torch.bfloat16, torch.float32):
         size = rows * d_in * dtype.itemsize
-        count = max(2, dense_limit // size)
-        weights = [torch.empty(rows, d_in, dtype=dtype) for _ in range(count)]
+        weights = [torch.empty(rows, d_in, dtype=dtype) for _ in range(max(2, limit // size))]
         first = torch.randn(rows, d_in)
         for weight in weights:
             weight.copy_(first)
@@ -117,7 +139,13 @@ def measure_products(args: argparse.Namespace, memory: Tensor) -> list[dict]:
     for shape in args.shapes.split(","):
         rows, d_in = map(int, shape.split("x"))
         stream = stream_sweep(memory, args.threads)
-        sweeps = product_sweeps(memory, rows, d_in, args.kernels.split(","), args.megabytes << 20)
+        sweeps = [
+            coded.sweep(memory, level, kernel)
+            for coded in all_coded(args, shape)
+            for kernel in args.kernels.split(",")
+            for level in coded.levels
+        ]
+        sweeps += dense_sweeps(rows, d_in, args.megabytes << 20)
         for _ in range(args.rounds):
             for sweep in (stream, *sweeps):
                 sweep.run()
@@ -144,72 +172,76 @@ def measure_products(args: argparse.Namespace, memory: Tensor) -> list[dict]:
 
 
 def measure_crossover(args: argparse.Namespace, memory: Tensor) -> list[dict]:
-    """Rows of x at which a dense product overtakes tables."""
+    """Rows of x at which a dense product overtakes the kernel."""
     results = []
+    kernel = args.kernels.split(",")[0]
     for shape in args.shapes.split(","):
-        rows, d_in = map(int, shape.split("x"))
-        books, rotation = random_books(max(PREFIXES)), Rotation.make(d_in)
-        groups = d_in // 8
-        plane = -(-rows // 64) * 64 * groups
-        planes = memory[: 4 * plane].view(4, plane).unbind()
-        held = tuple(Plane(p, rows, groups, True) for p in planes)
-        matrix = Matrix(held, torch.rand(rows))
-        print(f"\n{rows} x {d_in}, {args.threads} thread(s): microseconds, tables / dense")
-        print("rows of x" + "".join(f"{f'P={prefix}':>18}" for prefix in PREFIXES))
-        for n in (1, 2, 4, 8, 16, 32, 64, 128):
-            line = f"{n:9}"
-            for prefix in PREFIXES:
-                prepared = CpuGroup([matrix], books, rotation, prefix, args.kernels.split(",")[0])
-                best = []
-                for dtype in (torch.float32, torch.bfloat16):
-                    x = torch.randn(n, d_in, dtype=dtype)
-                    dense = Sweep("dense", [lambda x=x, b=prepared: b.dense(x)], 0)
-                    tables = Sweep("tables", [lambda x=x, b=prepared: b.gemv(x)], 0)
-                    for _ in range(args.rounds):
-                        dense.run()
-                        tables.run()
-                    best.append((tables.best, dense.best))
-                    results.append(
-                        {
-                            "shape": [rows, d_in], "rows_of_x": n, "prefix": prefix,
-                            "threads": args.threads, "dtype": str(dtype),
-                            "tables_us": tables.best * 1e6, "dense_us": dense.best * 1e6,
-                        }
-                    )  # fmt: skip
-                fastest = min(best[0][1], best[1][1])
-                line += f"{best[0][0] * 1e6:9.0f}/{fastest * 1e6:<8.0f}"
-            print(line)
+        for coded in all_coded(args, shape):
+            matrix, turn = coded.matrix(memory, coded.levels[-1]), Rotation.make(coded.d_in)
+            print(f"\n{shape} {coded.code}, {args.threads} thread(s): microseconds, kernel / dense")
+            print("rows of x" + "".join(f"{f'P={level}':>18}" for level in coded.levels))
+            for n in (1, 2, 4, 8, 16, 32, 64, 128):
+                line = f"{n:9}"
+                for level in coded.levels:
+                    group = coded.group(matrix, level, kernel, turn)
+                    records = [crossing(group, n, dtype, args.rounds) for dtype in DTYPES]
+                    same = {
+                        "shape": [coded.rows, coded.d_in], "code": coded.code, "rows_of_x": n,
+                        "level": level, "threads": args.threads,
+                    }  # fmt: skip
+                    results += [same | record for record in records]
+                    fastest = min(record["dense_us"] for record in records)
+                    line += f"{records[0]['kernel_us']:9.0f}/{fastest:<8.0f}"
+                print(line)
     return results
+
+
+def crossing(group: CpuGroup, n: int, dtype: torch.dtype, rounds: int) -> dict:
+    """Times of both ways of n rows."""
+    x = torch.randn(n, group.d_in, dtype=dtype)
+    dense = Sweep("dense", [lambda: group.dense(x)], 0)
+    kernel = Sweep("kernel", [lambda: group.gemv(x)], 0)
+    for _ in range(rounds):
+        dense.run()
+        kernel.run()
+    return {
+        "dtype": str(dtype),
+        "kernel_us": kernel.best * 1e6,
+        "dense_us": dense.best * 1e6,
+    }
 
 
 def measure_errors(args: argparse.Namespace) -> list[dict]:
     """|y - y64| / |y64| with y64 in float64 from the decoded weights; inputs are not rotated."""
     results = []
     for shape in args.shapes.split(","):
-        rows, d_in = map(int, shape.split("x"))
-        books, straight = random_books(max(PREFIXES)), Rotation(d_in, 1, torch.ones(d_in), None)
-        codes = [torch.randint(0, 256, (rows, d_in // 8)).byte() for _ in PREFIXES]
-        matrix = Matrix(kernels.pack(codes, books.set.planes, rows, d_in), torch.ones(rows))
-        plain = torch.randn(8, d_in)
-        peaked = plain.clone()
-        peaked[:, :: d_in // 4] = 20.0  # four outliers of 20 times the rms
-        print(f"\n{rows} x {d_in}: relative error, Gaussian inputs / with outliers")
-        print(f"{'':24}" + "".join(f"{f'P={prefix}':>20}" for prefix in PREFIXES))
-        for kernel in (k for k in kernels.available() if not k.gpu):
-            line = f"{kernel.name:24}"
-            for prefix in PREFIXES:
-                prepared = CpuGroup([matrix], books, straight, prefix, kernel.name)
-                weight = prepared.weight(0, torch.float64)
-                errors = []
-                for x in (plain, peaked):
-                    want = x.double() @ weight.T
-                    errors.append(float((prepared(x)[0] - want).norm() / want.norm()))
-                line += f"{errors[0]:11.1e}/{errors[1]:.1e} "
-                results.append(
-                    {"name": kernel.name, "shape": [rows, d_in], "prefix": prefix,
-                     "gaussian": errors[0], "outliers": errors[1]}
-                )  # fmt: skip
-            print(line)
+        for coded in all_coded(args, shape):
+            straight = Rotation(coded.d_in, 1, torch.ones(coded.d_in), None)
+            codes = torch.randint(0, 256, (coded.bytes(coded.levels[-1]),)).byte()
+            matrix = coded.matrix(codes, coded.levels[-1])
+            plain = torch.randn(8, coded.d_in)
+            peaked = plain.clone()
+            peaked[:, :: coded.d_in // 4] = 20.0  # four outliers of 20 times the rms
+            print(f"\n{shape} {coded.code}: relative error, Gaussian inputs / with outliers")
+            print(f"{'':24}" + "".join(f"{f'P={level}':>20}" for level in coded.levels))
+            for kernel in kernels.available():
+                if kernel.gpu or not kernel.reads(coded.code):
+                    continue
+                line = f"{kernel.name:24}"
+                for level in coded.levels:
+                    group = coded.group(matrix, level, kernel.name, straight)
+                    weight = group.weight(0, torch.float64)
+                    errors = []
+                    for x in (plain, peaked):
+                        want = x.double() @ weight.T
+                        errors.append(float((group(x)[0] - want).norm() / want.norm()))
+                    line += f"{errors[0]:11.1e}/{errors[1]:.1e} "
+                    results.append(
+                        {"name": kernel.name, "code": coded.code,
+                         "shape": [coded.rows, coded.d_in], "level": level,
+                         "gaussian": errors[0], "outliers": errors[1]}
+                    )  # fmt: skip
+                print(line)
     return results
 
 
@@ -221,6 +253,10 @@ def main() -> int:
     parser.add_argument(
         "--kernels", default="", help="names, comma-separated; default: the best one"
     )
+    parser.add_argument(
+        "--code", default="bytes", help="kinds of planes, comma-separated: bytes,trellis"
+    )
+    parser.add_argument("--window", type=int, default=12, help="bits, of trellis planes")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=int, default=640, help="memory swept, > last cache")

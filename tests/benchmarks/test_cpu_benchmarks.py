@@ -65,16 +65,26 @@ def test_decode(run: Any, tmp_path: Path) -> None:
     assert names == ["2 bits", "2 bits, eager", "3 bits", "3 bits, eager", "4 bits",
                      "4 bits, eager", "torch bfloat16", "torch float32"]  # fmt: skip
     assert all(row["tokens_per_second"] > 0 for row in result["results"])
-    one = run("decode", "--model", tmp_path / "random-tiny", "--torch", "", "--bits", "2", *short)
+    ours = ["--torch", "", "--bits", "2", *short]
+    one = run("decode", "--model", tmp_path / "random-tiny", *ours)
     assert [row["name"] for row in one["results"]] == ["2 bits"]
     assert one["results"][0]["true_bits"] == result["results"][0]["true_bits"]
+    both = run("decode", "--size", "tiny", "--folder", tmp_path, "--code", "bytes,trellis", *ours)
+    assert [row["name"] for row in both["results"]] == ["bytes 2 bits", "trellis 2 bits"]
 
 
 @native
 def test_matvec(run: Any) -> None:
     small = ["--shapes", "64x64", "--rounds", 1, "--megabytes", 1]
     assert {row["shape"][0] for row in run("matvec", *small)["results"]} == {64}
-    assert run("matvec", "--errors", *small)["results"][0]["gaussian"] < 0.05
+    both = ["--code", "bytes,trellis", *small]
+    names = [row["name"].split()[-2:] for row in run("matvec", *both)["results"]]
+    assert ["bytes", "P=4"] in names
+    assert ["trellis", "P=2"] in names
+    errors = run("matvec", "--errors", *both)["results"]
+    assert {row["code"] for row in errors} == {"bytes", "trellis"}
+    assert all(row["gaussian"] < 0.05 for row in errors)
+    assert run("matvec", "--crossover", *both)["results"][-1]["dense_us"] > 0
 
 
 @native
