@@ -36,7 +36,11 @@ ORDER: dict[str, Any] = {"calibration_windows": 4, "seq_len": 64, "windows": 3, 
 
 
 @lru_cache
-def quick_set(levels: tuple[int, ...], lambdas: tuple[float, ...]) -> CodebookSet:
+def quick_set(
+    levels: tuple[int, ...], lambdas: tuple[float, ...], code: str = "bytes", window: int = 12
+) -> CodebookSet:
+    if code == "trellis":
+        return universal.universal_set(levels, None, code, window)
     return BytesSet.of(universal.train(levels, lambdas, samples=2048, rounds=1, beam=2))
 
 
@@ -122,8 +126,9 @@ def test_all_methods_in_one_table(
     for name in ("rtn", "any-precision"):
         assert name in printed.err
     assert "none" in printed.err
-    assert list(result["price_of_nesting"]) == ["2", "4"]
-    assert printed.err.count("price of nesting") == 2
+    assert list(result["price_of_nesting"]) == ["drop", "trellis"]
+    assert all(list(prices) == ["2", "4"] for prices in result["price_of_nesting"].values())
+    assert printed.err.count("price of nesting") == 4
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
     for plot in ("loss", "cost"):
         assert (tmp_path / "out" / f"{plot}.png").read_bytes()[:4] == b"\x89PNG"
@@ -316,7 +321,9 @@ def test_a_method_whose_code_changed_is_made_again_and_no_other(
 def test_sources_name_the_files_a_method_depends_on() -> None:
     for name, method in METHODS.items():
         names = {path.name for path in method.sources()}
-        expected = {"drop": "encoder.py"}.get(name, f"{name.replace('-', '_')}.py")
+        ours = {"drop": "encoder.py", "trellis": "trellis-2-3-4-12.safetensors"}
+        ours["trellis-dedicated"] = "dedicated.py"
+        expected = ours.get(name, f"{name.replace('-', '_')}.py")
         assert expected in names
         assert "suite.py" in names
     assert "additive.py" in {p.name for p in METHODS["aqlm-drop"].sources()}

@@ -17,8 +17,12 @@ from problems import SHORT, matrix_and_gram
 
 
 @lru_cache
-def quick_set(levels: tuple[int, ...], lambdas: tuple[float, ...]) -> CodebookSet:
-    """A universal set that is trained in no time."""
+def quick_set(
+    levels: tuple[int, ...], lambdas: tuple[float, ...], code: str = "bytes", window: int = 12
+) -> CodebookSet:
+    """A universal set that is trained in no time, or one that ships."""
+    if code == "trellis":
+        return universal.universal_set(levels, None, code, window)
     return BytesSet.of(universal.train(levels, lambdas, samples=2048, rounds=1, beam=2))
 
 
@@ -69,10 +73,26 @@ def test_bytes_of_our_codes_are_those_of_a_checkpoint(monkeypatch: pytest.Monkey
                        METHODS["drop"].encode(problem, [1])["a"].levels[1].weight)  # fmt: skip
 
 
+def test_bytes_of_trellis_codes_are_those_of_a_checkpoint() -> None:
+    weight, h = matrix_and_gram(40, 48)
+    problem = Problem({"a": weight, "b": weight[:32]}, h, preset="fast")
+    suites = METHODS["trellis"].encode(problem, [2, 3, 4])
+    row = 2 * 40 + 48  # scales; signs and factors, once an input group
+    assert [suites["a"].levels[p].bytes - row for p in (2, 3, 4)] == [480, 720, 960]
+    assert suites["b"].levels[3].bytes == 48 * (8 + 4) + 2 * 32
+    # 64 values, a scale and 12 taps a plane; the odd factor 3
+    assert METHODS["trellis"].shared(4, {48}) == 3 * (64 + 4 + 12) + 4 * 9
+    alone = METHODS["trellis-dedicated"].encode(problem, [2, 4])
+    for p in (2, 4):
+        assert alone["a"].levels[p].bytes == suites["a"].levels[p].bytes
+    error = [weighted_errors(weight, [s["a"].levels[2].weight], h)[0] for s in (suites, alone)]
+    assert error[1] < error[0]
+
+
 def test_weights_of_the_paper_are_on_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
 
-    def remember(levels: tuple[int, ...], lambdas: tuple[float, ...]) -> CodebookSet:
+    def remember(levels: tuple[int, ...], lambdas: tuple[float, ...], *_: object) -> CodebookSet:
         trained.append((levels, lambdas))
         return quick_set(levels, lambdas)
 

@@ -33,8 +33,9 @@ def rows(factor: float) -> dict[str, Any]:
 def test_ratios_and_bits() -> None:
     found = price_of_nesting({"drop": rows(2.0), "gptq": rows(9.0), "dedicated": rows(1.0)}, BASE)
     assert found is not None
-    assert list(found) == ["2", "3", "4"]
-    for price in found.values():
+    assert list(found) == ["drop"]
+    assert list(found["drop"]) == ["2", "3", "4"]
+    for price in found["drop"].values():
         assert price["excess"] == pytest.approx(2)
         assert price["kl"] == pytest.approx(2)
         assert price["kl_interval"] == pytest.approx([2, 2])  # paired: the windows cancel
@@ -44,7 +45,16 @@ def test_ratios_and_bits() -> None:
 def test_a_code_that_costs_less_than_nothing() -> None:
     found = price_of_nesting({"drop": rows(0.5), "dedicated": rows(1.0)}, BASE)
     assert found is not None
-    assert found["3"]["bits"] == pytest.approx(-0.5)
+    assert found["drop"]["3"]["bits"] == pytest.approx(-0.5)
+
+
+def test_each_kind_has_its_price() -> None:
+    every = {"drop": rows(2.0), "dedicated": rows(1.0), "trellis": rows(0.6)}
+    assert list(price_of_nesting(every, BASE) or {}) == ["drop"]
+    found = price_of_nesting({**every, "trellis-dedicated": rows(0.5)}, BASE)
+    assert found is not None
+    assert found["trellis"]["4"]["kl"] == pytest.approx(1.2)
+    assert found["drop"]["4"]["kl"] == pytest.approx(2)
 
 
 def test_where_there_is_no_answer() -> None:
@@ -53,11 +63,11 @@ def test_where_there_is_no_answer() -> None:
     one = {"bits": {"3": rows(1.0)["bits"]["3"]}}
     found = price_of_nesting({"drop": one, "dedicated": one}, BASE)
     assert found is not None
-    assert found["3"]["bits"] is None
+    assert found["drop"]["3"]["bits"] is None
     flat = {"bits": {p: row(float(p), [1.0] * 3, [1.0] * 3) for p in "23"}}
     found = price_of_nesting({"drop": flat, "dedicated": flat}, BASE)
     assert found is not None
-    assert found["3"]["bits"] is None
+    assert found["drop"]["3"]["bits"] is None
 
 
 def test_ratio_is_paired() -> None:

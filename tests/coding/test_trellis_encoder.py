@@ -13,8 +13,9 @@ from dropbydrop.coding.codebook_set import set_of
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import Effort, encode_group, group_rotation
 from dropbydrop.coding.objective import Coded, condition, objective, weighted_errors
+from dropbydrop.coding.planes import counts_of, family_of
 from dropbydrop.coding.refit import refit_scales
-from dropbydrop.system.errors import DropError
+from dropbydrop.system.errors import PrecisionError
 from naive_trellis import naive_search, normal_set, stream, table, viterbi
 
 LEVELS = (2, 3, 4)
@@ -152,5 +153,23 @@ def test_a_set_survives_its_names() -> None:
 
 
 def test_sets_that_do_not_ship_are_refused_by_name() -> None:
-    with pytest.raises(DropError, match=r"levels 2,7 with a window of 9.*trellis-2-3-4-12"):
-        universal_set((2, 7), None, "trellis", 9)
+    with pytest.raises(PrecisionError, match=r"2,7 with --code trellis.*2,3,4, or 3,4,5"):
+        universal_set((2, 7), None, "trellis")
+    with pytest.raises(PrecisionError, match=r"window of 9.*trellis-2-3-4-12"):
+        universal_set((2, 3), None, "trellis", 9)
+
+
+@pytest.mark.parametrize(
+    ("levels", "bits", "prefixes"),
+    [((4,), [2, 1, 1], (3,)), ((2,), [2], (1,)), ((2, 4), [2, 1, 1], (1, 3)),
+     ((3, 5), [2, 1, 1, 1], (2, 4)), ((1, 3), [1, 1, 1], (1, 3))],
+)  # fmt: skip
+def test_some_levels_of_a_family_have_its_first_planes(
+    levels: tuple[int, ...], bits: list[int], prefixes: tuple[int, ...]
+) -> None:
+    books = universal_set(levels, None, "trellis", 12)
+    assert [plane.bits for plane in books.planes] == bits
+    assert counts_of(books.planes, levels) == prefixes
+    whole = universal_set(family_of(levels), None, "trellis", 12)
+    for one, other in zip(books.parts, whole.parts, strict=False):
+        assert all(torch.equal(one[suffix], other[suffix]) for suffix in one)

@@ -33,12 +33,12 @@ from torch import Tensor
 from dropbydrop.system.atomic_folder import replacing
 from dropbydrop.system.cache import cache_dir
 from dropbydrop.system.digest import code_digest
-from dropbydrop.system.errors import DropError
+from dropbydrop.system.errors import PrecisionError
 
 from .code import ENTRIES, GROUP, expand_set, partial_sums
 from .codebook_set import BytesSet, CodebookSet, set_of
 from .objective import feedback_metric
-from .planes import planes_of
+from .planes import family_of, planes_of
 from .search import search
 
 UNIVERSAL = "universal"  # the name of the set in a checkpoint
@@ -58,20 +58,14 @@ def default_lambdas(levels: Sequence[int]) -> list[float]:
     return [2.2 * weights[0], *weights[1:]] if len(levels) > 1 else weights
 
 
-def name_of(levels: Sequence[int], kind: str = "bytes", window: int = 0) -> str:
-    """File name stem of a shipped set, such as "2-3-4" or "trellis-2-3-4-12"."""
-    stem = "-".join(map(str, levels))
-    return f"trellis-{stem}-{window}" if kind == "trellis" else stem
+def name_of(levels: Sequence[int]) -> str:
+    """File name stem of a shipped set, such as "2-3-4"."""
+    return "-".join(map(str, levels))
 
 
-def file_of_set(
-    levels: Sequence[int],
-    lambdas: Sequence[float] | None = None,
-    kind: str = "bytes",
-    window: int = 0,
-) -> Path:
-    """Where the set for these levels is: in the package or, once it is trained, in the cache."""
-    usual, name = default_lambdas(levels), name_of(levels, kind, window)
+def file_of_set(levels: Sequence[int], lambdas: Sequence[float] | None = None) -> Path:
+    """Where the set of byte planes is: in the package or, once it is trained, in the cache."""
+    usual, name = default_lambdas(levels), name_of(levels)
     shipped = _FOLDER / f"{name}.safetensors"
     weights = usual if lambdas is None else list(lambdas)
     if weights == usual and shipped.is_file():
@@ -86,21 +80,22 @@ def universal_set(
     levels: tuple[int, ...],
     lambdas: tuple[float, ...] | None = None,
     kind: str = "bytes",
-    window: int = 0,
+    window: int = 12,
 ) -> CodebookSet:
-    """The set for these levels; that of byte planes is float32, with entries exact in float16.
+    """The set for these levels: of byte planes float32, with entries exact in float16.
 
     Args:
         levels: supervised levels, ascending; the last reads all planes.
-        lambdas: their weights in J, by default `default_lambdas`.
+        lambdas: of byte planes: their weights in J, by default `default_lambdas`. The set of
+            trellis planes depends on what they are and not on which levels are supervised.
         kind: of the planes. window: of trellis planes, bits.
 
     Raises:
-        DropError: no set of trellis planes ships for these levels and this window.
+        PrecisionError: levels, or a window, for which no set of trellis planes ships.
     """
-    path = file_of_set(levels, lambdas, kind, window)
     if kind == "trellis":
-        return _trellis_set(path, levels, window)
+        return _trellis_set(levels, window)
+    path = file_of_set(levels, lambdas)
     with suppress(OSError, SafetensorError, KeyError):  # not there, or damaged: trained again
         return BytesSet.of(load_file(path)["codebooks"].to(torch.float32))
     codebooks = train(levels, lambdas or default_lambdas(levels), **TRAINING)
@@ -109,15 +104,16 @@ def universal_set(
     return BytesSet.of(codebooks)
 
 
-def _trellis_set(path: Path, levels: Sequence[int], window: int) -> CodebookSet:
-    """A set of trellis planes that ships."""
+def _trellis_set(levels: Sequence[int], window: int) -> CodebookSet:
+    """The first planes of the set of a family (planes.py), as it ships."""
+    path = _FOLDER / f"trellis-{name_of(family_of(levels))}-{window}.safetensors"
     if path.is_file():
         return set_of(planes_of("trellis", levels, window), load_file(path))
     shipped = sorted(file.stem for file in _FOLDER.glob("trellis-*.safetensors"))
-    raise DropError(
+    raise PrecisionError(
         f"no codebooks of trellis planes ship for levels {','.join(map(str, levels))} with a "
-        f"window of {window} bits (there are: {', '.join(shipped) or 'none'}). Choose other "
-        "--bits, or --code bytes, whose codebooks are trained when they are first needed."
+        f"window of {window} bits (there are: {', '.join(shipped)}). Choose another preset, other "
+        "--bits, or --code bytes."
     )
 
 

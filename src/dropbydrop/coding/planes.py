@@ -21,12 +21,13 @@ from dataclasses import asdict, dataclass, is_dataclass
 from itertools import accumulate
 from typing import Any, ClassVar
 
-from dropbydrop.system.errors import FormatError
+from dropbydrop.system.errors import FormatError, PrecisionError
 
 from .code import ENTRIES, GROUP
 
 LABELS = 64  # values of a trellis plane: a label has 6 bits
 WINDOWS = range(8, 18)  # bits of a window that every decoder knows: it spans three bytes
+FAMILIES = ((2, 3, 4), (3, 4, 5), (1, 2, 3, 4))  # of levels; each has a universal set
 SHORTEST = 3  # bytes of a stream: no window is longer
 
 
@@ -156,8 +157,29 @@ def trellis_planes(levels: Sequence[int], window: int) -> tuple[TrellisPlane, ..
     return tuple(TrellisPlane(b, window) for b in bits)
 
 
+def family_of(levels: Sequence[int]) -> tuple[int, ...]:
+    """The levels whose trellis planes serve `levels`: the first of `FAMILIES` that has them all.
+
+    Raises:
+        PrecisionError: no family has them.
+    """
+    for family in FAMILIES:
+        if set(levels) <= set(family):
+            return family
+    known = ", or ".join(",".join(map(str, family)) for family in FAMILIES)
+    raise PrecisionError(
+        f"--bits {','.join(map(str, levels))} with --code trellis: trellis planes serve levels out "
+        f"of {known}. Choose among one of these, or take --code bytes."
+    )
+
+
 def planes_of(kind: str, levels: Sequence[int], window: int) -> tuple[PlaneSpec, ...]:
-    """The planes of a checkpoint of this kind for these levels; `window` is that of a trellis."""
+    """The planes that `quantize` gives a checkpoint; `window` is that of trellis planes.
+
+    Raises:
+        PrecisionError: levels that this kind does not have.
+    """
     if kind == "trellis":
-        return trellis_planes(levels, window)
+        planes = trellis_planes(family_of(levels), window)
+        return planes[: list(accumulate(plane.bits for plane in planes)).index(levels[-1]) + 1]
     return tuple(BytesPlane() for _ in range(levels[-1]))

@@ -69,19 +69,14 @@ class Job:
         """Those of the checkpoint."""
         return planes_of(self.config.code, self.config.levels, self.effort.window)
 
-    @property
-    def _set(self) -> tuple[tuple[int, ...], None, str, int]:
-        """How `coding.codebooks` calls the universal set."""
-        return self.config.levels, None, self.config.code, self.effort.window
-
     def universal(self) -> CodebookSet:
         """The universal set, which is trained first if need be."""
-        return universal_set(*self._set)
+        return universal_set(self.config.levels, None, self.config.code, self.effort.window)
 
     @property
     def trained(self) -> bool:
         """Whether the universal set is there already."""
-        return file_of_set(*self._set).is_file()
+        return self.config.code == "trellis" or file_of_set(self.config.levels).is_file()
 
     @property
     def windows_asked(self) -> int:
@@ -121,7 +116,10 @@ def prepare(model: str | Path, config: QuantizeConfig, *, ready: Calibration | N
         device=str(runner.device),
         backend=config.backend or backends(config.code, runner.device)[0],
     )
-    return Job(complete, source, runner, EFFORTS[config.preset], ready)
+    job = Job(complete, source, runner, EFFORTS[config.preset], ready)
+    if config.code == "trellis":
+        job.universal()  # refuses levels that it does not have
+    return job
 
 
 def _check_windows(ready: Calibration, windows: int | None, longest: int, vocab: int) -> None:

@@ -5,6 +5,8 @@ levels in, decoded weights with their true bytes out (suite.py). None of them kn
 
     drop           one nested code, this package        drop.py
     dedicated      the same, one code a level           dedicated.py
+    trellis        drop with trellis planes             drop.py
+    trellis-dedicated   the same, one code a level      dedicated.py
     paper-weights  drop under the paper's weights       paper_weights.py
     paper          AQLM's loop under the nested loss    paper.py      \\
     aqlm           AQLM, one code a level               aqlm.py        } additive.py
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -123,10 +126,10 @@ def _seeded(one: Callable[..., Suite]) -> Encode:
     }
 
 
-def _grouped(method: Callable[..., dict[str, Suite]]) -> Encode:
+def _grouped(method: Callable[..., dict[str, Suite]], **options: str) -> Encode:
     """`encode` of this package's own methods, which take the matrices of a group together."""
     return lambda problem, levels: method(
-        problem.weights, problem.gram, levels, problem.preset, problem.seed
+        problem.weights, problem.gram, levels, problem.preset, problem.seed, **options
     )
 
 
@@ -142,6 +145,13 @@ METHODS: dict[str, Method] = {
         Method("dedicated", "ours, dedicated", False, _grouped(dedicated.dedicated),
                (*_ENCODER, "baselines/dedicated.py"), shared=drop.shared_bytes,
                prepare=dedicated.prepare, uses_preset=True),
+        Method("trellis", "Drop-by-Drop (nested trellis)", True,
+               _grouped(drop.drop, code="trellis"), _ENCODER,
+               shared=partial(drop.shared_bytes, code="trellis"), uses_preset=True),
+        Method("trellis-dedicated", "ours, trellis, dedicated", False,
+               _grouped(dedicated.dedicated, code="trellis"),
+               (*_ENCODER, "baselines/dedicated.py"),
+               shared=partial(drop.shared_bytes, code="trellis"), uses_preset=True),
         Method("paper-weights", "ours, the paper's weights", True,
                _grouped(paper_weights.paper_weights),
                (*_ENCODER, "baselines/paper_weights.py"), shared=drop.shared_bytes,

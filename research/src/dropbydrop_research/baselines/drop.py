@@ -1,8 +1,9 @@
 """`drop`: this package's quantizer, one nested code for all levels, as `quantize` runs it.
 
-The matrices of an input group share a rotation, so this method takes a group rather than a matrix.
-Signs and input scales are counted with the first matrix of the group; codebooks and odd factors are
-stored once a checkpoint (`shared_bytes`).
+`trellis` is the same with trellis planes (`--code trellis`). The matrices of an input group share a
+rotation, so this method takes a group rather than a matrix. Signs and input scales are counted with
+the first matrix of the group; codebooks and odd factors are stored once a checkpoint
+(`shared_bytes`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dropbydrop.coding.code import ENTRIES, GROUP
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import EFFORTS, encode_group, group_rotation
+from dropbydrop.coding.planes import counts_of, planes_of
 from dropbydrop.coding.rotation import split_odd
 
 from .suite import Level, Suite
@@ -40,6 +41,7 @@ def drop(
     preset: str,
     seed: int,
     supervision: Supervision | None = None,
+    code: str = "bytes",
 ) -> dict[str, Suite]:
     """Encode the matrices of an input group.
 
@@ -48,27 +50,30 @@ def drop(
         preset: search effort: fast, balanced or best.
         seed: seed of the rotation.
         supervision: levels and weights in J, up to the highest of `levels`; None: the default.
+        code: kind of the planes.
 
     Raises:
         CalibrationError: H is not finite or not positive definite even after damping.
+        PrecisionError: levels that trellis planes do not have.
     """
-    chosen = tuple(sorted(levels))
+    chosen, effort = tuple(sorted(levels)), EFFORTS[preset]
     d_in = gram.shape[0]
     rotation = group_rotation(weights, gram, seed)
     at, lambdas = supervision or Supervision.default(chosen)
-    books = universal_set(at, lambdas).to(gram.device)
-    coded = encode_group(weights, gram, rotation, books, at, lambdas, EFFORTS[preset])
+    books = universal_set(at, lambdas, code, effort.window).to(gram.device)
+    coded = encode_group(weights, gram, rotation, books, at, lambdas, effort)
+    prefixes = counts_of(books.planes, chosen)
     suites, inputs = {}, d_in
-    for name, code in coded.items():
-        scales = code.scales.float()[:, None]
+    for name, found in coded.items():
+        scales = found.scales.float()[:, None]
+        sizes = [plane.nbytes(len(scales), d_in) for plane in books.planes]
         fixed = 2 * len(scales) + inputs
-        plane = code.codes[0].numel()
-        sums = books.sums(code.codes, len(scales), chosen)  # [d_out, d_in] each
+        sums = books.sums(found.codes, len(scales), prefixes)  # [d_out, d_in] each
         served = {
-            p: Level(rotation.transpose(scales * q), p * plane + fixed)
-            for p, q in zip(chosen, sums, strict=True)
+            p: Level(rotation.transpose(scales * q), sum(sizes[:count]) + fixed)
+            for p, count, q in zip(chosen, prefixes, sums, strict=True)
         }
-        suites[name] = Suite(served, (chosen[-1] * plane + fixed,))
+        suites[name] = Suite(served, (sum(sizes) + fixed,))
         inputs = 0
     return suites
 
@@ -78,8 +83,10 @@ def prepare(levels: Sequence[int], supervision: Supervision | None = None) -> No
     universal_set(*(supervision or Supervision.default(levels)))
 
 
-def shared_bytes(level: int, widths: Collection[int]) -> int:
-    """What a checkpoint stores once: the universal codebooks of `level` planes in float16 (halves,
-    by sign symmetry) and, for inputs of these widths, the odd factors of rotations in float32."""
+def shared_bytes(level: int, widths: Collection[int], code: str = "bytes") -> int:
+    """What a checkpoint stores once: the universal codebooks of a level's planes as they are stored
+    (of trellis planes about 80 bytes each, with the window of `balanced`) and, for inputs of these
+    widths, the odd factors of rotations in float32."""
     odd = {split_odd(d_in)[1] for d_in in widths} - {1}
-    return level * ENTRIES // 2 * GROUP * 2 + sum(4 * size * size for size in odd)
+    books = sum(p.codebook_bytes for p in planes_of(code, (level,), EFFORTS["balanced"].window))
+    return books + sum(4 * size * size for size in odd)

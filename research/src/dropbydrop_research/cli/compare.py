@@ -97,13 +97,14 @@ def print_comparison(result: Mapping[str, Any], out: Console) -> None:
             ", ".join(map(str, method["lacks"])) or "none",
         )
     out.print(cost)
-    for p, price in (result["price_of_nesting"] or {}).items():
-        bits = "" if price["bits"] is None else f", {price['bits']:.2f} bits"
-        out.print(
-            f"price of nesting at {p} bits: excess {price['excess']:.2f} times that of a code for "
-            f"this level alone{_within(price['excess_interval'])}, KL {price['kl']:.2f}"
-            f"{_within(price['kl_interval'])}{bits}"
-        )
+    for method, prices in (result["price_of_nesting"] or {}).items():
+        for p, price in prices.items():
+            bits = "" if price["bits"] is None else f", {price['bits']:.2f} bits"
+            out.print(
+                f"{method}: price of nesting at {p} bits: excess {price['excess']:.2f} times that "
+                f"of a code for this level alone{_within(price['excess_interval'])}, KL "
+                f"{price['kl']:.2f}{_within(price['kl_interval'])}{bits}"
+            )
     out.print(
         f"{result['calibration_seconds']:.0f} s of calibration pass are shared by all; "
         f"{result['threads']} threads. KL and excess loss in nats a token; no method is fine-tuned."

@@ -8,8 +8,8 @@ from dropbydrop.quantization.config import WINDOWS, check_levels
 from dropbydrop.system.settings import Settings, setting
 
 ALL = (
-    "drop", "dedicated", "paper-weights", "paper", "aqlm", "aqlm-drop", "gptq", "rtn",
-    "any-precision", "matryoshka",
+    "drop", "dedicated", "trellis", "trellis-dedicated", "paper-weights", "paper", "aqlm",
+    "aqlm-drop", "gptq", "rtn", "any-precision", "matryoshka",
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ class CompareConfig(Settings):
     windows: int | None = setting(None, "Number of windows of --text [all].")
     preset: str = setting(
         "balanced",
-        "Search effort of drop and dedicated: fast, balanced or best.",
+        "Search effort of this package: fast, balanced or best.",
         choices=tuple(WINDOWS),
     )
     seed: int = setting(0, "Seed of the calibration and of what methods draw.")

@@ -1,6 +1,7 @@
 """The price of nesting: one code for all levels against a code of the same kind for each level.
 
-For every level P that both `drop` and `dedicated` have, on the same windows:
+For `drop` and `dedicated`, and for `trellis` and `trellis-dedicated`, at every level that both
+have, on the same windows:
 
     excess, kl   nested over dedicated, 1 being free, with 95 % intervals of a bootstrap that draws
                  the same windows for both
@@ -18,25 +19,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NESTED, DEDICATED = "drop", "dedicated"
+PAIRS = {"drop": "dedicated", "trellis": "trellis-dedicated"}
+
+Prices = dict[str, dict[str, Any]]
+"""Level -> {"excess", "excess_interval", "kl", "kl_interval", "bits"}; an interval is None for one
+window, "bits" for one level or where the KL does not fall from level to level."""
 
 
 def price_of_nesting(
     methods: Mapping[str, Any], reference: Sequence[float]
-) -> dict[str, dict[str, Any]] | None:
-    """Level -> prices, JSON-able; None unless both methods are there.
+) -> dict[str, Prices] | None:
+    """Nested method -> prices, JSON-able; None if no pair is there.
 
     Args:
         methods: rows of a comparison (run.py), each level with its "per_window" figures.
         reference: nll of the original in nats a token, by window.
-
-    Returns:
-        {level: {"excess", "excess_interval", "kl", "kl_interval", "bits"}}; an interval is None for
-        one window, "bits" for one level or where the KL does not fall from level to level.
     """
-    if NESTED not in methods or DEDICATED not in methods:
-        return None
-    nested, dedicated = methods[NESTED]["bits"], methods[DEDICATED]["bits"]
+    found = {
+        one: _prices(methods[one]["bits"], methods[other]["bits"], reference)
+        for one, other in PAIRS.items()
+        if one in methods and other in methods
+    }
+    return found or None
+
+
+def _prices(
+    nested: Mapping[str, Any], dedicated: Mapping[str, Any], reference: Sequence[float]
+) -> Prices:
+    """Of the levels that both have."""
     ascending = sorted((p for p in nested if p in dedicated), key=int)
     base = torch.tensor(reference, dtype=torch.float64)
     found = {}

@@ -46,7 +46,7 @@ def rates_of(checkpoint: Checkpoint, levels: Sequence[int] | None) -> dict[int, 
     """
     if levels is None:
         present = len(checkpoint.planes_present())
-        levels = [p for p in checkpoint.levels if p <= present] or checkpoint.levels[:1]
+        levels = checkpoint.quantization.served_by(present) or checkpoint.levels[:1]
     return {p: checkpoint.true_bits(checkpoint.require(p)) for p in sorted(levels)}
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def package_encoder(preset: str = "balanced", seed: int = 0) -> Encode:
-    """encode(W, H, levels) with rotation, universal codebooks and row scales.
+    """encode(W, H, levels) with rotation, universal codebooks of byte planes and row scales.
 
     Input scales are those of the matrix alone; in a checkpoint the matrices of an input group
     share them. Beyond the codes it spends 16 bits a row: pass `overhead=overhead(d_in)` to the

@@ -36,6 +36,8 @@ SERIES: tuple[dict[str, Any], ...] = (
     {"color": GREY, "marker": "*", "linestyle": "-"},
     {"color": BROWN, "marker": "h", "linestyle": "--"},
     {"color": OLIVE, "marker": "<", "linestyle": ":"},
+    {"color": BLUE, "marker": ">", "linestyle": "--"},
+    {"color": VERMILLION, "marker": "p", "linestyle": "-."},
 )
 """Keyword arguments of successive series; use `series(i)`."""
 
