@@ -9,8 +9,8 @@
 // A weight costs a look-up of its value and 3/4 of a bank's turn for its label: shared memory is
 // what limits this kernel, 1.75 turns of a warp for 32 weights.
 //
-// Compile-time constants: STRIDE (a power of two, 8 to 128), VECTOR (bytes a load of codes may take:
-// 4, 1), THREADS of a block.
+// Compile-time constants: STRIDE (a power of two, 16 to 128), VECTOR (bytes a load of codes may
+// take: 4, 1), THREADS of a block.
 
 constexpr int TILE = 16;  // rows of a warp
 constexpr int TABLES = 3 * 256;
@@ -23,15 +23,19 @@ struct Planes {
 
 // The tables and values of a plane into shared memory, as the note has them; not yet synchronized.
 __device__ inline void fill(uint4 *to, const uint2 *tables, const u32 *values) {
-  constexpr int each = STRIDE / 8;
-  uint2 *pairs = (uint2 *)to;
-  for (int i = threadIdx.x; i < TABLES * each; i += THREADS) pairs[i] = tables[i / each];
-  if (threadIdx.x < 16) ((u32 *)(pairs + TABLES * each))[threadIdx.x] = values[threadIdx.x];
+  constexpr int each = STRIDE / 16, count = TABLES * each;
+#pragma unroll 8
+  for (int k = 0; k < (count + THREADS - 1) / THREADS; k++) {
+    const int i = k * THREADS + threadIdx.x;
+    const uint2 pair = tables[(i < count ? i : 0) / each];
+    if (i < count) to[i] = make_uint4(pair.x, pair.y, pair.x, pair.y);
+  }
+  if (threadIdx.x < 16) ((u32 *)(to + count))[threadIdx.x] = values[threadIdx.x];
 }
 
 // Where the entry of byte c of a word is: bytes from the first entry of a table.
 __device__ inline u32 entry_of(u32 word, int c) {
-  constexpr int shift = STRIDE == 128 ? 7 : STRIDE == 64 ? 6 : STRIDE == 32 ? 5 : STRIDE == 16 ? 4 : 3;
+  constexpr int shift = STRIDE == 128 ? 7 : STRIDE == 64 ? 6 : STRIDE == 32 ? 5 : 4;
   const int by = 8 * c - shift;
   return (by < 0 ? word << -by : word >> by) & (255u << shift);
 }
@@ -88,16 +92,19 @@ __device__ inline u32 load_codes(const u8 *from, int at, int d) {
   return word;
 }
 
-// Bytes of a tile's streams and two above it: offsets from the first. The stream is a ring.
+// The byte of a stream of `rows` rows that tile `tile` reads as number t, from 0 for the second one
+// above it. The stream is a ring.
+template <int K> __device__ inline int byte_of(int tile, int t, int rows) {
+  const int have = (K * rows + 7) / 8, bytes = have < 3 ? 3 : have;
+  const int at = tile * (TILE * K / 8) - 2 + t;
+  return at < 0 ? at + bytes : at < bytes ? at : bytes - 1;
+}
+
+// Where all of these are, in codes [bytes, d].
 template <int K>
 __device__ inline void offsets_of(int tile, int rows, int d, u32 (&offsets)[TILE * K / 8 + 2]) {
-  const int have = (K * rows + 7) / 8, bytes = have < 3 ? 3 : have;
-  const int first = tile * (TILE * K / 8) - 2;
 #pragma unroll
-  for (int t = 0; t < TILE * K / 8 + 2; t++) {
-    const int at = first + t;
-    offsets[t] = (u32)(at < 0 ? at + bytes : at < bytes ? at : bytes - 1) * (u32)d;
-  }
+  for (int t = 0; t < TILE * K / 8 + 2; t++) offsets[t] = (u32)byte_of<K>(tile, t, rows) * (u32)d;
 }
 
 #endif

@@ -95,28 +95,46 @@ struct Job {
   float inverse[N];
 };
 
+// The tile that is number `tile` of all matrices.
+struct Place {
+  const u8 *codes;  // of its matrix
+  int tile, rows;   // in its matrix; rows of that
+  int first;        // row of its matrix, counted over all
+};
+__device__ inline Place place_of(const Matrices &all, int tile, int m) {
+  Place at = {all.codes[0][m], tile, all.rows[0], 0};
+#pragma unroll
+  for (int i = 1; i < MOST; i++) {
+    const int before = (at.rows + TILE - 1) / TILE;
+    if (at.tile >= before && all.rows[i]) {
+      at = {all.codes[i][m], at.tile - before, all.rows[i], at.first + at.rows};
+    }
+  }
+  return at;
+}
+
 // Sums of a tile over a chunk of inputs; those of row r, summed over lanes, are for lane r.
 template <int K>
-__device__ inline void sums_of(const Job &job, const u8 *tables, const u8 *codes, int tile, int rows,
-                               int split, long long (&total)[N]) {
+__device__ inline void sums_of(const Job &job, const u8 *tables, const Place &place, int split,
+                               long long (&total)[N]) {
   constexpr int words = TILE * K / 8 + 2;
   const int lane = threadIdx.x & 31;
   const u32 copy = K == 2 ? lane * 4 % STRIDE : lane * 8 % STRIDE;
   u32 offsets[words], next[words];
-  offsets_of<K>(tile, rows, job.d, offsets);
+  offsets_of<K>(place.tile, place.rows, job.d, offsets);
   const int start = split * job.chunk + lane * 4;
   const int stop = (split + 1) * job.chunk < job.d ? (split + 1) * job.chunk : job.d;
   int sums[N][TILE];
   for (int i = 0; i < N; i++)
     for (int r = 0; r < TILE; r++) sums[i][r] = 0;
 #pragma unroll
-  for (int t = 0; t < words; t++) next[t] = load_codes(codes + offsets[t], start, job.d);
+  for (int t = 0; t < words; t++) next[t] = load_codes(place.codes + offsets[t], start, job.d);
   for (int at = start; at - lane * 4 < stop; at += 128) {
     u32 now[words], inputs[N][2];
 #pragma unroll
     for (int t = 0; t < words; t++) {
       now[t] = next[t];
-      next[t] = load_codes(codes + offsets[t], at + 128, at + 128 - lane * 4 < stop ? job.d : 0);
+      next[t] = load_codes(place.codes + offsets[t], at + 128, at + 128 - lane * 4 < stop ? job.d : 0);
     }
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -153,7 +171,18 @@ product(const Matrices all, const Planes planes, const uint2 *tables, const u32 
         int width, int spans, int splits, int chunk) {
   extern __shared__ uint4 shared[];
   const int P = planes.count, m = blockIdx.x % P, first_x = blockIdx.y * N;
-  const int lane = threadIdx.x & 31;
+  const int lane = threadIdx.x & 31, bits = planes.bits[m];
+  const int warp = blockIdx.x / P * (THREADS / 32) + threadIdx.x / 32;
+  int tiles = 0, rows = 0;
+  for (int i = 0; i < MOST; i++) {
+    tiles += (all.rows[i] + TILE - 1) / TILE;
+    rows += all.rows[i];
+  }
+  if (warp < tiles * splits && lane < TILE * bits / 8 + 2) {
+    const Place at = place_of(all, warp % tiles, m);
+    const int byte = bits == 2 ? byte_of<2>(at.tile, lane, at.rows) : byte_of<1>(at.tile, lane, at.rows);
+    prefetch(at.codes + (long long)byte * d + warp / tiles * chunk);
+  }
   fill(shared, tables + m * TABLES, values + m * 16);
   wait_for_inputs();
   Job job = {rotated + (long long)first_x * width, n - first_x, d, width, chunk};
@@ -165,33 +194,16 @@ product(const Matrices all, const Planes planes, const uint2 *tables, const u32 
   }
   __syncthreads();
 
-  int tiles = 0, rows = 0;
-  for (int i = 0; i < MOST; i++) {
-    tiles += (all.rows[i] + TILE - 1) / TILE;
-    rows += all.rows[i];
-  }
-  for (int unit = blockIdx.x / P * (THREADS / 32) + threadIdx.x / 32; unit < tiles * splits;
-       unit += gridDim.x / P * (THREADS / 32)) {
+  for (int unit = warp; unit < tiles * splits; unit += gridDim.x / P * (THREADS / 32)) {
     const int whole = unit % tiles, split = unit / tiles;
-    int tile = whole, own = all.rows[0], first_row = 0;
-    const u8 *codes = all.codes[0][m];
-#pragma unroll
-    for (int i = 1; i < MOST; i++) {
-      const int before = (own + TILE - 1) / TILE;
-      if (tile >= before && all.rows[i]) {
-        tile -= before;
-        first_row += own;
-        own = all.rows[i];
-        codes = all.codes[i][m];
-      }
-    }
+    const Place place = place_of(all, whole, m);
     long long total[N];
-    if (planes.bits[m] == 2)
-      sums_of<2>(job, (const u8 *)shared, codes, tile, own, split, total);
+    if (bits == 2)
+      sums_of<2>(job, (const u8 *)shared, place, split, total);
     else
-      sums_of<1>(job, (const u8 *)shared, codes, tile, own, split, total);
-    const int row = first_row + tile * TILE + lane % TILE;
-    const bool inside = tile * TILE + lane % TILE < own;
+      sums_of<1>(job, (const u8 *)shared, place, split, total);
+    const int row = place.first + place.tile * TILE + lane % TILE;
+    const bool inside = place.tile * TILE + lane % TILE < place.rows;
     if (lane < TILE && inside)
 #pragma unroll
       for (int i = 0; i < N; i++)

@@ -32,7 +32,7 @@ from .nvrtc import Function, pointer, source
 NAME = "cuda-i16"
 SOURCE = source("rotate.cu", "labels.cu", "trellis.cu")
 DENSE = source("labels.cu", "trellis_dense.cu")
-MOST_STEPS = 32767  # of an input, to either side
+MOST_STEPS = 127 * 256 + 127  # of an input, to either side: native/kernels/trellis.h
 TILE = 16  # rows of W that a warp takes
 PIECE = 128  # inputs that a warp takes at once
 _LONGEST = 1 << 15  # inputs whose sums in a lane fit 32 bits: 63 * MOST_STEPS * _LONGEST / 32
@@ -295,7 +295,7 @@ class _Codes(ctypes.Structure):
 
 def dense_defines(planes: int, vector: int, limit: int) -> dict[str, int]:
     """The compile-time constants of trellis_dense.cu."""
-    stride = next(s for s in (128, 64, 32, 16, 8) if planes * table_bytes(s) <= limit)
+    stride = next(s for s in (128, 64, 32, 16) if planes * table_bytes(s) <= limit)
     return {"THREADS": 256, "STRIDE": stride, "VECTOR": vector}
 
 
