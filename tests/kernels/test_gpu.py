@@ -24,7 +24,7 @@ from dropbydrop.coding.codebook_set import BytesSet
 from dropbydrop.coding.rotation import Rotation, hadamard_on
 from dropbydrop.kernels import cuda as gpu
 from dropbydrop.kernels import registry
-from dropbydrop.kernels.cuda import ops
+from dropbydrop.kernels.cuda import int8, ops
 from dropbydrop.runtime import fused_groups as together
 from dropbydrop.runtime.int8_modules import NestedHead
 from dropbydrop.system.errors import KernelError
@@ -442,7 +442,7 @@ def spied(function, calls):
 
 class TestChoice:
     def test_nothing_is_chosen_for_the_wrong_device(self):
-        for name in ("triton", "cuda-i8"):
+        for name in ("triton", "cuda-i8", "cuda-i16"):
             row = next(row for row in registry.table() if row.name == name)
             assert row.gpu
             assert not row.native
@@ -460,16 +460,29 @@ class TestChoice:
 
     def test_without_triton_cuda_runs_on_torch(self, monkeypatch):
         monkeypatch.setattr(registry, "available", lambda: [registry.table()[-1]])
-        assert registry._automatic("cuda").name == "torch"
+        assert registry._automatic("cuda", "bytes").name == "torch"
 
-    def test_the_one_percent_kernel_is_never_chosen(self, monkeypatch):
-        rows = [
-            registry.Kernel("cuda-i8", "", -1, True, "", "cuda"),
-            registry.Kernel("triton", "", -1, True, "", "cuda"),
-            registry.table()[-1],
-        ]
+    def test_the_one_percent_kernel_gives_way(self, monkeypatch):
+        """To Triton with many planes or what does not fit, unless it is named."""
+        rows = [replace(row, supported=True) for row in registry.table() if not row.native]
+        monkeypatch.delenv(registry.VARIABLE, raising=False)
         monkeypatch.setattr(registry, "available", lambda: rows)
-        assert registry._automatic("cuda").name == "triton"
+        assert registry._automatic("cuda", "bytes").name == "cuda-i8"
+        assert registry._automatic("cuda", "trellis").name == "cuda-i16"
+        assert registry.fallbacks("cuda", "bytes", None) == ["cuda-i8", "triton", "torch"]
+        assert registry.fallbacks("cuda", "trellis", None) == ["cuda-i16", "torch"]
+        assert registry.fallbacks("cuda", "bytes", "cuda-i8") == []
+        monkeypatch.setenv(registry.VARIABLE, "cuda-i8")
+        assert registry.fallbacks("cuda", "bytes", None) == []
+        monkeypatch.setattr(int8, "shared_memory", lambda device: int8._SHARED)
+        small, large = Rotation.make(64, 0), Rotation(1 << 16, 1 << 16, torch.ones(1 << 16), None)
+        assert gpu.takes("cuda-i8", small, 4)
+        assert not gpu.takes("cuda-i8", small, 5)
+        assert not gpu.takes("cuda-i8", large, 2)
+        assert gpu.takes("cuda-i16", small, 8)
+        assert not gpu.takes("cuda-i16", large, 2)
+        assert gpu.takes("triton", large, 8)
+        assert gpu.takes("torch", large, 8)
 
     def test_hadamard_factors_are_copied_once(self):
         where = torch.device("cpu")
@@ -509,10 +522,13 @@ def test_importing_the_package_loads_no_gpu_software():
     )
 
 
+KIND = {"triton": "bytes", "cuda-i8": "bytes", "cuda-i16": "trellis"}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
 class TestDevice:
-    @pytest.mark.parametrize("kernel", ["triton", "cuda-i8"])
+    @pytest.mark.parametrize("kernel", ["triton", "cuda-i8", "cuda-i16"])
     def test_random_shapes_against_the_reference(self, kernel):
         """P = 1..8, both 16-bit types, odd rows and tails, on the device itself."""
         gen = torch.Generator().manual_seed(0)
@@ -521,16 +537,16 @@ class TestDevice:
                 d_out, groups, n = (
                     int(torch.randint(1, high, (1,), generator=gen)) for high in (700, 600, 17)
                 )
-                case = Case(d_out, groups, prefix, n=n)
+                case = Case(d_out, groups, prefix, n=n, kind=KIND[kernel])
                 input_group = group_of(case, prefix, kernel=kernel)
                 x = case.x.cuda().to(dtype)
                 exact = case.exact(prefix, input_group.rotation.apply(x.double()).cpu())
                 error = (input_group(x)[0].cpu().double() - exact).norm() / exact.norm()
                 assert error < (0.03 if kernel == "cuda-i8" else 0.01)
 
-    @pytest.mark.parametrize("kernel", ["triton", "cuda-i8"])
+    @pytest.mark.parametrize("kernel", ["triton", "cuda-i8", "cuda-i16"])
     def test_graphs_replay_the_same_bits(self, kernel):
-        case = Case(300, 72, 3, n=2)
+        case = Case(300, 72, 3, n=2, kind=KIND[kernel])
         input_group = group_of(case, 3, kernel=kernel)
         x = case.x.cuda().half()
         want = input_group(x)[0]
@@ -551,3 +567,31 @@ class TestDevice:
             for dtype in DTYPES:
                 got = ops.decode(planes[:prefix], tables, case.scales.to(at), dtype, kernel).cpu()
                 assert torch.equal(got, decode(case.codes, case.tables, case.scales, prefix, dtype))
+
+    def test_trellis_products_are_those_of_the_cpu(self):
+        """Bit for bit, for 1 to 16 rows and several matrices, without a rotation."""
+        first = Case(4096, 256, 3, n=16, kind="trellis")
+        more = [Case(rows, 256, 3, seed=rows, kind="trellis", books=first.set) for rows in (70, 33)]
+        for n in (1, 2, 3, 16):
+            x, results = first.x[:n], []
+            for at, name in (("cuda", "cuda-i16"), ("cpu", None)):
+                matrices = [kernels.Matrix(c.stored(at), c.scales.to(at)) for c in [first, *more]]
+                if name is None:
+                    matrices = [kernels.Matrix(c.planes_held, c.scales) for c in [first, *more]]
+                identity = Rotation(2048, 1, torch.ones(2048, device=at), None)
+                books = kernels.prepare_codebooks(first.set)
+                group = kernels.prepare_group(matrices, books, identity, 3, name)
+                results.append([y.cpu() for y in group(x.to(at))])
+            if not registry.select(kind="trellis").native:
+                pytest.skip("no native kernel to compare with")
+            for got, want in zip(*results, strict=True):
+                assert torch.equal(got, want)
+
+    def test_trellis_decoding_is_exact(self):
+        for rows, groups, planes in ((333, 77, 3), (37, 64, 1), (100, 40, 6)):
+            case = Case(rows, groups, planes, kind="trellis")
+            matrix = kernels.Matrix(case.stored("cuda"), case.scales.cuda())
+            for prefix in range(1, planes + 1):
+                for dtype in DTYPES:
+                    got = kernels.decode_dense(matrix, case.books, prefix, dtype).cpu()
+                    assert torch.equal(got, case.set.decode(case.codes, case.scales, prefix, dtype))

@@ -6,6 +6,7 @@ agree in every bit.
 """
 
 import ctypes
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from torch import Tensor
 from dropbydrop.coding.codebook_set import TrellisSet
 from dropbydrop.coding.planes import TrellisPlane
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.kernels.cuda import int8, nvrtc, trellis
+from dropbydrop.kernels import Matrix, Plane, prepare_codebooks, registry
+from dropbydrop.kernels.cuda import CudaGroup, int8, nvrtc, trellis
 
 GLUE = """
 #include "cuda_on_cpu.h"
@@ -125,7 +127,7 @@ def identity(d: int) -> Rotation:
 
 def on_host(library, inputs, planes, rows, books, scales, bias, dtype, cut, blocks=2) -> Tensor:
     out = torch.full((inputs.rotated.shape[0], sum(rows)), 7.0, dtype=dtype)
-    tables = trellis.prepare(books)
+    tables = trellis.prepare(books, "cpu")
     parts, *arguments = trellis.product_arguments(
         inputs, planes, rows, tables, scales, bias, out, cut
     )
@@ -186,7 +188,7 @@ def test_products_are_exact(build, n, rows, d, bits, window):
 
 def test_a_row_does_not_depend_on_company(build):
     books, rows, d = random_set((2, 1)), (40,), 192
-    x, planes, scales, bias = case(16, rows, d, books)
+    x, planes, scales, _ = case(16, rows, d, books)
 
     def product(n: int) -> Tensor:
         library = build(trellis.plan(n, d, LIMIT))
@@ -197,6 +199,51 @@ def test_a_row_does_not_depend_on_company(build):
     together = product(16)
     for n in (1, 2, 3, 7):
         assert torch.equal(product(n), together[:n])
+
+
+def test_an_input_group_from_end_to_end(build, monkeypatch):
+    """`CudaGroup`, the device's part done by the host: two launches for up to four matrices."""
+    launches = []
+
+    class OnHost:
+        def __init__(self, name, plan):
+            self.name, self.library = name, build(plan or trellis.plan(1, 4, LIMIT))
+
+        def resident(self, threads, shared):
+            return 2
+
+        def launch(self, grid, threads, shared, arguments, overlap=False):
+            launches.append(self.name)
+            if self.name == "product":
+                self.library.host_product(*arguments, grid[0])
+            else:
+                self.library.host_rotate(*arguments, *grid, threads)
+
+    limits = SimpleNamespace(shared_memory_per_block_optin=LIMIT, multi_processor_count=2)
+    monkeypatch.setattr(trellis, "_function", lambda name, plan, device: OnHost(name, plan))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: limits)
+    monkeypatch.setattr(registry, "by_name", lambda name: SimpleNamespace(name=name))
+    books, d = random_set((2, 1, 1)), 360
+    rotation = Rotation.make(d, seed=2).scale(torch.rand(d) + 0.5)
+    for n, rows in ((3, (40, 8, 33)), (9, (20, 3, 16, 17, 5))):
+        x, planes, scales, bias = case(n, rows, d, books)
+        x = x.bfloat16()
+        matrices, want = [], []
+        for i, (codes, s, b) in enumerate(
+            zip(planes, scales.split(rows), bias.split(rows), strict=True)
+        ):
+            given = zip(codes, books.planes, strict=True)
+            held = tuple(Plane.stored(c, spec, len(s), d) for c, spec in given)
+            matrices.append(Matrix(held, s, b if i else None))
+            weight = books.decode(codes, s, 2).double()
+            want.append(rotation.apply(x.double()) @ weight.T + (b if i else 0))
+        input_group = CudaGroup(matrices, prepare_codebooks(books), rotation, 2, trellis.NAME)
+        launches.clear()
+        y = input_group.gemv_rows(x)
+        assert launches == ["rotate_floats", *["product"] * (1 if len(rows) < 5 else 2)]
+        assert y.dtype == x.dtype
+        want = torch.cat(want, 1)
+        assert (y - want).norm() < 3e-3 * want.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -235,7 +282,7 @@ def test_decoding_is_exact(tmp_path, bits, window):
         if key not in libraries:
             name = f"dense-{len(libraries)}"
             libraries[key] = compiled(tmp_path, DENSE, name, defines | {"THREADS": 64})
-        codes, tables = random_codes(books, d_out, d), trellis.prepare(books)
+        codes, tables = random_codes(books, d_out, d), trellis.prepare(books, "cpu")
         scales = torch.rand(d_out) + 0.5
         for kind in (torch.float32, torch.float16):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -73,7 +73,7 @@ def rows_linear(
             "need int8 [count, d]"
         )
     path, name = registry.route(x, kernel)
-    if path == "gpu":
+    if path == "gpu" and cuda.has_triton():
         return cuda.rows_linear(x, weight, row_scales, bias)
     flat = x.reshape(-1, x.shape[-1])  # [n, d]
     native = (

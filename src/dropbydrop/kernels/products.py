@@ -24,7 +24,8 @@ def prepare_group(
 ) -> PreparedGroup:
     """The matrices of one input group, ready for the kernel of their device.
 
-    Args as for `PreparedGroup`; kernel: a name to force, see `registry.select`.
+    Args as for `PreparedGroup`; kernel: a name to force, see `registry.select`. When none is named,
+    an input group that the best kernel does not take gets the next one.
 
     Raises:
         KernelError: the kernel named is not available, or does not take these planes.
@@ -32,7 +33,10 @@ def prepare_group(
     """
     device = matrices[0].scales.device.type
     backend, name = registry.backend_for(device, kernel, books.kind)
-    kind = cuda.CudaGroup if backend == "gpu" else CpuGroup
+    if backend == "gpu":
+        names = registry.fallbacks(device, books.kind, kernel)
+        name = next((n for n in names if cuda.takes(n, rotation, prefix)), name)
+    kind = cuda.CudaGroup if registry.by_name(name).gpu else CpuGroup
     return kind(matrices, books, rotation, prefix, name)
 
 

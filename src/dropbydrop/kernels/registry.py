@@ -8,14 +8,14 @@ raises `KernelError`, never a silent substitute. The choice is logged once.
 
     device    kernels, best first
     cpu       the native ones (native/kernels), torch
-    cuda      triton, torch; cuda-i8 when named
+    cuda      cuda-i8 (byte planes), cuda-i16 (trellis planes), triton (byte planes), torch
 
 Products with trellis planes are exact sums of integers: inputs are rounded to 16 bits, nothing else,
 and all native kernels give the same bits. Products with byte planes go through look-up tables.
 Names ending in "-u8" use 8-bit tables: about 1 % output error on inputs without outliers (4 %
 with one of 20 times the rms), against 0.02 % (0.1 %) for the default 14-bit tables. They are used
-only when named; so is "cuda-i8", whose 8-bit codebooks and activations cost about the same
-(cuda/int8.py).
+only when named. "cuda-i8" rounds codebooks and activations to 8 bits, at about the same cost, but
+is the fastest by far: it runs where that is small beside the error of the codes (`fallbacks`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ log = logging.getLogger("dropbydrop.kernels")
 VARIABLE = "DROPBYDROP_KERNEL"
 
 MAX_GEMV_ROWS = 16  # rows of x that kernels multiply without a dense matrix; a tensor core's least
-_GPU_KINDS = {"triton": ("bytes",), "cuda-i8": ("bytes",)}
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of x; the numbers are those of C
 
 
@@ -109,17 +108,16 @@ def _gpu_rows() -> list[Kernel]:
     if not no_gpu and torch.cuda.get_device_capability() < (8, 0):
         no_gpu = "the GPU's compute capability is below 8.0"
     no_triton = "" if find_spec("triton") else "the package triton is not installed"
-    reasons = {
-        "triton": no_triton or ("" if triton_interpreted() else no_gpu),
-        "cuda-i8": no_gpu or nvrtc.missing(),
-    }
-    summaries = {
-        "triton": "Triton, planes to tensor cores; up to 16 rows",
-        "cuda-i8": "CUDA, 8-bit codebooks and activations; 1 % error, only when named",
-    }
+    on_cuda = no_gpu or nvrtc.missing()
+    on_triton = no_triton or ("" if triton_interpreted() else no_gpu)
+    rows = [
+        ("cuda-i8", on_cuda, "bytes", "CUDA, 8-bit codebooks and activations; 1 % error"),
+        ("cuda-i16", on_cuda, "trellis", "CUDA, 16-bit activations; exact sums"),
+        ("triton", on_triton, "bytes", "Triton, planes to tensor cores; up to 16 rows"),
+    ]
     return [
-        Kernel(name, summaries[name], -1, not reason, reason, "cuda", _GPU_KINDS[name])
-        for name, reason in reasons.items()
+        Kernel(name, summary, -1, not reason, reason, "cuda", (kind,))
+        for name, reason, kind, summary in rows
     ]
 
 
@@ -166,10 +164,16 @@ def index(name: str) -> int:
 def _automatic(device: str, kind: str | None) -> Kernel:
     """The best kernel for a kind of device, of those that are chosen without being named."""
     return next(
-        kernel
-        for kernel in available()
-        if kernel.device in ("any", device) and kernel.reads(kind) and kernel.name != "cuda-i8"
+        kernel for kernel in available() if kernel.device in ("any", device) and kernel.reads(kind)
     )
+
+
+def fallbacks(device: str, kind: str, kernel: str | None) -> list[str]:
+    """Names of what may run instead of a kernel that does not take an input group, best first: all
+    for `device` and `kind`, or none where a kernel was named."""
+    if kernel or os.environ.get(VARIABLE):
+        return []
+    return [k.name for k in available() if k.device in ("any", device) and k.reads(kind)]
 
 
 def _named(name: str, device: str, kind: str | None) -> Kernel:

@@ -243,7 +243,7 @@ def prepared(modules: Sequence[NestedLinear]) -> kernels.PreparedGroup:
             kernels.Matrix(m.codes.held(), m.scales, None if m.bias is None else m.bias.detach())
             for m in modules
         ]
-        return kernels.prepare_group(matrices, books, input_group.rotation, first.prefix, kernel)
+        return kernels.prepare_group(matrices, books, input_group.rotation, first.prefix)
 
     names = tuple([module.name for module in modules])
     key = ("group", names, first.prefix, kernel, device, codes.packed)

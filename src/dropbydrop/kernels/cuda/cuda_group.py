@@ -1,8 +1,9 @@
 """The matrices of one input group on a GPU: rotation, then a product of few rows or a dense matrix.
 
-    rows of x   launches, for up to 3 (triton) or 4 (cuda-i8) matrices together
-    up to 16    triton   rotate, multiply; one more to add the parts of matrices with few rows
-                cuda-i8  rotate and round, multiply
+    rows of x   launches, for up to 3 (triton) or 4 (cuda-i8, cuda-i16) matrices together
+    up to 16    triton    rotate, multiply; one more to add the parts of matrices with few rows
+                cuda-i8   rotate and round, multiply
+                cuda-i16  rotate, multiply
     more        rotate (one or two); for each matrix: decode to the type of x, vendor's product
 
 The counterpart of `cpu.cpu_group.CpuGroup`. The planes are those of the module, as stored: nothing
@@ -38,7 +39,7 @@ from .. import registry
 from ..layout import Codebooks, Matrix
 from ..prepared_group import PreparedGroup
 from ..registry import TYPES
-from . import int8, ops
+from . import int8, ops, trellis
 from .ops import fake, operator
 
 _numbers = itertools.count()  # never given twice: a compiled graph cannot reach another input group
@@ -83,8 +84,50 @@ def decode_dense(
     planes, scales = matrix.data(prefix), matrix.scales
     if dtype not in TYPES:
         return books.on(scales.device).decode(planes, scales, prefix, dtype)
-    entries = ops.device_entries(books.entries[:prefix], scales.device)
-    return torch.ops.dropbydrop.gpu_decode(planes, entries, scales, dtype, kernel)
+    return _decoded(planes, tables_on(books, scales.device, prefix), scales, dtype, kernel)
+
+
+def takes(kernel: str, rotation: Rotation, prefix: int) -> bool:
+    """Whether a kernel is to multiply an input group when none is named."""
+    try:
+        if kernel == int8.NAME:
+            int8.check_fits(rotation, prefix, int8.shared_memory(rotation.signs.device))
+        elif kernel == trellis.NAME:
+            trellis.check_fits(rotation)
+    except KernelError:
+        return False
+    return kernel != int8.NAME or prefix <= int8.MOST_PLANES
+
+
+def tables_on(books: Codebooks, device: torch.device, prefix: int) -> Tensor | trellis.Tables:
+    """Codebooks as the kernels of their kind read them: of `ops.device_entries` [P, 256, 8], or of
+    `trellis.prepare`. Made once for all that share the set."""
+    if books.kind == "trellis":
+        tables: trellis.Tables = books.derived(
+            ("trellis", device), lambda: trellis.prepare(books.set, device)
+        )
+        return tables
+    stacked: Tensor = books.derived(
+        ("stacked", device), lambda: ops.device_entries(books.entries, device)
+    )
+    return stacked[:prefix]
+
+
+def _decoded(
+    planes: Sequence[Tensor],
+    tables: Tensor | trellis.Tables,
+    scales: Tensor,
+    dtype: torch.dtype,
+    kernel: str,
+) -> Tensor:
+    """The matrix of P planes by a kernel's operator."""
+    run = torch.ops.dropbydrop
+    if isinstance(tables, Tensor):
+        return run.gpu_decode(planes, tables, scales, dtype, kernel)
+    bits = tables.bits[: len(planes)]
+    return run.gpu_trellis_decode(
+        planes, tables.labels, tables.values, tables.scales, bits, scales, dtype
+    )
 
 
 def _check_stored(matrix: Matrix) -> None:
@@ -106,16 +149,13 @@ class CudaGroup(PreparedGroup):
         prefix: int,
         kernel: str,
     ) -> None:
-        """Args as for `PreparedGroup`; kernel: "triton" or "cuda-i8"."""
+        """Args as for `PreparedGroup`; kernel: "triton", "cuda-i8" or "cuda-i16"."""
         for matrix in matrices:
             _check_stored(matrix)
         super().__init__(matrices, books, rotation, prefix, registry.by_name(kernel).name)
         self.width = sum(self.rows)
         device = matrices[0].scales.device
-        stacked: Tensor = books.derived(
-            ("stacked", device), lambda: ops.device_entries(books.entries, device)
-        )
-        self.entries = stacked[:prefix]  # [P, 256, 8]
+        self.tables = tables_on(books, device, prefix)
         self.planes = [matrix.data(prefix) for matrix in matrices]
         self._scales = torch.cat([matrix.scales.float() for matrix in matrices])
         self._bias: Tensor | None = None
@@ -127,10 +167,14 @@ class CudaGroup(PreparedGroup):
         self._fused = ops.rotates(rotation)
         self._bytes = None
         if self.kernel == int8.NAME:
+            assert isinstance(self.tables, Tensor)
             int8.check_fits(rotation, prefix)
-            self._bytes = int8.prepare(self.entries)
+            self._bytes = int8.prepare(self.tables)
+        elif self.kernel == trellis.NAME:
+            trellis.check_fits(rotation)
         for tensor in (
-            self.entries, rotation.signs, rotation.odd, *itertools.chain(*self.planes)
+            *([self.tables] if isinstance(self.tables, Tensor) else self.tables.tensors),
+            rotation.signs, rotation.odd, *itertools.chain(*self.planes),
         ):  # fmt: skip
             if tensor is not None:
                 torch._dynamo.mark_static_address(tensor)
@@ -146,23 +190,35 @@ class CudaGroup(PreparedGroup):
 
     def gemv_rows(self, x: Tensor) -> Tensor:
         """x [n, d_in], n <= 16 -> [n, width]; not differentiable."""
-        if self._bytes is not None:
-            most, inputs = int8.MOST, int8.rotate_rows(x, self.rotation)
-        else:
-            most, rotated = ops.MOST, self._rotate(x, x.dtype)
+        most, multiply = self._begun(x)
         results, first = [], 0
         for start in range(0, len(self.rows), most):
-            planes = self.planes[start : start + most]
-            last = first + sum(self.rows[start : start + most])
-            scales = self._scales[first:last]
+            part = slice(start, start + most)
+            last = first + sum(self.rows[part])
             bias = None if self._bias is None else self._bias[first:last]
-            if self._bytes is not None:
-                y = int8.product(*inputs, planes, *self._bytes, scales, bias, x.dtype)
-            else:
-                y = ops.product(rotated, planes, self.entries, scales, bias)
-            results.append(y)
+            results.append(multiply(part, self._scales[first:last], bias))
             first = last
         return results[0] if len(results) == 1 else torch.cat(results, 1)
+
+    def _begun(self, x: Tensor) -> tuple[int, Callable[[slice, Tensor, Tensor | None], Tensor]]:
+        """Rotates x. How many matrices a launch takes, and that launch: (which, their scales, their
+        biases) -> [n, rows of these]."""
+        tables = self.tables
+        if isinstance(tables, trellis.Tables):
+            inputs = trellis.rotate_rows(x, self.rotation, self.rows)
+            return trellis.MOST, lambda part, scales, bias: trellis.product(
+                inputs, self.planes[part], self.rows[part], tables, scales, bias, x.dtype,
+                trellis.counters(len(x), self.rows[: part.start]),
+            )  # fmt: skip
+        if self._bytes is not None:
+            steps, books = int8.rotate_rows(x, self.rotation), self._bytes
+            return int8.MOST, lambda part, scales, bias: int8.product(
+                *steps, self.planes[part], *books, scales, bias, x.dtype
+            )
+        rotated = self._rotate(x, x.dtype)
+        return ops.MOST, lambda part, scales, bias: ops.product(
+            rotated, self.planes[part], tables, scales, bias
+        )
 
     def dense(self, x: Tensor) -> list[Tensor]:
         """See `PreparedGroup.dense`."""
@@ -182,9 +238,7 @@ class CudaGroup(PreparedGroup):
         """See `PreparedGroup.weight`."""
         scales = self.matrices[i].scales
         if dtype in TYPES:
-            return torch.ops.dropbydrop.gpu_decode(
-                self.planes[i], self.entries, scales, dtype, self.kernel
-            )
+            return _decoded(self.planes[i], self.tables, scales, dtype, self.kernel)
         return self.books.on(scales.device).decode(self.planes[i], scales, self.prefix, dtype)
 
     def _rotate(self, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,8 +7,9 @@
 Inputs are rounded to 255 steps of their block of 128, codebooks to 255 steps of the largest entry
 of a plane; the integer sums are exact. Both errors are uniform roundings: about 0.7 % of the inputs
 (they are rotated, so a block looks Gaussian) and 0.7 to 0.8 % of the entries, 1 % together, against
-the noise of the codes themselves of 23 % at 2 bits and 7 % at 4. At 6 planes and more they would
-dominate, hence only when named. A set whose entries lie on such a grid would leave the first alone.
+the noise of the codes themselves of 23 % at 2 bits and 7 % at 4: 2 % more of its power there. With
+more planes they would soon dominate, so when none is named it runs for up to MOST_PLANES
+(`cuda.takes`). A set whose entries lie on such a grid would leave the first alone.
 
 Limits: blocks of 128 inputs, 1 to 16 rows of x, what fits in the shared memory of a block: Hadamard
 factors up to LARGEST_BLOCK, and codebooks beside one row of x (`check_fits`).
@@ -37,6 +38,7 @@ NAME = "cuda-i8"
 SOURCE = source("rotate.cu", "int8.cu")
 BLOCK = 128  # inputs that share a unit: 16 groups
 MOST = 4  # matrices of a launch
+MOST_PLANES = 4  # that are read with this kernel when none is named
 LARGEST_BLOCK = 1 << 15  # of a Hadamard factor: 144 KiB of shared memory
 THREADS = 512
 _SHARED = 227 << 10  # of a block of threads on compute capability 9.0
@@ -104,13 +106,18 @@ def plan(
     )
 
 
-def check_fits(rotation: Rotation, prefix: int) -> None:
+def check_fits(rotation: Rotation, prefix: int, limit: int = _SHARED) -> None:
     """KernelError where an input group's inputs or matrices cannot be placed."""
-    plan(1, 1, rotation.d_in // GROUP, prefix)
+    plan(1, 1, rotation.d_in // GROUP, prefix, limit)
+    check_rotation(rotation, NAME, "triton")
+
+
+def check_rotation(rotation: Rotation, name: str, other: str) -> None:
+    """KernelError where a Hadamard factor is too large for kernel `name`; `other` takes it."""
     if rotation.block > LARGEST_BLOCK:
         raise KernelError(
-            f"a Hadamard factor of {rotation.block}; kernel {NAME!r} takes at most "
-            f"{LARGEST_BLOCK}. Choose the kernel triton for this model."
+            f"a Hadamard factor of {rotation.block}; kernel {name!r} takes at most "
+            f"{LARGEST_BLOCK}. Choose the kernel {other} for this model."
         )
 
 
@@ -119,6 +126,12 @@ def prepare(tables: Tensor) -> tuple[Tensor, Tensor]:
     units = tables.float().abs().amax((1, 2)) / 127
     steps = torch.round(tables.float() / units.clamp_min(1e-30)[:, None, None])
     return steps.to(torch.int8).contiguous(), units
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block of threads may have on a device."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 @cache
@@ -215,8 +228,8 @@ def product(
             f"{MOST}, and planes aligned to 16 bytes"
         )
     device = steps.device
-    properties: Any = torch.cuda.get_device_properties(device)
-    limit = properties.shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    limit = shared_memory(device)
     chosen = plan(n, rows, groups, len(planes[0]), limit, len(planes))
     shared = chosen.shared(units.shape[1])
     out = torch.empty(n, rows, dtype=dtype, device=device)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ def _triton() -> Any:
     from . import triton_kernels
 
     return triton_kernels
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Whether Triton is installed; the CUDA kernels do not need it, the others here do."""
+    return find_spec("triton") is not None
 
 
 def operator(schema: str) -> Callable[[Callable], Callable]:
@@ -198,9 +205,10 @@ def product(
 
 
 def rotates(rotation: Rotation) -> bool:
-    """Whether `rotate` covers this rotation; others go through torch, step by step."""
+    """Whether `rotate` covers this rotation; others, and all where Triton is not installed, go
+    through torch, step by step."""
     odd = 1 if rotation.odd is None else rotation.odd.shape[0]
-    return rotation.block <= _LARGEST_BLOCK and odd <= _LARGEST_ODD
+    return rotation.block <= _LARGEST_BLOCK and odd <= _LARGEST_ODD and has_triton()
 
 
 @operator("gpu_rotate(Tensor x, Tensor signs, Tensor? odd, int block, ScalarType dtype) -> Tensor")

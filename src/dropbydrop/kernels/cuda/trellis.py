@@ -1,8 +1,8 @@
 """The kernel "cuda-i16": products with trellis planes in exact integers (trellis.cu, labels.cu).
 
     inputs = rotate_rows(x, rotation, rows)      one launch: Q x, and the largest size of each row
-    y = product(inputs, planes, ...)             one launch for up to MOST matrices of an input group
-    weight = decode(planes, tables, ...)         a dense matrix, exactly
+    y = product(inputs, planes, ...)             one launch for up to MOST matrices of a group
+    dropbydrop::gpu_trellis_decode(...)          a dense matrix, exactly: an operator, as in ops.py
 
 Inputs are rounded to int16, one step a row of x, as the native CPU kernels do: an error of 2e-5 of
 the output. The integer sums are exact, so results are the same however the work is cut.
@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.codebook_set import TrellisSet, labels
+from dropbydrop.coding.codebook_set import CodebookSet, labels
 from dropbydrop.coding.rotation import Rotation
 
 from ..registry import MAX_GEMV_ROWS, TYPES
-from .int8 import MOST, spans
+from .int8 import MOST, check_rotation, shared_memory, spans
 from .nvrtc import Function, pointer, source
+from .ops import fake, operator
 
 NAME = "cuda-i16"
 SOURCE = source("rotate.cu", "labels.cu", "trellis.cu")
@@ -58,17 +59,21 @@ class Tables:
     values: Tensor
     scales: Tensor
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All that is on the device."""
+        return self.labels, self.values, self.scales
 
-def prepare(books: TrellisSet) -> Tables:
-    """The tables of a set, on its device."""
-    words = [
-        _label_words(p[".taps"], s.bits) for p, s in zip(books.parts, books.planes, strict=True)
-    ]
+
+def prepare(books: CodebookSet, device: torch.device | str) -> Tables:
+    """The tables of a `TrellisSet`, on a device."""
+    bits = tuple(spec.bits for spec in books.planes)
+    words = [_label_words(p[".taps"].cpu(), k) for p, k in zip(books.parts, bits, strict=True)]
     return Tables(
-        tuple(spec.bits for spec in books.planes),
-        torch.stack(words),
-        torch.stack([part[""] for part in books.parts]).contiguous(),
-        torch.cat([part[".scale"] for part in books.parts]).float().contiguous(),
+        bits,
+        torch.stack(words).to(device),
+        torch.stack([part[""] for part in books.parts]).to(device),
+        torch.cat([part[".scale"] for part in books.parts]).float().to(device),
     )
 
 
@@ -117,7 +122,7 @@ def vector_of(d: int) -> int:
 
 
 def splits(tiles: int, d: int, warps: int) -> tuple[int, int]:
-    """How `warps` warps cut `tiles` tiles of d inputs: (chunks of the inputs, inputs of a chunk)."""
+    """How `warps` warps cut `tiles` tiles of d inputs: (chunks of these, inputs of a chunk)."""
     pieces = -(-d // PIECE)
 
     def cost(count: int) -> int:
@@ -156,9 +161,14 @@ class Inputs:
     d: int
 
 
-def passes(n: int) -> int:
-    """How often the codes are read for n rows of x, at most."""
-    return -(-n // 4)
+def counters(n: int, rows: Sequence[int]) -> int:
+    """Counters that products of n rows of x with matrices of so many rows need."""
+    return -(-n // 4) * tiles_of(rows)
+
+
+def check_fits(rotation: Rotation) -> None:
+    """KernelError where an input group's inputs cannot be placed."""
+    check_rotation(rotation, NAME, "torch")
 
 
 def new_inputs(x: Tensor, rotation: Rotation, rows: Sequence[int]) -> Inputs:
@@ -167,7 +177,7 @@ def new_inputs(x: Tensor, rotation: Rotation, rows: Sequence[int]) -> Inputs:
     return Inputs(
         torch.empty(n, -(-d // PIECE) * PIECE, device=x.device),
         torch.empty(n, count, dtype=torch.int32, device=x.device),
-        torch.empty(passes(n) * tiles_of(rows), dtype=torch.int32, device=x.device),
+        torch.empty(counters(n, rows), dtype=torch.int32, device=x.device),
         d,
     )
 
@@ -259,8 +269,8 @@ def product(
         [n, d_out of all matrices] of `dtype`.
     """
     n, device = inputs.rotated.shape[0], inputs.rotated.device
-    properties: Any = torch.cuda.get_device_properties(device)
-    chosen = plan(n, inputs.d, properties.shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    chosen = plan(n, inputs.d, shared_memory(device))
     _check(planes, chosen.VECTOR, n, dtype)
     function, prefix = _function("product", chosen, device.index), len(planes[0])
     shared = table_bytes(128)
@@ -318,18 +328,26 @@ def _decoder(planes: int, vector: int, limit: int, device: int) -> tuple[Functio
     return function, constants["THREADS"], planes * table_bytes(constants["STRIDE"])
 
 
+@operator(
+    "gpu_trellis_decode(Tensor[] planes, Tensor labels, Tensor values, Tensor plane_scales,"
+    " int[] bits, Tensor scales, ScalarType dtype) -> Tensor"
+)
 def decode(
-    planes: Sequence[Tensor], tables: Tables, scales: Tensor, d: int, dtype: torch.dtype
+    planes: Sequence[Tensor],
+    labels: Tensor,
+    values: Tensor,
+    plane_scales: Tensor,
+    bits: Sequence[int],
+    scales: Tensor,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Planes 1..P as stored, row scales [d_out] -> [d_out, d_in] of float32 or a 16-bit type.
-
-    Bit for bit what `CodebookSet.decode` gives.
+    """Planes 1..P as stored, `Tables`, row scales [d_out] -> the weight [d_out, d_in] in rotated
+    coordinates, float32, bfloat16, float16. Bit for bit what `CodebookSet.decode` gives.
     """
-    scales = scales.contiguous()
-    device, rows = scales.device, len(scales)
+    tables, scales = Tables(tuple(bits), labels, values, plane_scales), scales.contiguous()
+    device, rows, d = scales.device, len(scales), planes[0].shape[1]
     out = torch.empty(rows, d, dtype=dtype, device=device)
-    properties: Any = torch.cuda.get_device_properties(device)
-    limit = properties.shared_memory_per_block_optin
+    properties, limit = torch.cuda.get_device_properties(device), shared_memory(device)
     function, threads, shared = _decoder(len(planes), vector_of(d), limit, device.index)
     resident = properties.multi_processor_count * function.resident(threads, shared)
     units = tiles_of([rows]) * -(-d // PIECE)
@@ -337,3 +355,8 @@ def decode(
     arguments = dense_arguments(planes, tables, scales, out)
     function.launch((blocks, 1), threads, shared, arguments)
     return out
+
+
+@fake("gpu_trellis_decode")
+def _(planes, labels, values, plane_scales, bits, scales, dtype):  # type: ignore[no-untyped-def]
+    return scales.new_empty((scales.shape[0], planes[0].shape[1]), dtype=dtype)
