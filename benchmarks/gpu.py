@@ -6,13 +6,13 @@
     python benchmarks/gpu.py --smoke --device cpu   # tiny shapes, any device: that it runs at all
 
 Steps, in this order, each written to the state file when it is done and not repeated:
-    copy       bytes read and written by a copy of 1 GiB, a second. The ceiling that shares refer to
-               is this or the fastest bfloat16 product of `matvec`, which only reads, if that is more
+    copy       bytes read and written by a copy of 1 GiB, a second. The ceiling of the shares is
+               this or the fastest bfloat16 product of `matvec`, which only reads, if that is more
     matvec     one row of x times W under a CUDA graph: rotation and product from P planes, against
                torch's bfloat16 product of the same shape in the same run
     prefill    decoding to a dense matrix, against a product of 2,048 rows with it
     decode     a token of a 7B-shaped decoder (own minimal blocks, all of them, random weights)
-               under a CUDA graph, from planes and in bfloat16
+               under a CUDA graph, from planes, in bfloat16, and without the products
     quantize   chain, H and search of one 7B-shaped block with 64 windows of 1,024 tokens; the time
                for 32 blocks is EXTRAPOLATED. Memory is the peak of the device
     generate   a token through transformers' static cache and compile path, with few blocks of a
@@ -46,6 +46,7 @@ from typing import Any
 
 import torch
 
+from dropbydrop.coding.planes import KINDS
 from gpu.models import ModelBench, Unavailable, generate, quantize, smollm2, tuned
 from gpu.products import copy, decode, matvec, prefill
 from gpu.timing import Bench
@@ -70,6 +71,9 @@ def targets(results: dict[str, Any]) -> dict[str, Any]:
         if value > best.get(key, {"value": 0})["value"]:
             best[key] = {"value": value, "kernel": kernel}
 
+    def kind(row: dict[str, Any]) -> str:
+        return " of trellis planes" if row.get("code") == "trellis" else ""
+
     products = [e for e in results.get("matvec", {}).values() if isinstance(e, dict)]
     rates = [results.get("copy", {}).get("gb_per_s", 0)]
     bandwidth = max(rates + [entry.get("bf16_gb_per_s", 0) for entry in products])
@@ -77,14 +81,18 @@ def targets(results: dict[str, Any]) -> dict[str, Any]:
         for row in entry["planes"] if isinstance(entry, dict) else []:
             if "error" in row:
                 continue
-            what = f"matvec {shape} {row['bits']} bits"
+            what = f"matvec {shape} {row['bits']} bits{kind(row)}"
             better(f"{what}, times bf16", row["times_bf16"], row["kernel"])
             if bandwidth:
                 share = row["codes_gb_per_s"] / bandwidth
                 better(f"{what}, share of the fastest read", share, row["kernel"])
     for row in results.get("decode", {}).get("planes", []):
         if "error" not in row:
-            better(f"decode {row['bits']} bits, times bf16", row["times_bf16"], row["kernel"])
+            better(
+                f"decode {row['bits']} bits{kind(row)}, times bf16",
+                row["times_bf16"],
+                row["kernel"],
+            )
     for what, entry in results.get("prefill", {}).items():
         if isinstance(entry, dict) and "share" in entry:
             best[f"prefill {what}, share of the product"] = {"value": entry["share"]}
@@ -111,7 +119,8 @@ def plan(b: Bench, steps: list[str]) -> dict[str, Any]:
         "steps": steps,
         "foreseen_seconds": {name: SECONDS[name] for name in steps},
         "shapes": [f"{d_out}x{d_in}" for d_out, d_in in s.matvec],
-        "bits": list(s.prefixes),
+        "codes": b.codes,
+        "bits": list(s.bits),
         "matrices_of_a_shape_in_bf16": [b.copies(size) for size in sizes],
         "gib": max(b.copies(size) * size for size in sizes) / 2**30,
     }
@@ -125,6 +134,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=9.5, help="begin nothing that takes longer"
     )
+    parser.add_argument("--code", choices=KINDS, help="kind of planes [both]")
+    parser.add_argument("--kernels", help="names of kernels, comma separated [all that there are]")
     parser.add_argument("--megabytes", type=float, default=256, help="least size of a graph")
     parser.add_argument("--model", default="smollm2", help="model of the last two steps")
     parser.add_argument("--text", type=Path, help="text to evaluate on [the reference of Python]")

@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 import dropbydrop
 from dropbydrop.checkpoint import CheckpointWriter
 from dropbydrop.coding.codebooks import UNIVERSAL, universal_set
+from dropbydrop.coding.planes import KINDS
 from dropbydrop.coding.rotation import Rotation
 from random_model import LEVELS, llama_shape, random_checkpoint, random_llama
 
@@ -37,7 +38,9 @@ class ModelBench(Bench):
 
     def __init__(self, args: argparse.Namespace) -> None:
         sizes, megabytes = (SMOKE, 0.01) if args.smoke else (REAL, args.megabytes)
-        super().__init__(args.device, sizes, megabytes)
+        codes = list(KINDS) if args.code is None else [args.code]
+        only = None if args.kernels is None else args.kernels.split(",")
+        super().__init__(args.device, sizes, megabytes, codes, only)
         self.model, self.text, self._work = args.model, args.text, args.work
         self.windows, self.seq_len = (2, 32) if args.smoke else (16, 2048)
         self.preset, self.calibration = ("fast", 2) if args.smoke else ("best", None)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dropbydrop import kernels
 
-from .timing import Bench, Dense
+from .timing import Bench, Dense, Nothing, Way
 
 Make = Callable[[Sequence[int], int], nn.Module]  # (rows of each matrix, d_in) -> x -> products
 
@@ -53,10 +53,10 @@ def matvec(b: Bench) -> dict[str, Any]:
             "planes": [],
         }
 
-    def measure(d_out: int, d_in: int, prefix: int, name: str, plain_us: float) -> dict[str, Any]:
-        size = prefix * d_out * d_in // 8
+    def measure(d_out: int, d_in: int, bits: int, way: Way, plain_us: float) -> dict[str, Any]:
+        size = bits * d_out * d_in // 8
         x = torch.randn(1, d_in, dtype=torch.bfloat16, device=b.device)
-        products = [b.products([d_out], d_in, prefix, name) for _ in range(b.copies(size))]
+        products = [b.products([d_out], d_in, bits, way) for _ in range(b.copies(size))]
         spent = b.seconds([partial(p, x) for p in products])
         return {
             "us": spent * 1e6,
@@ -64,42 +64,42 @@ def matvec(b: Bench) -> dict[str, Any]:
             "codes_gb_per_s": size / spent / 1e9,
         }
 
-    for name in b.names:
+    for way in b.ways:
         for d_out, d_in in b.sizes.matvec:
             entry = out[f"{d_out}x{d_in}"]
-            for prefix in b.sizes.prefixes:
-                work = partial(measure, d_out, d_in, prefix, name, entry["bf16_us"])
-                entry["planes"].append(attempt({"kernel": name, "bits": prefix}, work))
+            for bits in b.bits(way.code):
+                work = partial(measure, d_out, d_in, bits, way, entry["bf16_us"])
+                entry["planes"].append(attempt(way.record | {"bits": bits}, work))
     return out
 
 
 def prefill(b: Bench) -> dict[str, Any]:
     """Decoding to bfloat16 as a share of a product of many rows."""
-    books = kernels.prepare_codebooks(b.books)
     product_us: dict[tuple[int, int], float] = {}
     for d_out, d_in in b.sizes.matvec:
         x = torch.randn(b.sizes.prefill, d_in, dtype=torch.bfloat16, device=b.device)
         weight = torch.randn(d_out, d_in, dtype=torch.bfloat16, device=b.device)
         product_us[d_out, d_in] = 1e6 * b.seconds([partial(F.linear, x, weight)] * 2)
 
-    def measure(shape: tuple[int, int], prefix: int, name: str) -> dict[str, Any]:
-        if name == "torch":
+    def measure(shape: tuple[int, int], bits: int, way: Way) -> dict[str, Any]:
+        if way.kernel == "torch":
             scales = torch.ones(shape[0], dtype=torch.float16, device=b.device)
-            matrix = kernels.Matrix(b.codes(*shape, prefix), scales)
+            matrix = kernels.Matrix(b.planes(way.code, *shape, bits), scales)
+            books, prefix = b.books[way.code], b.prefix(way.code, bits)
             run: Callable[[], object] = partial(
-                kernels.decode_dense, matrix, books, prefix, torch.bfloat16, name
+                kernels.decode_dense, matrix, books, prefix, torch.bfloat16, "torch"
             )
         else:  # without making the tables anew
-            group: Any = b.products(shape[:1], shape[1], prefix, name)._call
+            group: Any = b.products(shape[:1], shape[1], bits, way)._call
             run = partial(group.weight, 0, torch.bfloat16)
         spent, whole = 1e6 * b.seconds([run] * 2), product_us[shape]
         return {"decode_us": spent, "product_us": whole, "share": spent / whole}
 
-    for name in b.names:
+    for way in b.ways:
         for shape in product_us:
-            for prefix in sorted({2, max(b.sizes.prefixes)}):
-                what = f"{shape[0]}x{shape[1]} {prefix} bits {name}"
-                b.partial[what] = attempt({}, partial(measure, shape, prefix, name))
+            for bits in sorted({2, max(b.sizes.bits)}):
+                what = f"{shape[0]}x{shape[1]} {bits} bits {way.code} {way.kernel}"
+                b.partial[what] = attempt({}, partial(measure, shape, bits, way))
     return b.partial
 
 
@@ -128,7 +128,8 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def decode(b: Bench) -> dict[str, Any]:
-    """Milliseconds a token of a whole decoder, head included, and the ratio to bfloat16."""
+    """Milliseconds a token of a whole decoder, head included, and the ratio to bfloat16; `rest_ms`
+    is a token without any products but the head's."""
     s = b.sizes
     x = torch.randn(1, s.hidden, dtype=torch.bfloat16, device=b.device)
     head = torch.randn(s.vocab, s.hidden, dtype=torch.bfloat16, device=b.device)
@@ -146,15 +147,17 @@ def decode(b: Bench) -> dict[str, Any]:
 
     plain = token(lambda rows, d_in: Dense(b, rows, d_in))
 
-    def measure(name: str, prefix: int) -> dict[str, Any]:
-        spent = token(lambda rows, d_in: b.products(rows, d_in, prefix, name))
+    def measure(way: Way, bits: int) -> dict[str, Any]:
+        spent = token(lambda rows, d_in: b.products(rows, d_in, bits, way))
         return {"ms": spent * 1e3, "times_bf16": plain / spent}
 
     out = b.partial
     out |= {"blocks": s.blocks, "bf16_ms": plain * 1e3, "planes": []}
-    for name in b.names:
-        for prefix in sorted({2, max(s.prefixes)}):
-            if name != "torch":  # which decodes a dense matrix for every token
-                work = partial(measure, name, prefix)
-                out["planes"].append(attempt({"kernel": name, "bits": prefix}, work))
+    out["rest_ms"] = 1e3 * token(lambda rows, d_in: Nothing(b, rows, d_in))
+    for way in b.ways:
+        for bits in sorted({2, max(s.bits)}):
+            if way.kernel != "torch":  # which decodes a dense matrix for every token
+                out["planes"].append(
+                    attempt(way.record | {"bits": bits}, partial(measure, way, bits))
+                )
     return out
