@@ -10,8 +10,8 @@ raises `KernelError`, never a silent substitute. The choice is logged once.
     cpu       the native ones (native/kernels), torch
     cuda      cuda-i8 (byte planes), cuda-i16 (trellis planes), triton (byte planes), torch
 
-Products with trellis planes are exact sums of integers: inputs are rounded to 16 bits, nothing else,
-and all native kernels give the same bits. Products with byte planes go through look-up tables.
+Products with trellis planes are exact sums of integers: inputs are rounded to 16 bits, nothing
+else, and all kernels give the same bits. Products with byte planes go through look-up tables.
 Names ending in "-u8" use 8-bit tables: about 1 % output error on inputs without outliers (4 %
 with one of 20 times the rms), against 0.02 % (0.1 %) for the default 14-bit tables. They are used
 only when named. "cuda-i8" rounds codebooks and activations to 8 bits, at about the same cost, but
