@@ -263,12 +263,14 @@ def test_an_unknown_architecture_is_refused_with_what_was_found(tmp_path: Path, 
 # ------------------------------------------------------------------------------------- LoRA
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "phi3"])
-def test_lora_on_a_view(tmp_path: Path, text: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "code"), [("llama-tied", "bytes"), ("phi3", "bytes"), ("llama-tied", "trellis")]
+)
+def test_lora_on_a_view(tmp_path: Path, text: Path, family: str, code: str) -> None:
     """Adapters on a view learn; the planes and the other views do not change."""
     peft = pytest.importorskip("peft")
     source = save_tiny(tmp_path / "source", family)
-    out = quantize.quantize(source, tmp_path / "out", calibration=text, **QUICK).out
+    out = quantize.quantize(source, tmp_path / "out", calibration=text, code=code, **QUICK).out
     base = dropbydrop.load(out, dtype=torch.float32)
     before = logits(base)
     view = dropbydrop.view(base, 2)

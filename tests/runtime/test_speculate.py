@@ -27,19 +27,21 @@ from dropbydrop.runtime.speculate import (
 )
 from dropbydrop.runtime.views import store_of
 from dropbydrop.system.errors import DropError, PrecisionError
-from tiny import VOCAB, tiny_llama, write_checkpoint
+from tiny import CODES, VOCAB, tiny_llama, write_checkpoint
 
 PROMPTS = torch.randint(3, VOCAB, (4, 1, 7), generator=torch.Generator().manual_seed(5))
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module", params=CODES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Codebooks that shrink fast: 2 bits are near enough to 4 to be accepted often, not always."""
+    sizes = {"bytes": (1, 0.5, 0.075, 0.0375), "trellis": (1, 0.25, 0.12)}
     out = write_checkpoint(
         tmp_path_factory.mktemp("speculate") / "out",
         tiny_llama(2, max_position_embeddings=512),
-        sizes=(1, 0.5, 0.075, 0.0375),
+        code=request.param,
+        sizes=sizes[request.param],
     )
     return dropbydrop.load(out)
 
