@@ -13,6 +13,7 @@ Steps, in this order, each written to the state file when it is done and not rep
     prefill    decoding to a dense matrix, against a product of 2,048 rows with it
     decode     a token of a 7B-shaped decoder (own minimal blocks, all of them, random weights)
                under a CUDA graph, from planes, in bfloat16, and without the products
+    search     one 7B-shaped square matrix: seconds and memory
     quantize   chain, H and search of one 7B-shaped block with 64 windows of 1,024 tokens; the time
                for 32 blocks is EXTRAPOLATED. Memory is the peak of the device
     generate   a token through transformers' static cache and compile path, with few blocks of a
@@ -47,18 +48,18 @@ from typing import Any
 import torch
 
 from dropbydrop.coding.planes import KINDS
-from gpu.models import ModelBench, Unavailable, generate, quantize, smollm2, tuned
+from gpu.models import ModelBench, Unavailable, generate, quantize, search, smollm2, tuned
 from gpu.products import copy, decode, matvec, prefill
 from gpu.timing import Bench
 
 STEPS: dict[str, Callable[[Any], dict[str, Any]]] = {
     step.__name__: step
-    for step in (copy, matvec, prefill, decode, quantize, generate, smollm2, tuned)
+    for step in (copy, matvec, prefill, decode, search, quantize, generate, smollm2, tuned)
 }
 # Seconds foreseen on an H200, compiling included. Guesses, for the budget alone.
 SECONDS = {
-    "copy": 5, "matvec": 60, "prefill": 15, "decode": 50, "quantize": 60, "generate": 100,
-    "smollm2": 150, "tuned": 120,
+    "copy": 5, "matvec": 30, "prefill": 10, "decode": 30, "search": 30, "quantize": 100,
+    "generate": 150, "smollm2": 270, "tuned": 120,
 }  # fmt: skip
 _STARTED = "DROPBYDROP_BENCHMARK_STARTED"  # when, for a script that started itself again
 
@@ -96,9 +97,10 @@ def targets(results: dict[str, Any]) -> dict[str, Any]:
     for what, entry in results.get("prefill", {}).items():
         if isinstance(entry, dict) and "share" in entry:
             best[f"prefill {what}, share of the product"] = {"value": entry["share"]}
-    for what, value in results.get("quantize", {}).items():
-        if what.startswith("extrapolated") or what == "peak_device_gib":
-            best[f"quantize, {what}"] = {"value": value}
+    for code, found in results.get("quantize", {}).items():
+        for what, value in found.items() if isinstance(found, dict) else []:
+            if what.startswith("extrapolated") or what == "peak_device_gib":
+                best[f"quantize {code}, {what}"] = {"value": value}
     return best
 
 

@@ -1,4 +1,4 @@
-"""The steps of benchmarks/gpu.py that need a model: quantize, generate, smollm2, tuned."""
+"""The steps of benchmarks/gpu.py that quantize: search, quantize, generate, smollm2, tuned."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig
 
 import dropbydrop
 from dropbydrop.checkpoint import CheckpointWriter
-from dropbydrop.coding.codebooks import UNIVERSAL, universal_set
+from dropbydrop.coding.codebooks import UNIVERSAL, default_lambdas, universal_set
+from dropbydrop.coding.encoder import EFFORTS, encode_group
 from dropbydrop.coding.planes import KINDS
 from dropbydrop.coding.rotation import Rotation
+from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.quantization.config import QuantizeConfig
+from dropbydrop.quantization.encode_blocks import BlockEncoder
 from random_model import LEVELS, llama_shape, random_checkpoint, random_llama
 
 from .timing import REAL, SMOKE, Bench
@@ -91,50 +95,80 @@ def generate(b: Bench) -> dict[str, Any]:
             spent[count] = time.perf_counter() - start
         return (spent[long] - spent[short]) / (long - short)
 
-    out: dict[str, Any] = {}
+    out = b.partial
     few, more = (2, 4) if b.cuda else (1, 2)
     with tempfile.TemporaryDirectory() as folder:
-        for label in ("bf16", "2 bits"):
+        for code in ("", *b.codes):
             spent = []
             for blocks in (few, more):
-                if label == "bf16":
+                if not code:
                     model = random_llama(config_of(b, blocks), torch.bfloat16, b.device)
                 else:
                     shape = llama_shape(config_of(b, blocks))
-                    place = random_checkpoint(Path(folder) / str(blocks), shape)
+                    place = random_checkpoint(Path(folder) / f"{code}{blocks}", shape, code=code)
                     model = dropbydrop.load(place, bits=2, dtype=torch.bfloat16, device=b.device)
                 spent.append(token(model))
                 del model
                 torch._dynamo.reset()  # this model's graphs and their memory
             block = (spent[1] - spent[0]) / (more - few)
             total = spent[1] + block * (b.sizes.blocks - more)
-            out[label] = {
+            out[f"2 bits, {code}" if code else "bf16"] = {
                 "ms_a_block": block * 1e3,
                 f"extrapolated_ms_for_{b.sizes.blocks}_blocks": total * 1e3,
             }
     return out
 
 
+def warmed(b: Bench, code: str) -> float:
+    """Seconds of a tiny search, which compiles kernels and starts libraries, once a run."""
+    small = 128 if b.cuda else 16
+    start = time.perf_counter()
+    encoded(b, code, torch.randn(small, small, device=b.device), torch.eye(small, device=b.device))
+    return time.perf_counter() - start
+
+
+def encoded(b: Bench, code: str, weight: Tensor, gram: Tensor) -> list[float]:
+    """Search of one matrix for the levels; their relative errors."""
+    books = universal_set(LEVELS, kind=code).to(b.device)
+    rotation = Rotation.make(weight.shape[1], seed=0).to(b.device)
+    lambdas, effort = default_lambdas(LEVELS), EFFORTS["balanced"]
+    found = encode_group({"": weight}, gram, rotation, books, LEVELS, lambdas, effort)
+    b.synchronize()
+    return list(found[""].errors)
+
+
+@torch.no_grad()
+def search(b: Bench) -> dict[str, Any]:
+    """Seconds of one square matrix with the H of correlated inputs."""
+    d = b.sizes.hidden
+    x = torch.randn(2 * d, d, device=b.device)
+    x[:, : d // 2] += x[:, d // 2 :]
+    gram, weight = x.T @ x, torch.randn(d, d, device=b.device)
+    for code in b.codes:
+        warm, start = warmed(b, code), time.perf_counter()
+        if b.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        errors = encoded(b, code, weight, gram)
+        b.partial[code] = {
+            "compile_s_once": warm,
+            "seconds": time.perf_counter() - start,
+            "relative_errors": errors,
+            "peak_device_gib": torch.cuda.max_memory_allocated() / 2**30 if b.cuda else None,
+        }
+    return b.partial
+
+
 @torch.no_grad()
 def quantize(b: Bench) -> dict[str, Any]:
     """Seconds of one block through chain, H and search; extrapolated to the model."""
-    from dropbydrop.coding.codebooks import default_lambdas
-    from dropbydrop.coding.encoder import EFFORTS, encode_group
-    from dropbydrop.models.block_runner import BlockRunner
-    from dropbydrop.quantization.config import QuantizeConfig
-    from dropbydrop.quantization.encode_blocks import BlockEncoder
+    for code in b.codes:
+        b.partial[code] = _one_block(b, code)
+    return b.partial
 
-    s = b.sizes
-    codebooks = universal_set(LEVELS)
-    small = 128 if b.cuda else 16
-    gram = torch.eye(small, device=b.device)
-    weight = torch.randn(small, small, device=b.device)
-    start = time.perf_counter()  # compiles kernels and starts libraries, once a run
-    rotation = Rotation.make(small, seed=0).to(b.device)
-    on_device, effort = codebooks.to(b.device), EFFORTS["balanced"]
-    encode_group({"": weight}, gram, rotation, on_device, LEVELS, default_lambdas(LEVELS), effort)
-    b.synchronize()
-    warm = time.perf_counter() - start
+
+def _one_block(b: Bench, code: str) -> dict[str, Any]:
+    s, effort, codebooks = b.sizes, EFFORTS["balanced"], universal_set(LEVELS, kind=code)
+    warm = warmed(b, code)
     with tempfile.TemporaryDirectory() as folder:
         small_model = random_llama(config_of(b, 1), torch.bfloat16)
         small_model.save_pretrained(Path(folder) / "model")
@@ -148,7 +182,8 @@ def quantize(b: Bench) -> dict[str, Any]:
         marks = [time.perf_counter()]
         with suppress(Measured), CheckpointWriter(Path(folder) / "out") as writer:
             writer.add_codebook_set(UNIVERSAL, codebooks)
-            encoder = BlockEncoder(runner, writer, QuantizeConfig(levels=LEVELS), effort, codebooks)
+            config = QuantizeConfig(levels=LEVELS, code=code)
+            encoder = BlockEncoder(runner, writer, config, effort, codebooks)
             block = runner.block(0)
             statistics = runner.collect_statistics(0, block, hidden, out=hidden)
             b.synchronize()

@@ -44,7 +44,10 @@ def test_every_step_runs_and_is_not_repeated(bench, tmp_path, capsys, monkeypatc
     rows = results["matvec"]["40x64"]["planes"]
     assert {row["kernel"] for row in rows} == set(results["machine"]["kernels"])
     assert all(row["us"] > 0 for row in rows)
-    assert any(key.startswith("extrapolated") for key in results["quantize"])
+    for code in ("bytes", "trellis"):
+        assert any(key.startswith("extrapolated") for key in results["quantize"][code])
+        errors = results["search"][code]["relative_errors"]
+        assert sorted(errors, reverse=True) == errors
     assert set(results["smollm2"]["bits"]) == {"2", "3", "4"}
     if "skipped" in results["tuned"]:
         assert "no fine-tuning" in results["tuned"]["skipped"]

@@ -567,31 +567,3 @@ class TestDevice:
             for dtype in DTYPES:
                 got = ops.decode(planes[:prefix], tables, case.scales.to(at), dtype, kernel).cpu()
                 assert torch.equal(got, decode(case.codes, case.tables, case.scales, prefix, dtype))
-
-    def test_trellis_products_are_those_of_the_cpu(self):
-        """Bit for bit, for 1 to 16 rows and several matrices, without a rotation."""
-        first = Case(4096, 256, 3, n=16, kind="trellis")
-        more = [Case(rows, 256, 3, seed=rows, kind="trellis", books=first.set) for rows in (70, 33)]
-        for n in (1, 2, 3, 16):
-            x, results = first.x[:n], []
-            for at, name in (("cuda", "cuda-i16"), ("cpu", None)):
-                matrices = [kernels.Matrix(c.stored(at), c.scales.to(at)) for c in [first, *more]]
-                if name is None:
-                    matrices = [kernels.Matrix(c.planes_held, c.scales) for c in [first, *more]]
-                identity = Rotation(2048, 1, torch.ones(2048, device=at), None)
-                books = kernels.prepare_codebooks(first.set)
-                group = kernels.prepare_group(matrices, books, identity, 3, name)
-                results.append([y.cpu() for y in group(x.to(at))])
-            if not registry.select(kind="trellis").native:
-                pytest.skip("no native kernel to compare with")
-            for got, want in zip(*results, strict=True):
-                assert torch.equal(got, want)
-
-    def test_trellis_decoding_is_exact(self):
-        for rows, groups, planes in ((333, 77, 3), (37, 64, 1), (100, 40, 6)):
-            case = Case(rows, groups, planes, kind="trellis")
-            matrix = kernels.Matrix(case.stored("cuda"), case.scales.cuda())
-            for prefix in range(1, planes + 1):
-                for dtype in DTYPES:
-                    got = kernels.decode_dense(matrix, case.books, prefix, dtype).cpu()
-                    assert torch.equal(got, case.set.decode(case.codes, case.scales, prefix, dtype))

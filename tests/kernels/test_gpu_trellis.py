@@ -320,3 +320,45 @@ def test_compiles_for_devices(architecture):
         defines = trellis.dense_defines(planes, 4, LIMIT)
         image = nvrtc.compile_source(trellis.DENSE, "trellis_dense", defines, architecture)
         assert b"decode" in image
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+class TestDevice:
+    """On the device itself, bit for bit."""
+
+    def test_products(self):
+        for bits, d, rows in (
+            ((2, 1, 1), 2048, (1000, 70, 33)),
+            ((1,), 45, (5,)),
+            ((2, 2), 130, (40,)),
+        ):
+            books = random_set(bits)
+            for n in (1, 2, 3, 9, 16):
+                x, planes, scales, bias = case(n, rows, d, books)
+                inputs = trellis.rotate_rows(x.cuda(), identity(d).to("cuda"), rows)
+                held = [[codes.cuda() for codes in own] for own in planes]
+                got = trellis.product(
+                    inputs, held, rows, trellis.prepare(books, "cuda"), scales.cuda(), bias.cuda(),
+                    torch.float32,
+                )  # fmt: skip
+                firsts = np.cumsum([0, *rows])
+                for codes, a, b in zip(planes, firsts, firsts[1:], strict=False):
+                    want = reference(x, codes, books, scales[a:b], bias[a:b])
+                    assert np.array_equal(got[:, a:b].cpu().numpy(), want)
+
+    def test_decoding(self):
+        for bits, d, rows in (
+            ((2, 1, 1), 616, 333),
+            ((2,), 45, 37),
+            ((1, 2, 1, 1, 1, 1), 320, 100),
+        ):
+            books = random_set(bits)
+            codes, scales = random_codes(books, rows, d), torch.rand(rows) + 0.5
+            tables, held = trellis.prepare(books, "cuda"), [plane.cuda() for plane in codes]
+            for prefix in range(1, len(bits) + 1):
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    got = torch.ops.dropbydrop.gpu_trellis_decode(
+                        held[:prefix], *tables.tensors, bits[:prefix], scales.cuda(), dtype
+                    )
+                    assert torch.equal(got.cpu(), books.decode(codes, scales, prefix, dtype))
