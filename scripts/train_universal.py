@@ -65,7 +65,9 @@ def train_trellis(windows) -> None:
             taps = trellis.find_all_taps(widest, window, TRIES[window], shorter=taps)
             for levels in sets:
                 lambdas, planes = default_lambdas(levels), trellis_planes(levels, window)
-                books = trellis.train(levels, window, lambdas, taps, **TRELLIS_EFFORT)
+                books = trellis.train(
+                    levels, window, lambdas, taps[: len(planes)], **TRELLIS_EFFORT
+                )
                 found = trellis.distortions(books, counts_of(planes, levels), lambdas)
                 sums = [sum(p.bits for p in planes[: m + 1]) for m in range(len(planes))]
                 given = {"levels": levels, "lambdas": lambdas, "tries": TRIES[window]}
