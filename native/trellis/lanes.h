@@ -54,6 +54,18 @@ inline vs exchange(vs x) {
   return exchange<B>(x, std::make_index_sequence<N>{});
 }
 
+// The least of all lanes.
+template <int Step, size_t... I>
+inline float lowest(vf x, std::index_sequence<I...> lanes) {
+  if constexpr (Step == 0) {
+    return x[0];
+  } else {
+    return lowest<Step / 2>(min_of(x, vf(__builtin_shufflevector(x, x, (I ^ size_t(Step))...))),
+                            lanes);
+  }
+}
+inline float lowest(vf x) { return lowest<R / 2>(x, std::make_index_sequence<R>{}); }
+
 // Which lanes of a are below those of b: one or more bits a lane, as the instruction set has it.
 #if defined(__AVX512BW__) && DROP_LANES == 32
 typedef uint32_t Word;

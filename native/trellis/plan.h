@@ -123,7 +123,7 @@ struct Plan {
   void add_pass(const DropTrellisPlane&, Kind kind, int first, int steps, int width) {
     Pass pass{kind, first, steps, 0, width, 0, words, {}};
     if (kind == Kind::lanes) pass.words = steps * k;
-    if (kind == Kind::mixed) pass.words = 2;
+    if (kind == Kind::mixed) pass.words = 3;
     if (kind == Kind::vectors) {
       pass.shift = k * first - kLaneBits;
       pass.words = steps * (k == 1 ? 1 << (width - 1) : 3 << (width - 2));

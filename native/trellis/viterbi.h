@@ -33,8 +33,7 @@ inline void make_table(const Phase& phase, float x, float s, float most, int16_t
     store(square + h * R, d * d);
     least = min_of(least, d * d);
   }
-  float low = least[0];
-  for (int i = 1; i < R; i++) low = std::min(low, float(least[i]));
+  const float low = lowest(least);
   for (int h = 0; h < halves; h++) {
     const vf cost = min_of((load<vf>(square + h * R) - low) * s, splat(most));
     store(table + h * R, __builtin_convertvector(__builtin_convertvector(cost + 0.5f, vi), half_vs));
@@ -88,19 +87,21 @@ void lane_pass(const Plan& plan, const Pass& pass, const int16_t* tables, int16_
   }
 }
 
-// The newer bit, a vector's, first.
+// The older bit, a lane's, first, as everywhere: of equal metrics the same one then wins.
 void mixed_pass(const Plan& plan, const Pass& pass, const int16_t* tables, int16_t* metrics,
                 Word* words) {
   const uint16_t* offset = pass.offset.data();
-  for (int v = 0; v < plan.vectors; v += 2, offset += 2, words += 2) {
-    vs x = load<vs>(metrics + v * N), y = load<vs>(metrics + (v + 1) * N);
-    words[0] = below(y, x);
-    x = min_of(x, y);
-    y = exchange<kLaneBits - 1>(x);
-    words[1] = below(y, x);
-    x = min_of(x, y);
-    store(metrics + v * N, x + costs_at(tables, offset[0]));
-    store(metrics + (v + 1) * N, x + costs_at(tables, offset[1]));
+  for (int v = 0; v < plan.vectors; v += 2, offset += 2, words += 3) {
+    vs best[2];
+    for (int i = 0; i < 2; i++) {
+      const vs x = load<vs>(metrics + (v + i) * N), y = exchange<kLaneBits - 1>(x);
+      words[i] = below(y, x);
+      best[i] = min_of(x, y);
+    }
+    words[2] = below(best[1], best[0]);
+    const vs least = min_of(best[0], best[1]);
+    store(metrics + v * N, least + costs_at(tables, offset[0]));
+    store(metrics + (v + 1) * N, least + costs_at(tables, offset[1]));
   }
 }
 
@@ -159,8 +160,13 @@ void run_pass(const Plan& plan, const Pass& pass, const int16_t* tables, int16_t
 }
 
 inline int16_t least_of(const Plan& plan, const int16_t* metrics) {
-  vs least = load<vs>(metrics);
-  for (int v = 1; v < plan.vectors; v++) least = min_of(least, load<vs>(metrics + v * N));
+  vs some[8];  // eight chains: a vector's minimum waits for nothing but its load
+  for (int i = 0; i < 8; i++) some[i] = load<vs>(metrics + i % plan.vectors * N);
+  for (int v = 8; v < plan.vectors; v += 8)
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) some[i] = min_of(some[i], load<vs>(metrics + (v + i) * N));
+  vs least = some[0];
+  for (int i = 1; i < 8; i++) least = min_of(least, some[i]);
   int16_t low = least[0];
   for (int i = 1; i < N; i++) low = std::min(low, int16_t(least[i]));
   return low;
@@ -201,11 +207,7 @@ inline int before(const Plan& plan, const Pass& pass, const Word* words, int ste
     words += (int64_t(v) * pass.steps + s) * k;
     if (k == 2) newer = bit_of(words[1], lane);
     old = bit_of(words[0], lane | newer << (k * step + 1));
-  } else if (pass.kind == Kind::mixed) {
-    words += int64_t(v >> 1) * 2;
-    old = bit_of(words[1], lane);
-    newer = bit_of(words[0], lane | old << (kLaneBits - 1));
-  } else {
+  } else {  // for a mixed pass: one group for two vectors
     const int i = v >> pass.shift & ((1 << pass.width) - 1);
     const int64_t low = v & ((1 << pass.shift) - 1);
     const int64_t group = int64_t(v) >> (pass.shift + pass.width) << pass.shift | low;
