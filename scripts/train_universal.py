@@ -71,7 +71,7 @@ def train_trellis(windows) -> None:
                 found = trellis.distortions(books, counts_of(planes, levels), lambdas)
                 sums = [sum(p.bits for p in planes[: m + 1]) for m in range(len(planes))]
                 given = {"levels": levels, "lambdas": lambdas, "tries": TRIES[window]}
-                name = name_of(levels, "trellis", window)
+                name = f"trellis-{name_of(levels)}-{window}"
                 write(name, books.named(), found, sums, start, **given, **TRELLIS_EFFORT)
 
 
