@@ -38,7 +38,7 @@ def test_a_set_that_ships_is_as_good_as_its_metadata_says(path):
     for plane, here, there in zip(planes, found, said, strict=True):
         bits += plane.bits
         assert here == pytest.approx(there, rel=0.05)
-        assert 4.0**-bits < here < 4.0**-bits * 1.35  # 1.3 dB above the bound at most
+        assert 4.0**-bits < here < 4.0**-bits * 1.42  # 1.5 dB above the bound at most
 
 
 def test_training_lowers_the_error_and_ties_the_values():
