@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 import random_model
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.system.native_library import library
-from tiny import write_checkpoint
+from tiny import CODES, write_checkpoint
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "cpu"
 TINY = {
@@ -88,14 +88,16 @@ def test_matvec(run: Any) -> None:
 
 
 @native
-def test_greedy(run: Any, tmp_path: Path) -> None:
-    out = write_checkpoint(tmp_path / "out")
+@pytest.mark.parametrize("code", CODES)
+def test_greedy(run: Any, tmp_path: Path, code: str) -> None:
+    out = write_checkpoint(tmp_path / "out", code=code)
     result = run("greedy", out, "--bits", "2", "--tokens", 4, "--tie", 1e-3)
     assert result["bits"]["2"]["differences"] == []
 
 
-def test_memory(run: Any, tmp_path: Path) -> None:
-    out = random_model.sized_checkpoint(tmp_path / "out", "tiny")
+@pytest.mark.parametrize("code", CODES)
+def test_memory(run: Any, tmp_path: Path, code: str) -> None:
+    out = random_model.sized_checkpoint(tmp_path / "out", "tiny", code)
     row = run("memory", out, "--one", "2.5", "--context", 16)
     assert row["held"] == row["predicted_weights"]
     assert row["bits"] <= 2.5
