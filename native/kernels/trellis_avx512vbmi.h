@@ -28,7 +28,7 @@ struct Gfni {
   }
 
   // Eight sums of lanes by a tree of three levels.
-  DROP_INLINE void add_sums(const Acc* sums, int32_t* low, int32_t* high) {
+  DROP_INLINE void sum_lanes(const Acc* sums, int32_t* low, int32_t* high) {
     __m512i pairs[4], fours[2];
     DROP_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -45,13 +45,8 @@ struct Gfni {
     // Quarters of 4 sums: low, low, high, high.
     const __m512i swapped = _mm512_shuffle_i64x2(quarters, quarters, _MM_SHUFFLE(2, 3, 0, 1));
     const __m512i all = _mm512_add_epi32(quarters, swapped);
-    add(low, _mm512_castsi512_si128(all));
-    add(high, _mm512_extracti32x4_epi32(all, 2));
-  }
-
-  DROP_INLINE void add(int32_t* to, __m128i sums) {
-    __m128i* at = reinterpret_cast<__m128i*>(to);
-    _mm_storeu_si128(at, _mm_add_epi32(_mm_loadu_si128(at), sums));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm512_castsi512_si128(all));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm512_extracti32x4_epi32(all, 2));
   }
 
   // kOldest: the first rows, whose windows reach the third byte.

@@ -26,10 +26,10 @@ struct OneByte {
   DROP_INLINE Acc dot(Acc sum, Vec value, Vec x) {
     return sum + static_cast<int8_t>(value) * static_cast<int8_t>(x);
   }
-  DROP_INLINE void add_sums(const Acc* sums, int32_t* low, int32_t* high) {
+  DROP_INLINE void sum_lanes(const Acc* sums, int32_t* low, int32_t* high) {
     for (int i = 0; i < kQuad; ++i) {
-      low[i] += sums[i];
-      high[i] += sums[kQuad + i];
+      low[i] = sums[i];
+      high[i] = sums[kQuad + i];
     }
   }
 };

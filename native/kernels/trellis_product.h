@@ -9,8 +9,9 @@
 // An instruction set (`Isa`) supplies
 //   Vec, Acc, kWidth       a register of bytes; of sums; inputs in a register
 //   kOffset                what its values are raised by: 64 for unsigned bytes, else 0
-//   load, store, zero, dot of registers; `add_sums` of eight Acc (four rows with low, then with
-//                          high bytes of x) to low[4] and high[4]
+//   load, store, zero, dot of registers
+//   sum_lanes              eight Acc, those of four rows with low and then with high bytes of x, ->
+//                          low[4], high[4]
 //   walk                   calls sink(j, values[4]) for the inputs j of a quad, kWidth at a time
 #pragma once
 
@@ -20,36 +21,50 @@ namespace drop {
 namespace DROP_ISA {
 
 // Prefetching. Byte rows of a tile lie `stride` apart, each a stream too short for the hardware to
-// follow; so the lines of all byte rows of a later tile are fetched side by side, evenly spread.
+// follow; so the lines of all byte rows of a later tile are fetched side by side, evenly spread. A
+// tile of P planes has 2 P walks along the inputs, at each line of which one slot is fetched, in
+// turn; there are 2 P slots, and those that no byte row needs follow a row that is being read.
 constexpr int64_t kTrellisAhead = 8192;  // bytes, at least; the next tile alone is often too near
 
-struct TrellisAhead {
-  const uint8_t* rows[2 * kMaxPlanes];
-  int64_t count, column;
-  int wait, every;
-
-  // For the lines of the first tile of which `tile` is being computed; tiles end at `last`.
-  void start(const TrellisGemvJob& job, int64_t tile, int64_t last) {
+class TrellisAhead {
+ public:
+  TrellisAhead() : slots_{0}, at_(0), count_(1), distance_(0) {}
+  explicit TrellisAhead(const TrellisGemvJob& job) : at_(0), count_(2 * job.prefix) {
     int64_t bits = 0;
     for (int64_t m = 0; m < job.prefix; ++m) bits += job.books[m]->bits;
-    const int64_t later = tile + 1 + kTrellisAhead / (bits * job.x.stride);
-    column = count = wait = 0;
-    every = static_cast<int>(2 * job.prefix);
-    if (later >= last) return;
-    for (int64_t m = 0; m < job.prefix; ++m) {
-      const int64_t k = job.books[m]->bits, end = stream_bytes(job.d_out, k);
-      for (int64_t row = later * k; row < (later + 1) * k && row < end; ++row) {
-        rows[count++] = job.planes[m] + row * job.x.stride;
+    distance_ = 1 + kTrellisAhead / (bits * job.x.stride);
+  }
+
+  // Before `tile` is computed; tiles end at `last`.
+  void start(const TrellisGemvJob& job, int64_t tile, int64_t last) {
+    int64_t filled = 0;
+    for (int64_t m = 0; m < job.prefix && tile + distance_ < last; ++m) {
+      const int64_t k = job.books[m]->bits;
+      for (int64_t row = 0; row < k; ++row) {
+        slots_[filled++] = address(job, m, (tile + distance_) * k + row);
       }
     }
+    while (filled < count_) slots_[filled++] = address(job, 0, tile * job.books[0]->bits);
+    at_ = 0;
   }
+
   // Once a line of a quad and plane.
   inline __attribute__((always_inline)) void step() {
-    if (--wait >= 0) return;
-    wait = every - 1;
-    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(rows[i] + column);
-    column += kLine;
+    const uintptr_t here = slots_[at_];
+    slots_[at_] = here + kLine;
+    at_ = at_ + 1 == count_ ? 0 : at_ + 1;
+    __builtin_prefetch(reinterpret_cast<const void*>(here));
   }
+
+ private:
+  // A number: a slot may end behind the plane.
+  static uintptr_t address(const TrellisGemvJob& job, int64_t plane, int64_t row) {
+    return reinterpret_cast<uintptr_t>(job.planes[plane]) +
+           static_cast<uintptr_t>(row * job.x.stride);
+  }
+
+  uintptr_t slots_[2 * kMaxPlanes];
+  int64_t at_, count_, distance_;
 };
 
 // One plane of a quad: its codebook, and the byte rows that its windows see, newest first.
@@ -90,7 +105,7 @@ DROP_INLINE void quad_product(const QuadBytes& bytes, const int8_t* low, const i
                 sums[kQuad + i] = Isa::dot(sums[kQuad + i], values[i], h);
               }
             });
-  Isa::add_sums(sums, low_sums, high_sums);
+  Isa::sum_lanes(sums, low_sums, high_sums);
 }
 
 // Values of inputs first .. last of a quad, in lines: [line][kQuad][kLine].
@@ -138,7 +153,12 @@ DROP_INLINE void dot_values(const uint8_t* values, int64_t count, const int8_t* 
   }
   DROP_UNROLL
   for (int q = 0; q < kRows; ++q) {
-    Isa::add_sums(totals[q], sums[q].low + row, sums[q].high + row);
+    int32_t low[kQuad], high[kQuad];
+    Isa::sum_lanes(totals[q], low, high);
+    for (int i = 0; i < kQuad; ++i) {
+      sums[q].low[row + i] += low[i];
+      sums[q].high[row + i] += high[i];
+    }
   }
 }
 
@@ -169,34 +189,61 @@ DROP_INLINE void add_plane(const TileSums& sums, int64_t raised, float scale, fl
   }
 }
 
+// A tile's sums over all planes, before the step: totals [n][kTile].
 template <typename Isa>
-static void trellis_gemv(const TrellisGemvJob& job, int64_t first, int64_t last) {
+DROP_INLINE void tile_product(const TrellisGemvJob& job, int64_t tile, TrellisAhead& ahead,
+                              float (*totals)[kTile]) {
   const TrellisInputs& x = job.x;
-  TrellisAhead ahead;
-  for (int64_t tile = first; tile < last; ++tile) {
-    ahead.start(job, tile, last);
-    alignas(64) float totals[kTrellisRows][kTile];
-    memset(totals, 0, static_cast<size_t>(x.n) * sizeof totals[0]);
-    for (int64_t m = 0; m < job.prefix; ++m) {
-      alignas(64) TileSums sums[kTrellisRows];
-      memset(sums, 0, static_cast<size_t>(x.n) * sizeof sums[0]);
-      for (int64_t row = 0; row < kTile && tile * kTile + row < job.d_out; row += kQuad) {
-        const QuadBytes bytes(*job.books[m], job.planes[m], (tile * kTile + row) / kQuad, job.d_out,
-                              x.stride);
-        if (x.n == 1) {
-          quad_product<Isa>(bytes, x.low(0), x.high(0), x.stride, ahead, sums[0].low + row,
-                            sums[0].high + row);
-        } else {
-          quad_products<Isa>(bytes, x, ahead, sums, row);
-        }
-      }
-      for (int64_t i = 0; i < x.n; ++i) {
-        add_plane(sums[i], Isa::kOffset * x.sums[i], job.books[m]->scale, totals[i]);
-      }
+  const int8_t *low = x.low(0), *high = x.high(0);
+  const bool whole = tile * kTile + kQuad < job.d_out;  // has two quads
+  for (int64_t r = 0; r < kTile; ++r) totals[0][r] = 0;
+  for (int64_t m = 0; m < job.prefix; ++m) {
+    const Trellis& book = *job.books[m];
+    TileSums sums;
+    if (!whole) memset(&sums, 0, sizeof sums);
+    for (int64_t q = 0; q < (whole ? 2 : 1); ++q) {
+      const QuadBytes bytes(book, job.planes[m], tile * 2 + q, job.d_out, x.stride);
+      quad_product<Isa>(bytes, low, high, x.stride, ahead, sums.low + kQuad * q,
+                        sums.high + kQuad * q);
+    }
+    add_plane(sums, Isa::kOffset * x.sums[0], book.scale, totals[0]);
+  }
+}
+
+template <typename Isa>
+static void tile_products(const TrellisGemvJob& job, int64_t tile, TrellisAhead& ahead,
+                          float (*totals)[kTile]) {
+  const TrellisInputs& x = job.x;
+  const size_t n = static_cast<size_t>(x.n);
+  TileSums sums[kTrellisRows];
+  memset(totals, 0, n * sizeof *totals);
+  for (int64_t m = 0; m < job.prefix; ++m) {
+    memset(sums, 0, n * sizeof *sums);
+    for (int64_t row = 0; row < kTile && tile * kTile + row < job.d_out; row += kQuad) {
+      const int64_t quad = (tile * kTile + row) / kQuad;
+      quad_products<Isa>({*job.books[m], job.planes[m], quad, job.d_out, x.stride}, x, ahead, sums,
+                         row);
     }
     for (int64_t i = 0; i < x.n; ++i) {
+      add_plane(sums[i], Isa::kOffset * x.sums[i], job.books[m]->scale, totals[i]);
+    }
+  }
+}
+
+template <typename Isa>
+static void trellis_gemv(const TrellisGemvJob& job, int64_t first, int64_t last) {
+  TrellisAhead ahead(job);
+  float totals[kTrellisRows][kTile];
+  for (int64_t tile = first; tile < last; ++tile) {
+    ahead.start(job, tile, last);
+    if (job.x.n == 1) {
+      tile_product<Isa>(job, tile, ahead, totals);
+    } else {
+      tile_products<Isa>(job, tile, ahead, totals);
+    }
+    for (int64_t i = 0; i < job.x.n; ++i) {
       float* out = job.sums + i * job.sums_stride + (tile - first) * kTile;
-      for (int64_t r = 0; r < kTile; ++r) out[r] = totals[i][r] * x.steps[i];
+      for (int64_t r = 0; r < kTile; ++r) out[r] = totals[i][r] * job.x.steps[i];
     }
   }
 }
@@ -257,9 +304,7 @@ static void trellis_decode(const TrellisDecodeJob& job, int64_t first, int64_t l
   alignas(64) uint8_t values[kQuad * kColumns];
   alignas(64) float totals[kQuad][kColumns];
   const int64_t stride = trellis_stride(job.d_in);
-  TrellisAhead ahead;  // the stores leave no time to gain
-  ahead.count = ahead.column = ahead.wait = 0;
-  ahead.every = 1;
+  TrellisAhead ahead;  // of nothing: the stores leave no time to gain
   for (int64_t quad = first / kQuad; quad * kQuad < last; ++quad) {
     for (int64_t start = 0; start < job.d_in; start += kColumns) {
       const int64_t stop = start + kColumns < stride ? start + kColumns : stride;
