@@ -10,7 +10,7 @@
 #include "x86.h"
 // (x86.h first: lut.h uses what it declares.)
 #include "lut.h"
-#include "trellis_portable.h"
+#include "trellis_avx2.h"
 
 namespace drop {
 namespace avx2 {
@@ -237,7 +237,7 @@ struct Ladder {
   }
 };
 
-typedef Nibbles<OneByte> Planes;
+typedef Nibbles<Bytes32> Planes;
 
 }  // namespace avx2
 

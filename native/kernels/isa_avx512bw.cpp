@@ -8,7 +8,7 @@
 #include "x86.h"
 // (x86.h first: lut.h uses what it declares.)
 #include "lut.h"
-#include "trellis_portable.h"
+#include "trellis_avx512bw.h"
 
 namespace drop {
 namespace avx512bw {
@@ -143,7 +143,7 @@ struct Words {
   }
 };
 
-typedef Nibbles<OneByte> Planes;
+typedef Nibbles<Bytes64> Planes;
 
 }  // namespace avx512bw
 

@@ -222,8 +222,8 @@ extern const Kernel avx512vbmi_kernel;
 extern const Kernel avx512vbmi_u8_kernel;
 constexpr Kernel avx512vbmi_kernel =
     avx512vbmi::make_kernel<avx512vbmi::Tiled<avx512vbmi::Digits>, avx512vbmi::Gfni>(
-        "avx512vbmi", "AVX-512 VBMI + VNNI, 14-bit tables");
+        "avx512vbmi", "AVX-512 VBMI, GFNI, VNNI, 14-bit tables");
 constexpr Kernel avx512vbmi_u8_kernel =
     avx512vbmi::make_kernel<avx512vbmi::Tiled<avx512vbmi::Bytes>, avx512vbmi::Gfni>(
-        "avx512vbmi-u8", "AVX-512 VBMI + VNNI, 8-bit tables");
+        "avx512vbmi-u8", "AVX-512 VBMI, GFNI, VNNI, 8-bit tables");
 }  // namespace drop

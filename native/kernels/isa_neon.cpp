@@ -26,7 +26,7 @@ DROP_INLINE void squared_norms(const int16_t* x, int64_t count, int32_t* norms) 
 }  // namespace drop
 
 #include "lut.h"
-#include "trellis_portable.h"
+#include "trellis_neon.h"
 
 namespace drop {
 namespace neon {
@@ -158,7 +158,7 @@ struct Lookup {
   }
 };
 
-typedef Nibbles<OneByte> Planes;
+typedef Nibbles<Bytes16> Planes;
 
 }  // namespace neon
 

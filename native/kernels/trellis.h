@@ -44,21 +44,22 @@ constexpr int kNibbles = 5;                     // half bytes that a window span
 
 // How a quad's labels depend on the byte of its newest bits (lag 0) and the two before.
 struct TrellisQuad {
-  uint64_t matrix[kSpan][kQuad];        // by lag, as GF2P8AFFINEQB takes them
-  uint8_t labels[kQuad][kNibbles][16];  // by half byte, from the newest one of the row back
+  uint64_t matrix[kSpan][kQuad];  // by lag, as GF2P8AFFINEQB takes them
+  alignas(
+      16) uint8_t labels[kQuad][kNibbles][16];  // by half byte, from the newest one of the row back
 };
 
 // A prepared codebook of a trellis plane. 64-byte aligned.
 struct alignas(64) Trellis {
   int8_t values[kLabels];
-  uint8_t raised[kLabels];  // values + 64
-  uint8_t steps[4][16];     // row 0 of `raised`, then each row XOR the one before
-  TrellisQuad quads[2];     // newest bits in the low and in the high half of a byte; equal, k = 2
-  float scale;              // w = value * scale
-  int32_t bits, window;     // k, L
-  int32_t oldest;           // rows of quads[0], quads[1] whose window reaches lag 2: the first of
-  int32_t oldest_high;      // each
-  int32_t nibbles;          // half bytes that each row's window spans, the most of all rows
+  uint8_t raised[kLabels];           // values + 64
+  alignas(16) uint8_t steps[4][16];  // row 0 of `raised`, then each row XOR the one before
+  TrellisQuad quads[2];  // newest bits in the low and in the high half of a byte; equal, k = 2
+  float scale;           // w = value * scale
+  int32_t bits, window;  // k, L
+  int32_t oldest;        // rows of quads[0], quads[1] whose window reaches lag 2: the first of
+  int32_t oldest_high;   // each
+  int32_t nibbles;       // half bytes that each row's window spans, the most of all rows
 
   int64_t byte_row(int64_t quad) const { return bits == 2 ? quad : quad / 2; }
 };

@@ -4,7 +4,7 @@
 //   Vec, kWidth, load      as in trellis_product.h
 //   shuffle(table, index)  bytes 0..15 -> table[index]; `table` is 16 bytes in memory
 //   low, high              half bytes of bytes
-//   bit_xor
+//   bit_xor; pin, which keeps the compiler from computing rows side by side, more than registers hold
 //   values(book, labels)   labels 0..63 -> values, raised by V::kOffset
 #pragma once
 
@@ -40,7 +40,9 @@ struct Nibbles : V {
           for (int h = 1; h < kCount; ++h) {
             label = V::bit_xor(label, V::shuffle(quad.labels[i][h], halves[top + h]));
           }
+          V::pin(label);
           values[i] = V::values(*bytes.book, label);
+          V::pin(values[i]);
         }
         sink(j, values);
       }

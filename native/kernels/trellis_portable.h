@@ -15,6 +15,7 @@ struct OneByte {
 
   DROP_INLINE Vec load(const void* p) { return *static_cast<const uint8_t*>(p); }
   DROP_INLINE void store(uint8_t* p, Vec v) { *p = v; }
+  DROP_INLINE void pin(Vec& v) { asm("" : "+r"(v)); }
   DROP_INLINE Vec low(Vec v) { return v & 15; }
   DROP_INLINE Vec high(Vec v) { return v >> 4; }
   DROP_INLINE Vec bit_xor(Vec a, Vec b) { return a ^ b; }

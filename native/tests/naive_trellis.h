@@ -21,6 +21,8 @@ struct TrellisProblem {
   std::vector<std::vector<int8_t>> values;
   std::vector<float> plane_scales, scales, bias, x;
   std::vector<std::unique_ptr<Aligned<uint8_t>>> prepared;
+  std::vector<std::vector<int8_t>> matrices;     // of values [d_out, d_in]
+  std::vector<float> decoded, products, biased;  // expected
 
   TrellisProblem(const TrellisCase& c, Random& random) : shape(c), stride((c.d_in + 63) / 64 * 64) {
     for (int bits : c.bits) {
@@ -35,12 +37,20 @@ struct TrellisProblem {
       plane_scales.push_back(0.01f + 0.01f * std::fabs(random.gauss()));
       prepare(bits);
     }
+    for (size_t m = 0; m < planes.size(); ++m) {
+      matrices.emplace_back();
+      for (int64_t r = 0; r < c.d_out; ++r) {
+        for (int64_t j = 0; j < c.d_in; ++j) matrices[m].push_back(value(m, r, j));
+      }
+    }
     x.resize(static_cast<size_t>(c.n * c.d_in));
     for (float& value : x) value = random.gauss();
     for (int64_t r = 0; r < c.d_out; ++r) {
       scales.push_back(0.5f + static_cast<float>(random.next() % 1000) / 1000);
       bias.push_back(random.gauss());
     }
+    decode();
+    multiply();
   }
 
   int64_t stream_bytes(int bits) const {
@@ -56,7 +66,7 @@ struct TrellisProblem {
   }
 
   // Value of plane m in row r for input j.
-  int value(size_t m, int64_t r, int64_t j) const {
+  int8_t value(size_t m, int64_t r, int64_t j) const {
     const int64_t length = 8 * stream_bytes(shape.bits[m]);
     int label = 0;
     for (int age = 0; age < shape.window; ++age) {
@@ -68,22 +78,19 @@ struct TrellisProblem {
     return values[m][static_cast<size_t>(label)];
   }
 
-  std::vector<float> decoded() const {
-    std::vector<float> out;
-    for (int64_t r = 0; r < shape.d_out; ++r) {
-      for (int64_t j = 0; j < shape.d_in; ++j) {
-        float sum = static_cast<float>(value(0, r, j)) * plane_scales[0];
-        for (size_t m = 1; m < planes.size(); ++m) {
-          sum += static_cast<float>(value(m, r, j)) * plane_scales[m];
-        }
-        out.push_back(sum * scales[static_cast<size_t>(r)]);
+  void decode() {
+    for (size_t i = 0; i < static_cast<size_t>(shape.d_out * shape.d_in); ++i) {
+      float sum = static_cast<float>(matrices[0][i]) * plane_scales[0];
+      for (size_t m = 1; m < planes.size(); ++m) {
+        sum += static_cast<float>(matrices[m][i]) * plane_scales[m];
       }
+      decoded.push_back(sum * scales[i / static_cast<size_t>(shape.d_in)]);
     }
-    return out;
   }
 
-  std::vector<float> products(bool biased) const {
-    std::vector<float> out(static_cast<size_t>(shape.n * shape.d_out));
+  void multiply() {
+    products.clear();
+    biased.clear();
     for (int64_t i = 0; i < shape.n; ++i) {
       const float* row = x.data() + i * shape.d_in;
       float largest = 0;
@@ -94,18 +101,17 @@ struct TrellisProblem {
       for (int64_t r = 0; r < shape.d_out; ++r) {
         float total = 0;
         for (size_t m = 0; m < planes.size(); ++m) {
+          const int8_t* weights = matrices[m].data() + r * shape.d_in;
           int64_t sum = 0;
           for (int64_t j = 0; j < shape.d_in; ++j) {
-            sum += value(m, r, j) * integers[static_cast<size_t>(j)];
+            sum += weights[j] * integers[static_cast<size_t>(j)];
           }
           total += static_cast<float>(sum) * plane_scales[m];
         }
-        const float y = total * (1 / factor) * scales[static_cast<size_t>(r)];
-        out[static_cast<size_t>(i * shape.d_out + r)] =
-            biased ? y + bias[static_cast<size_t>(r)] : y;
+        products.push_back(total * (1 / factor) * scales[static_cast<size_t>(r)]);
+        biased.push_back(products.back() + bias[static_cast<size_t>(r)]);
       }
     }
-    return out;
   }
 
   std::vector<const void*> book_pointers() const {

@@ -8,9 +8,8 @@ namespace {
 
 void check_products(int kernel, const std::string& where, const TrellisProblem& problem) {
   const TrellisCase& c = problem.shape;
-  std::vector<float> expected = problem.products(false), all, other;
-  const std::vector<float> biased = problem.products(true);
-  expected.insert(expected.end(), biased.begin(), biased.end());
+  std::vector<float> expected = problem.products, all, other;
+  expected.insert(expected.end(), problem.biased.begin(), problem.biased.end());
   check(problem.run(kernel, 0, c.n, 1, &all) == 0, where + ": refused");
   check(all == expected, where + ": products");
   problem.run(kernel, 0, c.n, 3, &other);
@@ -27,7 +26,7 @@ void check_decode(int kernel, const std::string& where, const TrellisProblem& pr
   const TrellisCase& c = problem.shape;
   const auto books = problem.book_pointers();
   const auto planes = problem.plane_pointers();
-  const std::vector<float> expected = problem.decoded();
+  const std::vector<float>& expected = problem.decoded;
   const int64_t prefix = static_cast<int64_t>(planes.size());
   for (int64_t first : {int64_t{0}, c.d_out / 3, c.d_out - 1}) {
     for (int threads = 1; threads <= 3; ++threads) {
@@ -50,22 +49,19 @@ void check_decode(int kernel, const std::string& where, const TrellisProblem& pr
 }
 
 // The largest sums that 32 bits must hold, and the refusal beyond them.
-void check_limit(int kernel, const std::string& name, Random& random) {
-  TrellisProblem problem({5, 1 << 17, {1}, 8, 1}, random);
-  for (int8_t& value : problem.values[0]) value = 63;
-  problem.prepare(1);
-  problem.prepared.erase(problem.prepared.begin());
-  for (float x : {32639.0f, 32384.0f, -32640.0f + 128}) {  // low bytes 127, -128, -128
+void check_limit(int kernel, const std::string& name, TrellisProblem& problem) {
+  std::vector<float> out;
+  for (float x : {32639.0f, 32384.0f, -32512.0f}) {  // low bytes 127, -128, 0
     for (float& value : problem.x) value = x;
     problem.x[0] = 32639;
-    std::vector<float> expected = problem.products(false), out;
+    problem.multiply();
     problem.run(kernel, 0, 1, 2, &out);
-    out.resize(expected.size());
-    check(out == expected, name + ": largest sums");
+    out.resize(problem.products.size());
+    check(out == problem.products, name + ": largest sums");
   }
   problem.shape.d_in += 1;
-  std::vector<float> out;
   check(problem.run(kernel, 0, 1, 1, &out) == -1, name + ": too many inputs are not refused");
+  problem.shape.d_in -= 1;
 }
 
 void check_odd_inputs(int kernel, const std::string& name, Random& random) {
@@ -85,9 +81,7 @@ void check_odd_inputs(int kernel, const std::string& name, Random& random) {
   check(std::isnan(out[0]), name + ": infinity is lost");
 }
 
-}  // namespace
-
-void check_trellis(int kernel, const std::string& name) {
+std::vector<TrellisProblem> problems_of_all_shapes() {
   Random random;
   std::vector<TrellisCase> cases = {{1, 1, {2, 1, 1}, 12, 1},     {9, 65, {1, 2}, 14, 2},
                                     {100, 200, {2, 1, 1}, 16, 3}, {30, 2112, {2, 1}, 12, 5},
@@ -98,15 +92,37 @@ void check_trellis(int kernel, const std::string& name) {
     cases.push_back({21, 24, {2, 1}, window, 2});
   }
   for (int64_t n = 1; n <= 17; ++n) cases.push_back({19, 72, {2, 1, 1}, 12, n});
-  for (const TrellisCase& c : cases) {
-    const TrellisProblem problem(c, random);
+  std::vector<TrellisProblem> problems;
+  for (const TrellisCase& c : cases) problems.emplace_back(c, random);
+  return problems;
+}
+
+// Values of 63 everywhere, as many inputs as a product may have.
+TrellisProblem largest_problem() {
+  Random random;
+  TrellisProblem problem({5, 1 << 17, {1}, 8, 1}, random);
+  for (int8_t& value : problem.values[0]) value = 63;
+  for (int8_t& value : problem.matrices[0]) value = 63;
+  problem.prepared.clear();
+  problem.prepare(1);
+  return problem;
+}
+
+}  // namespace
+
+void check_trellis(int kernel, const std::string& name) {
+  static const std::vector<TrellisProblem> problems = problems_of_all_shapes();
+  static TrellisProblem largest = largest_problem();
+  for (const TrellisProblem& problem : problems) {
+    const TrellisCase& c = problem.shape;
     const std::string where = name + " trellis d_out " + std::to_string(c.d_out) + " d_in " +
                               std::to_string(c.d_in) + " window " + std::to_string(c.window) +
                               " n " + std::to_string(c.n) + " P " + std::to_string(c.bits.size());
     check_products(kernel, where, problem);
     check_decode(kernel, where, problem);
   }
-  check_limit(kernel, name, random);
+  check_limit(kernel, name, largest);
+  Random random;
   check_odd_inputs(kernel, name, random);
 }
 
