@@ -142,7 +142,8 @@ def _function(name: str, plan: Plan | None, device: int) -> Function:
 def spans(rotation: Rotation) -> tuple[int, int, int]:
     """How `rotate_rows` cuts d_in outputs: (outputs of a block, blocks, threads of a block)."""
     span = max(rotation.block, BLOCK)
-    return span, -(-rotation.d_in // span), min(1024, max(BLOCK, span // 8))
+    a_thread = 8 if rotation.odd is None else 1  # outputs; with an odd factor each is a long sum
+    return span, -(-rotation.d_in // span), min(1024, max(BLOCK, span // a_thread))
 
 
 def rotate_arguments(x: Tensor, rotation: Rotation, steps: Tensor, units: Tensor) -> list[Any]:

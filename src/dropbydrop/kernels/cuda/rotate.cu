@@ -41,6 +41,25 @@ __device__ inline void load_signed(const Word *x, int type, const float *signs, 
   }
 }
 
+// The same with the factor [odd, odd], which mixes the entries of all Hadamard blocks.
+template <class Word>
+__device__ inline void load_mixed(const Word *x, int type, const float *signs, const float *factor,
+                                  float *y, int first, int span, int d, int odd, int size) {
+  for (int i = threadIdx.x; i < span; i += blockDim.x) {
+    const int at = first + i, column = at % size;
+    const float *weights = factor + (at / size) * odd;
+    float value = 0.0f;
+    if (at < d) {
+#pragma unroll 16
+      for (int o = 0; o < odd; o++) {
+        const int from = o * size + column;
+        value = fmaf(weights[o], number(x[from], type) * signs[from], value);
+      }
+    }
+    y[padded(i)] = value;
+  }
+}
+
 // Q x of `span` consecutive outputs, `first` onwards, into y[padded(0 .. span)]; zeros past d.
 // Q = (factor (x) H) signs, H the Hadamard matrix of `size`; `factor` [odd, odd] or null, `signs`
 // +-1 or +-factor. The factor comes first, while loading (both commute); then H in passes of up to
@@ -48,24 +67,16 @@ __device__ inline void load_signed(const Word *x, int type, const float *signs, 
 __device__ inline void rotate(const void *x, int type, long long row, const float *signs,
                               const float *factor, float *y, int first, int span, int d, int odd,
                               int size) {
-  if (!factor && type == 0)
-    load_signed((const float *)x + row * d, type, signs, y, first, span, d);
-  else if (!factor)
-    load_signed((const u16 *)x + row * d, type, signs, y, first, span, d);
-  for (int i = threadIdx.x; i < span && factor; i += blockDim.x) {
-    const int at = first + i;
-    float value = 0.0f;
-    if (at < d) {
-      const int column = at % size;
-      const float *weights = factor + (at / size) * odd;
-#pragma unroll 8
-      for (int o = 0; o < odd; o++) {
-        const int from = o * size + column;
-        value = fmaf(weights[o], load_number(x, type, row * d + from) * signs[from], value);
-      }
-    }
-    y[padded(i)] = value;
-  }
+  const float *wide = (const float *)x + row * d;
+  const u16 *narrow = (const u16 *)x + row * d;
+  if (factor && type == 0)
+    load_mixed(wide, type, signs, factor, y, first, span, d, odd, size);
+  else if (factor)
+    load_mixed(narrow, type, signs, factor, y, first, span, d, odd, size);
+  else if (type == 0)
+    load_signed(wide, type, signs, y, first, span, d);
+  else
+    load_signed(narrow, type, signs, y, first, span, d);
   __syncthreads();
   for (int left = size; left > 1;) {
     const int points = left >= 8 ? 8 : left, h = left / points;
