@@ -146,7 +146,7 @@ def case(n: int, rows: tuple[int, ...], d: int, books: TrellisSet):
 
 def cuts(d: int):
     """Every way to cut the inputs into chunks that `splits` may choose."""
-    return {trellis.splits(1, d, warps) for warps in (1, 3, 100)}
+    return {trellis.splits(1, d, blocks, 4) for blocks in (1, 3, 100)}
 
 
 # n, rows of matrices, d_in, bits, window: rings of 3 bytes, tails of tiles and of inputs, odd d_in
@@ -193,7 +193,7 @@ def test_a_row_does_not_depend_on_company(build):
     def product(n: int) -> Tensor:
         library = build(trellis.plan(n, d, LIMIT))
         inputs = rotate_on_host(library, x[:n], identity(d), rows)
-        cut = trellis.splits(trellis.tiles_of(rows), d, 8)
+        cut = trellis.splits(trellis.tiles_of(rows), d, 2, 4)
         return on_host(library, inputs, planes, rows, books, scales, None, torch.float32, cut)
 
     together = product(16)
@@ -296,13 +296,14 @@ def test_work_is_cut_for_the_device():
     """Every chunk is inside of what 32 bits hold, and none is empty."""
     for d in (40, 4096, 28672, 1 << 18):
         for tiles in (1, 256, 1792):
-            for warps in (8, 1056, 3168):
-                count, chunk = trellis.splits(tiles, d, warps)
+            for blocks in (1, 88, 264):
+                count, chunk = trellis.splits(tiles, d, blocks, 12)
                 assert (count - 1) * chunk < d <= count * chunk
                 assert chunk % 128 == 0
                 assert 63 * trellis.MOST_STEPS * chunk // 32 < 2**31
-    assert trellis.splits(1792, 8192, 448)[0] == 1  # enough tiles
-    assert trellis.splits(16, 8192, 3168)[0] > 8
+    assert trellis.splits(8192, 8192, 88, 12)[0] == 1  # enough tiles
+    assert trellis.splits(256, 4096, 264, 12)[0] == 8  # eight warps of every block
+    assert trellis.splits(16, 8192, 264, 12)[0] > 8
     assert trellis.plan(1, 64, 99 << 10).RESIDENT == 1
     assert trellis.table_bytes(128) <= 99 << 10
 

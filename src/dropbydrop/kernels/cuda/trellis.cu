@@ -172,7 +172,7 @@ product(const Matrices all, const Planes planes, const uint2 *tables, const u32 
   extern __shared__ uint4 shared[];
   const int P = planes.count, m = blockIdx.x % P, first_x = blockIdx.y * N;
   const int lane = threadIdx.x & 31, bits = planes.bits[m];
-  const int warp = blockIdx.x / P * (THREADS / 32) + threadIdx.x / 32;
+  const int warp = threadIdx.x / 32 * (gridDim.x / P) + blockIdx.x / P;
   int tiles = 0, rows = 0;
   for (int i = 0; i < MOST; i++) {
     tiles += (all.rows[i] + TILE - 1) / TILE;

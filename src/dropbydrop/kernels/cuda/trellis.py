@@ -40,6 +40,7 @@ _LONGEST = 1 << 15  # inputs whose sums in a lane fit 32 bits: 63 * MOST_STEPS *
 _ENTRIES = 3 * 256  # of the tables of a plane
 _VALUES = 64  # bytes
 _OVERHEAD = 2  # of a unit of work, in pieces: its sums are brought together
+_FEW = 8
 _MULTIPROCESSOR = 1 << 10  # bytes of shared memory that a block takes beside its own
 
 
@@ -121,12 +122,16 @@ def vector_of(d: int) -> int:
     return 4 if d % 4 == 0 else 1
 
 
-def splits(tiles: int, d: int, warps: int) -> tuple[int, int]:
-    """How `warps` warps cut `tiles` tiles of d inputs: (chunks of these, inputs of a chunk)."""
+def splits(tiles: int, d: int, blocks: int, warps: int) -> tuple[int, int]:
+    """How a plane's `blocks` of `warps` warps cut `tiles` tiles of d inputs: (chunks of these,
+    inputs of a chunk). Units of work go round the blocks, then round their warps; a multiprocessor
+    is as fast with _FEW warps of a block as with all, with fewer it waits for memory."""
     pieces = -(-d // PIECE)
 
     def cost(count: int) -> int:
-        return -(-tiles * count // warps) * (-(-pieces // count) + _OVERHEAD)
+        turns, rest = divmod(-(-tiles * count // blocks), warps)
+        busy = turns * warps + (max(rest, _FEW) if rest else 0)
+        return busy * (-(-pieces // count) + _OVERHEAD)
 
     least, most = -(-d // _LONGEST), max(1, pieces // 2)
     best = min(range(least, max(least, min(most, 64)) + 1), key=cost)
@@ -277,9 +282,8 @@ def product(
     resident = properties.multi_processor_count * function.resident(chosen.THREADS, shared)
     turns = -(-n // chosen.N)
     blocks = max(1, resident // (turns * prefix))  # of a plane and a pass
-    cut = splits(tiles_of(rows), inputs.d, blocks * chosen.THREADS // 32)
-    units = tiles_of(rows) * cut[0]
-    blocks = min(blocks, -(-units // (chosen.THREADS // 32)))
+    cut = splits(tiles_of(rows), inputs.d, blocks, chosen.THREADS // 32)
+    blocks = min(blocks, tiles_of(rows) * cut[0])
     out = torch.empty(n, sum(rows), dtype=dtype, device=device)
     _, *arguments = product_arguments(
         inputs, planes, rows, tables, scales, bias, out, cut, first_counter
