@@ -2,7 +2,16 @@
 
 import os
 
+import pytest
 import torch
+
+from tiny import CODES
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module", params=CODES)
+def code(request: pytest.FixtureRequest) -> str:
+    """Kind of the planes: what depends on it runs for both."""
+    return str(request.param)

@@ -26,13 +26,7 @@ from dropbydrop.coding.rotation import Rotation
 from dropbydrop.system import atomic_folder as folder_module
 from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from random_model import group_rotation, llama_groups, random_planes, random_set
-from tiny import CODES, COUNTS, tiny_llama, write_checkpoint
-
-
-@pytest.fixture(scope="module", params=CODES)
-def code(request: pytest.FixtureRequest) -> str:
-    """Kind of the planes."""
-    return str(request.param)
+from tiny import COUNTS, tiny_llama, write_checkpoint
 
 
 @pytest.fixture(scope="module")

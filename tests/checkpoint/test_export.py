@@ -25,15 +25,14 @@ from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system import atomic_folder as folder_module
 from dropbydrop.system.errors import DropError, MissingPlaneError, PrecisionError
-from tiny import CODES, VOCAB, save_tiny, tiny_llama, write_checkpoint
+from tiny import VOCAB, save_tiny, tiny_llama, write_checkpoint
 
 IDS = torch.randint(5, VOCAB, (2, 17), generator=torch.Generator().manual_seed(5))
 
 
-@pytest.fixture(scope="module", params=CODES)
-def out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of either kind of plane."""
-    return write_checkpoint(tmp_path_factory.mktemp("export") / "out", code=request.param)
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory, code: str) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("export") / "out", code=code)
 
 
 def logits(model: Any) -> Tensor:

@@ -24,7 +24,7 @@ from dropbydrop.checkpoint.slice import slice_checkpoint
 from dropbydrop.cli import main as cli
 from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from file_server import Server, flip
-from tiny import CODES, COUNTS, VOCAB, write_checkpoint
+from tiny import COUNTS, VOCAB, write_checkpoint
 
 IDS = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(5))
 PLANE = "plane-2.safetensors"
@@ -88,7 +88,6 @@ def test_slice_is_a_partial_checkpoint(out: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == {"two", "again"}
 
 
-@pytest.mark.parametrize("code", CODES)
 def test_each_level_has_its_planes(tmp_path: Path, code: str) -> None:
     """Slices, and a folder that grows by pulls, hold the planes of their level and no others."""
     out = write_checkpoint(tmp_path / "out", code=code)

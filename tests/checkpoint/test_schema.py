@@ -17,7 +17,7 @@ from dropbydrop.checkpoint import Manifest, QuantizationConfig
 from dropbydrop.checkpoint.config import parse_plane
 from dropbydrop.coding.planes import WINDOWS, BytesPlane, TrellisPlane
 from dropbydrop.system.errors import DropError
-from tiny import CODES, write_checkpoint
+from tiny import write_checkpoint
 
 DOCS = Path(__file__).parents[2] / "docs"
 Change = Callable[[dict[str, Any]], Any]
@@ -36,13 +36,13 @@ OTHER_KIND = {  # a valid plane that is not of this kind
 }
 
 
-@pytest.fixture(scope="module", params=CODES)
+@pytest.fixture(scope="module")
 def written(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory, code: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """quantization_config and manifest of a checkpoint whose planes are sharded."""
     folder = tmp_path_factory.mktemp("schema")
-    out = write_checkpoint(folder / "out", code=request.param, shard_bytes=2000)
+    out = write_checkpoint(folder / "out", code=code, shard_bytes=2000)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     return config, json.loads((out / "manifest.json").read_text())
 

@@ -13,8 +13,8 @@ from tiny import write_checkpoint
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("precisions") / "out")
+def out(tmp_path_factory: pytest.TempPathFactory, code: str) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("precisions") / "out", code=code)
 
 
 def refusal(*argv: object) -> str:

@@ -31,14 +31,14 @@ from dropbydrop.planning.sensitivity import (
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import plan_of, store_of
 from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
-from tiny import VOCAB, decoded_reference, tiny_llama, write_checkpoint
+from tiny import COUNTS, VOCAB, decoded_reference, tiny_llama, write_checkpoint
 
 IDS = torch.randint(3, VOCAB, (3, 24), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("plan") / "out")
+def out(tmp_path_factory: pytest.TempPathFactory, code: str) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("plan") / "out", code=code)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,9 @@ def test_planes_are_held_once(checkpoint: Checkpoint, out: Path) -> None:
         logits(view)
         view.model.layers[0].mlp.up_proj.dense_weight()
     derived = store_of(model)._derived.items()
-    small = {t.data_ptr() for key, v in derived if key[0] == "books" for t in v.prepared}
+    books = [v for key, v in derived if key[0] == "books"]
+    small = {t.data_ptr() for v in books for t in v.prepared}
+    small |= {t.data_ptr() for v in books for part in v.set.parts for t in part.values()}
     # what the kernels are called with, of every matrix and input group
     structure = ctypes.sizeof(ops.GroupStruct)
     new = {
@@ -290,6 +292,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "untied in 16 bits": ({"tie_word_embeddings": False}, {"embedding_bits": 16}, "float16"),
     "biases": ({"attention_bias": True, "mlp_bias": True}, {}, torch.bfloat16),
     "256 entries": ({}, {"sign_symmetric": False}, None),
+    "trellis": ({}, {"code": "trellis", "window": 9}, None),
+    "trellis, untied": ({"tie_word_embeddings": False}, {"code": "trellis"}, torch.bfloat16),
 }
 
 
@@ -320,7 +324,7 @@ def test_key_value_cache(out: Path, model: Any) -> None:
     assert kv_cache(window, 24, 4) == held * (8 + 24) // 48
 
 
-def test_loading_by_budget(out: Path, known: Sensitivity, tmp_path: Path) -> None:
+def test_loading_by_budget(out: Path, code: str, known: Sensitivity, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(out)
     plan = make_plan(checkpoint, 2.6)
     model = dropbydrop.load(out, avg_bits=2.6)
@@ -350,7 +354,7 @@ def test_loading_by_budget(out: Path, known: Sensitivity, tmp_path: Path) -> Non
     assert plan_of(dropbydrop.load(three, avg_bits=2.6)).highest <= 3
     with pytest.raises(MissingPlaneError, match="need more planes"):
         dropbydrop.load(three, avg_bits=3.5)
-    with pytest.raises(MissingPlaneError, match="plane 4 is needed"):
+    with pytest.raises(MissingPlaneError, match=f"plane {COUNTS[code][4]} is needed"):
         dropbydrop.load(three, plan=Plan.uniform(checkpoint, 4))
     copied = pull(three, tmp_path / "copy", 2, progress=False).path
     assert Sensitivity.load(Checkpoint.open(copied)) == Sensitivity.load(checkpoint)
@@ -359,7 +363,7 @@ def test_loading_by_budget(out: Path, known: Sensitivity, tmp_path: Path) -> Non
 # ---------------------------------------------------------------------------- sensitivities
 
 
-def test_sidecar(out: Path, known: Sensitivity, tmp_path: Path) -> None:
+def test_sidecar(out: Path, code: str, known: Sensitivity, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(out)
     loaded = Sensitivity.load(checkpoint)
     assert loaded == known
@@ -383,7 +387,7 @@ def test_sidecar(out: Path, known: Sensitivity, tmp_path: Path) -> None:
         ({"format_version": 9}, "format_version 9"),
         ({"extra": 1}, "unknown keys"),
     ]:
-        broken = write_checkpoint(tmp_path / "broken", overwrite=True)
+        broken = write_checkpoint(tmp_path / "broken", code=code, overwrite=True)
         (broken / SIDECAR).write_text(json.dumps({**good, **change}))
         with pytest.raises(FormatError, match=message):
             Sensitivity.load(Checkpoint.open(broken))
@@ -408,8 +412,8 @@ def test_the_log_serves_without_a_sidecar(tmp_path: Path) -> None:
     assert from_log(checkpoint) is None
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = write_checkpoint(tmp_path / "out")
+def test_the_command(tmp_path: Path, code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    out = write_checkpoint(tmp_path / "out", code=code)
 
     def run(*argv: object) -> tuple[int, str, str]:
         old, sys.argv = sys.argv, ["dropbydrop", "plan", *map(str, argv)]
@@ -448,9 +452,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_averages_and_plan_files_on_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, code: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = write_checkpoint(tmp_path / "out")
+    out = write_checkpoint(tmp_path / "out", code=code)
     checkpoint = Checkpoint.open(out)
     text, file = tmp_path / "text.txt", tmp_path / "plan.json"
     text.write_text("the river runs past the old mill " * 20)

@@ -17,8 +17,8 @@ from tiny import write_checkpoint
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("precision") / "out")
+def out(tmp_path_factory: pytest.TempPathFactory, code: str) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("precision") / "out", code=code)
 
 
 def test_exactly_one_is_given(out: Path) -> None:

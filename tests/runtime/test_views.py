@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 import threading
 from pathlib import Path
@@ -22,15 +23,15 @@ from dropbydrop.runtime.int8_modules import NestedEmbedding, NestedHead
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import store_of
 from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
-from tiny import VOCAB, decoded_reference, save_tiny, tiny_llama, write_checkpoint
+from tiny import COUNTS, VOCAB, decoded_reference, save_tiny, tiny_llama, write_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IDS = torch.randint(3, VOCAB, (2, 17), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("views") / "out")
+def out(tmp_path_factory: pytest.TempPathFactory, code: str) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("views") / "out", code=code)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "biases": ({"attention_bias": True, "mlp_bias": True}, {}),
     "256 entries": ({}, {"sign_symmetric": False}),
     "sharded planes": ({}, {"shard_bytes": 2000}),
+    "trellis": ({}, {"code": "trellis"}),
+    "trellis, biases": ({"attention_bias": True, "mlp_bias": True}, {"code": "trellis"}),
+    "trellis, window 17": ({"tie_word_embeddings": False}, {"code": "trellis", "window": 17}),
 }
 
 
@@ -80,7 +84,25 @@ def test_logits_equal_those_of_the_decoded_weights(tmp_path: Path, variant: str)
     assert (seen[0] - seen[1]).abs().max() > 0.01 < (seen[1] - seen[2]).abs().max()
 
 
-def test_dense_weight_against_a_naive_decoder(out: Path, model: Any) -> None:
+def naive_plane(checkpoint: Checkpoint, name: str, m: int) -> Tensor:
+    """Plane m's part of W in rotated coordinates, before the row scales, one by one."""
+    codes, spec = checkpoint.read_codes(name, m), checkpoint.quantization.planes[m - 1]
+    part = checkpoint.read_set("universal").parts[m - 1]
+    found = torch.zeros(checkpoint.shapes[name], dtype=torch.float64)
+    for r, j in itertools.product(*map(range, found.shape)):
+        if spec.kind == "bytes":
+            code = int(codes[r, j // 8])
+            found[r, j] = part[""][code & 127, j % 8].double() * (-1 if code & 128 else 1)
+        else:
+            newest, label = spec.bits * (r + 1) - 1, 0
+            for age, tap in enumerate(part[".taps"].tolist()):
+                i = (newest - age) % (8 * len(codes))
+                label ^= tap * (int(codes[i // 8, j]) >> i % 8 & 1)
+            found[r, j] = part[""][label].double() * part[".scale"].double()
+    return found
+
+
+def test_dense_weight_against_a_naive_decoder(out: Path, model: Any, code: str) -> None:
     """Entry by entry, with the dense matrix Q: W = scales * sum_m C_m[codes_m] Q."""
     checkpoint = Checkpoint.open(out)
     name = "model.layers.1.mlp.down_proj"  # d_in 96 = 32 * 3: the odd factor takes part
@@ -89,31 +111,25 @@ def test_dense_weight_against_a_naive_decoder(out: Path, model: Any) -> None:
     assert (rotation.signs.abs() != 1).any()
     q = rotation.apply(torch.eye(96)).T.double()  # orthogonal up to the factors of its inputs
     torch.testing.assert_close(q.T @ q, rotation.signs.double().square().diag(), atol=1e-6, rtol=0)
-    books, scales = checkpoint.read_set("universal").stacked, checkpoint.read(f"{name}.scales")
+    scales = checkpoint.read(f"{name}.scales").double()[:, None]
+    planes = [naive_plane(checkpoint, name, m) for m in range(1, COUNTS[code][4] + 1)]
     for bits in (2, 4):
-        rotated = torch.zeros(64, 96, dtype=torch.float64)
-        for m in range(1, bits + 1):
-            codes = checkpoint.read_codes(name, m)
-            for r in range(64):
-                for j in range(12):
-                    code = int(codes[r, j])
-                    entry = books[m - 1][code & 127].double() * (-1 if code & 128 else 1)
-                    rotated[r, 8 * j : 8 * j + 8] += entry
-        rotated *= scales.double()[:, None]
+        rotated = torch.stack(planes[: COUNTS[code][bits]]).sum(0) * scales
         view = dropbydrop.view(model, bits)
         weight = view.get_submodule(name).dense_weight()
         torch.testing.assert_close(weight.double(), rotated @ q, atol=1e-5, rtol=0)
 
 
-def test_reads_only_the_planes_it_needs(out: Path, tmp_path: Path) -> None:
-    partial = Path(shutil.copytree(out, tmp_path / "partial"))
-    (partial / "plane-3.safetensors").unlink()
-    (partial / "plane-4.safetensors").write_bytes(b"never looked at")
+def test_reads_only_the_planes_it_needs(out: Path, tmp_path: Path, code: str) -> None:
+    partial, lacking = Path(shutil.copytree(out, tmp_path / "partial")), COUNTS[code][3]
+    (partial / f"plane-{lacking}.safetensors").unlink()
+    (partial / f"plane-{lacking + 1}.safetensors").write_bytes(b"never looked at")
     two = dropbydrop.load(partial, bits=2)
     assert torch.equal(logits(two), logits(dropbydrop.load(out, bits=2)))
     codes = [name for name in two.state_dict() if ".codes." in name]
-    assert {name.rpartition(".")[2] for name in codes} == {"1", "2"}
-    with pytest.raises(MissingPlaneError, match=r"plane 3 is needed, .* ask for a lower precision"):
+    assert {name.rpartition(".")[2] for name in codes} == set("12"[: lacking - 1])
+    message = rf"plane {lacking} is needed, .* ask for a lower precision"
+    with pytest.raises(MissingPlaneError, match=message):
         dropbydrop.load(partial)
     with pytest.raises(PrecisionError, match=r"precision 5 is not a level .* has 2, 3, 4"):
         dropbydrop.load(partial, bits=5)
@@ -136,12 +152,12 @@ def test_load_gives_an_ordinary_model(out: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "bfloat16"])
-def test_dtypes(out: Path, dtype: Any) -> None:
+def test_dtypes(out: Path, code: str, dtype: Any) -> None:
     model = dropbydrop.load(out, bits=3, dtype=dtype)
     expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     assert model.dtype == logits(model).dtype == expected
     kinds = {name.rpartition(".")[2]: t.dtype for name, t in model.state_dict().items()}
-    assert {kinds[m] for m in "123"} == {torch.uint8}
+    assert {kinds[m] for m in "123"[: COUNTS[code][3]]} == {torch.uint8}
     assert kinds["rows"] == torch.int8
     assert kinds["scales"] == kinds["row_scales"] == torch.float16
     assert kinds["weight"] == expected  # the norms
@@ -207,7 +223,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     )
 
 
-def test_view_shares_every_byte_and_leaves_the_base_alone(out: Path) -> None:
+def test_view_shares_every_byte_and_leaves_the_base_alone(out: Path, code: str) -> None:
     base = dropbydrop.load(out)
     before = logits(base)
     pointers = {name: t.data_ptr() for name, t in tensors(base).items()}
@@ -216,7 +232,8 @@ def test_view_shares_every_byte_and_leaves_the_base_alone(out: Path) -> None:
     assert dropbydrop.precision(view) == 2
     assert view.config.quantization_config.bits == 2
     found = tensors(view)
-    assert set(found) == {n for n in pointers if not n.endswith(("codes.3", "codes.4"))}
+    above = tuple(f"codes.{m}" for m in range(COUNTS[code][2] + 1, 5))
+    assert set(found) == {n for n in pointers if not n.endswith(above)}
     for name, tensor in found.items():
         assert tensor.data_ptr() == pointers[name], name
     assert torch.equal(logits(view), logits(dropbydrop.load(out, bits=2)))
@@ -277,9 +294,9 @@ def test_casting_a_model(out: Path) -> None:
     assert cast.get_input_embeddings()(IDS).dtype == torch.bfloat16
 
 
-def test_precision_cannot_be_set(model: Any) -> None:
+def test_precision_cannot_be_set(model: Any, code: str) -> None:
     module = model.model.layers[0].self_attn.q_proj
-    assert module.prefix == 4
+    assert module.prefix == COUNTS[code][4]
     with pytest.raises(PrecisionError, match=r"fixed at 4; .* dropbydrop.view\(model, 2\)"):
         module.prefix = 2
     with pytest.raises(PrecisionError, match=r"dropbydrop.view\(model, 2\)"):
@@ -287,7 +304,7 @@ def test_precision_cannot_be_set(model: Any) -> None:
     assert dropbydrop.precision(model) == 4
 
 
-def test_planes_that_are_not_in_memory(out: Path) -> None:
+def test_planes_that_are_not_in_memory(out: Path, code: str) -> None:
     base = dropbydrop.load(out, bits=2)
     before = {name: t.data_ptr() for name, t in tensors(base).items()}
     with pytest.raises(
@@ -308,19 +325,19 @@ def test_planes_that_are_not_in_memory(out: Path) -> None:
     assert torch.equal(logits(dropbydrop.view(base, 4)), logits(dropbydrop.load(out)))
     assert dropbydrop.precision(base) == 2  # views keep their prefix
     assert {name: t.data_ptr() for name, t in tensors(base).items()} == before
-    assert dropbydrop.view(base, 4).model.layers[0].mlp.up_proj.codes[3].data_ptr() == (
-        three.model.layers[0].mlp.up_proj.codes[3].data_ptr()
-    )
+    one, other = (v.model.layers[0].mlp.up_proj for v in (dropbydrop.view(base, 4), three))
+    m = COUNTS[code][3]
+    assert one.codes[m].data_ptr() == other.codes[m].data_ptr()
 
 
-def test_extend_to_a_plane_that_is_absent(out: Path, tmp_path: Path) -> None:
-    partial = Path(shutil.copytree(out, tmp_path / "partial"))
-    (partial / "plane-3.safetensors").unlink()
+def test_extend_to_a_plane_that_is_absent(out: Path, tmp_path: Path, code: str) -> None:
+    partial, m = Path(shutil.copytree(out, tmp_path / "partial")), COUNTS[code][3]
+    (partial / f"plane-{m}.safetensors").unlink()
     base = dropbydrop.load(partial, bits=2)
-    with pytest.raises(MissingPlaneError, match="plane 3 is needed"):
+    with pytest.raises(MissingPlaneError, match=f"plane {m} is needed"):
         dropbydrop.load_planes(base, 4)
-    assert store_of(base).loaded == 2
-    shutil.copy(out / "plane-3.safetensors", partial)  # it arrives
+    assert store_of(base).loaded == m - 1
+    shutil.copy(out / f"plane-{m}.safetensors", partial)  # it arrives
     dropbydrop.load_planes(base, 4)
     assert torch.equal(logits(dropbydrop.view(base, 4)), logits(dropbydrop.load(out)))
 
@@ -429,9 +446,9 @@ def test_loading_what_is_no_checkpoint(tmp_path: Path) -> None:
         dropbydrop.load(save_tiny(tmp_path / "plain"))
 
 
-def test_modules_have_a_readable_form(model: Any) -> None:
+def test_modules_have_a_readable_form(model: Any, code: str) -> None:
     text = repr(model)
-    assert "in_features=64, out_features=32, prefix=4, bias=False" in text
+    assert f"in_features=64, out_features=32, prefix={COUNTS[code][4]}, bias=False" in text
     assert "NestedHead(in_features=64, out_features=384, tied=True)" in text
     assert isinstance(model.model.layers[0].mlp.up_proj, NestedLinear)
 
@@ -439,15 +456,18 @@ def test_modules_have_a_readable_form(model: Any) -> None:
 # ------------------------------------------------------------------------- the form of planes
 
 
-def test_planes_have_one_form_in_memory_and_another_on_disk(out: Path, model: Any) -> None:
+def test_planes_have_one_form_in_memory_and_another_on_disk(
+    out: Path, model: Any, code: str
+) -> None:
     """Held as the device's kernels read them; state_dict, decoding and moving do not show it."""
     checkpoint, name = Checkpoint.open(out), "model.layers.0.mlp.down_proj"
     codes = model.get_submodule(name).codes
-    native = kernels.select().native
+    native = kernels.select(kind=code).native
     assert codes.packed == native
-    assert {plane.data.dim() for plane in codes.held()} == ({1} if native else {2})
+    flat = native and code == "bytes"
+    assert {plane.data.dim() for plane in codes.held()} == ({1} if flat else {2})
     saved = model.state_dict()
-    for m in (1, 2, 3, 4):
+    for m in range(1, COUNTS[code][4] + 1):
         stored = checkpoint.read_codes(name, m)
         assert torch.equal(saved[f"{name}.codes.{m}"], stored)
         assert torch.equal(codes.to_stored()[m - 1], stored)
@@ -455,7 +475,7 @@ def test_planes_have_one_form_in_memory_and_another_on_disk(out: Path, model: An
     twin.load_state_dict(saved)
     assert torch.equal(logits(twin), logits(model))
     moved = dropbydrop.view(model, 2).to("meta").get_submodule(name).codes
-    assert moved[2].shape == checkpoint.read_codes(name, 2).shape
+    assert moved[1].shape == checkpoint.read_codes(name, 1).shape
     assert codes.packed == native  # the base stays
     assert not moved.packed
 

@@ -172,7 +172,7 @@ class NestedLinear(FixedScales):
 
     @prefix.setter
     def prefix(self, value: object) -> None:
-        refuse_change(self._prefix, value)
+        refuse_change(self.store.checkpoint.quantization.level_of(self._prefix), value)
 
     @property
     def input_group(self) -> GroupEntries:
