@@ -310,7 +310,7 @@ class _Codes(ctypes.Structure):
 def dense_defines(planes: int, vector: int, limit: int) -> dict[str, int]:
     """The compile-time constants of trellis_dense.cu."""
     stride = next(s for s in (128, 64, 32, 16) if planes * table_bytes(s) <= limit)
-    return {"THREADS": 256, "STRIDE": stride, "VECTOR": vector}
+    return {"THREADS": 512, "STRIDE": stride, "VECTOR": vector}
 
 
 def dense_arguments(
