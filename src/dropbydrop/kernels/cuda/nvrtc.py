@@ -27,6 +27,7 @@ import torch
 from dropbydrop.system.errors import KernelError
 
 _OPTIN_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 _FREE_SHARED = 48 << 10  # what a kernel may use without opting in
 _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
@@ -179,8 +180,10 @@ class Function:
         return self._resident[key]
 
     def _allow(self, shared: int) -> None:
-        """Opt in to more shared memory than every kernel may use."""
+        """Opt in to more shared memory than every kernel may use, and ask for all that there is, so
+        that several blocks fit: the kernels here need little first-level cache."""
         if shared > self._shared:
+            _driver().cuFuncSetAttribute(self._function, _CARVEOUT, 100)  # a preference
             _checked(
                 _driver().cuFuncSetAttribute(self._function, _OPTIN_SHARED, shared),
                 f"asking for {shared} bytes of shared memory",

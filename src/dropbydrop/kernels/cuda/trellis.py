@@ -352,7 +352,9 @@ def decode(
     device, rows, d = scales.device, len(scales), planes[0].shape[1]
     out = torch.empty(rows, d, dtype=dtype, device=device)
     properties, limit = torch.cuda.get_device_properties(device), shared_memory(device)
-    function, threads, shared = _decoder(len(planes), vector_of(d), limit, device.index)
+    aligned = not any(plane.data_ptr() % 4 for plane in planes)
+    vector = vector_of(d) if aligned else 1
+    function, threads, shared = _decoder(len(planes), vector, limit, device.index)
     resident = properties.multi_processor_count * function.resident(threads, shared)
     units = tiles_of([rows]) * -(-d // PIECE)
     blocks = min(resident, -(-units // (threads // 32)))
