@@ -94,7 +94,7 @@ def tune_block(
             output_errors(student, i, values.leaves, x[chosen], y[chosen], weights)
         values.step(number, rate_at(number, len(plan), config.rate))
     stored = values.rounded()
-    leaves = {name: tensor.to(student.device, torch.float32) for name, tensor in stored.items()}
+    leaves = student.leaves_of(stored)
     after = _mean_errors(student, i, leaves, x, y, held)
     kept = sum(after[p] / max(before[p], 1e-12) for p in before) < len(before)
     log = {

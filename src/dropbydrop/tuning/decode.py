@@ -1,13 +1,14 @@
 """Decoding with gradients: rotated weights of one input group at several levels at once.
 
-    W'_P[r] = s[r] * sum_{m <= P} C_m[codes_m[r]]
+    W'_P[r] = s[r] * sum_{m <= P} C_m[index_m[r]]
 
-The sum runs once over the planes, in their order and in float32, and is read at every level on the
-way: the same values, bit for bit, as `code.decode`. The codes are constants; gradients flow to the
-entries of the codebooks and to the scales. With E_P the gradient of a loss by W'_P,
+with the index of codebook_set.py: codes of byte planes, labels of trellis planes. The sum runs once
+over the planes, in their order and in float32, and is read at every level on the way: the same
+values, bit for bit, as `CodebookSet.decode`. The index is a constant; gradients flow to the entries
+of the codebooks and to the scales. With E_P the gradient of a loss by W'_P,
 
-    dL/dC_m[k]  = sum over P >= m and all (r, j) with code k of  s[r] * E_P[r, j]
-    dL/ds[r]    = sum over P of  <E_P[r], sum_{m <= P} C_m[codes_m[r]]>
+    dL/dC_m[k]  = sum over P >= m and all (r, j) with index k of  s[r] * E_P[r, j]
+    dL/ds[r]    = sum over P of  <E_P[r], sum_{m <= P} C_m[index_m[r]]>
 
 so C_1 learns from all levels, C_M from the highest alone. Written out rather than left to autograd,
 which would keep a partial sum for each plane and scatter gradients four times as slowly on a CPU.
@@ -21,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.code import GROUP, partial_sums
+from dropbydrop.coding.code import partial_sums
 
 
 def decode_levels(
-    codes: Sequence[Tensor],
+    index: Sequence[Tensor],
     entries: Sequence[Tensor],
     scales: Tensor,
     prefixes: Sequence[int],
@@ -33,9 +34,9 @@ def decode_levels(
     """Weights of one input group at each of `prefixes`, in its rotated coordinates.
 
     Args:
-        codes: planes 1, 2, ... as far as the highest prefix: uint8 [d_out, G], all rows of an input
-            group.
-        entries: their entries, float32 [K, g].
+        index: of planes 1, 2, ... as far as the highest prefix: integers [d_out, G], all rows of an
+            input group.
+        entries: their tables, float32 [K, g].
         scales: row scales, float32 [d_out], the same for every prefix.
         prefixes: ascending.
 
@@ -43,7 +44,7 @@ def decode_levels(
         float32 [d_out, d_in] for each prefix.
     """
     planes = prefixes[-1]
-    return list(_Decode.apply(codes[:planes], tuple(prefixes), *entries[:planes], scales))
+    return list(_Decode.apply(index[:planes], tuple(prefixes), *entries[:planes], scales))
 
 
 class _Decode(torch.autograd.Function):
@@ -51,11 +52,11 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, codes: Sequence[Tensor], prefixes: tuple[int, ...], *small: Tensor
+        ctx: Any, index: Sequence[Tensor], prefixes: tuple[int, ...], *small: Tensor
     ) -> tuple[Tensor, ...]:
         entries, scales = small[:-1], small[-1]
-        sums = partial_sums(codes, entries, prefixes)  # [d_out, d_in] each
-        ctx.codes, ctx.prefixes, ctx.entries = codes, prefixes, len(entries[0])
+        sums = partial_sums(index, entries, prefixes)  # [d_out, d_in] each
+        ctx.index, ctx.prefixes, ctx.shape = index, prefixes, entries[0].shape
         ctx.save_for_backward(*sums, scales)
         return tuple(total * scales[:, None] for total in sums)
 
@@ -66,25 +67,29 @@ class _Decode(torch.autograd.Function):
         by_table: list[Tensor] = []
         total: Tensor | None = None  # sum over P >= m of s * E_P
         left = len(sums)
-        for m in range(len(ctx.codes), 0, -1):
+        for m in range(len(ctx.index), 0, -1):
             if left and ctx.prefixes[left - 1] == m:
                 left -= 1
                 part = grads[left] * scales[:, None]
                 total = part if total is None else total.add_(part)
             assert total is not None
-            by_table.append(_sum_by_code(total.view(-1, GROUP), ctx.codes[m - 1], ctx.entries))
+            by_table.append(_sum_by_index(total, ctx.index[m - 1], *ctx.shape))
         return None, None, *reversed(by_table), by_scale
 
 
-def _sum_by_code(values: Tensor, codes: Tensor, entries: int) -> Tensor:
-    """Sums of the rows of values [N, g] that have the same code, float32 [K, g].
+def _sum_by_index(total: Tensor, index: Tensor, entries: int, size: int) -> Tensor:
+    """Sums of the groups of total [d_out, d_in] that have the same index, float32 [K, g].
 
-    Rows are added in their order, so that the same input gives the same bits: on a GPU `index_add_`
-    does not, and the backward pass of an embedding sorts first.
+    Groups are added in their order, so that the same input gives the same bits: on a GPU
+    `index_add_` does not, and the backward pass of an embedding sorts first. Sums of single weights
+    run in float64: there are a million of them for 64 entries.
     """
-    index = codes.reshape(-1)
+    values, index = total.view(-1, size), index.reshape(-1)
     if values.is_cuda:
         sort = torch.ops.aten.embedding_dense_backward
         return sort(values, index.to(torch.int64), entries, -1, False)
-    out = values.new_zeros(entries, GROUP)
+    if size == 1:
+        sums = torch.bincount(index, values[:, 0].double(), entries)
+        return sums[:, None].to(values.dtype)
+    out = values.new_zeros(entries, size)
     return out.index_add_(0, index.to(torch.int64), values)

@@ -225,9 +225,8 @@ def run(job: Job, student: Student, journal: Journal | None, progress: bool) -> 
                 journal.commit({"step": number, "log": unsaved[:]}, values.state.cpu())
                 unsaved.clear()
     tensors = values.rounded()
-    stored = {n: t.to(student.device, torch.float32) for n, t in tensors.items()}
     with phase("loss after", progress):
-        after = measure(student, job.teacher, stored, windows)
+        after = measure(student, job.teacher, student.leaves_of(tensors), windows)
     loss = {str(p): [before[p], after[p]] for p in before}
     return Result(tensors, loss, len(plan), values.count, log, calibration)
 

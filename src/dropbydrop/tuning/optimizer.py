@@ -9,17 +9,21 @@ scales of 0.001 and codebook entries of 2 alike.
     grad     [n]     their gradients are views of it, added up by autograd in place
     state    [3, n]  a, and Adam's two moments: all that a run needs to go on
 
-Stored are float16 codebooks and scales, and norms in the type they came in. Training runs in
-float32; `rounded` is what is stored, and what is measured.
+Stored are float16 codebooks and scales, codebooks of trellis planes as integers and a scale
+(grid.py), and norms in the type they came in. Training runs in float32; `rounded` is what is
+stored, and what is measured.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
+
+from .grid import rounded_part
 
 _BETA1, _BETA2, _EPS = 0.9, 0.99, 1e-8
 WARM_UP = 0.1  # of the steps
@@ -29,14 +33,20 @@ class Values:
     """Named trained tensors; see the module's note.
 
     Args:
-        start: name -> the stored tensor, in the type it is stored in.
+        start: name -> the stored tensor, in the type it is stored in; of `grids`, their values.
         elementwise: names whose unit is the magnitude of every single value (row scales).
         device: where they are trained.
+        grids: names of codebooks of trellis planes -> their largest integer.
     """
 
     def __init__(
-        self, start: Mapping[str, Tensor], elementwise: set[str], device: torch.device
+        self,
+        start: Mapping[str, Tensor],
+        elementwise: set[str],
+        device: torch.device,
+        grids: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
+        self._grids = grids
         self.types = {name: tensor.dtype for name, tensor in start.items()}
         shapes = {name: tensor.shape for name, tensor in start.items()}
         flat = [t.to(device, torch.float32).reshape(-1) for t in start.values()]
@@ -90,7 +100,14 @@ class Values:
     @torch.no_grad()
     def rounded(self) -> dict[str, Tensor]:
         """The tensors as they will be stored, on the CPU."""
-        return {n: leaf.detach().to("cpu", self.types[n]) for n, leaf in self.leaves.items()}
+        out: dict[str, Tensor] = {}
+        for name, leaf in self.leaves.items():
+            if name in self._grids:
+                part = rounded_part(leaf, self._grids[name])
+                out |= {f"{name}{suffix}": tensor.cpu() for suffix, tensor in part.items()}
+            else:
+                out[name] = leaf.detach().to("cpu", self.types[name])
+        return out
 
 
 def _rms(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ What surrounds the blocks (masks, position embeddings, scaling of embeddings) is
 list of architectures. Its weights outside of the blocks are read from the checkpoint
 (`StoredWeights`).
 
-Memory on the device: the codes of all blocks, 1 bit a weight and plane; embedding and head, dense;
+Memory on the device: the codes of all blocks, as they are stored; embedding and head, dense;
 one block's weights at the levels in use, in float32, while it runs.
 
 Limits: linear layers in decoder blocks, one codebook set an input group. Blocks with routed experts
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import RESERVED_PREFIXES, codebook_name
 from dropbydrop.coding.code import expand_codebook
+from dropbydrop.coding.codebook_set import CodebookSet, TrellisSet
 from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.models.block_runner import BlockRunner
@@ -38,6 +39,7 @@ from dropbydrop.models.weight_files import WeightFiles
 from dropbydrop.system.errors import FormatError, UnsupportedModelError
 
 from .decode import decode_levels
+from .grid import table_of, top_of, values_of
 from .optimizer import Values
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -98,14 +100,19 @@ class RotatedLinear(nn.Module):
 
 @dataclass(frozen=True)
 class _TunedGroup:
-    """The matrices of one input group: planes of all their rows together, on the device."""
+    """The matrices of one input group, on the device."""
 
     modules: tuple[str, ...]  # full names
     rows: tuple[int, ...]  # d_out of each
-    codes: tuple[Tensor, ...]  # uint8 [sum of rows, G] for each plane up to the highest level
-    symmetric: tuple[bool, ...]
+    codes: tuple[tuple[Tensor, ...], ...]  # of each, its planes up to the highest level
+    books: CodebookSet  # the stored set: it says what codes name
     rotation: Rotation
     codebooks: str  # name of its set
+
+    def index(self, m: int) -> Tensor:
+        """Entries that plane m (from 0) names, all rows together: integers [sum of rows, G]."""
+        pairs = zip(self.codes, self.rows, strict=True)
+        return torch.cat([self.books.index(m, codes[m], d_out) for codes, d_out in pairs])
 
 
 class Student:
@@ -123,6 +130,7 @@ class Student:
         sets: codebook set of every input group; with `train` "all" each has its own.
         start: what can be trained, by its name in the checkpoint that will be written.
         elementwise: names among them that are row scales.
+        grids: names among them that are codebooks of trellis planes (grid.py).
 
     Raises:
         FormatError, MissingPlaneError: the checkpoint is damaged or lacks a plane.
@@ -152,6 +160,7 @@ class Student:
             self._input_groups[self._block_of(input_group.modules)].append(self._open_group(number))
         self.start: dict[str, Tensor] = {}
         self.elementwise: set[str] = set()
+        self.grids: dict[str, int] = {}
         self._fixed: dict[str, Tensor] = {}
         self._collect(train)
 
@@ -189,27 +198,31 @@ class Student:
     def _open_group(self, number: int) -> _TunedGroup:
         q, read = self.checkpoint.quantization, self.checkpoint.read_codes
         spec = q.input_groups[number]
+        planes = range(1, q.prefix_of(self.levels[-1]) + 1)
         codes = tuple(
-            torch.cat([read(module, m) for module in spec.modules]).to(self.device)
-            for m in range(1, self.levels[-1] + 1)
+            tuple(read(module, m).to(self.device) for m in planes) for module in spec.modules
         )
+        books = self.checkpoint.read_set(spec.codebooks).to(self.device)
         rows = tuple(self.checkpoint.shapes[module][0] for module in spec.modules)
         rotation = self.checkpoint.read_rotation(number).to(self.device)
-        symmetric = tuple(
-            plane.sign_symmetric for plane in q.planes if isinstance(plane, BytesPlane)
-        )
         for module in spec.modules:
             linear = cast(nn.Linear, self.runner.model.get_submodule(module))
             self.runner.model.set_submodule(module, RotatedLinear(linear, rotation))
-        return _TunedGroup(spec.modules, rows, codes, symmetric, rotation, self.sets[number])
+        return _TunedGroup(spec.modules, rows, codes, books, rotation, self.sets[number])
 
     def _collect(self, train: str) -> None:
         """Sort the checkpoint's small tensors into those that can be trained and the others."""
         checkpoint, q = self.checkpoint, self.checkpoint.quantization
+        prefix = q.prefix_of(self.levels[-1]) if train == "all" else 0
         for number, input_group in enumerate(q.input_groups):
-            for m, part in enumerate(checkpoint.read_set(input_group.codebooks).parts, 1):
-                stored, name = part[""], codebook_name(self.sets[number], m)
-                if train == "all" and m <= self.levels[-1]:
+            books = checkpoint.read_set(input_group.codebooks)
+            for m, part in enumerate(books.parts, 1):
+                name = codebook_name(self.sets[number], m)
+                trellis = isinstance(books, TrellisSet)
+                stored = values_of(part) if trellis else part[""]
+                if trellis:
+                    self.grids[name] = top_of(part)
+                if m <= prefix:
                     self.start[name] = stored
                 else:
                     self._fixed[name] = stored
@@ -245,7 +258,17 @@ class Student:
     def values(self, block: int | None = None) -> Values:
         """What is trained, all of it or that of one block."""
         start = self.start if block is None else self.trained_in(block)
-        return Values(start, self.elementwise, self.device)
+        return Values(start, self.elementwise, self.device, self.grids)
+
+    def leaves_of(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `block` takes, from tensors as they are stored (`Values.rounded`)."""
+        out = {}
+        for name, tensor in stored.items():
+            if name in self.grids:
+                out[name] = values_of({"": tensor, ".scale": stored[f"{name}.scale"]})
+            elif name.removesuffix(".scale") not in self.grids:
+                out[name] = tensor.to(torch.float32)
+        return {name: tensor.to(self.device) for name, tensor in out.items()}
 
     # ---- running ---------------------------------------------------------------------------
 
@@ -253,21 +276,27 @@ class Student:
         """A small tensor, trained or not."""
         return leaves[name] if name in leaves else self._fixed[name]
 
+    def _table(self, leaves: Mapping[str, Tensor], group: _TunedGroup, m: int) -> Tensor:
+        """Table of plane m (from 1) of an input group, float32 [K, g]."""
+        name, plane = codebook_name(group.codebooks, m), group.books.planes[m - 1]
+        values = self._tensor(leaves, name)
+        if isinstance(plane, BytesPlane):
+            return expand_codebook(values, plane.sign_symmetric)
+        return table_of(values, self.grids[name])
+
     def _weights(
         self, block: int, leaves: Mapping[str, Tensor], levels: Sequence[int]
     ) -> list[dict[str, Tensor]]:
         """Weights of a block's quantized linears, rotated, by local names, for each level."""
         prefix = f"{self.runner.block_prefix(block)}."
         out: list[dict[str, Tensor]] = [{} for _ in levels]
+        prefixes = [self.checkpoint.quantization.prefix_of(level) for level in levels]
         for input_group in self._input_groups[block]:
-            entries = [
-                expand_codebook(
-                    self._tensor(leaves, codebook_name(input_group.codebooks, m)), symmetric
-                )
-                for m, symmetric in enumerate(input_group.symmetric[: levels[-1]], 1)
-            ]
+            planes = range(prefixes[-1])
+            entries = [self._table(leaves, input_group, m + 1) for m in planes]
+            index = [input_group.index(m) for m in planes]
             scales = torch.cat([leaves[f"{m}.scales"] for m in input_group.modules])
-            decoded = decode_levels(input_group.codes, entries, scales, levels)
+            decoded = decode_levels(index, entries, scales, prefixes)
             for weights, rotated in zip(out, decoded, strict=True):
                 for module, weight in zip(
                     input_group.modules, rotated.split(input_group.rows), strict=True

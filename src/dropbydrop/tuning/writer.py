@@ -108,8 +108,10 @@ def _rest(
     for input_group, old in zip(
         quantization.input_groups, checkpoint.quantization.input_groups, strict=True
     ):
-        for m in range(1, len(quantization.planes) + 1):
-            sources[codebook_name(input_group.codebooks, m)] = codebook_name(old.codebooks, m)
+        for m, plane in enumerate(quantization.planes, 1):
+            for suffix in plane.parts:
+                source = codebook_name(old.codebooks, m, suffix)
+                sources[codebook_name(input_group.codebooks, m, suffix)] = source
     unknown = set(tensors) - set(sources)
     assert not unknown, f"tuned tensors {sorted(unknown)} have no place in the checkpoint"
     infos = {name: checkpoint.rest[source] for name, source in sources.items()}
