@@ -13,7 +13,7 @@ from dropbydrop.coding.codebook_set import set_of
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import Effort, encode_group, group_rotation
 from dropbydrop.coding.objective import Coded, condition, objective, weighted_errors
-from dropbydrop.coding.planes import counts_of, family_of
+from dropbydrop.coding.planes import counts_of, family_of, trellis_planes
 from dropbydrop.coding.refit import refit_scales
 from dropbydrop.system.errors import PrecisionError
 from naive_trellis import naive_search, normal_set, stream, table, viterbi
@@ -155,8 +155,10 @@ def test_a_set_survives_its_names() -> None:
 def test_sets_that_do_not_ship_are_refused_by_name() -> None:
     with pytest.raises(PrecisionError, match=r"2,7 with --code trellis.*2,3,4, or 3,4,5"):
         universal_set((2, 7), None, "trellis")
-    with pytest.raises(PrecisionError, match=r"window of 9.*trellis-2-3-4-12"):
+    with pytest.raises(PrecisionError, match=r"up to 9 bits.*trellis-2-3-4-12"):
         universal_set((2, 3), None, "trellis", 9)
+    thirteen = universal_set((2, 3), None, "trellis", 13)  # the longest that ships up to it
+    assert thirteen.planes == trellis_planes((2, 3), 12)
 
 
 @pytest.mark.parametrize(

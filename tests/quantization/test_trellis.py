@@ -13,6 +13,7 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import CARD_FILE, LOG_FILE
 from dropbydrop.coding.codebooks import universal_set
 from dropbydrop.coding.objective import weighted_errors
+from dropbydrop.coding.planes import TrellisPlane
 from dropbydrop.data.calibration import load_windows
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import load_tokenizer
@@ -47,6 +48,7 @@ def test_what_is_stored_decodes_to_the_errors_of_the_log(root: Path) -> None:
     assert (q.kind, [plane.bits for plane in q.planes]) == ("trellis", [2, 1, 1])
     assert q.provenance["code"] == "trellis"
     books = checkpoint.read_set("universal")
+    assert {plane.window for plane in q.planes if isinstance(plane, TrellisPlane)} == {12}
     for name, stored in universal_set(LEVELS, None, "trellis", 12).named().items():
         assert torch.equal(books.named()[name], stored)
     runner = BlockRunner.open(root / "model")

@@ -38,7 +38,7 @@ from dropbydrop.system.errors import PrecisionError
 from .code import ENTRIES, GROUP, expand_set, partial_sums
 from .codebook_set import BytesSet, CodebookSet, set_of
 from .objective import feedback_metric
-from .planes import family_of, planes_of
+from .planes import WINDOWS, family_of, planes_of
 from .search import search
 
 UNIVERSAL = "universal"  # the name of the set in a checkpoint
@@ -80,7 +80,7 @@ def universal_set(
     levels: tuple[int, ...],
     lambdas: tuple[float, ...] | None = None,
     kind: str = "bytes",
-    window: int = 12,
+    window: int = WINDOWS[-1],
 ) -> CodebookSet:
     """The set for these levels: of byte planes float32, with entries exact in float16.
 
@@ -88,10 +88,11 @@ def universal_set(
         levels: supervised levels, ascending; the last reads all planes.
         lambdas: of byte planes: their weights in J, by default `default_lambdas`. The set of
             trellis planes depends on what they are and not on which levels are supervised.
-        kind: of the planes. window: of trellis planes, bits.
+        kind: of the planes.
+        window: of trellis planes, bits: the longest that ships for these levels and is no longer.
 
     Raises:
-        PrecisionError: levels, or a window, for which no set of trellis planes ships.
+        PrecisionError: levels, or windows, for which no set of trellis planes ships.
     """
     if kind == "trellis":
         return _trellis_set(levels, window)
@@ -106,14 +107,16 @@ def universal_set(
 
 def _trellis_set(levels: Sequence[int], window: int) -> CodebookSet:
     """The first planes of the set of a family (planes.py), as it ships."""
-    path = _FOLDER / f"trellis-{name_of(family_of(levels))}-{window}.safetensors"
-    if path.is_file():
-        return set_of(planes_of("trellis", levels, window), load_file(path))
+    stem = f"trellis-{name_of(family_of(levels))}-"
+    for length in range(window, WINDOWS[0] - 1, -1):
+        path = _FOLDER / f"{stem}{length}.safetensors"
+        if path.is_file():
+            return set_of(planes_of("trellis", levels, length), load_file(path))
     shipped = sorted(file.stem for file in _FOLDER.glob("trellis-*.safetensors"))
     raise PrecisionError(
-        f"no codebooks of trellis planes ship for levels {','.join(map(str, levels))} with a "
-        f"window of {window} bits (there are: {', '.join(shipped)}). Choose another preset, other "
-        "--bits, or --code bytes."
+        f"no codebooks of trellis planes ship for levels {','.join(map(str, levels))} with windows "
+        f"up to {window} bits (there are: {', '.join(shipped)}). Choose other --bits, or --code "
+        "bytes."
     )
 
 

@@ -67,7 +67,9 @@ class Job:
     @property
     def planes(self) -> tuple[PlaneSpec, ...]:
         """Those of the checkpoint."""
-        return planes_of(self.config.code, self.config.levels, self.effort.window)
+        if self.config.code == "trellis":
+            return self.universal().planes  # a preset's window is the most, not what ships
+        return planes_of(self.config.code, self.config.levels, 0)
 
     def universal(self) -> CodebookSet:
         """The universal set, which is trained first if need be."""

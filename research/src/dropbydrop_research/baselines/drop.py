@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import EFFORTS, encode_group, group_rotation
-from dropbydrop.coding.planes import counts_of, planes_of
+from dropbydrop.coding.planes import WINDOWS, counts_of, planes_of
 from dropbydrop.coding.rotation import split_odd
 
 from .suite import Level, Suite
@@ -85,8 +85,8 @@ def prepare(levels: Sequence[int], supervision: Supervision | None = None) -> No
 
 def shared_bytes(level: int, widths: Collection[int], code: str = "bytes") -> int:
     """What a checkpoint stores once: the universal codebooks of a level's planes as they are stored
-    (of trellis planes about 80 bytes each, with the window of `balanced`) and, for inputs of these
+    (of trellis planes about 80 bytes each, with the longest window) and, for inputs of these
     widths, the odd factors of rotations in float32."""
     odd = {split_odd(d_in)[1] for d_in in widths} - {1}
-    books = sum(p.codebook_bytes for p in planes_of(code, (level,), EFFORTS["balanced"].window))
+    books = sum(plane.codebook_bytes for plane in planes_of(code, (level,), WINDOWS[-1]))
     return books + sum(4 * size * size for size in odd)
