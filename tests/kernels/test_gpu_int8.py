@@ -8,18 +8,13 @@ source is also compiled for real devices. What runs on a GPU is in test_kernels.
 """
 
 import ctypes
-import re
-import subprocess
-import tempfile
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from cuda_on_cpu import compiled
+from cuda_on_cpu import check_resources, compiled
 from torch import Tensor
 
 from dropbydrop.coding.code import decode
@@ -337,22 +332,6 @@ def test_without_a_compiler_it_says_so(monkeypatch):
         nvrtc.compile_source("", "empty", {}, "sm_90")
 
 
-def check_resources(image: bytes) -> None:
-    """Nothing in local memory but a pointer or two: no array that is indexed at run time."""
-    spec = find_spec("triton")
-    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if spec else None
-    if tool is None or not tool.is_file() or not image.startswith(b"\x7fELF"):
-        return
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(image)
-        file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True,
-                              check=True)  # fmt: skip
-    used = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", done.stdout)
-    assert {name for name, *_ in used} == {"product", "rotate_rows"}
-    assert all(int(stack) <= 16 for *_, stack in used)
-
-
 @pytest.mark.skipif(bool(nvrtc.missing()), reason=f"cannot compile: {nvrtc.missing()}")
 @pytest.mark.parametrize("architecture", ["compute_80", "sm_90"])
 def test_compiles_for_devices(architecture):
@@ -361,7 +340,7 @@ def test_compiles_for_devices(architecture):
         image = nvrtc.compile_source(int8.SOURCE, "int8", defines, architecture)
         assert b"product" in image
         assert b"rotate_rows" in image
-        check_resources(image)
+        check_resources(image, {"product", "rotate_rows"})
     for planes in (1, 4, 8):
         assert b"decode" in nvrtc.compile_source(
             dense.SOURCE, "dense", dense.defines(planes), architecture

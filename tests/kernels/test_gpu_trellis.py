@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cuda_on_cpu import compiled
+from cuda_on_cpu import check_resources, compiled
 from torch import Tensor
 
 from dropbydrop.coding.codebook_set import TrellisSet
@@ -317,6 +317,7 @@ def test_compiles_for_devices(architecture):
             image = nvrtc.compile_source(trellis.SOURCE, "trellis", defines, architecture)
             assert b"product" in image
             assert b"rotate_floats" in image
+            check_resources(image, {"product", "rotate_floats"})
     for planes in (1, 3, 8):
         defines = trellis.dense_defines(planes, 4, LIMIT)
         image = nvrtc.compile_source(trellis.DENSE, "trellis_dense", defines, architecture)
