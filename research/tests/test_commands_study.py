@@ -160,6 +160,26 @@ def test_bound_of_a_model(root: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert 0 < row["levels"]["3"]["bound"] < row["levels"]["1"]["bound"] < 1
 
 
+def test_bound_of_a_checkpoint_with_trellis_planes(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside its own floor, and nearer to the bound than byte planes."""
+    quantize.quantize(
+        root / "llama", tmp_path / "trellis", [2, 4], calibration=root / "text.txt", windows=8,
+        seq_len=64, code="trellis", preset="fast", progress=False,
+    )  # fmt: skip
+    gaps = []
+    for out in (tmp_path / "trellis", root / "out"):
+        assert run("bound", out, "--model", root / "llama", "--calibration", root / "text.txt",
+                   "--bits", "2,4", "--json") == 0  # fmt: skip
+        result = last_json(capsys)
+        gaps.append([result["summary"][level]["gap_db"] for level in ("2", "4")])
+        floor = result["structural_db"][result["structural"]]["2"]
+        assert floor == pytest.approx({"trellis": 0.445, "dedicated": 1.8}[result["structural"]],
+                                      abs=0.01)  # fmt: skip
+    assert all(one < other for one, other in zip(*gaps, strict=True))
+
+
 def test_bound_of_a_checkpoint(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -278,3 +278,4 @@ def test_structural_loss_line() -> None:
     assert bound.structural_db(0.2) == bound.structural_db(1)
     assert bound.structural_db(7) == bound.structural_db(4)
     assert bound.structural_db(3, "nested") > bound.structural_db(3)
+    assert bound.structural_db(3, "trellis") < 0.7 * bound.structural_db(3)

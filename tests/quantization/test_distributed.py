@@ -133,6 +133,16 @@ class TestTwoProcesses:
         assert first.returncode == second.returncode == 0, first.stderr + second.stderr
         assert files(place / "torn-one") == files(place / "one")
 
+    def test_trellis_planes_are_collected_and_resumed(self, place):
+        code = "--code", "trellis"
+        (done,) = start(place, "trellis", 1, *code)
+        assert done.returncode == 0, done.stderr
+        first, second = start(place, "trellis-two", 2, *code, "--resume", "--fail-at=1,1")
+        assert first.returncode == second.returncode == 2
+        first, second = start(place, "trellis-two", 2, *code, "--resume")
+        assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+        assert files(place / "trellis-two") == files(place / "trellis")
+
     def test_failures_leave_nothing(self, place):
         results = start(place, "gone", 2, "--fail-at=1,0")
         assert [r.returncode for r in results] == [2, 2]

@@ -308,7 +308,7 @@ def _bound(
     from dropbydrop_research.study import bound as study
     from dropbydrop_research.study.checkpoint import checked_original, rates_of, reconstruction
 
-    reconstruct = None
+    reconstruct, structural = None, "dedicated"
     recorded: Mapping[str, Any] = {}
     if is_checkpoint(Path(model)):
         from dropbydrop.checkpoint import Checkpoint
@@ -318,6 +318,7 @@ def _bound(
         source = checked_original(checkpoint, original)
         recorded = checkpoint.quantization.provenance.get("calibration", {})
         reconstruct = reconstruction(checkpoint.path, list(rates))
+        structural = "trellis" if checkpoint.quantization.kind == "trellis" else structural
         name = checkpoint.path.name
     elif original is not None:
         raise DropError(f"--model given, but {model} is not a dropbydrop checkpoint.")
@@ -327,7 +328,14 @@ def _bound(
         name = source.name
     grams = _grams(source, _statistics(*given, recorded), cache)
     with _reporting("bound") as progress:
-        result = study.run(source.folder, grams, rates, reconstruct=reconstruct, progress=progress)
+        result = study.run(
+            source.folder,
+            grams,
+            rates,
+            reconstruct=reconstruct,
+            structural=structural,
+            progress=progress,
+        )
     return result | {"model": name}
 
 

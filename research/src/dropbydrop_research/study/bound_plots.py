@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def plot_gap(result: dict[str, Any]) -> Figure:
     """Left: relative error against true bits; right: each matrix's gap to its bound, sorted.
 
-    The grey line is the bound plus what 8-dimensional additive codes lose on a white source.
+    The grey line is the bound plus what codes of this kind lose on a white source.
     """
     figure, axes = new_figure(1, 2, 9.5, 3.6)
     _plot_errors(axes[0, 0], result)
@@ -28,7 +28,7 @@ def plot_gap(result: dict[str, Any]) -> Figure:
             every = max(1, len(gaps) // 8)
             ax.plot(gaps, label=f"level {level}", markevery=every, **series(i))
         ax.axhline(
-            structural_db(result["rates"][level]),
+            structural_db(result["rates"][level], result["structural"]),
             color=series(i)["color"],
             linestyle=series(i)["linestyle"],
             linewidth=0.8,
@@ -37,7 +37,7 @@ def plot_gap(result: dict[str, Any]) -> Figure:
     ax.axhline(0, color=BLACK, linewidth=1)
     ax.set_xlabel("matrices, largest gap first")
     ax.set_ylabel("gap to the Gaussian bound (dB)")
-    ax.set_title("thin lines: structural loss of 8-dimensional codes")
+    ax.set_title(f"thin lines: structural loss ({result['structural']})")
     if any(line.get_label()[0] != "_" for line in ax.lines):
         ax.legend()
     return figure
@@ -57,7 +57,8 @@ def _plot_errors(ax: Any, result: dict[str, Any]) -> None:
         return table
 
     bound, high, reached = mean("bound"), mean("bound_held_out"), mean("reached")
-    floor = [b and b * 10 ** (structural_db(r) / 10) for b, r in zip(bound, bits, strict=True)]
+    loss = [10 ** (structural_db(r, result["structural"]) / 10) for r in bits]
+    floor = [b and b * factor for b, factor in zip(bound, loss, strict=True)]
     ax.plot(bits, bound, color=BLACK, label="Gaussian bound")
     if all(high):
         ax.fill_between(
@@ -80,7 +81,7 @@ def plot_matrices(result: dict[str, Any], level: str) -> Figure:
     ax, matrices = axes[0, 0], result["matrices"]
     index = range(len(matrices))
     bound = [m["levels"][level]["bound"] for m in matrices]
-    loss = 10 ** (structural_db(result["rates"][level]) / 10)
+    loss = 10 ** (structural_db(result["rates"][level], result["structural"]) / 10)
     ax.fill_between(
         index,
         bound,

@@ -95,8 +95,8 @@ def print_bound(result: dict[str, Any], console: Console, top: int = 10) -> None
     console.print(table)
     console.print(
         "The bound holds for the Gaussian ensemble with each matrix's H and row variances, not for "
-        "the one matrix: where a premise fails, a code may get below it. Floor: what codes of "
-        "8-dimensional vectors lose even on a white Gaussian; "
+        "the one matrix: where a premise fails, a code may get below it. Floor: what such codes "
+        f"({result['structural']}) lose even on a white Gaussian; of 8-dimensional vectors "
         f"{result['high_rate_floor_db']:.2f} dB at high rate for any of them."
     )
     for level in result["rates"]:
