@@ -129,9 +129,9 @@ def warmed(b: Bench, code: str) -> float:
 
 def encoded(b: Bench, code: str, weight: Tensor, gram: Tensor) -> list[float]:
     """Search of one matrix for the levels; their relative errors."""
-    books = universal_set(LEVELS, kind=code).to(b.device)
+    effort, lambdas = EFFORTS["balanced"], default_lambdas(LEVELS)
+    books = universal_set(LEVELS, kind=code, window=effort.window).to(b.device)
     rotation = Rotation.make(weight.shape[1], seed=0).to(b.device)
-    lambdas, effort = default_lambdas(LEVELS), EFFORTS["balanced"]
     found = encode_group({"": weight}, gram, rotation, books, LEVELS, lambdas, effort)
     b.synchronize()
     return list(found[""].errors)
@@ -167,7 +167,8 @@ def quantize(b: Bench) -> dict[str, Any]:
 
 
 def _one_block(b: Bench, code: str) -> dict[str, Any]:
-    s, effort, codebooks = b.sizes, EFFORTS["balanced"], universal_set(LEVELS, kind=code)
+    s, effort = b.sizes, EFFORTS["balanced"]
+    codebooks = universal_set(LEVELS, kind=code, window=effort.window)
     warm = warmed(b, code)
     with tempfile.TemporaryDirectory() as folder:
         small_model = random_llama(config_of(b, 1), torch.bfloat16)
