@@ -20,7 +20,7 @@ from dropbydrop.runtime import plane_store as store
 from dropbydrop.runtime.views import store_of
 from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from file_server import Server, flip
-from tiny import VOCAB, write_checkpoint
+from tiny import COUNTS, VOCAB, write_checkpoint
 
 IDS = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(5))
 SETTINGS: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
@@ -28,8 +28,8 @@ WAIT = 20.0
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("upgrade") / "out")
+def out(tmp_path_factory: pytest.TempPathFactory, code: str) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("upgrade") / "out", code=code)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,12 @@ def whole(out: Path) -> dict[int, torch.Tensor]:
     """Logits of every level of a model loaded the ordinary way."""
     model = dropbydrop.load(out)
     return {bits: logits(dropbydrop.view(model, bits)) for bits in (2, 3, 4)}
+
+
+@pytest.fixture(scope="module")
+def last(code: str) -> dict[int, str]:
+    """The last plane file of every level."""
+    return {bits: f"plane-{count}.safetensors" for bits, count in COUNTS[code].items()}
 
 
 @pytest.fixture
@@ -72,16 +78,18 @@ def test_upgrade_from_a_whole_folder(out: Path, whole: dict[int, torch.Tensor]) 
         handle.wait(5)
 
 
-def test_a_slow_server(server: Server, tmp_path: Path, whole: dict[int, torch.Tensor]) -> None:
+def test_a_slow_server(
+    server: Server, tmp_path: Path, whole: dict[int, torch.Tensor], last: dict[int, str]
+) -> None:
     """Answer at 2 bits, then 3, then 4, while one pull brings the planes; never stop answering."""
     dest = tmp_path / "copy"
-    for name in ("plane-2.safetensors", "plane-3.safetensors", "plane-4.safetensors"):
+    for name in last.values():
         server.gate[name] = threading.Event()
     fetching = threading.Thread(
         target=lambda: pull(server.url, dest, 4, progress=False, attempts=1)
     )
     fetching.start()
-    while not (dest / "plane-2.safetensors.part").exists():
+    while not (dest / f"{last[2]}.part").exists():
         time.sleep(0.001)
     loaded: list[Any] = []
     loading = threading.Thread(
@@ -89,8 +97,8 @@ def test_a_slow_server(server: Server, tmp_path: Path, whole: dict[int, torch.Te
     )
     loading.start()
     loading.join(0.3)
-    assert not loaded  # half of plane 2 is no plane
-    server.gate["plane-2.safetensors"].set()
+    assert not loaded  # half of a plane is no plane
+    server.gate[last[2]].set()
     loading.join(WAIT)
     model = loaded[0]
     handle = dropbydrop.upgrade(model)
@@ -110,12 +118,12 @@ def test_a_slow_server(server: Server, tmp_path: Path, whole: dict[int, torch.Te
 
     running = threading.Thread(target=answer)
     running.start()
-    server.gate["plane-3.safetensors"].set()
+    server.gate[last[3]].set()
     assert handle.wait(3, WAIT)
     assert torch.equal(logits(dropbydrop.view(model, 3)), whole[3])
     assert codes_in_memory(model) == 3 * plane
     assert not handle.wait(4, 0.2)
-    server.gate["plane-4.safetensors"].set()
+    server.gate[last[4]].set()
     assert handle.wait(4, WAIT)
     view = dropbydrop.view(model, 4)
     stop.set()
@@ -130,11 +138,11 @@ def test_a_slow_server(server: Server, tmp_path: Path, whole: dict[int, torch.Te
 
 
 def test_a_pull_that_breaks_off(
-    server: Server, tmp_path: Path, whole: dict[int, torch.Tensor]
+    server: Server, tmp_path: Path, whole: dict[int, torch.Tensor], last: dict[int, str]
 ) -> None:
     dest, failures = tmp_path / "copy", []
-    server.cut["plane-4.safetensors"] = 3500
-    server.gate["plane-4.safetensors"] = threading.Event()
+    server.cut[last[4]] = 3500
+    server.gate[last[4]] = threading.Event()
 
     def fetch() -> None:
         try:
@@ -144,15 +152,15 @@ def test_a_pull_that_breaks_off(
 
     fetching = threading.Thread(target=fetch)
     fetching.start()
-    while not (dest / "plane-4.safetensors.part").exists():
+    while not (dest / f"{last[4]}.part").exists():
         time.sleep(0.001)
     model = dropbydrop.load(dest, bits=2, upgrade=True)
     handle = dropbydrop.upgrade(model)
     assert handle.wait(3, WAIT)
-    server.gate["plane-4.safetensors"].set()
+    server.gate[last[4]].set()
     fetching.join()
     assert len(failures) == 1
-    with pytest.raises(MissingPlaneError, match="plane 4 is needed"):
+    with pytest.raises(MissingPlaneError, match=f"{last[4]} is missing"):
         handle.wait(4, WAIT)
     assert handle.done
     assert torch.equal(logits(dropbydrop.view(model, 3)), whole[3])
@@ -165,46 +173,48 @@ def test_a_pull_that_breaks_off(
     assert torch.equal(logits(dropbydrop.view(model, 4)), whole[4])
 
 
-def test_a_damaged_plane_does_not_get_in(out: Path, tmp_path: Path) -> None:
+def test_a_damaged_plane_does_not_get_in(
+    out: Path, tmp_path: Path, code: str, last: dict[int, str]
+) -> None:
     dest = Path(shutil.copytree(out, tmp_path / "copy"))
-    with open(dest / "plane-3.safetensors", "ab") as file:
+    with open(dest / last[3], "ab") as file:
         file.write(b"more")
     model = dropbydrop.load(dest, bits=2, upgrade=True)
     handle = dropbydrop.upgrade(model)
-    with pytest.raises(FormatError, match=r"plane-3.* bytes, the manifest says"):
+    with pytest.raises(FormatError, match=rf"{last[3]} has .* bytes, the manifest says"):
         handle.wait(3, WAIT)
-    assert store_of(model).loaded == 2
+    assert store_of(model).loaded == COUNTS[code][2]
     with pytest.raises(MissingPlaneError):
         dropbydrop.view(model, 3)
     logits(model)
 
 
 def test_a_flipped_bit_on_the_way_never_becomes_a_plane(
-    server: Server, out: Path, tmp_path: Path
+    server: Server, out: Path, tmp_path: Path, last: dict[int, str]
 ) -> None:
     damaged = Path(shutil.copytree(out, tmp_path / "damaged"))
-    flip(damaged / "plane-3.safetensors")
+    flip(damaged / last[3])
     server.folder = damaged
     dest = tmp_path / "copy"
-    with pytest.raises(DropError, match=r"plane-3.* has SHA-256"):
+    with pytest.raises(DropError, match=rf"{last[3]} .*has SHA-256"):
         pull(server.url, dest, 4, progress=False, attempts=1)
     model = dropbydrop.load(dest, bits=2, upgrade=True)
-    with pytest.raises(MissingPlaneError, match="plane 3 is needed"):
+    with pytest.raises(MissingPlaneError, match=f"{last[3]} is missing"):
         dropbydrop.upgrade(model).wait(3, WAIT)
 
 
-def test_nothing_more_to_come(out: Path, tmp_path: Path) -> None:
+def test_nothing_more_to_come(out: Path, tmp_path: Path, last: dict[int, str]) -> None:
     two = slice_checkpoint(out, tmp_path / "two", 2).path
     model = dropbydrop.load(two, bits=2, upgrade=True)
     with pytest.raises(MissingPlaneError):
         dropbydrop.upgrade(model).wait(3, WAIT)
-    with pytest.raises(MissingPlaneError, match="plane 3 is needed"):
+    with pytest.raises(MissingPlaneError, match=f"{last[3]} is missing"):
         dropbydrop.load(two, bits=3, upgrade=True)
     with pytest.raises(PrecisionError, match="begins at a level"):
         dropbydrop.load(out, avg_bits=2.5, upgrade=True)
 
 
-def test_an_upgrade_can_be_stopped(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upgrade_can_be_stopped(out: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reading, go = threading.Event(), threading.Event()
     read = store.PlaneStore._read_plane
 
@@ -226,6 +236,6 @@ def test_an_upgrade_can_be_stopped(out: Path, monkeypatch: pytest.MonkeyPatch) -
     stopping.join()
     with pytest.raises(DropError, match="stopped at 2 bits"):
         handle.wait(3)
-    assert store_of(model).loaded == 2
+    assert store_of(model).loaded == COUNTS[code][2]
     monkeypatch.undo()
     assert dropbydrop.upgrade(model).wait(4, WAIT)
