@@ -80,6 +80,13 @@ class Search {
       std::copy(p.w + j * p.d_out, p.w + (j + 1) * p.d_out, &w_[j * padded_]);
   }
 
+  // Workers that find work: a matrix of one segment is faster alone than with others waiting.
+  int workers() const {
+    size_t most = 1;
+    for (const auto& plane : planes_) most = std::max(most, plane->segments.size());
+    return int(std::min(most, scratch_.size()));
+  }
+
   void run(const Worker& worker) {
     const Range tiles = share(padded_ / kTile, worker);
     const Range mine{tiles.first * kTile, tiles.last * kTile};
@@ -284,7 +291,7 @@ class Search {
 void search_matrix(const Problem& p, int threads) {
   Search search(p, std::max(threads, 1));
   auto body = [&](const Worker& worker) { search.run(worker); };
-  on_threads(std::max(threads, 1), body);
+  on_threads(search.workers(), body);
 }
 
 }  // namespace
