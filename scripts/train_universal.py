@@ -28,7 +28,7 @@ from dropbydrop.coding.trellis import training as trellis
 SETS = ([2, 3, 4], [3, 4, 5], [1, 2, 3, 4], [2], [3], [4], [1, 2, 3, 4, 5, 6, 7, 8])
 EFFORT = {"samples": 1 << 18, "rounds": 40, "beam": 16}
 TRELLIS_SETS = {(3, 4, 5): ([2, 3, 4], [3, 4, 5]), (1, 2, 3, 4): ([1, 2, 3, 4],)}  # by their taps
-TRELLIS_EFFORT = {"sequences": 512, "rounds": 8}
+TRELLIS_EFFORT = {"sequences": 512, "rounds": 20}
 TRIES = {12: 400, 14: 80, 16: 16}  # of taps, by window
 FOLDER = Path(__file__).resolve().parents[1] / "src" / "dropbydrop" / "coding" / "universal_sets"
 

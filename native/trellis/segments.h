@@ -122,7 +122,8 @@ class PlaneSearch {
   // The state after the last row of the ring that is, before the first one, `state`.
   int turned(int state) const {
     const int by = int(plan.k * ring % plan.bits);
-    return (state << by | state >> (plan.bits - by)) & ((1 << plan.bits) - 1);
+    const uint32_t bits = uint32_t(state);
+    return int((bits << by | bits >> (plan.bits - by)) & ((1u << plan.bits) - 1));
   }
 
   // Follows a segment's path back from `state` at row r; with `meet` only until it is the path that
