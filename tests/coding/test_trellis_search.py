@@ -337,6 +337,22 @@ class TestNative:
             assert all(map(torch.equal, found, best))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("window", [8, 12, 14, 16])
+def test_cuda_finds_codes_as_good_as_those_of_the_cpu(backend, window):
+    ours, (w, weights), h = books(trellis_planes([2, 3, 4], window)), problem(600, 4), spectrum(4)
+    args = ([1, 2, 3], [4.0, 3.0, 8.0])
+    lower = torch.linalg.cholesky(h).float()
+    here = search(w, weights, ours, *args, lower=lower)
+    there = search(
+        w.cuda(), weights.cuda(), ours.to("cuda"), *args, lower=lower.cuda(), backend=backend
+    )
+    found = [code.cpu() for code in there]
+    numbers = [objective(w, weights, h, codes, ours, *args) for codes in (found, here)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.03)  # segments differ, and so draws
+
+
 def test_bad_arguments_are_refused():
     ours = books(trellis_planes([2, 3], 8))
     w, weights = problem(16, 4)
