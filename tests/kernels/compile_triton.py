@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dropbydrop.coding.search import triton as triton_beam
+from dropbydrop.coding.trellis import triton as triton_viterbi
 from dropbydrop.kernels.cuda import ops
 from dropbydrop.kernels.cuda import triton_kernels as k
 
@@ -59,6 +60,18 @@ def variants():
     for start, b in ((True, 16), (False, 32)):
         constants = {"START": start, "PLANES": 4, "LEVELS": 3, "B": b, "HALF": 128}
         yield triton_beam.visit, books, constants, {"num_warps": triton_beam.warps(b)}
+    path = {"x": "*fp32", "s": "*fp32", "table": "*fp32", "back": "*u8", "best": "*i64"}
+    for states, branches in ((1 << 12, 4), (1 << 14, 2)):  # with 1 << 16 registers spill
+        types = path | sizes("rows", "start")
+        yield (
+            triton_viterbi.forward,
+            types,
+            {"STATES": states, "BRANCHES": branches},
+            {"num_warps": triton_viterbi.warps(states)},
+        )
+    types = {"back": "*u8", **dict.fromkeys(("at", "state", "found", "before"), "*i64")}
+    constants = {"STAYS": 1 << 11, "BITS": 1, "WINDOW": 12}
+    yield triton_viterbi.trace, types | sizes("rows", "first"), constants, {"num_warps": 1}
     ends = {"part": "*fp32", "scales": "*fp32", "bias": "*fp32", "out": "*bf16"}
     yield k.finish, ends | sizes("n", "rows", "splits"), {"BIAS": True, "R": 128}, {}
     pointers = dict.fromkeys(("signs", "factor", "high", "low"), "*fp32")
