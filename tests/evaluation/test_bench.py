@@ -20,8 +20,8 @@ from tiny import tiny_llama, write_checkpoint
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("bench") / "out")
+def out(tmp_path_factory: pytest.TempPathFactory, code: str) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("bench") / "out", code=code)
 
 
 def test_command(

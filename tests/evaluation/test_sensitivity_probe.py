@@ -21,8 +21,8 @@ IDS = torch.randint(3, VOCAB, (3, 24), generator=torch.Generator().manual_seed(5
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("probe") / "out")
+def out(tmp_path_factory: pytest.TempPathFactory, code: str) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("probe") / "out", code=code)
 
 
 @pytest.fixture(scope="module")

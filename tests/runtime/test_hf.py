@@ -40,8 +40,8 @@ IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(5)
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("hf") / "out")
+def out(tmp_path_factory: pytest.TempPathFactory, code: str) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("hf") / "out", code=code)
 
 
 @pytest.fixture
@@ -159,18 +159,18 @@ def test_pipeline(out: Path) -> None:
 
 
 def test_damage_is_found_by_from_pretrained_too(copied: Path) -> None:
-    one, two = copied / "plane-1.safetensors", copied / "plane-2.safetensors"
-    one.rename(copied / "aside")
-    two.rename(one)
-    (copied / "aside").rename(two)
-    with pytest.raises(FormatError, match="does not hold plane 1"):
+    two, three = copied / "plane-2.safetensors", copied / "plane-3.safetensors"
+    two.rename(copied / "aside")
+    three.rename(two)
+    (copied / "aside").rename(three)
+    with pytest.raises(FormatError, match="does not hold plane 2"):
         AutoModelForCausalLM.from_pretrained(copied)
+    three.unlink()
+    with pytest.raises(FormatError, match="plane 2"):
+        AutoModelForCausalLM.from_pretrained(copied)
+    three.write_bytes(two.read_bytes())
     two.unlink()
-    with pytest.raises(FormatError, match="plane 1"):
-        AutoModelForCausalLM.from_pretrained(copied)
-    two.write_bytes(one.read_bytes())
-    one.unlink()
-    with pytest.raises(MissingPlaneError, match="plane 1 is needed"):
+    with pytest.raises(MissingPlaneError, match="plane 2 is needed"):
         AutoModelForCausalLM.from_pretrained(copied)
 
 
