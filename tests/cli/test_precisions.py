@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,17 @@ from tiny import write_checkpoint
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory, code: str) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("precisions") / "out", code=code)
+
+
+def test_info_says_what_the_planes_are(out: Path, code: str) -> None:
+    result = CliRunner().invoke(app, ["info", str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["kind"] == code
+    assert found["plane_bits"] == {"bytes": [1, 1, 1, 1], "trellis": [2, 1, 1]}[code]
+    assert found["planes_present"] == list(range(1, found["planes"] + 1))
+    shown = " ".join(CliRunner().invoke(app, ["info", str(out)]).output.split())
+    assert f"{code} planes of {'+'.join(map(str, found['plane_bits']))} bits" in shown
 
 
 def refusal(*argv: object) -> str:
