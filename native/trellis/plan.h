@@ -57,12 +57,12 @@ struct Plan {
     for (int s = 0; s < cycle; s++) set_phase(plane, s);
     const int widest = N == 32 ? 4 : k == 1 ? 3 : 2;
     int s = kLaneBits / k;
-    add_pass(plane, Kind::lanes, 0, s, 0);
-    if (k == 2 && kLaneBits % 2) add_pass(plane, Kind::mixed, s++, 1, 1);
+    add_pass(Kind::lanes, 0, s, 0);
+    if (k == 2 && kLaneBits % 2) add_pass(Kind::mixed, s++, 1, 1);
     while (s < cycle) {
       const int left = (cycle - s) * k, passes = (left + widest - 1) / widest;
       const int width = (left / k + passes - 1) / passes * k;
-      add_pass(plane, Kind::vectors, s, width / k, width);
+      add_pass(Kind::vectors, s, width / k, width);
       s += width / k;
     }
   }
@@ -120,7 +120,7 @@ struct Plan {
     for (int i = 0; i < kLabels; i++) p.row_of[order[i]] = uint8_t(i);
   }
 
-  void add_pass(const DropTrellisPlane&, Kind kind, int first, int steps, int width) {
+  void add_pass(Kind kind, int first, int steps, int width) {
     Pass pass{kind, first, steps, 0, width, 0, words, {}};
     if (kind == Kind::lanes) pass.words = steps * k;
     if (kind == Kind::mixed) pass.words = 3;
