@@ -104,6 +104,8 @@ struct TrellisGemvJob {
   int64_t prefix, d_out;
   float* sums;  // [n, sums_stride]: unscaled result of the given tiles, from their first row
   int64_t sums_stride;
+  const uint8_t* const* next_planes;  // read after these from the first of the tiles next_first ..
+  int64_t next_first, next_last;      // next_last on, for prefetching; or null
 };
 
 struct TrellisDecodeJob {

@@ -13,14 +13,25 @@ constexpr int64_t kPrefetchedBytes = 384 << 10;
 
 int64_t width_of(int64_t type) { return type == kF32 ? 4 : 2; }
 
-// Units first .. last of one matrix, for all n rows of x.
-void gemv_units(const Products& job, const DropMatrix& matrix, char* out, Range units) {
+// A worker's units of one matrix.
+struct Part {
+  const DropMatrix* matrix;  // null: none
+  char* out;
+  Range units;
+};
+
+// For all n rows of x; `next` comes after it.
+void gemv_part(const Products& job, const Part& part, const Part& next) {
+  const DropMatrix& matrix = *part.matrix;
+  const Range units = part.units;
   const int64_t stride = (units.last - units.first) * job.unit();
   float* sums = sums_scratch.get<float>(job.n * stride);
   if (job.trellis) {
     const auto* books = reinterpret_cast<const Trellis* const*>(job.codebooks);
-    job.kernel->trellis_gemv({job.x, matrix.planes, books, job.prefix, matrix.d_out, sums, stride},
-                             units.first, units.last);
+    job.kernel->trellis_gemv(
+        {job.x, matrix.planes, books, job.prefix, matrix.d_out, sums, stride,
+         next.matrix ? next.matrix->planes : nullptr, next.units.first, next.units.last},
+        units.first, units.last);
   } else {
     const PlaneShape plane{matrix.d_out, job.groups};
     const bool symmetric = job.entries == kHalf;
@@ -38,7 +49,7 @@ void gemv_units(const Products& job, const DropMatrix& matrix, char* out, Range 
     job.kernel->epilogue(
         {sums + k * stride, scales, static_cast<Scalar>(matrix.scale_type), bias,
          static_cast<Scalar>(matrix.bias_type), job.residual ? job.residual + at : nullptr,
-         out + at * width_of(job.out_type), job.out_type},
+         part.out + at * width_of(job.out_type), job.out_type},
         0, count);
   }
 }
@@ -104,6 +115,25 @@ void look_up_tables(const InputGroupShare& job, const Products& products, const 
   worker.barrier();
 }
 
+// The first tiles that a worker reads, which no earlier one fetches: while x is rotated.
+void fetch_first_tiles(const Products& job, const Worker& worker) {
+  const auto* books = reinterpret_cast<const Trellis* const*>(job.codebooks);
+  const Range own = own_units(job, worker, share(job.units(), worker), 0,
+                              job.count ? job.units(job.matrices[0]) : 0);
+  int64_t bits = 0;
+  for (int64_t m = 0; m < job.prefix; ++m) bits += books[m]->bits;
+  const int64_t tiles = tiles_ahead(bits, job.x.stride);
+  const int64_t last = own.first + tiles < own.last ? own.first + tiles : own.last;
+  for (int64_t at = 0; at < job.x.stride && own.first < last; at += kLine) {
+    for (int64_t m = 0; m < job.prefix; ++m) {
+      const int64_t k = books[m]->bits, end = stream_bytes(job.matrices[0].d_out, k);
+      for (int64_t row = own.first * k; row < last * k && row < end; ++row) {
+        __builtin_prefetch(job.matrices[0].planes[m] + row * job.x.stride + at, 0, 2);
+      }
+    }
+  }
+}
+
 // Rotated rows of x -> integers; all of them are there when it returns.
 TrellisInputs integers(const InputGroupShare& job, const Worker& worker) {
   const int64_t d_in = job.input->d_in;
@@ -139,13 +169,17 @@ void gemv_share(const Products& job, const Worker& worker) {
   const Range mine = share(job.units(), worker);
   int64_t start = 0;  // first unit of the matrix
   char* out = job.out;
+  Part part{};
   for (int64_t i = 0; i < job.count; ++i) {
     const int64_t units = job.units(job.matrices[i]);
-    const Range here = own_units(job, worker, mine, start, units);
-    if (here.first < here.last) gemv_units(job, job.matrices[i], out, here);
+    const Part next{job.matrices + i, out, own_units(job, worker, mine, start, units)};
     start += units;
     out += job.out_rows * job.matrices[i].d_out * width_of(job.out_type);
+    if (next.units.first >= next.units.last) continue;
+    if (part.matrix) gemv_part(job, part, next);
+    part = next;
   }
+  if (part.matrix) gemv_part(job, part, {});
 }
 
 bool sound(const DropInputGroup& input) {
@@ -165,6 +199,8 @@ void input_group_share(const InputGroupShare& job, Products products, const Work
   if (input.kind == DROP_TRELLIS) {
     products.trellis = true;
     products.codebooks = input.codebooks;
+    products.x.stride = trellis_stride(input.d_in);
+    fetch_first_tiles(products, worker);
     products.x = integers(job, worker);
   } else {
     products.lut = job.tables;

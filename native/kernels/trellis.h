@@ -72,6 +72,12 @@ static inline int64_t stream_bytes(int64_t d_out, int64_t bits) {
   return bytes < kSpan ? kSpan : bytes;
 }
 
+// Tiles of `bits` bits a weight between the one that is computed and the one that is fetched: 8 KB
+// at least, as the next one alone is often too near.
+static inline int64_t tiles_ahead(int64_t bits, int64_t stride) {
+  return 1 + 8192 / (bits * stride);
+}
+
 // The integers of n rows of x.
 struct TrellisInputs {
   int8_t* bytes;  // [n, 2, stride]: low, high; padding 0

@@ -4,8 +4,8 @@
 //   Vec, kWidth, load      as in trellis_product.h
 //   shuffle(table, index)  bytes 0..15 -> table[index]; `table` is 16 bytes in memory
 //   low, high              half bytes of bytes
-//   bit_xor; pin, which keeps the compiler from computing rows side by side, more than registers hold
-//   values(book, labels)   labels 0..63 -> values, raised by V::kOffset
+//   bit_xor; pin, which keeps the compiler from computing rows side by side, more than registers
+//   hold values(book, labels)   labels 0..63 -> values, raised by V::kOffset
 #pragma once
 
 #include "trellis_product.h"

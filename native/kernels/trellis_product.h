@@ -24,27 +24,32 @@ namespace DROP_ISA {
 // follow; so the lines of all byte rows of a later tile are fetched side by side, evenly spread. A
 // tile of P planes has 2 P walks along the inputs, at each line of which one slot is fetched, in
 // turn; there are 2 P slots, and those that no byte row needs follow a row that is being read.
-constexpr int64_t kTrellisAhead = 8192;  // bytes, at least; the next tile alone is often too near
-
 class TrellisAhead {
  public:
   TrellisAhead() : slots_{0}, at_(0), count_(1), distance_(0) {}
   explicit TrellisAhead(const TrellisGemvJob& job) : at_(0), count_(2 * job.prefix) {
     int64_t bits = 0;
     for (int64_t m = 0; m < job.prefix; ++m) bits += job.books[m]->bits;
-    distance_ = 1 + kTrellisAhead / (bits * job.x.stride);
+    distance_ = tiles_ahead(bits, job.x.stride);
   }
 
   // Before `tile` is computed; tiles end at `last`.
   void start(const TrellisGemvJob& job, int64_t tile, int64_t last) {
-    int64_t filled = 0;
-    for (int64_t m = 0; m < job.prefix && tile + distance_ < last; ++m) {
+    const uint8_t* const* planes = job.planes;
+    int64_t later = tile + distance_, filled = 0;
+    if (later >= last) {
+      planes = job.next_planes;
+      later += job.next_first - last;
+      if (later >= job.next_last) planes = nullptr;
+    }
+    for (int64_t m = 0; m < job.prefix && planes; ++m) {
       const int64_t k = job.books[m]->bits;
       for (int64_t row = 0; row < k; ++row) {
-        slots_[filled++] = address(job, m, (tile + distance_) * k + row);
+        slots_[filled++] = address(planes[m], (later * k + row) * job.x.stride);
       }
     }
-    while (filled < count_) slots_[filled++] = address(job, 0, tile * job.books[0]->bits);
+    const int64_t here = tile * job.books[0]->bits;
+    while (filled < count_) slots_[filled++] = address(job.planes[0], here * job.x.stride);
     at_ = 0;
   }
 
@@ -58,9 +63,8 @@ class TrellisAhead {
 
  private:
   // A number: a slot may end behind the plane.
-  static uintptr_t address(const TrellisGemvJob& job, int64_t plane, int64_t row) {
-    return reinterpret_cast<uintptr_t>(job.planes[plane]) +
-           static_cast<uintptr_t>(row * job.x.stride);
+  static uintptr_t address(const uint8_t* plane, int64_t offset) {
+    return reinterpret_cast<uintptr_t>(plane) + static_cast<uintptr_t>(offset);
   }
 
   uintptr_t slots_[2 * kMaxPlanes];
