@@ -1,5 +1,11 @@
 #include "cpu_features.h"
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <cpuid.h>
+#elif defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 namespace drop {
 namespace {
 
@@ -17,6 +23,12 @@ uint32_t detect() {
   if (__builtin_cpu_supports("avx512vbmi")) found |= kAvx512vbmi;
   if (__builtin_cpu_supports("avx512vnni")) found |= kAvx512vnni;
   if (__builtin_cpu_supports("gfni")) found |= kGfni;
+  unsigned a, b, c, d;  // compilers learned "avxvnni" late
+  if ((found & kAvx2) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1)) found |= kAvxVnni;
+#elif defined(__linux__) && defined(__aarch64__)
+  if (getauxval(AT_HWCAP) >> 20 & 1) found |= kDotProduct;  // HWCAP_ASIMDDP
+#elif defined(__ARM_FEATURE_DOTPROD)
+  found |= kDotProduct;  // the compiler's own processors have it: those of Apple
 #endif
   return found;
 }

@@ -20,6 +20,8 @@ enum CpuFeature : uint32_t {
   kAvx512vbmi = 1 << 7,
   kAvx512vnni = 1 << 8,
   kGfni = 1 << 9,
+  kAvxVnni = 1 << 10,
+  kDotProduct = 1 << 11,  // of AArch64
 };
 
 // Of the file that includes this header: hence `static`, a constant of its own in each.
@@ -53,6 +55,12 @@ static constexpr uint32_t kCompiledFeatures = 0
 #endif
 #ifdef __GFNI__
                                               | kGfni
+#endif
+#ifdef __AVXVNNI__
+                                              | kAvxVnni
+#endif
+#ifdef __ARM_FEATURE_DOTPROD
+                                              | kDotProduct
 #endif
     ;
 

@@ -6,14 +6,16 @@
 // Three operations a row of the LUT and no blends (which cost two or three each on Intel).
 // The LUT is stored as these differences. Digits and accumulators are as in
 // isa_avx512vbmi.cpp; 16-bit LUTs share the eight indices between the two digits.
+#ifndef DROP_ISA  // isa_avx2_gfni.cpp defines it
 #define DROP_ISA avx2
+#endif
 #include "x86.h"
 // (x86.h first: lut.h uses what it declares.)
 #include "lut.h"
 #include "trellis_avx2.h"
 
 namespace drop {
-namespace avx2 {
+namespace DROP_ISA {
 
 constexpr int64_t kAhead = 24;
 
@@ -237,14 +239,10 @@ struct Ladder {
   }
 };
 
-typedef Nibbles<Bytes32> Planes;
+extern const Kernel kernel;
+extern const Kernel u8_kernel;
+constexpr Kernel kernel = make_kernel<Tiled<Ladder<2>>, Planes>("avx2", "AVX2, 14-bit tables");
+constexpr Kernel u8_kernel = make_kernel<Tiled<Ladder<1>>, Planes>("avx2-u8", "AVX2, 8-bit tables");
 
-}  // namespace avx2
-
-extern const Kernel avx2_kernel;
-extern const Kernel avx2_u8_kernel;
-constexpr Kernel avx2_kernel =
-    avx2::make_kernel<avx2::Tiled<avx2::Ladder<2>>, avx2::Planes>("avx2", "AVX2, 14-bit tables");
-constexpr Kernel avx2_u8_kernel =
-    avx2::make_kernel<avx2::Tiled<avx2::Ladder<1>>, avx2::Planes>("avx2-u8", "AVX2, 8-bit tables");
+}  // namespace DROP_ISA
 }  // namespace drop

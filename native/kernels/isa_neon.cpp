@@ -1,13 +1,15 @@
 // NEON (AArch64): TBL with four registers looks 16 codes up in 64 bytes, TBX with the next four
 // completes 128. Both leave alone what is out of range, so no blend is needed. Digits and
 // accumulators as in isa_avx512vbmi.cpp; USRA adds the shifted odd bytes in one instruction.
+#ifndef DROP_ISA  // isa_neon_dotprod.cpp defines it
 #define DROP_ISA neon
+#endif
 #include <arm_neon.h>
 
 #include "scalar.h"
 
 namespace drop {
-namespace neon {
+namespace DROP_ISA {
 
 // Squared norms of groups of 8 int16, a multiple of 4 groups.
 DROP_INLINE void squared_norms(const int16_t* x, int64_t count, int32_t* norms) {
@@ -22,14 +24,14 @@ DROP_INLINE void squared_norms(const int16_t* x, int64_t count, int32_t* norms) 
   }
 }
 
-}  // namespace neon
+}  // namespace DROP_ISA
 }  // namespace drop
 
 #include "lut.h"
 #include "trellis_neon.h"
 
 namespace drop {
-namespace neon {
+namespace DROP_ISA {
 
 constexpr int64_t kAhead = 24;  // groups
 
@@ -160,12 +162,10 @@ struct Lookup {
 
 typedef Nibbles<Bytes16> Planes;
 
-}  // namespace neon
+extern const Kernel kernel;
+extern const Kernel u8_kernel;
+constexpr Kernel kernel = make_kernel<Tiled<Lookup<2>>, Planes>("neon", "NEON, 14-bit tables");
+constexpr Kernel u8_kernel = make_kernel<Tiled<Lookup<1>>, Planes>("neon-u8", "NEON, 8-bit tables");
 
-extern const Kernel neon_kernel;
-extern const Kernel neon_u8_kernel;
-constexpr Kernel neon_kernel =
-    neon::make_kernel<neon::Tiled<neon::Lookup<2>>, neon::Planes>("neon", "NEON, 14-bit tables");
-constexpr Kernel neon_u8_kernel =
-    neon::make_kernel<neon::Tiled<neon::Lookup<1>>, neon::Planes>("neon-u8", "NEON, 8-bit tables");
+}  // namespace DROP_ISA
 }  // namespace drop

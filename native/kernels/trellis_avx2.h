@@ -40,8 +40,12 @@ struct Bytes32 {
   DROP_INLINE Acc zero() { return _mm256_setzero_si256(); }
   // Sums of two products fit 16 bits: 2 * 127 * 128 < 2^15.
   DROP_INLINE Acc dot(Acc sum, Vec value, Vec x) {
+#ifdef __AVXVNNI__
+    return _mm256_dpbusd_avx_epi32(sum, value, x);
+#else
     const Vec pairs = _mm256_maddubs_epi16(value, x);
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
   }
   DROP_INLINE __m128i sum_four(const Acc* sums) {
     const Acc all =
@@ -53,6 +57,50 @@ struct Bytes32 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(high), sum_four(sums + kQuad));
   }
 };
+
+#ifdef __GFNI__
+// Labels as in trellis_avx512vbmi.h; the matrices stay in memory.
+struct Planes : Bytes32 {
+  template <bool kThree, typename Sink>
+  DROP_INLINE void walk_as(const QuadBytes& bytes, int64_t first, int64_t last, TrellisAhead& ahead,
+                           const Sink& sink) {
+    const TrellisQuad& quad = bytes.book->quads[bytes.half];
+    const auto affine = [&](Vec byte, int lag, int i) __attribute__((always_inline)) {
+      const Vec matrix = _mm256_set1_epi64x(static_cast<int64_t>(quad.matrix[lag][i]));
+      return _mm256_gf2p8affine_epi64_epi8(byte, matrix, 0);
+    };
+    for (int64_t line = first; line < last; line += kLine) {
+      ahead.step();
+      for (int64_t j = line; j < line + kLine; j += kWidth) {
+        const Vec a = load(bytes.rows[0] + j), b = load(bytes.rows[1] + j);
+        const Vec c = load(bytes.rows[2] + j);
+        Vec found[kQuad];
+        DROP_UNROLL
+        for (int i = 0; i < kQuad; ++i) {
+          Vec label = bit_xor(affine(a, 0, i), affine(b, 1, i));
+          if (kThree) label = bit_xor(label, affine(c, 2, i));
+          pin(label);
+          found[i] = values(*bytes.book, label);
+          pin(found[i]);
+        }
+        sink(j, found);
+      }
+    }
+  }
+
+  template <typename Sink>
+  DROP_INLINE void walk(const QuadBytes& bytes, int64_t first, int64_t last, TrellisAhead& ahead,
+                        const Sink& sink) {
+    if (bytes.half ? bytes.book->oldest_high : bytes.book->oldest) {
+      walk_as<true>(bytes, first, last, ahead, sink);
+    } else {
+      walk_as<false>(bytes, first, last, ahead, sink);
+    }
+  }
+};
+#else
+typedef Nibbles<Bytes32> Planes;
+#endif
 
 }  // namespace DROP_ISA
 }  // namespace drop

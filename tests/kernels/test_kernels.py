@@ -681,11 +681,13 @@ def registry_group_bytes(tables: Tensor, groups: int, prefix: int) -> range:
 
 
 def build_and_run(folder: Path, options: list[str], launcher: list[str]) -> str:
-    """Configure, build and run the native test program; its output."""
+    """Configure, build and run the native test program, with and without faster variants of a
+    kernel; its output."""
     configure = ["cmake", "-S", str(NATIVE), "-B", str(folder), "-DDROPBYDROP_TESTS=ON", *options]
     for command in (
         configure,
         ["cmake", "--build", str(folder), "--target", "test_kernels", "--parallel", "2"],
+        ["env", "DROPBYDROP_FASTER=0", *launcher, str(folder / "test_kernels")],
         [*launcher, str(folder / "test_kernels")],
     ):
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
