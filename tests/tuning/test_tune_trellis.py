@@ -125,7 +125,9 @@ def test_the_student_decodes_what_is_stored(place: Path) -> None:
 
 @pytest.mark.parametrize("train", ["all", "scales"])
 @pytest.mark.parametrize("method", ["blocks", "distill"])
-def test_tuning_lowers_the_loss_on_other_windows(place: Path, tmp_path: Path, method: str, train: str) -> None:
+def test_tuning_lowers_the_loss_on_other_windows(
+    place: Path, tmp_path: Path, method: str, train: str
+) -> None:
     report = tune(
         place / "out", tmp_path / "tuned", model=str(place / "model"), method=method, train=train,
         calibration=place / "text.txt", windows=6, seq_len=48, epochs=8, learning_rate=2e-3,
