@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "naive.h"
+#include "naive_trellis.h"
 
 namespace {
 
@@ -135,26 +136,29 @@ void check_int8_rows(int kernel, const std::string& name, Random& random) {
   }
 }
 
-// An input group that owns what it points to.
+// An input group that owns what it points to, of either kind of plane.
 struct OwnedInput {
   std::vector<std::unique_ptr<Problem>> problems;
+  std::vector<std::unique_ptr<TrellisProblem>> trellises;
   std::vector<std::vector<const uint8_t*>> planes;
   std::vector<DropMatrix> matrices;
   std::vector<const void*> books;
   DropInputGroup input;
 
-  OwnedInput(const std::vector<int64_t>& heights, int64_t d, Random& random) {
+  OwnedInput(const std::vector<int64_t>& heights, int64_t d, bool trellis, Random& random) {
     planes.reserve(heights.size());
     for (int64_t rows : heights) {
-      problems.emplace_back(new Problem({rows, d / 8, 2, 128, 1, false}, random));
-      for (float& scale : problems.back()->scales) scale *= 0.02f;
-      planes.push_back(problems.back()->plane_pointers());
-      matrices.push_back(
-          {planes.back().data(), rows, problems.back()->scales.data(), 0, nullptr, 0});
+      if (trellis) {
+        trellises.emplace_back(new TrellisProblem({rows, d, {2, 1}, 12, 1}, random));
+        add(*trellises.back(), rows);
+      } else {
+        problems.emplace_back(new Problem({rows, d / 8, 2, 128, 1, false}, random));
+        add(*problems.back(), rows);
+      }
     }
-    books = problems.front()->book_pointers();
+    books = trellis ? trellises.front()->book_pointers() : problems.front()->book_pointers();
     input = {DROP_INPUT_GROUP_MAGIC,
-             DROP_BYTES,
+             trellis ? DROP_TRELLIS : DROP_BYTES,
              d,
              8,
              nullptr,
@@ -165,17 +169,24 @@ struct OwnedInput {
              matrices.data(),
              static_cast<int64_t>(matrices.size())};
   }
+
+  template <typename AnyProblem>
+  void add(AnyProblem& problem, int64_t rows) {
+    for (float& scale : problem.scales) scale *= 0.02f;
+    planes.push_back(problem.plane_pointers());
+    matrices.push_back({planes.back().data(), rows, problem.scales.data(), 0, nullptr, 0});
+  }
 };
 
 // A decoder of two blocks: neither pieces of a sequence nor threads change a bit. (Its values are
 // compared with transformers in tests/kernels/test_step.py.)
-void check_step(int kernel, const std::string& name, Random& random) {
+void check_step(int kernel, const std::string& name, bool trellis, Random& random) {
   const int64_t hidden = 24, heads = 3, d = 8, size = 72, length = 9, capacity = 10;
   std::vector<std::unique_ptr<OwnedInput>> inputs;
   std::vector<DropBlock> blocks;
   std::vector<float> ones(static_cast<size_t>(hidden), 1.0f), cosines, sines, x;
   const auto input = [&](const std::vector<int64_t>& heights, int64_t width) {
-    inputs.emplace_back(new OwnedInput(heights, width, random));
+    inputs.emplace_back(new OwnedInput(heights, width, trellis, random));
     return inputs.back()->input;
   };
   for (int i = 0; i < 2; ++i) {
@@ -280,7 +291,8 @@ int main() {
     }
     check_input_group(kernel, name, random);
     check_int8_rows(kernel, name, random);
-    check_step(kernel, name, random);
+    check_step(kernel, name, false, random);
+    check_step(kernel, name + " trellis", true, random);
     check_odd_inputs(kernel, name, random);
     check_trellis(kernel, name);
     std::printf("%-16s %s\n", name.c_str(), failures == before ? "ok" : "FAILED");
