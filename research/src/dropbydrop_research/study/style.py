@@ -24,6 +24,8 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
 BROWN = "#6B4226"  # for a ninth series; dark enough to be told from the others
 OLIVE = "#6B7A00"
+INDIGO = "#332288"
+WINE = "#882255"
 
 SERIES: tuple[dict[str, Any], ...] = (
     {"color": BLUE, "marker": "o", "linestyle": "-"},
@@ -36,8 +38,8 @@ SERIES: tuple[dict[str, Any], ...] = (
     {"color": GREY, "marker": "*", "linestyle": "-"},
     {"color": BROWN, "marker": "h", "linestyle": "--"},
     {"color": OLIVE, "marker": "<", "linestyle": ":"},
-    {"color": BLUE, "marker": ">", "linestyle": "--"},
-    {"color": VERMILLION, "marker": "p", "linestyle": "-."},
+    {"color": INDIGO, "marker": ">", "linestyle": "--"},
+    {"color": WINE, "marker": "p", "linestyle": "-."},
 )
 """Keyword arguments of successive series; use `series(i)`."""
 
