@@ -15,7 +15,7 @@ from dropbydrop.system.settings import Settings, setting
 MAX_BITS = 8
 WINDOWS = {"fast": 32, "balanced": 64, "best": 128}  # of a preset, unless given
 SEQ_LEN = 1024
-KINDS = ("trellis", "bytes")  # of planes
+KINDS = ("bytes", "trellis")  # of planes
 
 
 def check_levels(bits: Sequence[int]) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ class QuantizeConfig(Settings):
 
     Attributes:
         levels: ascending; they are supervised and can be asked for later.
-        code: kind of the planes (coding/planes.py); None is `job.default_code`.
+        code: kind of the planes (coding/planes.py).
         preset: calibration tokens and search effort.
         device: under torchrun each process takes the one of its number.
         backend: one of `coding.kinds.backends`.
@@ -49,10 +49,9 @@ class QuantizeConfig(Settings):
     """
 
     levels: tuple[int, ...] = setting((2, 3, 4), "Levels, such as 2,3,4.", option="bits")
-    code: str | None = setting(
-        None,
-        "Kind of the planes: trellis, nearer to the bound, or bytes "
-        "[trellis, where it has the levels].",
+    code: str = setting(
+        "bytes",
+        "Kind of the planes: bytes, or trellis: nearer to the bound, slower to decode.",
         choices=KINDS,
     )
     calibration: str = setting(

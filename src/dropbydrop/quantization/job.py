@@ -6,7 +6,6 @@ window's length within the model's context, device and search backend. Nothing i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +14,10 @@ from torch import nn
 
 from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.codebook_set import CodebookSet
-from dropbydrop.coding.codebooks import UNIVERSAL, file_of_set, universal_set
+from dropbydrop.coding.codebooks import file_of_set, universal_set
 from dropbydrop.coding.encoder import EFFORTS, Effort
 from dropbydrop.coding.kinds import backends
-from dropbydrop.coding.planes import FAMILIES, PlaneSpec, planes_of
+from dropbydrop.coding.planes import PlaneSpec, planes_of
 from dropbydrop.data.calibration import Calibration, load_windows
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.embeddings import output_scale
@@ -66,39 +65,26 @@ class Job:
         )
 
     @property
-    def code(self) -> str:
-        """Kind of the planes."""
-        assert self.config.code is not None, "`prepare` settles it"
-        return self.config.code
-
-    @property
     def planes(self) -> tuple[PlaneSpec, ...]:
         """Those of the checkpoint."""
-        if self.code == "trellis":
+        if self.config.code == "trellis":
             return self.universal().planes  # a preset's window is the most, not what ships
-        return planes_of(self.code, self.config.levels, 0)
+        return planes_of(self.config.code, self.config.levels, 0)
 
     def universal(self) -> CodebookSet:
         """The universal set, which is trained first if need be."""
-        return universal_set(self.config.levels, None, self.code, self.effort.window)
+        return universal_set(self.config.levels, None, self.config.code, self.effort.window)
 
     @property
     def trained(self) -> bool:
         """Whether the universal set is there already."""
-        return self.code == "trellis" or file_of_set(self.config.levels).is_file()
+        return self.config.code == "trellis" or file_of_set(self.config.levels).is_file()
 
     @property
     def windows_asked(self) -> int:
         """Number of calibration windows."""
         assert self.config.windows is not None, "`prepare` settles it"
         return self.config.windows
-
-
-def default_code(levels: Sequence[int], codebooks: str) -> str:
-    """Kind of the planes where none was asked for: the better code, unless it lacks the levels, or
-    codebooks are to be learned."""
-    served = any(set(levels) <= set(family) for family in FAMILIES)
-    return "trellis" if served and codebooks == UNIVERSAL else "bytes"
 
 
 def prepare(model: str | Path, config: QuantizeConfig, *, ready: Calibration | None = None) -> Job:
@@ -125,17 +111,15 @@ def prepare(model: str | Path, config: QuantizeConfig, *, ready: Calibration | N
         vocab = runner.model.config.get_text_config().vocab_size
         _check_windows(ready, config.windows, longest, vocab)
         windows, seq_len = ready.ids.shape
-    code = config.code or default_code(config.levels, config.codebooks)
     complete = replace(
         config,
-        code=code,
         windows=windows,
         seq_len=seq_len,
         device=str(runner.device),
-        backend=config.backend or backends(code, runner.device)[0],
+        backend=config.backend or backends(config.code, runner.device)[0],
     )
     job = Job(complete, source, runner, EFFORTS[config.preset], ready)
-    if code == "trellis":
+    if config.code == "trellis":
         job.universal()  # refuses levels that it does not have
     return job
 

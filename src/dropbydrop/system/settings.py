@@ -23,7 +23,7 @@ def setting(
     Args:
         help: text for the command line.
         option: name of its option without the dashes; by default the field's, with dashes.
-        choices: values that are allowed beside the default; by default all.
+        choices: values that are allowed; by default all.
     """
     return field(
         default=default, metadata={"help": help, "option": option, "choices": tuple(choices)}
@@ -46,7 +46,7 @@ class Settings:
     def __post_init__(self) -> None:
         for declared in fields(self):
             value, choices = getattr(self, declared.name), declared.metadata["choices"]
-            if choices and value not in (*choices, declared.default):
+            if choices and value not in choices:
                 known = ", ".join(map(str, choices))
                 raise DropError(f"--{option_name(declared)} {value!r}: choose one of {known}.")
 
