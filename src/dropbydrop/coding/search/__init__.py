@@ -31,10 +31,15 @@ LOOKAHEAD = 0.25  # what one more stage leaves of a squared error; flat optimum,
 
 def backends(device: torch.device | str = "cpu") -> list[str]:
     """Backends that run on `device`, best first."""
+    return with_torch(cpu.backends(), device)
+
+
+def with_torch(native: list[str], device: torch.device | str) -> list[str]:
+    """Backends of a search on `device`, best first: its native ones on the CPU, torch, Triton."""
     if torch.device(device).type != "cpu":
         compiled = torch.device(device).type == "cuda" and find_spec("triton") is not None
         return ["triton", "torch"] if compiled else ["torch"]
-    return [*cpu.backends(), "torch", *(["triton"] if triton_interpreted() else [])]
+    return [*native, "torch", *(["triton"] if triton_interpreted() else [])]
 
 
 def search(

@@ -17,15 +17,14 @@ a thousand. The codes of one backend do not depend on the number of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from dropbydrop.system.accelerator import triton_interpreted
 from dropbydrop.system.errors import KernelError
 
 from ..codebook_set import TrellisSet
+from ..search import with_torch
 from . import batched, cpu
 from .arguments import Problem
 
@@ -34,10 +33,7 @@ __all__ = ["backends", "search"]
 
 def backends(device: torch.device | str = "cpu") -> list[str]:
     """Backends that run on `device`, best first."""
-    if torch.device(device).type != "cpu":
-        compiled = torch.device(device).type == "cuda" and find_spec("triton") is not None
-        return ["triton", "torch"] if compiled else ["torch"]
-    return [*cpu.backends(), "torch", *(["triton"] if triton_interpreted() else [])]
+    return with_torch(cpu.backends(), device)
 
 
 def search(
