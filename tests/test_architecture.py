@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "dropbydrop"
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
-MOST_ENTRIES, MOST_LINES, LONGEST_BODY = 14, 400, 60
+MOST_ENTRIES, MOST_LINES, LONGEST_BODY = 15, 400, 60
 KERNELS = {"coding/search/triton.py:visit", "kernels/cuda/triton_kernels.py:visit"}  # one program
 
 
