@@ -42,6 +42,7 @@ from dropbydrop.system.errors import FormatError, UnsupportedModelError
 from .block_inputs import BlockInputs
 from .embeddings import embedding_name, head_name
 from .input_groups import InputGroup
+from .key_names import KeyNames
 from .statistics import CLIP, BlockStatistics, InputRecorder, check_uncovered
 from .weight_files import WeightFiles
 
@@ -68,6 +69,7 @@ class BlockRunner:
     ) -> None:
         self.model, self.files, self.dtype, self.device = model, files, dtype, device
         self.batch_tokens = batch_tokens
+        self._keys = KeyNames(model, files)
         self.blocks_name, self.blocks = _find_blocks(model)
         self.num_blocks = len(self.blocks)
         head = head_name(model)
@@ -140,10 +142,10 @@ class BlockRunner:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """A parameter of the original model by its full name, as stored or in `dtype`."""
-        stored = self.files.find(self._ties.get(name, name), self.model.base_model_prefix)
-        if stored is None:
+        place = self._ties.get(name, name)
+        if place not in self._keys:
             raise UnsupportedModelError(f"{self.files.folder} holds no weights for {name}.")
-        return self.files.read(stored, dtype)
+        return self._keys.read(place, lambda key: self.files.read(key, dtype))
 
     def _is_outer(self, name: str) -> bool:
         return not name.startswith(f"{self.blocks_name}.") and name not in self._ties
@@ -154,20 +156,19 @@ class BlockRunner:
 
     def _check(self) -> None:
         """Structure and weights fit, as far as that shows without running anything."""
-        prefix = self.model.base_model_prefix
         names = [n for n in self._state_names(self.model) if n not in self._ties]
         for i, block in enumerate(self.blocks):
             where = self.block_prefix(i)
             named = block.named_modules(prefix=where)
             check_uncovered(block, where, {n for n, m in named if isinstance(m, nn.Linear)})
         self._check_shared()
-        if missing := [n for n in names if self.files.find(n, prefix) is None]:
-            spare = sorted(set(self.files) - set(names))
+        if missing := [n for n in names if n not in self._keys]:
+            spare = self._keys.unused
             found = f"; the files hold {spare[0]} instead" if spare else ""
             raise UnsupportedModelError(
                 f"{self.files.folder} lacks {len(missing)} of the {len(names)} tensors of "
-                f"{type(self.model).__name__} (first: {missing[0]}){found}. Load the model with "
-                "transformers and save it again with save_pretrained, or use another model."
+                f"{type(self.model).__name__} (first: {missing[0]}){found}. Its files are of "
+                "another model than its config.json, or incomplete: download the model again."
             )
 
     def _check_shared(self) -> None:

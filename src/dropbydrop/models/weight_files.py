@@ -83,16 +83,3 @@ class WeightFiles:
                 ) from error
             wanted = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
             return stored.to(wanted, copy=True)
-
-    def find(self, parameter: str, base_prefix: str) -> str | None:
-        """The stored name of a model parameter, or None.
-
-        A folder saved from a base model lacks the prefix (`model.`) that the causal LM puts
-        before its names, and the other way round; both spellings are accepted.
-        """
-        prefix = f"{base_prefix}."
-        other = parameter.removeprefix(prefix) if parameter.startswith(prefix) else ""
-        for name in (parameter, other, prefix + parameter):
-            if name and name in self._file_of:
-                return name
-        return None

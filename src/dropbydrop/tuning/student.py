@@ -65,9 +65,6 @@ class StoredWeights(WeightFiles):
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
-    def find(self, parameter: str, base_prefix: str) -> str | None:
-        return parameter if parameter in self._names else None
-
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         module = name.removesuffix(".weight")
         if module in self._rows:
