@@ -8,12 +8,14 @@ drawn too: a forgotten bias or norm shows.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -196,6 +198,63 @@ def save_tiny(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer(bos, chat).save_pretrained(folder)
     return Path(folder)
+
+
+def copy_of(folder: Path, to: Path, **config: object) -> Path:
+    """A copy of a model folder with other entries in its config.json."""
+    to.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps({**settings, **config}))
+    return to
+
+
+def write_gguf(file: Path) -> None:
+    """A two-layer Llama with random float32 weights, and the tiny tokenizer."""
+    import gguf
+
+    d, ff, heads, kv, vocab, layers = 48, 80, 3, 1, VOCAB, 2
+    raw = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
+    vocabulary = sorted(raw["vocab"], key=raw["vocab"].get)
+    tokens = vocabulary + [f"<unused{i}>" for i in range(vocab - len(vocabulary))]
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(d)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(ff)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(vocab)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in raw["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    rng = np.random.default_rng(0)
+
+    def add(name: str, *shape: int) -> None:
+        writer.add_tensor(name, rng.standard_normal(shape, dtype=np.float32) * 0.2)
+
+    add("token_embd.weight", vocab, d)
+    add("output_norm.weight", d)
+    add("output.weight", vocab, d)
+    for i in range(layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            add(f"blk.{i}.{norm}.weight", d)
+        add(f"blk.{i}.attn_q.weight", d, d)
+        add(f"blk.{i}.attn_output.weight", d, d)
+        for name in ("attn_k", "attn_v"):
+            add(f"blk.{i}.{name}.weight", d // heads * kv, d)
+        for name in ("ffn_gate", "ffn_up"):
+            add(f"blk.{i}.{name}.weight", ff, d)
+        add(f"blk.{i}.ffn_down.weight", d, ff)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def write_checkpoint(

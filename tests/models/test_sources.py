@@ -7,7 +7,6 @@ import os
 import stat
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,20 +15,12 @@ import tiny
 from dropbydrop.models import sources
 from dropbydrop.models.sources import convert_gguf, resolve
 from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError
+from tiny import copy_of, write_gguf
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_tiny(tmp_path_factory.mktemp("hf") / "tiny-llama", "llama")
-
-
-def copy_of(folder: Path, to: Path, **config: object) -> Path:
-    to.mkdir(exist_ok=True)
-    for file in folder.iterdir():
-        (to / file.name).write_bytes(file.read_bytes())
-    settings = json.loads((to / "config.json").read_text())
-    (to / "config.json").write_text(json.dumps({**settings, **config}))
-    return to
 
 
 def test_folder_is_used_in_place(llama: Path) -> None:
@@ -83,52 +74,6 @@ def test_smollm2_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- GGUF ----------------------------------------------------------------------------------
-
-
-def write_gguf(file: Path) -> None:
-    """A two-layer Llama with random float32 weights, and the tiny tokenizer."""
-    gguf = pytest.importorskip("gguf")
-    d, ff, heads, kv, vocab, layers = 48, 80, 3, 1, tiny.VOCAB, 2
-    raw = json.loads(tiny.tiny_tokenizer().backend_tokenizer.to_str())["model"]
-    vocabulary = sorted(raw["vocab"], key=raw["vocab"].get)
-    tokens = vocabulary + [f"<unused{i}>" for i in range(vocab - len(vocabulary))]
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(d)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(ff)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(vocab)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in raw["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    rng = np.random.default_rng(0)
-
-    def add(name: str, *shape: int) -> None:
-        writer.add_tensor(name, rng.standard_normal(shape, dtype=np.float32) * 0.2)
-
-    add("token_embd.weight", vocab, d)
-    add("output_norm.weight", d)
-    add("output.weight", vocab, d)
-    for i in range(layers):
-        for norm in ("attn_norm", "ffn_norm"):
-            add(f"blk.{i}.{norm}.weight", d)
-        add(f"blk.{i}.attn_q.weight", d, d)
-        add(f"blk.{i}.attn_output.weight", d, d)
-        for name in ("attn_k", "attn_v"):
-            add(f"blk.{i}.{name}.weight", d // heads * kv, d)
-        for name in ("ffn_gate", "ffn_up"):
-            add(f"blk.{i}.{name}.weight", ff, d)
-        add(f"blk.{i}.ffn_down.weight", d, ff)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

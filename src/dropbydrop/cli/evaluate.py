@@ -170,6 +170,6 @@ def open_models(
 
 def load_plain(folder: Path, dtype: Any) -> Any:
     """A model that is not quantized."""
-    from transformers import AutoModelForCausalLM
+    from dropbydrop.models.pretrained import read_model
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return read_model(folder, dtype=dtype).eval()

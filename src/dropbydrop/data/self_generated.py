@@ -35,11 +35,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dropbydrop.models.pretrained import read_model
 from dropbydrop.system.accelerator import multiplies_bfloat16
 from dropbydrop.system.console import progress_bar, quiet_transformers
 
@@ -264,7 +265,7 @@ def open_model(folder: Path, device: torch.device | str = "cpu") -> Any:
     place = torch.device(device)
     kind = torch.bfloat16 if multiplies_bfloat16(place) else torch.float32
     with quiet_transformers():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+        model: Any = read_model(folder, dtype=kind)
     if place.type == "cpu":
         fold_attention(model)
     return model.to(place).eval()

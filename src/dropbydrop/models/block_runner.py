@@ -33,16 +33,17 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dropbydrop.system.console import quiet_transformers
 from dropbydrop.system.distributed import SHARDS, Partition, Ranks
-from dropbydrop.system.errors import FormatError, UnsupportedModelError
+from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError, first_line
 
 from .block_inputs import BlockInputs
 from .embeddings import embedding_name, head_name
 from .input_groups import InputGroup
 from .key_names import KeyNames
+from .pretrained import config_of, model_from
 from .statistics import CLIP, BlockStatistics, InputRecorder, check_uncovered
 from .weight_files import WeightFiles
 
@@ -107,15 +108,16 @@ class BlockRunner:
         files = WeightFiles(folder) if files is None else files
         with quiet_transformers():
             try:
-                config = AutoConfig.from_pretrained(folder)
+                config = config_of(folder)
                 config.use_cache = False
                 with init_empty_weights(include_buffers=False):
-                    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            except (ValueError, KeyError, ImportError, OSError) as error:
-                first = str(error).strip().splitlines()[0] if str(error).strip() else error
+                    model = model_from(config, dtype=dtype)
+            except DropError:
+                raise
+            except Exception as error:  # those of its many classes share no base
                 raise UnsupportedModelError(
                     f"{folder}/config.json describes no causal language model that the installed "
-                    f"transformers builds without remote code: {first}"
+                    f"transformers builds without remote code: {first_line(error)}"
                 ) from error
         model.eval().requires_grad_(False)
         for module in model.modules():  # buffers were made on the CPU

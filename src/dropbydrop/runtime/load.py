@@ -130,20 +130,19 @@ def _load_level(
     checkpoint: Checkpoint, bits: int, dtype: torch.dtype | str | None, device: torch.device | str
 ) -> Any:
     """A model at one level, read by transformers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from dropbydrop.models.pretrained import config_of, read_model
 
     register()
-    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    config: Any = config_of(checkpoint.path)
     config.quantization_config = {**config.quantization_config, "bits": bits}
     place, token = torch.device(device), opened.set(checkpoint)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = read_model(
             checkpoint.path,
             config=config,
             dtype="auto" if dtype is None else dtype,
             device_map=None if place.type == "cpu" else {"": place},
             output_loading_info=True,
-            trust_remote_code=False,
         )
     finally:
         opened.reset(token)

@@ -31,11 +31,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from dropbydrop.coding.objective import weighted_errors
 from dropbydrop.evaluation.perplexity import evaluate
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.pretrained import read_model
 from dropbydrop.system.console import progress_bar, quiet_transformers
 from dropbydrop.system.digest import digest
 from dropbydrop.system.memory import peak_memory
@@ -237,7 +237,7 @@ def _evaluate(job: Job, folder: Folder, method: Method, progress: bool) -> dict[
     if (known := folder.evaluation(method, key)) is not None:
         return known
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
+        model = read_model(job.source.folder, dtype=torch.float32)
     model.eval().to(job.runner.device)
     views = {
         str(p): Substituted(model, folder.weights(method, p, job.blocks))
