@@ -16,7 +16,19 @@ import typer
 
 from dropbydrop.system.errors import DropError
 
-from . import bench, evaluate, export, generate, info, plan, plugins, quantize, transfer, tune
+from . import (
+    bench,
+    evaluate,
+    export,
+    generate,
+    info,
+    plan,
+    plugins,
+    quantize,
+    serve,
+    transfer,
+    tune,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -31,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate.run,
     "generate": generate.run,
     "bench": bench.run,
+    "serve": serve.run,
     "export": export.run,
     "plan": plan.run,
     "slice": transfer.slice_,

@@ -1,0 +1,287 @@
+"""Answers in the form of OpenAI's API: whole objects, and the chunks of a stream.
+
+    form = ChatForm(head, text)          # or CompletionForm
+    form.chunk(event)                    # one event of a job as a chunk, or None
+    form.whole(choices)                  # everything at once
+
+What the API does not have stands in two fields of its own: `dropbydrop` (the precision that
+answered, and where it changed) and `timings`, spelled as llama.cpp does.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .job import Event, Finished, Generated, Prompted, Score
+from .requests import Request
+from .text import Text
+
+
+@dataclass(frozen=True)
+class Head:
+    """What all parts of one answer have in common."""
+
+    request: Request
+    fingerprint: str  # of the checkpoint
+    bytes_of: Callable[[float], int]
+    prompts: Sequence[Sequence[int]]
+    created: int = field(default_factory=lambda: int(time.time()))
+    key: str = field(default_factory=lambda: secrets.token_hex(12))
+
+    def fields(self, kind: str, prefix: str, bits: float) -> dict[str, Any]:
+        return {
+            "id": f"{prefix}-{self.key}",
+            "object": kind,
+            "created": self.created,
+            "model": self.request.model,
+            "system_fingerprint": f"fp_{self.fingerprint[:12]}_{bits:g}",
+        }
+
+    def precision(self, end: Finished) -> dict[str, Any]:
+        """The field `dropbydrop` of a continuation that has ended."""
+        return {
+            "bits": end.bits,
+            "asked": self.request.asked,
+            "switches": [list(switch) for switch in end.switches],
+            "bytes_per_token": self.bytes_of(end.bits),
+        }
+
+    def usage(self, ends: Sequence[Finished]) -> dict[str, Any]:
+        """Tokens; a prompt with several answers counts once."""
+        prompt = sum(map(len, self.prompts))
+        made = sum(end.tokens for end in ends)
+        cached = sum(end.cached for end in ends if end.index % self.request.n == 0)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+def timings(ends: Sequence[Finished]) -> dict[str, Any]:
+    """Times of continuations together, as llama.cpp names them; others run in between."""
+    read = sum(end.prompt - end.cached for end in ends)
+    made = sum(end.tokens for end in ends)
+    reading, making = sum(e.prompt_seconds for e in ends), sum(e.seconds for e in ends)
+    later = made - sum(e.tokens > 0 for e in ends)  # the first token comes with the prompt
+    return {
+        "cache_n": sum(end.cached for end in ends),
+        "prompt_n": read,
+        "prompt_ms": 1e3 * reading,
+        "prompt_per_token_ms": 1e3 * reading / max(read, 1),
+        "prompt_per_second": read / reading if reading else 0.0,
+        "predicted_n": made,
+        "predicted_ms": 1e3 * making,
+        "predicted_per_token_ms": 1e3 * making / max(later, 1),
+        "predicted_per_second": later / making if making else 0.0,
+    }
+
+
+@dataclass
+class Choice:
+    """A continuation as its events add up."""
+
+    texts: list[str] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    end: Finished | None = None
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Prompted):
+            self.scores += event.scores or []
+        elif isinstance(event, Generated):
+            self.texts.append(event.text)
+            self.scores += [event.score] if event.score else []
+        elif isinstance(event, Finished):
+            self.texts.append(event.text)
+            self.end = event
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+class Form:
+    """What chats and completions share."""
+
+    kind, chunk_kind, prefix = "", "", ""
+
+    def __init__(self, head: Head, text: Text) -> None:
+        self.head, self.text = head, text
+        self._first_bits: float | None = None  # every chunk of a stream has the same fingerprint
+
+    def chunks(self, event: Event) -> list[dict[str, Any]]:
+        """The chunks of a stream that an event makes."""
+        made = []
+        if isinstance(event, Prompted):
+            made = self._begin(event)
+        elif isinstance(event, Generated):
+            score = [event.score] if event.score else []
+            if event.text or score:
+                made = [self._piece(event.index, event.text, score)]
+        elif isinstance(event, Finished):
+            if event.text:
+                made = [self._piece(event.index, event.text, [])]
+            made.append(self._last(event))
+        return [self._framed(choice, event) for choice in made]
+
+    def usage_chunk(self, ends: Sequence[Finished]) -> dict[str, Any]:
+        return {
+            **self.head.fields(self.chunk_kind, self.prefix, ends[0].bits),
+            "choices": [],
+            "usage": self.head.usage(ends),
+            "dropbydrop": self.head.precision(ends[0]),
+            "timings": timings(ends),
+        }
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        ends = [choice.end for choice in choices if choice.end is not None]
+        extension = self.head.precision(ends[0])
+        if len(ends) > 1:
+            extension["choices"] = [self.head.precision(end) for end in ends]
+        return {
+            **self.head.fields(self.kind, self.prefix, ends[0].bits),
+            "choices": [
+                self._choice(choice, end) for choice, end in zip(choices, ends, strict=True)
+            ],
+            "usage": self.head.usage(ends),
+            "service_tier": self.head.request.tier,
+            "dropbydrop": extension,
+            "timings": timings(ends),
+        }
+
+    def _framed(self, choice: dict[str, Any], event: Event) -> dict[str, Any]:
+        assert isinstance(event, Prompted | Generated | Finished)
+        if self._first_bits is None:
+            self._first_bits = event.bits
+        frame = {
+            **self.head.fields(self.chunk_kind, self.prefix, self._first_bits),
+            "choices": [choice],
+            "dropbydrop": {"bits": event.bits},
+        }
+        if self.head.request.usage:
+            frame["usage"] = None
+        if isinstance(event, Finished) and choice["finish_reason"] is not None:
+            frame["dropbydrop"] = self.head.precision(event)
+            frame["timings"] = timings([event])
+        return frame
+
+    def _begin(self, event: Prompted) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    def _piece(self, index: int, text: str, scores: list[Score]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _last(self, end: Finished) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _choice(self, choice: Choice, end: Finished) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatForm(Form):
+    """chat.completion and chat.completion.chunk."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def _begin(self, event: Prompted) -> list[dict[str, Any]]:
+        return [self._delta(event.index, {"role": "assistant", "content": ""})]
+
+    def _piece(self, index: int, text: str, scores: list[Score]) -> dict[str, Any]:
+        return self._delta(index, {"content": text}, scores)
+
+    def _last(self, end: Finished) -> dict[str, Any]:
+        return {**self._delta(end.index, {}), "finish_reason": end.reason}
+
+    def _choice(self, choice: Choice, end: Finished) -> dict[str, Any]:
+        return {
+            "index": end.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._scored(choice.scores),
+            "finish_reason": end.reason,
+        }
+
+    def _delta(
+        self, index: int, delta: dict[str, Any], scores: Sequence[Score] = ()
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "delta": delta,
+            "logprobs": self._scored(scores) if scores else None,
+            "finish_reason": None,
+        }
+
+    def _scored(self, scores: Sequence[Score]) -> dict[str, Any] | None:
+        if self.head.request.top is None:
+            return None
+        content = [
+            {
+                **self._token(score.token, score.logprob or 0.0),
+                "top_logprobs": [self._token(token, value) for token, value in score.top],
+            }
+            for score in scores
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = self.text.bytes_of(token)
+        return {"token": self.text.piece(token), "logprob": logprob, "bytes": list(raw)}
+
+
+class CompletionForm(Form):
+    """text_completion, whole and in chunks."""
+
+    kind = chunk_kind = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, head: Head, text: Text) -> None:
+        super().__init__(head, text)
+        self._offsets: dict[int, int] = {}  # characters so far, of each choice
+
+    def _echo(self, index: int) -> str:
+        if not self.head.request.echo:
+            return ""
+        return self.text.decode(self.head.prompts[index // self.head.request.n])
+
+    def _begin(self, event: Prompted) -> list[dict[str, Any]]:
+        echo, scores = self._echo(event.index), event.scores or []
+        return [self._piece(event.index, echo, scores)] if echo or scores else []
+
+    def _piece(self, index: int, text: str, scores: list[Score]) -> dict[str, Any]:
+        offset = self._offsets.get(index, 0)
+        logprobs = self._scored(scores, offset) if scores else None
+        self._offsets[index] = offset + len(text)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+
+    def _last(self, end: Finished) -> dict[str, Any]:
+        return {"index": end.index, "text": "", "logprobs": None, "finish_reason": end.reason}
+
+    def _choice(self, choice: Choice, end: Finished) -> dict[str, Any]:
+        return {
+            "index": end.index,
+            "text": self._echo(end.index) + choice.text,
+            "logprobs": None if self.head.request.top is None else self._scored(choice.scores, 0),
+            "finish_reason": end.reason,
+        }
+
+    def _scored(self, scores: Sequence[Score], offset: int) -> dict[str, Any]:
+        tokens = [self.text.name(score.token) for score in scores]
+        offsets = []
+        for score in scores:
+            offsets.append(offset)
+            offset += len(self.text.piece(score.token))
+        return {
+            "tokens": tokens,
+            "token_logprobs": [score.logprob for score in scores],
+            "top_logprobs": [
+                None
+                if score.logprob is None
+                else {self.text.name(token): value for token, value in reversed(score.top)}
+                for score in scores
+            ],
+            "text_offset": offsets,
+        }

@@ -1,0 +1,101 @@
+"""Keys and values of running requests: caches that grow, and finished ones that are used again.
+
+A cache for the native step has a fixed size and is written in place (`StaticCache`). Most answers
+are far shorter than what a request allows, so a cache begins small and is moved into one twice as
+large when it is full. Other models get the growing cache that transformers gives them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, StaticCache
+
+_FIRST = 256  # tokens beyond the prompt
+_MOST_KEPT = 512 << 20  # bytes of finished caches
+_LEAST_SHARED = 16  # tokens; fewer are sooner computed than copied
+
+
+def new_cache(config: Any, native: bool, tokens: int, most: int) -> Any:
+    """An empty cache for a prompt of `tokens`, of a request that may reach `most`."""
+    if native:
+        return StaticCache(config=config, max_cache_len=min(tokens + _FIRST, most))
+    return DynamicCache(config=config)
+
+
+def make_room(cache: Any, length: int, more: int) -> None:
+    """Have a static cache that holds `length` tokens take `more`."""
+    if not isinstance(cache, StaticCache):
+        return
+    needed = length + more
+    for layer in cache.layers:
+        if layer.max_cache_len < needed:
+            size = max(needed, 2 * layer.max_cache_len)
+            if layer.is_initialized:
+                layer.keys, layer.values = (
+                    _moved(t, size, length) for t in (layer.keys, layer.values)
+                )
+            layer.max_cache_len = size
+
+
+def _moved(old: torch.Tensor, size: int, length: int) -> torch.Tensor:
+    """[1, heads, capacity, head_dim] with another capacity and the first `length` entries."""
+    new = old.new_zeros(*old.shape[:2], size, old.shape[3])
+    new[:, :, :length] = old[:, :, :length]
+    return new
+
+
+def _bytes(cache: Any) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+class KeptCaches:
+    """Static caches of finished requests, by their tokens and precision; the oldest go first.
+
+    Only a cache that was computed at one precision from its first token on is kept, and it serves
+    only that precision: an answer does not depend on what others have asked before, but for the
+    rounding of products with another number of rows.
+    """
+
+    def __init__(self, most_bytes: int = _MOST_KEPT) -> None:
+        self._most = most_bytes
+        self._kept: OrderedDict[tuple[float, tuple[int, ...]], Any] = OrderedDict()
+
+    def keep(self, bits: float, tokens: Sequence[int], cache: Any) -> None:
+        """Take over a cache that holds these tokens."""
+        if not isinstance(cache, StaticCache) or not cache.layers[0].is_initialized:
+            return
+        self._kept[bits, tuple(tokens)] = cache
+        while sum(map(_bytes, self._kept.values())) > self._most:
+            self._kept.popitem(last=False)
+
+    def take(self, bits: float, prompt: Sequence[int], config: Any, most: int) -> tuple[Any, int]:
+        """A copy of the longest beginning of `prompt` that is known, and its length; or (None, 0).
+
+        At least one token of the prompt is left to compute, whose logits are needed.
+        """
+        best, key = 0, None
+        for known_bits, tokens in self._kept:
+            if known_bits == bits:
+                shared = min(_shared(tokens, prompt), len(prompt) - 1)
+                if shared > best:
+                    best, key = shared, (known_bits, tokens)
+        if key is None or best < _LEAST_SHARED:
+            return None, 0
+        self._kept.move_to_end(key)
+        cache, size = new_cache(config, True, len(prompt), most), len(prompt) + _FIRST
+        for layer, old in zip(cache.layers, self._kept[key].layers, strict=True):
+            layer.lazy_initialization(old.keys[:, :, :0], old.values[:, :, :0])
+            layer.keys[:, :, :best] = old.keys[:, :, :best]
+            layer.values[:, :, :best] = old.values[:, :, :best]
+            layer.cumulative_length.fill_(best)
+        make_room(cache, best, min(size, most) - best)
+        return cache, best
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    n = min(len(first), len(second))
+    return next((i for i in range(n) if first[i] != second[i]), n)

@@ -1,0 +1,258 @@
+"""The worker that owns the model: many requests in turn, each at its own precision, on one store.
+
+    engine = Engine(Precisions("out", (2, 3, 4)), target=20.0, queue=32)
+    engine.start()
+    engine.submit([job])        # its events come by job.emit
+    engine.stop()
+
+One thread runs the model. In a round every running job computes one token, and at most one job a
+chunk of its prompt, so that a long prompt delays a token of the others by one chunk. Products of a
+token are bound by memory, and so take the machine as a whole: threads beside each other would gain
+nothing, and a job alone gets everything.
+
+Jobs wait in one queue, first come first served, until `shed.Ladder` says that there is room. A job
+that was cancelled is dropped before its next turn, whether it waits or runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dropbydrop.system.errors import DropError
+
+from .caches import KeptCaches
+from .job import Job
+from .precisions import Precisions
+from .shed import DEFAULT, PINNED, Ladder, Load, level_at
+
+log = logging.getLogger("dropbydrop")
+MOST_RUNNING = 16
+_PERIOD = 5.0  # seconds that tokens a second are counted over
+
+
+class Saturated(Exception):
+    """No room; try again after `seconds`."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
+class Stopped(Exception):
+    """The worker has ended."""
+
+
+@dataclass
+class Counters:
+    """Sums since the start."""
+
+    requests: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    rejected: int = 0
+    moved_down: int = 0
+    moved_up: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+
+class Engine:
+    """See the module's note. `submit`, `status` and `stop` may be called from any thread."""
+
+    def __init__(self, precisions: Precisions, target: float | None, queue: int) -> None:
+        """Prepare; nothing runs before `start`.
+
+        Args:
+            target: tokens a second that each request should get at least; None is no target.
+            queue: requests that may wait.
+        """
+        self.precisions, self.queue = precisions, queue
+        self.counters = Counters()
+        self._ladder = Ladder(precisions.levels, target)
+        self._kept = KeptCaches()
+        self._wake = threading.Condition()
+        self._waiting: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._stopping = False
+        self._job_seconds = 1.0
+        self._recent: deque[tuple[float, int]] = deque(maxlen=4096)  # (when, tokens of a round)
+        self._started = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name="dropbydrop-worker", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """End the worker after its present turn; all jobs fail with 503."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(seconds)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._stopping
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Have jobs done, all of them or none.
+
+        Raises:
+            Saturated: too many wait already.
+            Stopped: the worker has ended.
+        """
+        with self._wake:
+            if not self.alive:
+                raise Stopped
+            waiting = [job for job in self._waiting if not job.cancelled]
+            if self._left_waiting([*waiting, *jobs]) > self.queue:
+                self.counters.rejected += 1
+                raise Saturated(self._wait_seconds(len(waiting)))
+            self._waiting.extend(jobs)
+            self.counters.requests += 1
+            self._wake.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Drop jobs before their next turn; harmless for finished ones."""
+        for job in jobs:
+            job.cancelled = True
+        with self._wake:
+            self._wake.notify()
+
+    # ---- what others may look at -----------------------------------------------------------
+
+    def level(self) -> float:
+        """The level that a new `auto` request would get now."""
+        return self._ladder.rung[1]
+
+    def status(self) -> dict[str, Any]:
+        """Queue, rates and levels, as in /status.json."""
+        now = time.monotonic()
+        recent = sum(n for when, n in list(self._recent) if now - when <= _PERIOD)
+        costs, counters = self.precisions.costs(), self.counters
+        return {
+            "queue": len(self._waiting),
+            "running": len(self._running),
+            "capacity": MOST_RUNNING + self.queue,
+            "level": self.level(),
+            "target_tps": self._ladder.target,
+            "levels": [
+                {
+                    "bits": p,
+                    "seconds_per_token": costs.get(p),
+                    "bytes_per_token": self.precisions.bytes_of(p),
+                }
+                for p in self.precisions.levels
+            ],
+            "tokens_per_second": recent / _PERIOD,
+            "shed": {"moved_down": counters.moved_down, "rejected": counters.rejected},
+            "uptime": now - self._started,
+        }
+
+    def _left_waiting(self, jobs: Sequence[Job]) -> int:
+        """How many of these would have to wait."""
+        loads, costs = [job.load for job in self._running], self.precisions.costs()
+        for n, job in enumerate(jobs):
+            if len(loads) >= MOST_RUNNING or not self._ladder.room(loads, job.load, costs):
+                return len(jobs) - n
+            loads.append(job.load)
+        return 0
+
+    def _wait_seconds(self, waiting: int) -> int:
+        rounds = (waiting + 1) / max(len(self._running), 1)
+        return max(1, min(60, math.ceil(rounds * self._job_seconds)))
+
+    # ---- the worker's thread -----------------------------------------------------------------
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self._wake:
+                    while not (self._waiting or self._running or self._stopping):
+                        self._wake.wait()
+                    if self._stopping:
+                        break
+                    self._admit()
+                self._round()
+        for job in [*self._running, *self._waiting]:
+            with suppress(Exception):
+                job.fail(503, "the server is shutting down")
+        self._running.clear()
+        self._waiting.clear()
+
+    def _admit(self) -> None:
+        """Let waiting jobs run while there is room. Called with the lock held."""
+        costs = self.precisions.costs()
+        while self._waiting and len(self._running) < MOST_RUNNING:
+            job = self._waiting[0]
+            if job.cancelled:
+                self._waiting.popleft()
+                self.counters.cancelled += 1
+                continue
+            loads = [other.load for other in self._running]
+            if not self._ladder.room(loads, job.load, costs):
+                break
+            self._waiting.popleft()
+            self._running.append(job)
+            self._ladder.update([*loads, job.load], costs, time.monotonic())
+            if job.fixed_at_start:
+                job.load = Load(level_at(self._ladder.rung, replace(job.load, may=DEFAULT)), PINNED)
+
+    def _round(self) -> None:
+        """One token of every running job, and one chunk of the first prompt that is unread."""
+        before = self.counters.tokens
+        loads = [job.load for job in self._running]
+        self._ladder.update(loads, self.precisions.costs(), time.monotonic())
+        reading = next((job for job in self._running if job.prompting), None)
+        for job in self._running:
+            if job.cancelled:
+                job.close()
+                self.counters.cancelled += 1
+            elif job is reading or not job.prompting:
+                self._turn(job)
+        with self._wake:
+            self._running = [job for job in self._running if not job.finished]
+        self._recent.append((time.monotonic(), self.counters.tokens - before))
+
+    def _turn(self, job: Job) -> None:
+        try:
+            bits = level_at(self._ladder.rung, job.load)
+            model = self.precisions.model(bits)
+            higher = bits < job.bits
+            if job.set_bits(bits):
+                self.counters.moved_down += higher
+                self.counters.moved_up += not higher
+            prompting, made, start = job.prompting, len(job.tokens), time.perf_counter()
+            job.turn(model, self._kept)
+            seconds = time.perf_counter() - start
+            if not prompting:
+                self.precisions.measured(bits, seconds)
+            self.counters.tokens += len(job.tokens) - made
+            if job.finished:
+                self._finished(job)
+        except DropError as error:  # an average that cannot be planned
+            self._failed(job, 400, str(error))
+        except Exception as error:
+            log.exception("a request failed")
+            self._failed(job, 500, f"internal error: {type(error).__name__}")
+
+    def _finished(self, job: Job) -> None:
+        self.counters.finished += 1
+        self.counters.prompt_tokens += len(job.prompt)
+        self._job_seconds += 0.2 * (job.seconds - self._job_seconds)
+
+    def _failed(self, job: Job, status: int, message: str) -> None:
+        self.counters.failed += 1
+        with suppress(Exception):
+            job.fail(status, message)
+        job.close()

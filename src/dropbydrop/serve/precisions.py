@@ -1,0 +1,108 @@
+"""The precisions of one served checkpoint: views on one store, and what a token costs at each.
+
+Every level has its view from the beginning. The view of an average (2.5) is made when a request
+asks for it, and the last few are kept: a view is a tree of modules without tensors of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.evaluation.bench import read_bytes
+from dropbydrop.planning.precision import Precision
+from dropbydrop.planning.solver import levels_here
+from dropbydrop.runtime import fused_decode
+from dropbydrop.runtime.load import load_views
+from dropbydrop.runtime.views import view
+from dropbydrop.system.errors import PrecisionError
+
+from .caches import new_cache
+
+_MOST_AVERAGES = 8
+_WARM = 6  # steps at each level before the first request
+_NEW = 0.1  # weight of a new measurement
+
+
+class Precisions:
+    """Views of one checkpoint, by bits. Only `costs` and `bytes_of` are for other threads."""
+
+    def __init__(self, folder: Path | str, levels: Sequence[int] | None) -> None:
+        """Load a checkpoint.
+
+        Args:
+            levels: the levels to serve; by default all whose planes are in the folder.
+
+        Raises:
+            DropError: as `load`.
+        """
+        checkpoint = Checkpoint.open(folder)
+        chosen = sorted(set(levels or levels_here(checkpoint)))
+        if not chosen:
+            raise PrecisionError(
+                f"{folder}: there is no level to serve; give --bits, such as 2,3,4."
+            )
+        views = load_views(checkpoint, {str(p): Precision(p) for p in chosen})
+        self.checkpoint, self.levels = checkpoint, tuple(chosen)
+        self._views: dict[float, Any] = {p: views[str(p)][1] for p in chosen}
+        self._averages: OrderedDict[float, Any] = OrderedDict()
+        self._bytes: dict[float, int] = {p: read_bytes(m) for p, m in self._views.items()}
+        self._seconds: dict[float, float] = {}
+        self.base = self._views[chosen[-1]]
+
+    @property
+    def highest(self) -> int:
+        return self.levels[-1]
+
+    def model(self, bits: float) -> Any:
+        """The view at a level, or at an average.
+
+        Raises:
+            DropError: an average that cannot be planned.
+        """
+        if bits in self._views:
+            return self._views[bits]
+        if bits not in self._averages:
+            self._averages[bits] = made = view(self.base, avg_bits=bits)
+            self._bytes[bits] = read_bytes(made)
+            if len(self._averages) > _MOST_AVERAGES:
+                self._averages.popitem(last=False)
+        self._averages.move_to_end(bits)
+        return self._averages[bits]
+
+    def bytes_of(self, bits: float) -> int:
+        """Bytes that a token reads; 0 for an average that was not used yet."""
+        return self._bytes.get(bits, 0)
+
+    def costs(self) -> dict[float, float]:
+        """Measured seconds of a step at each level; averages are not listed."""
+        return dict(self._seconds)
+
+    def measured(self, bits: float, seconds: float) -> None:
+        """Note the duration of a step. One that was interrupted for long counts only a little."""
+        if bits in self._views:
+            old = self._seconds.get(bits, seconds)
+            self._seconds[bits] = old + _NEW * (min(seconds, 4 * old) - old)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Run some steps at each level: prepares its matrices, and measures a step."""
+        for bits, model in self._views.items():
+            cache = new_cache(model.config, fused_decode.native(model), 1, 2 + _WARM)
+            times = []
+            for _ in range(1 + _WARM):
+                start = time.perf_counter()
+                model(
+                    input_ids=torch.zeros(1, 1, dtype=torch.long),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                times.append(time.perf_counter() - start)
+            self._seconds[bits] = median(times[1:])

@@ -1,0 +1,97 @@
+"""The process: uvicorn around the application, from the first line printed to a clean end.
+
+Ctrl-C (or SIGTERM) stops the worker first, so that open streams end with an error that says why,
+and then the connections. A client that is slow with its headers is cut off, which uvicorn leaves
+open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .app import build
+from .service import Service
+
+HEADER_SECONDS = 15.0
+_LARGEST_HEADERS = 64 << 10
+_MOST_CONNECTIONS = 512
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1 with a limit on the time until the first request is there."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._late = self.loop.call_later(HEADER_SECONDS, self._close_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._late.cancel()
+        super().connection_lost(exc)
+
+    def _close_late(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
+class _Server(uvicorn.Server):
+    def __init__(
+        self, config: uvicorn.Config, service: Service, ready: Callable[[str], None]
+    ) -> None:
+        super().__init__(config)
+        self._service, self._ready = service, ready
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # a lock may be held where the signal arrives, so the worker is stopped from elsewhere
+        threading.Thread(target=self._service.engine.stop, daemon=True).start()
+        super().handle_exit(sig, frame)
+
+
+def serve(
+    service: Service, host: str, port: int, api_key: str | None, ready: Callable[[str], None]
+) -> None:
+    """Answer requests until the process is asked to end.
+
+    Args:
+        port: 0 takes a free one.
+        ready: called with the address, once requests are taken.
+
+    Raises:
+        SystemExit: the address cannot be used; uvicorn has said why.
+    """
+    local = f"[{host}]" in _LOOPBACK or host in _LOOPBACK
+    hosts = _LOOPBACK if local and api_key is None else ()
+    config = uvicorn.Config(
+        build(service, api_key, hosts),
+        host=host,
+        port=port,
+        http=_Protocol,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=_MOST_CONNECTIONS,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=_LARGEST_HEADERS,
+    )
+    service.engine.start()
+    try:
+        with suppress(KeyboardInterrupt):  # which uvicorn raises again after a clean end
+            asyncio.run(_Server(config, service, ready).serve())
+    finally:
+        service.engine.stop()

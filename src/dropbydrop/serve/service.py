@@ -1,0 +1,182 @@
+"""A served checkpoint: its name, its text, its limits; requests into jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from dropbydrop.models.model_config import context_length
+from dropbydrop.models.sources import load_tokenizer
+
+from .body import ApiError
+from .engine import Engine
+from .job import Event, Job
+from .precisions import Precisions
+from .requests import Chat, Request, Served
+from .sampling import Sampler, Sampling
+from .text import Text, TextStream
+
+_CONTEXT = 4096  # tokens, of models that set no limit
+
+
+class Service:
+    """See the module's note. Everything but the engine is constant."""
+
+    def __init__(
+        self, folder: Path | str, levels: Sequence[int] | None, target: float | None, queue: int
+    ) -> None:
+        """Load a checkpoint and prepare its worker, which `engine.start()` starts.
+
+        Raises:
+            DropError: as `load`; a tokenizer that cannot be used.
+        """
+        precisions = Precisions(folder, levels)
+        self.engine = Engine(precisions, target, queue)
+        self.text = Text(load_tokenizer(folder))
+        self.fingerprint = precisions.checkpoint.fingerprint
+        self.created = int(precisions.checkpoint.path.stat().st_mtime)
+        config = precisions.base.config
+        self.served = Served(
+            name=Path(folder).resolve().name,
+            levels=precisions.levels,
+            context=context_length(precisions.checkpoint.config) or _CONTEXT,
+            vocabulary=int(config.get_text_config().vocab_size),
+            sampling=_own_sampling(precisions.base.generation_config),
+        )
+        self.ends = _ends(precisions.base.generation_config, self.text)
+
+    # ---- requests into jobs ------------------------------------------------------------------
+
+    def prompt_tokens(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        return [self._checked(p if isinstance(p, list) else self.text.encode(p)) for p in prompts]
+
+    def chat_tokens(self, chat: Chat) -> list[int]:
+        """The prompt of a chat.
+
+        Raises:
+            ApiError: no chat template, one that refuses these messages, or too long a chat.
+        """
+        if not self.text.template:
+            raise ApiError(400, "this model has no chat template; use /v1/completions.", "messages")
+        try:
+            prompt = self.text.chat(chat.messages, chat.tools)
+        except TemplateError as error:
+            what = f"the chat template refuses them: {str(error)[:300]}"
+            raise ApiError(400, f"messages: {what}", "messages") from None
+        return self._checked(self.text.encode(prompt, special=False))
+
+    def _checked(self, tokens: list[int]) -> list[int]:
+        """A prompt that leaves room for a token; an empty one begins with the token for that."""
+        if not tokens:
+            begin = self.text.tokenizer.bos_token_id
+            if begin is None:
+                raise ApiError(400, "prompt: it is empty; give some text.", "prompt")
+            tokens = [begin]
+        if len(tokens) >= self.served.context:
+            raise ApiError(
+                400,
+                f"the prompt has {len(tokens)} tokens; this model's maximum context length is "
+                f"{self.served.context} tokens.",
+                "prompt",
+                "context_length_exceeded",
+            )
+        return tokens
+
+    def jobs(
+        self,
+        request: Request,
+        prompts: Sequence[list[int]],
+        emit: Callable[[Event], None],
+        continues: bool,
+    ) -> list[Job]:
+        """A job for every choice of every prompt.
+
+        Args:
+            continues: whether the new text goes on where the prompt ends, rather than answer it.
+
+        Raises:
+            ApiError: more tokens or choices than there can be.
+        """
+        count = len(prompts) * request.n
+        if count > self.engine.queue:
+            raise ApiError(
+                400, f"{count} answers at once; at most {self.engine.queue} may wait.", "n"
+            )
+        made = []
+        for number, prompt in enumerate(prompts):
+            room = self.served.context - len(prompt)
+            if request.most is not None and request.most > room:
+                raise ApiError(
+                    400,
+                    f"{len(prompt)} tokens of the prompt and {request.most} new ones are more than "
+                    f"this model's maximum context length of {self.served.context} tokens.",
+                    "max_tokens",
+                    "context_length_exceeded",
+                )
+            for choice in range(request.n):
+                made.append(
+                    Job(
+                        index=number * request.n + choice,
+                        prompt=prompt,
+                        most=room if request.most is None else request.most,
+                        sampler=Sampler(request.sampling, prompt, choice),
+                        stream=TextStream(self.text, request.stop, prompt if continues else ()),
+                        ends=frozenset() if request.ignore_end else self.ends,
+                        load=request.load,
+                        emit=emit,
+                        top=request.top,
+                        score_prompt=request.echo and request.top is not None,
+                        fixed_at_start=request.fixed_at_start,
+                    )
+                )
+        return made
+
+    # ---- what clients may ask about it -------------------------------------------------------
+
+    def model_object(self, name: str) -> dict[str, Any]:
+        """A model as OpenAI's list has it, with its precision."""
+        precisions, suffix = self.engine.precisions, name.removeprefix(self.served.name)
+        bits: Any = "auto" if suffix == ":auto" else precisions.highest
+        if suffix.endswith("bit"):
+            bits = int(suffix[1:-3])
+        level = precisions.highest if bits == "auto" else bits
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "dropbydrop",
+            "dropbydrop": {"bits": bits, "bytes_per_token": precisions.bytes_of(level)},
+            "max_model_len": self.served.context,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """/status.json"""
+        status = self.engine.status()
+        for level in status["levels"]:
+            level["id"] = f"{self.served.name}:{level['bits']}bit"
+        return {"model": self.served.name, **status}
+
+
+def _own_sampling(config: Any) -> Sampling:
+    """What the model's makers recommend, where a request says nothing."""
+    penalty = getattr(config, "repetition_penalty", None) or 1.0
+    if not getattr(config, "do_sample", False):
+        return Sampling(repetition_penalty=penalty)
+    return Sampling(
+        temperature=1.0 if config.temperature is None else config.temperature,
+        top_p=1.0 if config.top_p is None else config.top_p,
+        top_k=config.top_k or 0,
+        min_p=getattr(config, "min_p", None) or 0.0,
+        repetition_penalty=penalty,
+    )
+
+
+def _ends(config: Any, text: Text) -> frozenset[int]:
+    """Tokens that end a text."""
+    given = getattr(config, "eos_token_id", None)
+    found = {given} if isinstance(given, int) else set(given or ())
+    own = text.tokenizer.eos_token_id
+    return frozenset(found | (set() if own is None else {own}))

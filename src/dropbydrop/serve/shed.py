@@ -1,0 +1,116 @@
+"""Which precision a server can afford: a pure function of measurements.
+
+One worker runs one step for every running request in turn, so a token of any of them takes the sum
+of all their steps. That sum must stay below 1 / `target` seconds. What can be changed is the level
+of requests that allow it, and there is an order in which they pay: first `flex` requests go down,
+level by level, then the others. The pairs (level of flex, level of the others) along this order are
+the rungs of a ladder,
+
+    (4, 4)  (3, 4)  (2, 4)  (2, 3)  (2, 2)
+
+and a `Ladder` stands on the highest rung whose predicted time meets the target. It goes down at
+once. It goes up only when the better rung would use at most `MARGIN` of the time, and has done so
+for `HOLD` seconds: else a load near the limit would change precisions at every token.
+
+Related: NestedFP (arXiv 2506.02024) switches one copy between FP8 and FP16 under load, for a whole
+server; here every request has a precision of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+MARGIN = 0.7
+HOLD = 2.0  # seconds
+PINNED, DEFAULT, FLEX = "pinned", "default", "flex"  # what may happen to a request
+
+
+@dataclass(frozen=True)
+class Load:
+    """A request as the ladder sees it.
+
+    Attributes:
+        asked: the precision that it asked for, its highest.
+        may: PINNED keeps it, DEFAULT may go down, FLEX goes down first.
+    """
+
+    asked: float
+    may: str
+
+
+def rungs(levels: Sequence[int]) -> list[tuple[int, int]]:
+    """(level of flex, level of the others), the best first."""
+    down = sorted(levels, reverse=True)
+    return [(p, down[0]) for p in down] + [(down[-1], p) for p in down[1:]]
+
+
+def level_at(rung: tuple[int, int], load: Load) -> float:
+    """The precision of a request on a rung."""
+    if load.may == PINNED:
+        return load.asked
+    return min(load.asked, rung[0] if load.may == FLEX else rung[1])
+
+
+def predicted(
+    rung: tuple[int, int], loads: Sequence[Load], seconds: Mapping[float, float]
+) -> float:
+    """Seconds a token of each running request takes on a rung."""
+    return sum(step_seconds(level_at(rung, load), seconds) for load in loads)
+
+
+def step_seconds(bits: float, seconds: Mapping[float, float]) -> float:
+    """Seconds of a step at a precision; between measured levels on the line through them."""
+    if bits in seconds or not seconds:
+        return seconds.get(bits, 0.0)
+    known = sorted(seconds)
+    low = max((p for p in known if p < bits), default=known[0])
+    high = min((p for p in known if p > bits), default=known[-1])
+    if low == high:
+        return seconds[low]
+    return seconds[low] + (seconds[high] - seconds[low]) * (bits - low) / (high - low)
+
+
+class Ladder:
+    """The rung of a server. All times are given, so tests need no clock."""
+
+    def __init__(self, levels: Sequence[int], target: float | None) -> None:
+        """`target`: tokens a second that each request should get; None is no target."""
+        self.rungs, self.target, self.at = rungs(levels), target, 0
+        self._calm_since: float | None = None
+
+    @property
+    def rung(self) -> tuple[int, int]:
+        return self.rungs[self.at]
+
+    def update(self, loads: Sequence[Load], seconds: Mapping[float, float], now: float) -> None:
+        """Move to the rung that the load needs.
+
+        Args:
+            seconds: measured seconds of a step at each level.
+            now: seconds on any clock that does not go back.
+        """
+        if self.target is None:
+            return
+        limit = 1 / self.target
+        times = [predicted(rung, loads, seconds) for rung in self.rungs]
+        needed = next((i for i, t in enumerate(times) if t <= limit), len(times) - 1)
+        if needed >= self.at:
+            self.at, self._calm_since = needed, None
+            return
+        calm = next(i for i, t in enumerate(times) if t <= MARGIN * limit or i == self.at)
+        if calm == self.at:
+            self._calm_since = None
+        elif self._calm_since is None:
+            self._calm_since = now
+        elif now - self._calm_since >= HOLD:
+            self.at, self._calm_since = calm, None
+
+    def room(self, loads: Sequence[Load], more: Load, seconds: Mapping[float, float]) -> bool:
+        """Whether one more request can run within the target, others at the lowest if need be.
+
+        An empty server always has room: a slow machine answers one at a time.
+        """
+        if self.target is None or not loads:
+            return True
+        return predicted(self.rungs[-1], [*loads, more], seconds) <= 1 / self.target

@@ -1,0 +1,140 @@
+"""Text and tokens: prompts and chats into tokens, tokens into text as they come.
+
+The tokenizer of the checkpoint is used through its `tokenizers` object, which may be called from
+several threads (transformers' wrapper sets options on it, and fails then). Chat templates come from
+the checkpoint, never from a request, and run in transformers' sandbox.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from dropbydrop.system.errors import DropError
+
+_CONTEXT = 8  # tokens of the prompt that decide whether the first new word begins with a space
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte of byte-level vocabularies: printable ones are themselves (GPT-2)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+class Text:
+    """The tokenizer of a checkpoint."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Take over a tokenizer of transformers.
+
+        Raises:
+            DropError: one without a `tokenizers` object.
+        """
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DropError(
+                f"{type(tokenizer).__name__} is written in Python; the server needs a tokenizer "
+                "with a tokenizer.json, which transformers can convert it to."
+            )
+        backend.no_truncation()
+        backend.no_padding()
+        self.tokenizer, self.backend = tokenizer, backend
+        self._byte_level = type(backend.decoder).__name__ == "ByteLevel"
+        self.special = frozenset(tokenizer.all_special_ids)
+        self.size = backend.get_vocab_size()
+        self.template = getattr(tokenizer, "chat_template", None)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Tokens of a text; `special` adds what the tokenizer puts around a text."""
+        return list(self.backend.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.backend.decode(list(ids), skip_special_tokens=True))
+
+    def piece(self, token: int) -> str:
+        """One token as text, special ones too; incomplete characters become U+FFFD."""
+        return str(self.backend.decode([token], skip_special_tokens=False))
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that a token stands for; incomplete characters too."""
+        text = self.backend.id_to_token(token) or ""
+        if self._byte_level and token not in self.special and all(c in _BYTES for c in text):
+            return bytes(_BYTES[c] for c in text)
+        if found := re.fullmatch(r"<0x([0-9A-F]{2})>", text):
+            return bytes([int(found[1], 16)])
+        return self.piece(token).encode()
+
+    def name(self, token: int) -> str:
+        """A token as a text of its own: incomplete characters as "bytes:\\xe2\\x80"."""
+        piece = self.piece(token)
+        if "\ufffd" not in piece:
+            return piece
+        return "bytes:" + "".join(f"\\x{b:02x}" for b in self.bytes_of(token))
+
+    def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
+        """The prompt for an answer to a chat. The template writes its own special tokens."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=True
+            )
+        )
+
+
+class TextStream:
+    """New tokens in, new text out; nothing at or after a stop text comes out.
+
+    What may be the beginning of a stop text is held back until it is clear, and so are the bytes of
+    an incomplete character.
+    """
+
+    def __init__(self, text: Text, stop: Sequence[str], before: Sequence[int] = ()) -> None:
+        """`before`: tokens that the new ones continue; none for a text of its own."""
+        self._text, self._stop = text, tuple(stop)
+        self._stream = DecodeStream(ids=list(before[-_CONTEXT:]), skip_special_tokens=True)
+        self._bytes: list[int] = []  # tokens of an incomplete character
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain after one more token."""
+        piece = self._stream.step(self._text.backend, token)
+        if piece is None:
+            self._bytes.append(token)
+            return ""
+        self._bytes.clear()
+        return self._release(piece)
+
+    def end(self) -> str:
+        """What was held back, when no more tokens come."""
+        rest = self._release(self._text.decode(self._bytes)) if self._bytes else ""
+        self._bytes.clear()
+        if not self.stopped:
+            rest, self._held = rest + self._held, ""
+        return rest
+
+    def _release(self, piece: str) -> str:
+        if not self._stop:
+            return piece
+        known = self._held + piece
+        found = [at for s in self._stop if (at := known.find(s)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return known[: min(found)]
+        keep = max(_overlap(known, s) for s in self._stop)
+        self._held = known[len(known) - keep :]
+        return known[: len(known) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0
