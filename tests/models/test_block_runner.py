@@ -352,8 +352,8 @@ def test_sharing_that_changes_between_batches_is_refused(llama: Path, ids: Tenso
         runner.collect_statistics(0, block, runner.embed(ids))
 
 
-def test_arguments_that_depend_on_tokens_are_refused(llama: Path, ids: Tensor) -> None:
-    runner = open_runner(llama)
+def test_arguments_that_depend_on_tokens_are_those_of_the_batch(llama: Path, ids: Tensor) -> None:
+    runner, seen = open_runner(llama), []
     base = runner.model.model
     original = base.forward
 
@@ -361,8 +361,13 @@ def test_arguments_that_depend_on_tokens_are_refused(llama: Path, ids: Tensor) -
         return original(input_ids, per_layer=input_ids.float(), **kwargs)
 
     base.forward = forward
-    with pytest.raises(UnsupportedModelError, match="depend on the tokens"):
-        runner.forward_block(0, runner.block(0), runner.embed(ids))
+    hidden, block = runner.embed(ids), runner.block(0)
+    block.register_forward_pre_hook(
+        lambda _, args, named: seen.append(named["per_layer"]), with_kwargs=True
+    )
+    runner.forward_block(0, block, hidden[[4, 1, 0]])
+    # the hook sees every batch twice: while its arguments are recorded, and when it runs
+    assert torch.equal(torch.cat(seen[1::2]), ids[[4, 1, 0]].float())
 
 
 def test_forward_that_fails_says_what(llama: Path, ids: Tensor) -> None:
@@ -394,7 +399,7 @@ def test_tuple_returning_blocks(llama: Path, ids: Tensor) -> None:
     for layer in runner.model.model.layers:
         wrap(layer)
     assert torch.equal(runner.embed(ids), hidden)
-    assert runner._block_inputs.returns_tuple
+    assert runner._block_inputs.returns == 1
     for layer in runner.model.model.layers:
         layer.__class__ = type(layer).__mro__[1]
     block = runner.block(0)

@@ -28,10 +28,9 @@ def on_meta(config: object, auto: type = AutoModelForCausalLM) -> PreTrainedMode
 
 def saved(folder: Path, family: str) -> tuple[PreTrainedModel, WeightFiles]:
     """A model on the meta device and its folder, with the keys that transformers writes."""
-    config = family_models.config_of(family)
     auto = AutoModelForImageTextToText if family in family_models.WRAPPERS else AutoModelForCausalLM
-    family_models.fill(auto.from_config(config, dtype=torch.float32)).save_pretrained(folder)
-    return on_meta(config, auto), WeightFiles(folder)
+    family_models.save(folder, family)
+    return on_meta(family_models.config_of(family), auto), WeightFiles(folder)
 
 
 @pytest.mark.parametrize("family", family_models.RENAMED)

@@ -2,25 +2,29 @@
 
 How it works, without a list of architectures:
 
-1. `BlockRunner.open` builds the model from its config with parameters on the meta device (no
-   memory) and buffers for real (rotary frequencies are computed by the model's own code). The
-   blocks are the outermost `ModuleList` with as many entries as the config has layers.
+1. `BlockRunner.open` builds the model of the folder's config with parameters on the meta device (no
+   memory) and buffers for real, since rotary frequencies are computed by the model's own code
+   (structure.py). The blocks are the outermost `ModuleList` of the text decoder with as many
+   entries as the config has layers.
 2. What a block receives beside the hidden state (masks, position embeddings, local or global) is
    taken from the model itself: its forward runs once for a batch shape with every block's
    `forward` replaced by a stub (block_inputs.py). No names, no re-implementation of masks. That
    also gives the embedding and, of the last block's output, the logits.
-3. `block(i)` loads the weights of block i from safetensors in `dtype`; `release(i)` puts them
-   back on the meta device. Between the two, a caller may change `linear.weight.data`.
+3. `block(i)` loads the weights of block i from safetensors in `dtype`, put together as transformers
+   would (key_names.py); `release(i)` puts them back on the meta device. Between the two, a caller
+   may change `linear.weight.data`.
 4. `collect_statistics` runs a block over all windows, batch by batch, and in the same pass
    accumulates the Gram matrices of its input groups (statistics.py) and the block's output.
 
-Layout: ids [n, T] int64; hidden [n, T, d] in `dtype`, n windows of T tokens without padding. Both
-live where the caller put them (CPU); batches of about `batch_tokens` tokens go to `device`.
+Layout: ids [n, T] int64; hidden [n, T, D] in `dtype`, n windows of T tokens without padding. D is
+the size of the hidden state, for some families with what else passes between blocks behind it
+(block_state.py). Both live where the caller put them (CPU); batches of about `batch_tokens` tokens
+go to `device`.
 
-Limits, each refused with UnsupportedModelError: blocks that are not called exactly once and in
-order, arguments that depend on the tokens (per-layer embeddings), blocks of which more than 5 % is
-in no linear layer (fused experts), weights that blocks share, weights that the folder lacks.
-Encoder-decoders and state that passes between blocks outside of the hidden state are not supported.
+Limits, each refused with UnsupportedModelError: families listed in structure.py, blocks that are
+not called exactly once and in order, blocks of which more than 5 % is in no linear layer that is
+called once with every token (fused experts), weights that blocks share, weights that the folder
+lacks. Encoder-decoders are not supported.
 """
 
 from __future__ import annotations
@@ -28,23 +32,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from dropbydrop.system.console import quiet_transformers
 from dropbydrop.system.distributed import SHARDS, Partition, Ranks
-from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError, first_line
+from dropbydrop.system.errors import FormatError, UnsupportedModelError
 
 from .block_inputs import BlockInputs
 from .embeddings import embedding_name, head_name
-from .input_groups import InputGroup
+from .input_groups import InputGroup, codable
 from .key_names import KeyNames
-from .pretrained import config_of, model_from
 from .statistics import CLIP, BlockStatistics, InputRecorder, check_uncovered
+from .structure import build_model, find_blocks, towers
 from .weight_files import WeightFiles
 
 BATCH_TOKENS = 4096
@@ -71,7 +74,7 @@ class BlockRunner:
         self.model, self.files, self.dtype, self.device = model, files, dtype, device
         self.batch_tokens = batch_tokens
         self._keys = KeyNames(model, files)
-        self.blocks_name, self.blocks = _find_blocks(model)
+        self.blocks_name, self.blocks = find_blocks(model)
         self.num_blocks = len(self.blocks)
         head = head_name(model)
         self.embedding_modules = [embedding_name(model)]
@@ -79,6 +82,7 @@ class BlockRunner:
         self._ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self.tied = any(f"{name}.weight" in self._ties for name in self.head_modules)
         self._outer_loaded: set[str] = set()
+        self._towers = tuple(f"{name}." for name in towers(model))
         self._check()
         self._block_inputs = BlockInputs(
             model, self.blocks_name, self.blocks, self._load_outer, device
@@ -106,23 +110,7 @@ class BlockRunner:
         if not (folder / "config.json").is_file():
             raise FormatError(f"{folder} has no config.json; give a Hugging Face model folder.")
         files = WeightFiles(folder) if files is None else files
-        with quiet_transformers():
-            try:
-                config = config_of(folder)
-                config.use_cache = False
-                with init_empty_weights(include_buffers=False):
-                    model = model_from(config, dtype=dtype)
-            except DropError:
-                raise
-            except Exception as error:  # those of its many classes share no base
-                raise UnsupportedModelError(
-                    f"{folder}/config.json describes no causal language model that the installed "
-                    f"transformers builds without remote code: {first_line(error)}"
-                ) from error
-        model.eval().requires_grad_(False)
-        for module in model.modules():  # buffers were made on the CPU
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(device)
+        model = build_model(folder, dtype, device)
         return cls(model, files, dtype, torch.device(device), batch_tokens)
 
     # ---- structure -------------------------------------------------------------------------
@@ -134,7 +122,7 @@ class BlockRunner:
     def linear_sizes(self) -> list[int]:
         """Number of weights in the linear layers of each block; needs no weights in memory."""
         return [
-            sum(m.weight.numel() for m in block.modules() if isinstance(m, nn.Linear))
+            sum(linear.weight.numel() for linear in codable(block, "").values())
             for block in self.blocks
         ]
 
@@ -161,8 +149,7 @@ class BlockRunner:
         names = [n for n in self._state_names(self.model) if n not in self._ties]
         for i, block in enumerate(self.blocks):
             where = self.block_prefix(i)
-            named = block.named_modules(prefix=where)
-            check_uncovered(block, where, {n for n, m in named if isinstance(m, nn.Linear)})
+            check_uncovered(block, where, set(codable(block, where)))
         self._check_shared()
         if missing := [n for n in names if n not in self._keys]:
             spare = self._keys.unused
@@ -193,9 +180,10 @@ class BlockRunner:
         for name in names:
             path, _, leaf = name.rpartition(".")
             owner = root.get_submodule(path)
-            tensor = self.read(f"{prefix}{name}", self.dtype).to(self.device)
             old = owner._parameters.get(leaf)
             expected = old if old is not None else owner._buffers[leaf]
+            wanted = self.dtype if old is not None or expected is None else expected.dtype
+            tensor = self.read(f"{prefix}{name}", wanted).to(self.device)
             if expected is None or tensor.shape != expected.shape:
                 raise FormatError(
                     f"{prefix}{name} is stored as {tuple(tensor.shape)}; its config asks for "
@@ -210,8 +198,12 @@ class BlockRunner:
     def block(self, i: int) -> nn.Module:
         """Block i with its weights in memory (loaded unless they already are)."""
         block = self.blocks[i]
-        on_meta = [n for n, v in block.state_dict(keep_vars=True).items() if v.is_meta]
-        self._load(block, f"{self.block_prefix(i)}.", on_meta)
+        stored = block.state_dict(keep_vars=True)
+        if any(value.is_meta for value in stored.values()):
+            # buffers are never on the meta device, but have the value of a new model until read
+            buffers = dict(block.named_buffers())
+            todo = [name for name, value in stored.items() if value.is_meta or name in buffers]
+            self._load(block, f"{self.block_prefix(i)}.", todo)
         return block
 
     def release(self, i: int) -> None:
@@ -226,6 +218,7 @@ class BlockRunner:
         base = f"{self.model.base_model_prefix}."
         whole = head or self.model.base_model is self.model
         names = [n for n in self.outer_names() if whole or n.startswith(base)]
+        names = [n for n in names if not n.startswith(self._towers)]  # text does not reach them
         todo = [n for n in names if n not in self._outer_loaded]
         self._load(self.model, "", todo)
         self._outer_loaded.update(todo)
@@ -243,10 +236,8 @@ class BlockRunner:
 
     @torch.no_grad()
     def _run(self, i: int, block: nn.Module, x: Tensor) -> Tensor:
-        """One batch [b, T, d] through a block, on the runner's device."""
-        rest, named = self._block_inputs.arguments(i, x.shape[0], x.shape[1])
-        out = block(x, *rest, **named)
-        return out[0] if isinstance(out, tuple) else out
+        """One batch [b, T, D] through a block, on the runner's device."""
+        return self._block_inputs.through(i, block, x)
 
     def shards(self, n: int, t: int) -> list[list[slice]]:
         """Batches of n windows of t tokens, in at most SHARDS contiguous runs (distributed.py)."""
@@ -256,7 +247,7 @@ class BlockRunner:
         return [batches[low:high] for low, high in pairwise(edges)]
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids [n, T] -> input of the first block, [n, T, d] in the runner's dtype."""
+        """ids [n, T] -> input of the first block, [n, T, D] in the runner's dtype."""
         n, t = ids.shape
         hidden: Tensor | None = None
         for part in self._batches(n, t):
@@ -270,7 +261,7 @@ class BlockRunner:
     def forward_block(
         self, i: int, block: nn.Module, hidden: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        """Output of block i, [n, T, d] -> [n, T, d]; `out` may be `hidden` itself."""
+        """Output of block i, [n, T, D] -> [n, T, D]; `out` may be `hidden` itself."""
         out = torch.empty_like(hidden) if out is None else out
         for part in self._batches(*hidden.shape[:2]):
             out[part] = self._run(i, block, hidden[part].to(self.device)).to(out)
@@ -279,7 +270,7 @@ class BlockRunner:
     def input_groups(self, i: int, block: nn.Module, hidden: Tensor) -> list[InputGroup]:
         """Which linear layers of block i share an input, found on the first window.
 
-        hidden: input of the block, [n, T, d].
+        hidden: input of the block, [n, T, D].
         """
         x = hidden[:1].to(self.device)
         with InputRecorder(block, self.block_prefix(i), grams=False) as recorder:
@@ -302,15 +293,15 @@ class BlockRunner:
         """Gram matrices of all input groups of block i and its output, in one pass.
 
         Args:
-            hidden: [n, T, d], input of the block.
+            hidden: [n, T, D], input of the block.
             clip: tokens count at most as much as `clip` times the median token of their window
                 (see statistics.py); infinity switches it off.
             weights: [n, T], importance of each token, multiplied into the clip weights.
-            out: where to write the output [n, T, d]; may be `hidden` itself.
+            out: where to write the output [n, T, D]; may be `hidden` itself.
             partition: of this process in a run of several; `hidden` has its windows alone.
 
         Returns:
-            H [d_in, d_in] of each input group, and the output [n, T, d].
+            H [d_in, d_in] of each input group, and the output [n, T, D].
 
         Raises:
             UnsupportedModelError: too much of the block is in no called linear, or a linear is
@@ -352,37 +343,19 @@ class BlockRunner:
     def apply_block(self, i: int, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Block i with other values of all its parameters, by their names in the block.
 
-        x [b, T, d] -> [b, T, d] on the runner's device. Gradients flow to x and to `values`; the
+        x [b, T, D] -> [b, T, D] on the runner's device. Gradients flow to x and to `values`; the
         weights of the block need not be loaded.
         """
-        rest, named = self._block_inputs.arguments(i, x.shape[0], x.shape[1])
-        out = functional_call(self.blocks[i], dict(values), (x, *rest), named)
-        return out[0] if isinstance(out, tuple) else out
+        state = dict(values)
+
+        def block(*args: Any, **named: Any) -> Any:
+            return functional_call(self.blocks[i], state, args, named)
+
+        return self._block_inputs.through(i, block, x)
 
     def apply_head(self, hidden: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """Output of the last block [b, T, d] -> logits [b, T, vocab], with gradients.
+        """Output of the last block [b, T, D] -> logits [b, T, vocab], with gradients.
 
         `values` replaces parameters outside of the blocks, by their full names.
         """
         return self._block_inputs.logits(hidden, values)
-
-
-def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The outermost ModuleList with one entry a layer of the config."""
-    text = model.config.get_text_config()
-    wanted = getattr(text, "num_hidden_layers", None)
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    outer = {
-        name: m
-        for name, m in lists.items()
-        if not any(name.startswith(f"{other}.") for other in lists)
-    }
-    fits = [(name, m) for name, m in outer.items() if len(m) and len(m) == wanted]
-    if len(fits) != 1:
-        found = ", ".join(f"{name} ({len(m)} entries)" for name, m in outer.items()) or "none"
-        raise UnsupportedModelError(
-            f"{type(model).__name__} (model_type {model.config.model_type!r}) has no single list "
-            f"of {wanted} decoder blocks; module lists found: {found}. Only decoder-only models "
-            "made of one list of blocks are supported."
-        )
-    return fits[0]

@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
+
+from torch import nn
+
+GROUP_SIZE = 8  # inputs that one code covers, as in coding/code.py, a room that is beside this one
 
 
 @dataclass(frozen=True)
@@ -33,3 +38,28 @@ def group_name(modules: Sequence[str]) -> str:
     while all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
         common += 1
     return ".".join([*parts[0][:common], "+".join(".".join(p[common:]) for p in parts)])
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module computes y = x W^T + b, so that another one that does can take its place.
+
+    Routers and grouped projections derive from nn.Linear, too, and compute something else.
+    """
+    known = type(module).__name__ == "FalconLinear"  # the same product, written out
+    return isinstance(module, nn.Linear) and (known or type(module).forward is nn.Linear.forward)
+
+
+def why_not_coded(name: str, module: nn.Module) -> str:
+    """Why a module can have no codes, as a sentence without its point; "" if it can."""
+    if not is_plain_linear(module):
+        return f"{name} is a {type(module).__name__}"
+    inputs = module.in_features
+    if inputs % GROUP_SIZE:
+        return f"{name} has {inputs} inputs, which is not a multiple of {GROUP_SIZE}"
+    return ""
+
+
+def codable(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
+    """The linear layers of a block called `prefix` that can have codes, by their full names."""
+    named = block.named_modules(prefix=prefix)
+    return {n: m for n, m in named if isinstance(m, nn.Linear) and not why_not_coded(n, m)}

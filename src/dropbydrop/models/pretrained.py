@@ -18,7 +18,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
 from dropbydrop.system.console import quiet_transformers
 from dropbydrop.system.errors import FormatError, UnsupportedModelError, first_line
@@ -31,6 +38,11 @@ _READ = (
     "preprocessor_config.json",
     "generation_config.json",
 )  # what transformers may read by itself
+_AUTO: tuple[Any, ...] = (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 _ADAPTER = "adapter_config.json"
 _MOST_LAYERS = 4096
 _WEIGHTS = "transformers_weights"
@@ -137,19 +149,58 @@ def config_of(folder: Path | str, **settings: Any) -> PretrainedConfig:
     return found
 
 
-def model_from(config: PretrainedConfig, auto: Any = AutoModelForCausalLM, **settings: Any) -> Any:
-    """A model with fresh weights; raises what transformers raises."""
+def auto_class(config: PretrainedConfig) -> Any:
+    """The Auto class of transformers that builds the class which the config names.
+
+    Where the config names none that generates text, the first one that knows the config.
+
+    Raises:
+        UnsupportedModelError: transformers has no class that generates text for the config.
+    """
+    named = (config.architectures or [""])[0]
+    known = []
+    for auto in _AUTO:
+        if type(config) not in auto._model_mapping:
+            continue
+        classes = auto._model_mapping[type(config)]
+        names = [c.__name__ for c in (classes if isinstance(classes, tuple) else (classes,))]
+        if named in names:
+            return auto
+        known.append(auto)
+    if not known:
+        raise UnsupportedModelError(
+            f"transformers has no class that generates text for model_type {config.model_type!r} "
+            f"(architectures: {config.architectures}); use a causal language model."
+        )
+    return known[0]
+
+
+def model_from(config: PretrainedConfig, auto: Any = None, **settings: Any) -> Any:
+    """A model with fresh weights; raises what transformers raises.
+
+    Args:
+        auto: Auto class; by default the one of the class that the config names.
+    """
+    auto = auto_class(config) if auto is None else auto
     return auto.from_config(config, trust_remote_code=False, **settings)
 
 
-def read_model(folder: Path | str, auto: Any = AutoModelForCausalLM, **settings: Any) -> Any:
+def read_model(folder: Path | str, auto: Any = None, **settings: Any) -> Any:
     """A local folder as a model, `settings` those of `from_pretrained`; raises what that raises.
+
+    Args:
+        auto: Auto class; by default the one of the class that the folder's config names, and for a
+            file beside no config that of causal language models.
 
     Raises:
         UnsupportedModelError: the folder asks for code.
     """
     refuse_code(folder)
     settings = {"use_safetensors": True, **settings}  # never a pickle
+    if auto is None and "gguf_file" in settings:
+        auto = AutoModelForCausalLM
+    elif auto is None:
+        auto = auto_class(settings.get("config") or config_of(folder))
     return auto.from_pretrained(str(folder), trust_remote_code=False, **settings)
 
 

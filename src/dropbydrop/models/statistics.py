@@ -21,12 +21,14 @@ less work) and mirrored at the end. Sums run in float32: 1e5 tokens leave a rela
 (`fold`), and shards in their order, so that several processes get the same bits as one
 (system/distributed.py); that takes room for H twice.
 
-Limits: a linear that is called twice in one forward, or that sees a subset of the tokens (routed
-experts), is refused by name.
+A linear that is called twice in one forward, that sees a subset of the tokens (routed experts), or
+whose inputs are no multiple of the group size has no input group: it stays as it is. If more than
+MAX_UNCOVERED of the block is left so, the model is refused with the names and the reasons.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -36,7 +38,7 @@ from torch import Tensor, nn
 
 from dropbydrop.system.errors import CalibrationError, UnsupportedModelError
 
-from .input_groups import InputGroup, group_name
+from .input_groups import InputGroup, codable, group_name, why_not_coded
 
 if TYPE_CHECKING:
     from dropbydrop.system.distributed import Partition
@@ -117,7 +119,7 @@ class InputRecorder:
         clip: see the module's note. `grams=False` only finds the input groups.
 
     Raises:
-        UnsupportedModelError: a linear called twice, or with a subset of the tokens.
+        UnsupportedModelError: when input groups are asked for, and too much is in none.
     """
 
     block: nn.Module
@@ -127,19 +129,18 @@ class InputRecorder:
     _input_groups: dict[str, _Entry] = field(default_factory=dict)  # by first module
     _calls: list[tuple[Tensor, int, _Entry]] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set)
+    _left: dict[str, str] = field(default_factory=dict)  # module that has no group -> the reason
     _shape: tuple[int, int] = (0, 0)
     _weights: Tensor | None = None
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
     def __enter__(self) -> InputRecorder:
-        for name, module in self.block.named_modules():
-            if isinstance(module, nn.Linear):
-                full = f"{self.prefix}.{name}"
+        for full, module in codable(self.block, self.prefix).items():
 
-                def hook(module: nn.Module, args: tuple, kwargs: dict, full: str = full) -> None:
-                    self._called(full, args[0] if args else next(iter(kwargs.values())))
+            def hook(module: nn.Module, args: tuple, kwargs: dict, full: str = full) -> None:
+                self._called(full, args[0] if args else next(iter(kwargs.values())))
 
-                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -168,17 +169,18 @@ class InputRecorder:
 
     def _called(self, full: str, x: Tensor) -> None:
         if full in self._seen:
-            raise UnsupportedModelError(
-                f"{full} is called more than once in one forward of its block; shared linear "
-                "layers have no single input statistic and are not supported."
-            )
+            reason = f"{full} is called more than once in one forward of its block"
+            self._left.setdefault(full, reason)
+            return
         self._seen.add(full)
         b, t = self._shape
         if x.numel() != b * t * x.shape[-1]:
-            raise UnsupportedModelError(
-                f"{full} sees {x.numel() // x.shape[-1]} rows for {b * t} tokens: a routed "
-                "(mixture-of-experts) layer, which is not supported. Use a dense model."
+            rows = x.numel() // x.shape[-1]
+            reason = (
+                f"{full} sees {rows} rows for {b * t} tokens: a routed (mixture-of-experts) layer"
             )
+            self._left.setdefault(full, reason)
+            return
         for held, version, entry in self._calls:
             same = held.data_ptr() == x.data_ptr() and held.numel() == x.numel()
             if same and held.shape[-1] == x.shape[-1] and version == x._version:
@@ -203,18 +205,30 @@ class InputRecorder:
             weights = weights * self._weights.to(weights)
         add_gram(entry.gram, (x * weights.sqrt()[..., None]).view(-1, d))  # [b * T, d_in]
 
+    def _kept(self) -> list[tuple[_Entry, list[str]]]:
+        """Input groups seen so far, in the order of their calls, with the modules they keep."""
+        kept = [
+            (entry, [name for name in entry.modules if name not in self._left])
+            for entry in self._input_groups.values()
+        ]
+        return [(entry, modules) for entry, modules in kept if modules]
+
     def input_groups(self) -> list[InputGroup]:
-        """The input groups seen so far, in the order of their calls."""
-        names = [module for entry in self._input_groups.values() for module in entry.modules]
-        check_uncovered(self.block, self.prefix, set(names))
+        """The input groups seen so far, in the order of their calls.
+
+        Raises:
+            UnsupportedModelError: too much of the block is in none of them.
+        """
+        names = [module for _, modules in self._kept() for module in modules]
+        check_uncovered(self.block, self.prefix, set(names), list(self._left.values()))
         if len(names) != len(set(names)):
             raise UnsupportedModelError(
                 f"the linear layers of {self.prefix} share their inputs differently from one "
                 "batch to the next; such models are not supported."
             )
         return [
-            InputGroup(group_name(entry.modules), tuple(entry.modules), entry.d_in)
-            for entry in self._input_groups.values()
+            InputGroup(group_name(modules), tuple(modules), entry.d_in)
+            for entry, modules in self._kept()
         ]
 
     def result(self, hidden: Tensor, partition: Partition, tokens: int) -> BlockStatistics:
@@ -229,7 +243,7 @@ class InputRecorder:
             CalibrationError: activations that are not finite.
         """
         input_groups = partition.ranks.on_all_ranks(self.input_groups)
-        entries = list(self._input_groups.values())
+        entries = [entry for entry, _ in self._kept()]
         largest = partition.ranks.largest([entry.ratio for entry in entries])
         grams: dict[str, Tensor] = {}
         ratio: dict[str, float] = {}
@@ -245,11 +259,14 @@ class InputRecorder:
         return BlockStatistics(input_groups, grams, ratio, tokens, hidden)
 
 
-def check_uncovered(block: nn.Module, prefix: str, linears: set[str]) -> None:
+def check_uncovered(
+    block: nn.Module, prefix: str, linears: set[str], reasons: Sequence[str] = ()
+) -> None:
     """Refuse a block called `prefix` with more than MAX_UNCOVERED of its weights in no linear.
 
     Args:
         linears: full names of the linear layers that count.
+        reasons: why others do not.
 
     Raises:
         UnsupportedModelError: names the parameters and their share.
@@ -264,9 +281,13 @@ def check_uncovered(block: nn.Module, prefix: str, linears: set[str]) -> None:
     names = sorted(left, key=lambda name: -left[name])
     shown = ", ".join(f"{name} ({left[name]:,} weights)" for name in names[:4])
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    named = block.named_modules(prefix=prefix)
+    other = [why_not_coded(n, m) for n, m in named if f"{n}.weight" in left]
+    why = "; ".join([reason for reason in (*reasons, *other) if reason][:4])
+    shown = f"{shown or 'it has no matrices at all'}{more}{why and f' ({why})'}"
     raise UnsupportedModelError(
-        f"{share:.0%} of a block's weights are in no linear layer that its forward calls: "
-        f"{shown or 'it has no matrices at all'}{more}. Quantizing the rest would not be the "
-        "model that was asked for. Fused or routed experts (mixture-of-experts) and unusual "
-        "layers are not supported; use a dense decoder."
+        f"{share:.0%} of a block's weights are in no linear layer that its forward calls once with "
+        f"every token: {shown}. Quantizing the rest would not be the model that was asked for. "
+        "Fused or routed experts (mixture-of-experts) and unusual layers are not supported; use a "
+        "dense decoder."
     )

@@ -10,9 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.codebook_set import CodebookSet
 from dropbydrop.coding.codebooks import file_of_set, universal_set
 from dropbydrop.coding.encoder import EFFORTS, Effort
@@ -146,8 +144,8 @@ def check_model(runner: BlockRunner, head_bits: int) -> None:
     """Refuse by name, before any work, what would fail later.
 
     Raises:
-        UnsupportedModelError: inputs that groups do not divide, or an embedding that computes
-            more than a look-up and shall have 8-bit rows.
+        UnsupportedModelError: an embedding that computes more than a look-up and shall have 8-bit
+            rows.
     """
     for module in runner.embedding_modules:
         embedding = runner.model.get_submodule(module)
@@ -155,11 +153,4 @@ def check_model(runner: BlockRunner, head_bits: int) -> None:
             raise UnsupportedModelError(
                 f"{module} is a {type(embedding).__name__}, which may compute more than a look-up, "
                 "so its rows cannot be stored in 8 bits; quantize this model with --head-bits 16."
-            )
-    prefix = f"{runner.blocks_name}."
-    for name, linear in runner.model.named_modules():
-        if name.startswith(prefix) and isinstance(linear, nn.Linear) and linear.in_features % GROUP:
-            raise UnsupportedModelError(
-                f"{name} has {linear.in_features} inputs, which is not a multiple of {GROUP}, and "
-                f"codes cover groups of {GROUP} inputs. This version cannot quantize this model."
             )
