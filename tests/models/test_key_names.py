@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.core_model_loading import Split, WeightConverter
 
 from dropbydrop.models import key_names
-from dropbydrop.models.key_names import KeyNames, Recipe, module_name
+from dropbydrop.models.key_names import KeyNames, ModuleNames, Recipe
 from dropbydrop.models.weight_files import WeightFiles
 from dropbydrop.system.errors import FormatError
 
@@ -98,10 +98,10 @@ def test_a_folder_of_the_base_model_lacks_its_prefix(tmp_path: Path) -> None:
 
 
 def test_modules_of_a_wrapper_in_its_text_decoder() -> None:
-    text = on_meta(family_models.config_of("qwen3_5"))  # the class of text alone
-    stored = "model.language_model.layers.0.mlp.down_proj"
-    assert module_name(text, stored) == "model.layers.0.mlp.down_proj"
-    assert module_name(text, "model.layers.0.mlp.down_proj") == "model.layers.0.mlp.down_proj"
+    names = ModuleNames(on_meta(family_models.config_of("qwen3_5")))  # the class of text alone
+    here = "model.layers.0.mlp.down_proj"
+    assert names.find("model.language_model.layers.0.mlp.down_proj") == here
+    assert names.find(here) == here
 
 
 def test_one_key_that_becomes_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,12 +135,18 @@ class KeyNames:
         return whole.clone() if whole.untyped_storage().nbytes() > whole.nbytes else whole
 
 
-def module_name(model: PreTrainedModel, name: str) -> str:
-    """Name in `model` of a module that a checkpoint stores under `name`, perhaps of another class.
+class ModuleNames:
+    """Names of modules in a model, by those that a checkpoint has, perhaps of another class.
 
     A text decoder that is loaded from the folder of a wrapper has its modules under another prefix.
     """
-    return _Table(model).rename(f"{name}.weight")[0].removesuffix(".weight")
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._table = _Table(model)
+
+    def find(self, stored: str) -> str:
+        """The name in the model; whether it has such a module is not said."""
+        return self._table.rename(f"{stored}.weight")[0].removesuffix(".weight")
 
 
 class _Table:

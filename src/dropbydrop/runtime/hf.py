@@ -36,6 +36,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dropbydrop.checkpoint import Checkpoint, QuantizationConfig
 from dropbydrop.checkpoint.config import FORMAT
 from dropbydrop.models.embeddings import output_scale
+from dropbydrop.models.key_names import ModuleNames
 from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError
 
 from .fused_decode import attach
@@ -183,8 +184,9 @@ class DropByDropQuantizer(HfQuantizer):
 def _place_modules(model: Any, checkpoint: Checkpoint, prefix: int, dtype: Any) -> None:
     """Replace linears, embeddings and head of a model on the meta device by our modules."""
     store, spec = PlaneStore(checkpoint), checkpoint.quantization.embeddings
+    names = ModuleNames(model)
     for stored, (d_out, d_in) in checkpoint.shapes.items():
-        name, old = _find(model, stored)
+        name, old = _find(model, names, stored)
         if old is None:
             continue
         if not isinstance(old, nn.Linear) or (old.out_features, old.in_features) != (d_out, d_in):
@@ -196,7 +198,7 @@ def _place_modules(model: Any, checkpoint: Checkpoint, prefix: int, dtype: Any) 
     if spec.bits != 8:
         return
     for stored in spec.modules:
-        name, old = _find(model, stored)
+        name, old = _find(model, names, stored)
         if old is None:
             continue
         rows = checkpoint.rest[f"{stored}.rows"].shape
@@ -236,13 +238,13 @@ def _tie_head(model: Any) -> None:
     model.all_tied_weights_keys, model._tied_weights_keys = tied, dict(tied)
 
 
-def _find(model: Any, stored: str) -> tuple[str, nn.Module | None]:
-    """A module by its name in the checkpoint, which may carry the prefix of a full model.
+def _find(model: Any, names: ModuleNames, stored: str) -> tuple[str, nn.Module | None]:
+    """A module by its name in the checkpoint, which may be of another class.
 
     Returns (name, None) for a module that this class rightly lacks: the head of another task.
     """
-    # a bare decoder lacks the prefix
-    for name in (stored, stored.removeprefix(f"{model.base_model_prefix}.")):
+    # a bare decoder lacks the prefix; that of a wrapper has another one
+    for name in (stored, stored.removeprefix(f"{model.base_model_prefix}."), names.find(stored)):
         with suppress(AttributeError):
             return name, cast(nn.Module, model.get_submodule(name))
     same_class = type(model).__name__ in (model.config.architectures or ())
