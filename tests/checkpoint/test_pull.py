@@ -238,11 +238,27 @@ def test_a_body_without_end(server: Server, out: Path, tmp_path: Path) -> None:
     assert fetch(server, tmp_path / "copy", 2).fetched == [PLANE]
 
 
-def test_text_that_was_edited_is_kept_and_reported(server: Server, tmp_path: Path) -> None:
+def test_a_card_may_be_edited_and_nothing_else(server: Server, tmp_path: Path) -> None:
+    """An edited card is no file of this checkpoint: it is reported, not fetched. One that was
+    edited here stays; any other text that differs is fetched again."""
     server.body["README.md"] = b"# edited after publication"
     done = fetch(server, tmp_path / "copy", 2)
     assert done.edited == ["README.md"]
-    assert (done.path / "README.md").read_bytes() == server.body["README.md"]
+    assert not (done.path / "README.md").exists()
+    server.body.clear()
+    assert fetch(server, done.path, 2).fetched == ["README.md"]
+    for name in ("README.md", "tokenizer.json", "config.json"):
+        (done.path / name).write_bytes(b"<html>of a proxy</html>")
+    again = fetch(server, done.path, 2)
+    assert again.edited == ["README.md"]
+    assert sorted(again.fetched) == ["config.json", "tokenizer.json"]
+    assert (done.path / "README.md").read_bytes().startswith(b"<html>")
+    server.body["tokenizer.json"] = b"<html>of a proxy</html>"
+    with pytest.raises(TransferError, match=r"tokenizer.json from .* has SHA-256 .* not kept"):
+        fetch(server, tmp_path / "other", 2)
+    assert not (tmp_path / "other" / "tokenizer.json").exists()
+    server.body.clear()
+    assert fetch(server, tmp_path / "other", 2).edited == []
 
 
 def hostile_manifest(out: Path, **changes: Any) -> bytes:
@@ -256,6 +272,9 @@ def test_hostile_manifests(server: Server, out: Path, tmp_path: Path) -> None:
     outside = {**files, "../outside": {"size": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}
     for body, message in [
         (hostile_manifest(out, files=outside), "only plain file names"),
+        (hostile_manifest(out, files={**files, "model.py": files["README.md"]}), "lists model.py"),
+        (hostile_manifest(out, files={**files, "w.bin": files["README.md"]}), "neither code nor"),
+        (hostile_manifest(out, files={**files, "x.part": files["README.md"]}), "lists x.part"),
         (hostile_manifest(out, format_version=2), "format_version 2"),
         (b"<html>not here</html>", "not JSON"),
         (b" " * (17 << 20), "at most 16,777,216"),
@@ -315,7 +334,7 @@ def test_one_pull_at_a_time(server: Server, tmp_path: Path) -> None:
 def test_a_silent_server_times_out(server: Server, tmp_path: Path) -> None:
     server.gate[PLANE] = threading.Event()
     quiet = HttpOrigin(server.url, timeout=0.3)
-    with pytest.raises(TransferError, match=r"could not be read .*timed out"):
+    with pytest.raises(TransferError, match=r"could not be read .*(timed out|less than 1024)"):
         pull(server.url, tmp_path / "copy", 2, progress=False, attempts=1, from_origin=quiet)
     assert (tmp_path / "copy" / f"{PLANE}.part").stat().st_size > 0
 

@@ -32,6 +32,7 @@ from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system import atomic_folder as folder_module
 from dropbydrop.system.errors import DropError
+from dropbydrop.system.file_errors import file_errors
 from tiny import save_tiny
 
 BLOCKS = 3
@@ -305,7 +306,7 @@ def full_at(monkeypatch: pytest.MonkeyPatch, what: str, count: int) -> None:
             if not due():
                 return append(self, record)
             with (
-                folder_module.full_disk(self.out, "{free} in {parent}.", lambda: None),
+                file_errors(self.out),
                 open(self._journal, "ab") as file,
             ):
                 torn(file, dumps(record).encode())
@@ -479,6 +480,14 @@ def test_damaged_work_is_refused(place: Path, half: Path) -> None:
         with pytest.raises(DropError, match=rf"{name} .* damaged. Remove it"):
             run_here(place, half)
         (work / name).write_bytes(content + b"what a killed run wrote later")
+    for name in ("plane-1.raw", "rest.raw", "hidden-2.raw"):
+        content = (work / name).read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        (work / name).write_bytes(flipped)
+        with pytest.raises(DropError, match=rf"in .*{name} is not what was written: damaged"):
+            run_here(place, half)
+        (work / name).write_bytes(content)
     assert run_here(place, half).resumed == 2
 
 

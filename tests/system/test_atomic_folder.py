@@ -10,15 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from dropbydrop.system.atomic_folder import (
-    AtomicFolder,
-    full_disk,
-    is_locked,
-    lock,
-    replacing,
-    write_whole,
-)
+from dropbydrop.system import atomic_folder
+from dropbydrop.system.atomic_folder import AtomicFolder, hidden, replacing, write_whole
 from dropbydrop.system.errors import DropError
+from dropbydrop.system.exchange import exchange
+from dropbydrop.system.file_errors import file_errors
+from dropbydrop.system.locks import is_locked, lock
 
 
 def names(folder: Path) -> list[str]:
@@ -61,13 +58,101 @@ def test_what_may_be_replaced_is_asked(tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
-def test_an_old_folder_that_was_moved_aside_comes_back(tmp_path: Path) -> None:
-    """A process was killed between the two renames."""
-    work, out = tmp_path / "work", tmp_path / "out"
+@pytest.mark.parametrize("kind", ["partial", "resume"])
+def test_an_old_folder_that_was_moved_aside_comes_back(tmp_path: Path, kind: str) -> None:
+    """A process was killed between two renames, with either kind of work folder; any run mends."""
+    work, out = tmp_path / f".out.{kind}", tmp_path / "out"
     (work / "old").mkdir(parents=True)
     (work / "old" / "file").touch()
-    AtomicFolder(out, lambda folder: None, work).discard()
+    (work / "checkpoint").mkdir()
+    AtomicFolder(out, lambda folder: None).discard()
     assert names(out) == ["file"]
+    assert names(tmp_path) == ([".out.resume"] if kind == "resume" else []) + ["out"]
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_replacing_never_leaves_a_moment_without_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can: bool
+) -> None:
+    """At every step of `publish` OUT is the old or the new folder; without exchange, all but one.
+    An interrupt there puts the old one back."""
+    out, seen = tmp_path / "out", []
+    real = os.rename
+
+    def watched(a: Path, b: Path) -> None:
+        real(a, b)
+        seen.append(names(out) if out.exists() else None)
+        if seen[-1] is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", watched)
+    if not can:
+        monkeypatch.setattr(atomic_folder, "exchange", lambda one, other: False)
+    out.mkdir()
+    (out / "old").touch()
+    with AtomicFolder(out, lambda folder: None) as folder:
+        folder.write("new", [b"new"])
+        if can:
+            folder.publish()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                folder.publish()
+    assert seen == ([] if can else [None, ["old"]])
+    assert names(out) == (["new"] if can else ["old"])
+    assert names(tmp_path) == ["out"]
+
+
+def test_exchange(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot exchange folders")
+    assert names(tmp_path / "a") == ["b"]
+    with pytest.raises(FileNotFoundError):
+        exchange(tmp_path / "a", tmp_path / "c")
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_a_symbolic_link_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere")
+    with pytest.raises(DropError, match=r"out is a symbolic link.*elsewhere"):
+        AtomicFolder(tmp_path / "out", lambda folder: None)
+    assert names(tmp_path) == ["elsewhere", "out"]
+
+
+@pytest.mark.parametrize("held", ["partial", "resume", None])
+def test_two_writers_on_one_folder(tmp_path: Path, held: str | None) -> None:
+    """The second is refused at once, whichever kind of run the first one is, and drops nothing."""
+    out = tmp_path / "out"
+    out.mkdir()
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    place = hidden(out, held) if held else out
+    process = context.Process(target=_hold, args=(place, True, theirs))
+    process.start()
+    assert ours.recv() == "held"
+    before = names(tmp_path)
+    with pytest.raises(DropError, match="another process is working on"):
+        AtomicFolder(out, lambda folder: None)
+    assert names(tmp_path) == before
+    process.kill()
+    process.join()
+    AtomicFolder(out, lambda folder: None).discard()
+
+
+def test_what_a_dead_process_left_is_removed(tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "file"
+    (hidden(out, "partial") / "checkpoint").mkdir(parents=True)
+    (tmp_path / ".file.partial-00").touch()
+    AtomicFolder(out).discard()
+    with replacing(file) as partial:
+        write_whole(file, b"of another process")  # leaves alone what a living one writes
+        assert partial.exists()
+        partial.write_bytes(b"new")
+    assert names(tmp_path) == ["file"]
+    assert file.read_bytes() == b"new"
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -77,22 +162,35 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), replacing(path) as partial:
         partial.write_bytes(bytes(1 // partial.write_bytes(b"")))
     assert path.read_bytes() == b"second"
-    with pytest.raises(OSError, match="not empty"), replacing(path.parent) as partial:
-        partial.mkdir()
+    with pytest.raises(OSError, match="not empty"), replacing(path.parent, folder=True):
+        pass
     assert names(tmp_path) == ["new"]
     assert names(tmp_path / "new") == ["file"]
 
 
-def test_a_full_disk_is_said_and_other_errors_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, r"the disk is full: .*out could not be .* GB are free in"),
+        (errno.EACCES, r"out cannot be read or written \(Permission denied\)\. Change its perm"),
+        (errno.EROFS, r"cannot be written to: choose another place\. Or later\."),
+        (errno.EIO, r"The disk fails: copy"),
+        (errno.ENXIO, r"Check the path and the disk"),
+    ],
+)
+def test_every_os_error_says_what_to_do(tmp_path: Path, number: int, says: str) -> None:
     cleaned = []
     with (
-        pytest.raises(DropError, match=r"disk is full: .*out could not be .* GB are free in"),
-        full_disk(tmp_path / "out", cleanup=lambda: cleaned.append(1)),
+        pytest.raises(DropError, match=says),
+        file_errors(tmp_path / "out", "Or later.", lambda: cleaned.append(1)),
     ):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
     assert cleaned == [1]
-    with pytest.raises(PermissionError), full_disk(tmp_path / "out"):
-        raise PermissionError(errno.EACCES, "no")
+    with (
+        pytest.raises(DropError, match=r"lacking cannot be read .*removed or renamed"),
+        file_errors(tmp_path / "out"),
+    ):
+        (tmp_path / "lacking").read_bytes()
 
 
 def _hold(path: Path, folder: bool, connection: object) -> None:

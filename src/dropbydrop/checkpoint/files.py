@@ -9,12 +9,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dropbydrop.system.atomic_folder import is_partial
 from dropbydrop.system.digest import FileEntry
 from dropbydrop.system.errors import DropError, FormatError
 
 from .config import CONFIG_FILE, FORMAT, MANIFEST_FILE, REST_FILE
 from .fields import FORMAT_VERSION, Fields, check_version, plain_name
 
+SIDECARS = ("sensitivity.json",)  # measured later, not in the manifest; copied when there
+REFUSED_SUFFIXES = (  # no text of a checkpoint ends like this: code, pickles, other tensors
+    ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py",
+)  # fmt: skip
+PART = ".part"  # a file that `pull` has not finished
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -57,15 +63,25 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises DropError unless `folder` is a checkpoint, which `overwrite` may replace."""
+    """Raises DropError unless `folder` is a checkpoint with nothing else in it, which `overwrite`
+    may replace."""
     try:
-        ours = read_json(folder / MANIFEST_FILE).get("format") == FORMAT
-    except (FormatError, AttributeError):
-        ours = False
+        manifest = read_json(folder / MANIFEST_FILE)
+        ours = manifest.get("format") == FORMAT
+        listed = {*manifest.get("files", {}), MANIFEST_FILE, *SIDECARS}
+    except (FormatError, AttributeError, TypeError):
+        ours, listed = False, set()
     if not ours:
         raise DropError(
             f"{folder} exists and is not a dropbydrop checkpoint, so it is not overwritten. "
             "Choose another name, or remove it yourself."
+        )
+    names = sorted(path.name for path in folder.iterdir())
+    if others := [n for n in names if n.removesuffix(PART) not in listed and not is_partial(n)]:
+        raise DropError(
+            f"{folder} holds files that are no part of its checkpoint ({', '.join(others[:4])}"
+            f"{', …' if len(others) > 4 else ''}), so it is not overwritten. Move them elsewhere, "
+            "or choose another name."
         )
 
 

@@ -14,6 +14,11 @@ finished when its line in the journal is complete, and the line is written last:
 consistent state; anything behind it (a torn line, longer raw files, a newer `hidden` file) is cut
 off or removed. Nothing of a finished step is ever overwritten, therefore a full disk loses none.
 
+Kept work is compared before it is continued: a line holds the SHA-256 of every tensor and file that
+it refers to, and its own `chain`, SHA-256 over the line before and itself. A bit that flipped, or a
+line that is twice there, is refused by name; it cannot be computed again, since the hidden states
+that it started from are gone.
+
 The fingerprint holds everything the result depends on: content of model and calibration file,
 options, this package's own files, versions of torch and transformers. Work that was started with
 another one is refused, not mixed. A lock on the folder keeps two runs from sharing it.
@@ -24,6 +29,7 @@ Limits: one machine and build. With another number of threads sums may be rounde
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -34,12 +40,13 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dropbydrop.system.atomic_folder import full_disk, lock, sync, sync_folder
+from dropbydrop.system.atomic_folder import claim, hidden, remove, sync, sync_folder
 from dropbydrop.system.digest import file_digest
 from dropbydrop.system.errors import DropError
+from dropbydrop.system.file_errors import file_errors
 
 from .config import MANIFEST_FILE
-from .staging import StagingFile
+from .staging import DamagedWorkError, StagingFile
 from .tensor_files import StreamedTensor, stream_tensors
 
 JOURNAL = "journal.jsonl"
@@ -47,7 +54,7 @@ JOURNAL = "journal.jsonl"
 
 def work_folder(out: Path) -> Path:
     """Where a run that can be resumed keeps its work."""
-    return out.parent / f".{out.name}.resume"
+    return hidden(out, "resume")
 
 
 class Journal:
@@ -69,19 +76,16 @@ class Journal:
                 other files; `out`'s parent does not exist, or the disk is full.
         """
         self.out, self.path = out, work_folder(out)
-        if not out.parent.is_dir():
-            raise DropError(f"{out.parent} is not a folder; create it first.")
         self._journal = self.path / JOURNAL
-        busy = DropError(
-            f"another process is working on {out} (it holds {self.path}); wait for it, or choose "
-            "another name."
-        )
-        self._lock = lock(self.path, busy)
-        try:
-            records = self._read(json.loads(json.dumps(fingerprint)))
-        except BaseException:
-            os.close(self._lock)
-            raise
+        self._last = ""  # the chain so far
+        self._unsaid: dict[str, str] = {}  # files of `keep` since the last commit -> SHA-256
+        with file_errors(out):
+            self._lock = claim(out, "resume")
+            try:
+                records = self._read(json.loads(json.dumps(fingerprint)))
+            except BaseException:
+                os.close(self._lock)
+                raise
         self.steps = [record for record in records if "manifest" not in record]
         self._announced = [record for record in records if "manifest" in record][-1:]
 
@@ -89,17 +93,7 @@ class Journal:
 
     def _read(self, fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
         """Finished steps of a journal that fits; a fresh journal if there are none."""
-        lines, end = [], 0
-        if self._journal.is_file():
-            for raw in self._journal.read_bytes().splitlines(keepends=True):
-                try:
-                    lines.append(json.loads(raw))
-                except ValueError:
-                    break
-                if not raw.endswith(b"\n"):
-                    lines.pop()
-                    break
-                end += len(raw)
+        lines, end = self._lines()
         if len(lines) > 1:
             if changes := differences(lines[0], fingerprint):
                 raise DropError(
@@ -110,17 +104,40 @@ class Journal:
             with open(self._journal, "r+b") as file:
                 file.truncate(end)
             return lines[1:]
+        self._last = ""
         for path in self.path.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._append(fingerprint)
         return []
 
+    def _lines(self) -> tuple[list[dict[str, Any]], int]:
+        """The whole lines of the journal, and where they end; a torn last line is left out."""
+        lines: list[dict[str, Any]] = []
+        end = 0
+        raw = self._journal.read_bytes() if self._journal.is_file() else b""
+        parts = raw.splitlines(keepends=True)
+        for number, part in enumerate(parts, 1):
+            record = _parsed(part, self._last)
+            if record is None:
+                if number == len(parts):
+                    break  # torn: it was never finished
+                raise DamagedWorkError(
+                    f"line {number} of {self._journal} is not what was written: damaged. Remove "
+                    f"{self.path}, and start again."
+                )
+            self._last = record.pop("chain")
+            lines.append(record)
+            end += len(part)
+        return lines, end
+
     def _append(self, record: Mapping[str, Any]) -> None:
-        with full_disk(self.out):
+        chain = _chained(record, self._last)
+        with file_errors(self.out):
             with open(self._journal, "ab") as file:
-                file.write(json.dumps(record).encode() + b"\n")
+                file.write(json.dumps({**record, "chain": chain}).encode() + b"\n")
                 sync(file)
             sync_folder(self.path)
+        self._last = chain
 
     def commit(self, record: dict[str, Any], hidden: Tensor | None) -> None:
         """Finish a step: `record`, and the hidden states that the next one starts from.
@@ -132,22 +149,26 @@ class Journal:
         """
         file = self.path / f"hidden-{len(self.steps)}.raw"
         if hidden is not None:
-            cleanup = full_disk(self.out, cleanup=lambda: file.unlink(missing_ok=True))
+            cleanup = file_errors(self.out, cleanup=lambda: file.unlink(missing_ok=True))
             with cleanup, StagingFile(file) as staging:
                 staging.add("hidden", hidden)
                 record = {**record, "hidden": [file.name, staging.commit()]}
+        if self._unsaid:
+            record = {**record, "kept": self._unsaid}
         sync_folder(self.path)
         self._append(record)
+        self._unsaid = {}
         self.steps.append(record)
         for old in self.path.glob("hidden-*.raw"):
             if old != file:
-                old.unlink()
+                with contextlib.suppress(OSError):  # the next step removes it
+                    old.unlink()
 
     def hidden(self) -> Tensor:
         """The hidden states after the last finished step.
 
         Raises:
-            FormatError: the file is gone or cut off.
+            DamagedWorkError: the file is gone, cut off, or not what was written.
         """
         name, entries = self.steps[-1]["hidden"]
         with StagingFile(self.path / name, entries) as staging:
@@ -162,15 +183,30 @@ class Journal:
         path = self.path / name
         streamed = [StreamedTensor.of(*item) for item in tensors.items()]
         with (
-            full_disk(self.out, cleanup=lambda: path.unlink(missing_ok=True)),
+            file_errors(self.out, cleanup=lambda: path.unlink(missing_ok=True)),
             open(path, "wb") as file,
         ):
-            file.writelines(stream_tensors(streamed))
+            digest = hashlib.sha256()
+            for chunk in stream_tensors(streamed):
+                file.write(chunk)
+                digest.update(chunk)
             sync(file)
+        self._unsaid[name] = digest.hexdigest()
 
     def kept(self, name: str) -> dict[str, Tensor]:
-        """What `keep` wrote under this name."""
-        return load_file(self.path / name)
+        """What `keep` wrote under this name before a step was finished.
+
+        Raises:
+            DamagedWorkError: the file is gone, or not what was written.
+        """
+        path = self.path / name
+        said = [step["kept"][name] for step in self.steps if name in step.get("kept", {})]
+        if not said or not path.is_file() or file_digest(path) != said[-1]:
+            raise DamagedWorkError(
+                f"{path} is missing, or not what was written: damaged. Remove {self.path}, and "
+                "start again."
+            )
+        return load_file(path)
 
     # ---- the end ---------------------------------------------------------------------------
 
@@ -192,7 +228,7 @@ class Journal:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None or not self.steps:
             self._remove()
-        else:
+        elif not isinstance(error, DamagedWorkError):  # which says what to do itself
             note = f"The finished part is kept in {self.path}: {self._progress()}"
             if isinstance(error, DropError | KeyboardInterrupt):  # the user sees only the message
                 error.args = (f"{error} {note}".strip(),)
@@ -201,13 +237,16 @@ class Journal:
         os.close(self._lock)
 
     def _remove(self) -> None:
-        """The journal goes last: killed in between, the next run still knows that all is done."""
+        """The journal goes last: killed in between, the next run still knows that all is done, and
+        removes what is left, as it does where something could not be removed."""
         for path in self.path.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path != self._journal:
-                path.unlink()
-        shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                if path.is_dir():
+                    remove(path)
+                elif path != self._journal:
+                    path.unlink()
+        if all(path == self._journal for path in self.path.iterdir()):
+            remove(self.path)
 
     def _progress(self) -> str:
         blocks = sum("block" in step for step in self.steps)
@@ -215,6 +254,22 @@ class Journal:
         what = f"{blocks} finished blocks" if blocks else "the calibration"
         what = f"{steps} finished steps" if steps else what
         return f"{what}. Give the same command again (with --resume) to go on, or remove it."
+
+
+def _chained(record: Mapping[str, Any], last: str) -> str:
+    """The chain of a record behind a line whose chain is `last`."""
+    text = json.dumps({key: value for key, value in record.items() if key != "chain"})
+    return hashlib.sha256(f"{last} {text}".encode()).hexdigest()
+
+
+def _parsed(line: bytes, last: str) -> dict[str, Any] | None:
+    """The record of a whole line that follows the one with the chain `last`, or None."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = line.endswith(b"\n") and isinstance(record, dict)
+    return record if whole and record.get("chain") == _chained(record, last) else None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

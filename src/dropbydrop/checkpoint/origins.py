@@ -4,9 +4,9 @@ An origin does two things: read a small file whole, and open a large one at an o
 nothing of hashes; pull.py verifies whatever comes. What an origin does check is the size that
 a server announces, because that is the moment at which nothing has been downloaded yet.
 
-HTTP is urllib with Range requests, so any static file server will do; one that ignores Range is
-read from the beginning again. Redirects stay within http and https. The Hub goes through
-huggingface_hub, which knows about tokens and mirrors and resumes by itself.
+HTTP is plain GET with Range (http_client.py), so any static file server will do; one that ignores
+Range is read from the beginning again. The Hub goes through huggingface_hub, which knows about
+tokens and mirrors and resumes by itself.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from __future__ import annotations
 import http.client
 import re
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import quote
 
 from dropbydrop.system.errors import DropError, first_line
+
+from .http_client import Response, request
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte from a server
@@ -101,7 +102,7 @@ class FolderOrigin:
 
 
 class HttpOrigin:
-    """A folder behind a plain HTTP server; `timeout` seconds without a byte end an attempt."""
+    """A folder behind a plain HTTP server; `timeout` seconds without progress end an attempt."""
 
     def __init__(self, base: str, timeout: float = TIMEOUT) -> None:
         self.name, self.timeout = base.rstrip("/"), timeout
@@ -139,20 +140,19 @@ class HttpOrigin:
             raise TransferError(f"{where}: the server answered from byte {begin}, not {start}.")
         return Stream(begin, self._chunks(response, file))
 
-    def _request(self, file: str, start: int) -> Any:
+    def _request(self, file: str, start: int) -> Response | None:
         """The response, or None if there is no such file."""
         headers = {"User-Agent": "dropbydrop", "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
-        request = urllib.request.Request(f"{self.name}/{quote(file)}", headers=headers)
         try:
-            return urllib.request.urlopen(request, timeout=self.timeout)
+            return request(f"{self.name}/{quote(file)}", headers, self.timeout)
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code == 404:
                 return None
             raise _cut(self.name, file, error) from error
 
-    def _chunks(self, response: Any, file: str) -> Iterator[bytes]:
+    def _chunks(self, response: Response, file: str) -> Iterator[bytes]:
         with response:
             try:
                 # read1 hands over what has arrived: a cut connection loses nothing

@@ -3,16 +3,19 @@
 What P bits need is everything but the planes behind theirs. The manifest stays as it is, so the
 result is an ordinary partial checkpoint, and a later `pull --bits 4` adds the planes that lack.
 
-    1. manifest.json first. It is the root of trust: names (plain ones only), sizes, hashes.
+    1. manifest.json first. It is the root of trust: names (plain ones only, no code, no pickles),
+       sizes, hashes.
     2. small files, model.safetensors, plane 1, plane 2, ...: what is needed first comes first, so
        that `load(..., upgrade=True)` can begin while the rest is on its way.
     3. each file into `<name>.part`, hashed as it is written, renamed when size and SHA-256 are
        those of the manifest. A broken transfer leaves the .part; the next pull goes on from its
        end. A wrong hash removes it.
 
-In DEST, a file under its own name is therefore always a verified one. Text files may be edited
-after publication (docs/format.md, section 5): they are kept and reported when they differ.
-One pull at a time works on a folder (`.pull.lock`); readers may use it meanwhile.
+In DEST, a file under its own name is therefore always a verified one, after a power cut too: files
+and their names are synced. The model card alone may be edited after publication (docs/format.md,
+section 5): an edited one at the source is reported and not fetched, one in DEST is kept; any other
+file that differs is fetched again. One pull at a time works on a folder (its lock); readers may use
+it meanwhile. Symbolic links in DEST are refused: what is written goes into DEST and nowhere else.
 """
 
 from __future__ import annotations
@@ -27,22 +30,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from dropbydrop.system.atomic_folder import is_locked, lock, sync, write_whole
+from dropbydrop.system.atomic_folder import is_partial, remove, sync, sync_folder, write_whole
 from dropbydrop.system.console import progress_bar
 from dropbydrop.system.digest import FileEntry, file_digest
 from dropbydrop.system.errors import FormatError
+from dropbydrop.system.file_errors import file_errors
+from dropbydrop.system.locks import is_locked, lock
 
 from . import Checkpoint, Manifest, QuantizationConfig
-from .config import CONFIG_FILE, MANIFEST_FILE
-from .files import read_json
+from .config import CARD_FILE, CONFIG_FILE, MANIFEST_FILE
+from .files import PART, SIDECARS, read_json
 from .origins import CutError, FolderOrigin, Origin, TransferError, origin
-from .slice import MAX_TEXT, SIDECARS, Transfer, differs, files_for, is_tensors
+from .slice import MAX_TEXT, Transfer, differs, files_for, is_tensors
 
 T = TypeVar("T")
 
-LOCK_FILE = ".pull.lock"
 STAGING = ".pull-staging"
-_PART = ".part"
 _MAX_MANIFEST = 16 << 20
 _PAUSE = 0.5  # seconds before another attempt
 
@@ -77,34 +80,31 @@ def pull(
     here = from_origin or origin(source, target / STAGING, revision)
     if not target.parent.is_dir():
         raise TransferError(f"{target.parent} is not a folder; create it first.")
-    created = not target.exists()
     if isinstance(here, FolderOrigin) and here.folder.resolve() == target.resolve():
         raise TransferError(f"source and destination are the same folder, {target}.")
-    try:
-        raw = here.read(MANIFEST_FILE, _MAX_MANIFEST)
-        if raw is None:
-            raise FormatError(
-                f"{here.name} has no {MANIFEST_FILE}: not a dropbydrop checkpoint. Check the "
-                "address, or make one with: dropbydrop quantize MODEL OUT --bits 2,3,4"
-            )
-        manifest = Manifest.from_dict(_parse(raw, here.name), f"{MANIFEST_FILE} of {here.name}")
-        config = here.read(CONFIG_FILE, MAX_TEXT)
-        if config is None:
-            raise FormatError(f"{here.name} has no {CONFIG_FILE}: an incomplete checkpoint.")
-        level, prefix = _level(_parse(config, here.name), bits)
-        _check_dest(target, manifest)
-        target.mkdir(exist_ok=True)
+    advice = "What has arrived is kept: run the command again to go on from there."
+    with file_errors(target, advice):
+        _check_dest(target, None)
         with _lock(target):
-            _check_dest(target, manifest)  # another pull may have begun in between
+            raw = here.read(MANIFEST_FILE, _MAX_MANIFEST)
+            if raw is None:
+                raise FormatError(
+                    f"{here.name} has no {MANIFEST_FILE}: not a dropbydrop checkpoint. Check the "
+                    "address, or make one with: dropbydrop quantize MODEL OUT --bits 2,3,4"
+                )
+            where = f"{MANIFEST_FILE} of {here.name}"
+            manifest = Manifest.from_dict(_parse(raw, here.name), where)
+            config = here.read(CONFIG_FILE, MAX_TEXT)
+            if config is None:
+                raise FormatError(f"{here.name} has no {CONFIG_FILE}: an incomplete checkpoint.")
+            level, prefix = _level(_parse(config, here.name), bits)
+            names = files_for(manifest, prefix)
+            _check_dest(target, manifest)
+            run = _Pull(here, manifest, Transfer(target, level), attempts)
+            run.check_space(names)
             if not (target / MANIFEST_FILE).is_file():
                 write_whole(target / MANIFEST_FILE, raw)
-            created = False
-            run = _Pull(here, manifest, Transfer(target, level), attempts)
-            return run.run(prefix, progress)
-    finally:
-        shutil.rmtree(target / STAGING, ignore_errors=True)
-        if created and target.is_dir() and not any(target.iterdir()):
-            target.rmdir()
+            return run.run(names, progress)
 
 
 class _Pull:
@@ -114,9 +114,8 @@ class _Pull:
         self.here, self.manifest, self.done, self.attempts = here, manifest, done, attempts
         self.target = done.path
 
-    def run(self, prefix: int, progress: bool) -> Transfer:
-        names = files_for(self.manifest, prefix)
-        self._check_space(names)
+    def run(self, names: list[str], progress: bool) -> Transfer:
+        """Fetch these files."""
         total = sum(self.manifest.files[name].size for name in names)
         with progress_bar(progress) as bar:
             task = bar.add_task("pull (MB)", total=total / 1e6)
@@ -131,10 +130,11 @@ class _Pull:
         Checkpoint.open(self.target).require(self.done.bits)
         return self.done
 
-    def _check_space(self, names: list[str]) -> None:
+    def check_space(self, names: list[str]) -> None:
+        """Raises TransferError if the disk has no room for what is missing of these files."""
         missing = 0
         for name in names:
-            have = [self.target / name, self.target / (name + _PART)]
+            have = [self.target / name, self.target / (name + PART)]
             there = max((path.stat().st_size for path in have if path.is_file()), default=0)
             missing += max(0, self.manifest.files[name].size - there)
         free = shutil.disk_usage(self.target).free
@@ -148,31 +148,40 @@ class _Pull:
         entry, final = self.manifest.files[name], self.target / name
         if final.is_file():
             intact = final.stat().st_size == entry.size and file_digest(final) == entry.sha256
-            if intact or not is_tensors(name):  # a text edited, here or there, stays as it is here
+            if intact or name == CARD_FILE:  # a card that somebody edited here is theirs
                 self.done.kept.append(name)
                 self.done.edited += [] if intact else [name]
                 advance(entry.size)
                 return
-        fetch = self._tensors if is_tensors(name) else self._text
-        fetch(name, entry, final, advance)
+        if is_tensors(name):
+            self._tensors(name, entry, final, advance)
+        elif not self._text(name, entry, final):
+            self.done.edited.append(name)
+            return advance(entry.size)
+        else:
+            advance(entry.size)
         self.done.fetched.append(name)
 
-    def _text(
-        self, name: str, entry: FileEntry, final: Path, advance: Callable[[int], None]
-    ) -> None:
-        data = self._again(lambda: self.here.read(name, MAX_TEXT))
-        if data is None:
-            raise TransferError(f"{self.here.name} lacks {name}, which its manifest lists.")
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            self.done.edited.append(name)
-        write_whole(final, data)
-        self.done.bytes += len(data)
-        advance(len(data))
+    def _text(self, name: str, entry: FileEntry, final: Path) -> bool:
+        """Whether a small file was written: a card that was edited at the source is not."""
+        found = ""
+        for _ in range(min(2, self.attempts)):  # a cut body is not always announced
+            data = self._again(lambda: self.here.read(name, MAX_TEXT))
+            if data is None:
+                raise TransferError(f"{self.here.name} lacks {name}, which its manifest lists.")
+            self.done.bytes += len(data)
+            found = hashlib.sha256(data).hexdigest()
+            if found == entry.sha256:
+                write_whole(final, data)
+                return True
+        if name == CARD_FILE:
+            return False
+        raise differs(f"{name} from {self.here.name}", found, entry)
 
     def _tensors(
         self, name: str, entry: FileEntry, final: Path, advance: Callable[[int], None]
     ) -> None:
-        part = final.with_name(name + _PART)
+        part = final.with_name(name + PART)
         if part.is_file() and part.stat().st_size > entry.size:
             part.unlink()
         begun = part.stat().st_size if part.is_file() else 0
@@ -188,6 +197,7 @@ class _Pull:
             raise differs(f"{name} from {self.here.name}", found, entry)
         self.done.resumed += begun
         os.replace(part, final)
+        sync_folder(self.target)
 
     def _receive(
         self, name: str, entry: FileEntry, part: Path, advance: Callable[[int], None]
@@ -203,7 +213,7 @@ class _Pull:
         stream = self.here.open(name, start, entry.size)
         if stream.start != start:  # a server without ranges begins again
             start, digest = 0, hashlib.sha256()
-        with open(part, "ab" if start else "wb") as file:
+        with open(part, "ab" if start else "wb", opener=_no_links) as file:
             for chunk in stream.chunks:
                 if start + len(chunk) > entry.size:
                     file.close()
@@ -239,34 +249,55 @@ class _Pull:
 # ------------------------------------------------------------------------------------ folder
 
 
+def _no_links(path: str, flags: int) -> int:
+    """Opens a file, but no symbolic link (ELOOP)."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 @contextmanager
 def _lock(target: Path) -> Iterator[None]:
-    """Hold the folder's lock; refuse while another process pulls into it."""
-    path = target / LOCK_FILE
+    """Hold the folder's lock; a folder that was created for it and stayed empty is removed."""
+    created = not target.exists()
     busy = TransferError(f"another pull into {target} is running; wait until it is done.")
-    descriptor = lock(path, busy, folder=False)
+    descriptor = lock(target, busy)
     try:
+        if created:
+            sync_folder(target.parent)
+        for path in target.iterdir():
+            if is_partial(path.name):  # of a pull that was killed
+                path.unlink()
         yield
     finally:
-        path.unlink(missing_ok=True)
+        remove(target / STAGING)
+        if created and target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
         os.close(descriptor)
 
 
 def is_pulling(folder: Path) -> bool:
     """Whether a `pull` into this folder is running at this moment."""
-    return is_locked(folder / LOCK_FILE)
+    return is_locked(folder)
 
 
-def _check_dest(target: Path, manifest: Manifest) -> None:
+def _check_dest(target: Path, manifest: Manifest | None) -> None:
     """`target` must be absent, empty, or a (partial) copy of the same checkpoint."""
+    if target.is_symlink():
+        raise TransferError(f"{target} is a symbolic link; name the folder that it points to.")
     if not target.exists():
         return
-    names = {p.name for p in target.iterdir()} - {LOCK_FILE, STAGING} if target.is_dir() else {""}
-    if names and MANIFEST_FILE not in names:
+    names = {path.name for path in target.iterdir()} if target.is_dir() else {""}
+    if links := sorted(name for name in names if (target / name).is_symlink()):
+        raise TransferError(
+            f"{target} holds a symbolic link, {links[0]}; files are fetched into this folder "
+            "itself only. Remove the link, or choose another folder."
+        )
+    if all(name == STAGING or is_partial(name) for name in names):
+        return
+    if MANIFEST_FILE not in names:
         raise TransferError(
             f"{target} exists and is no dropbydrop checkpoint; choose another name."
         )
-    if names and Manifest.from_dict(read_json(target / MANIFEST_FILE)) != manifest:
+    if manifest and Manifest.from_dict(read_json(target / MANIFEST_FILE)) != manifest:
         raise FormatError(
             f"{target} holds another checkpoint (its manifest differs). Nothing was changed; "
             "choose another folder, or remove it yourself."

@@ -16,10 +16,10 @@ from dropbydrop.system.errors import FormatError
 
 from . import Checkpoint, Manifest
 from .config import MANIFEST_FILE
-from .files import check_replaceable
+from .files import PART, REFUSED_SUFFIXES, SIDECARS, check_replaceable
 from .origins import TransferError
 
-SIDECARS = ("sensitivity.json",)  # measured later, not in the manifest; copied when there
+_OURS = (MANIFEST_FILE, *SIDECARS)
 MAX_TEXT = 256 << 20  # bytes of a text file
 
 
@@ -30,7 +30,8 @@ class Transfer:
     Attributes:
         path, bits: the folder, and the precision that it can now be loaded at.
         fetched, kept: files that were copied, and that were already there and intact.
-        edited: text files that differ from the manifest (edited since; see docs/format.md).
+        edited: text files that differ from the manifest (edited since; see docs/format.md); those
+            that a pull would have to fetch are not.
         bytes: bytes received; resumed: bytes that an earlier, broken transfer had left.
     """
 
@@ -44,8 +45,18 @@ class Transfer:
 
 
 def files_for(manifest: Manifest, prefix: int) -> list[str]:
-    """Files of the first planes in the order of need: text files, model.safetensors, planes."""
+    """Files of the first planes in the order of need: text files, model.safetensors, planes.
+
+    Raises:
+        FormatError: the manifest lists code, pickles, or names that this package uses itself.
+    """
     texts = sorted(set(manifest.files) - set(manifest.tensor_files()))
+    for name in texts:
+        if name.endswith((*REFUSED_SUFFIXES, PART)) or name.startswith(".") or name in _OURS:
+            raise FormatError(
+                f"the manifest lists {name}, which is no file of a checkpoint: these hold neither "
+                "code nor pickles. Nothing was fetched; do not use this source."
+            )
     return [*texts, *manifest.tensor_files(prefix)]
 
 

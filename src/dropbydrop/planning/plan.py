@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ import torch
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.fields import Fields, check_version
 from dropbydrop.checkpoint.files import dump_json, read_json
+from dropbydrop.system.atomic_folder import write_whole
 from dropbydrop.system.errors import FormatError
+from dropbydrop.system.file_errors import file_errors
 
 from .memory import Memory, estimate
 
@@ -154,8 +157,17 @@ class Plan:
         return plan
 
     def save(self, file: Path | str) -> None:
-        """Write the JSON form."""
-        Path(file).write_bytes(dump_json(self.to_dict()))
+        """Write the JSON form, whole or not at all; a device or pipe is written to as it is.
+
+        Raises:
+            DropError: the file cannot be written.
+        """
+        path = Path(os.path.realpath(file))
+        with file_errors(path):
+            if path.exists() and not path.is_file():
+                path.write_bytes(dump_json(self.to_dict()))
+            else:
+                write_whole(path, dump_json(self.to_dict()))
 
     @staticmethod
     def load(file: Path | str) -> Plan:

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from dropbydrop.checkpoint import QuantizationConfig
+from dropbydrop.checkpoint.config import CARD_FILE
+
+_FRONT = re.compile(r"---\r?\n(.*?\n)---\s*\n", re.DOTALL)
+_LICENSE = re.compile(r"^license: *[\"']?([\w.-]+)[\"']? *\r?$", re.MULTILINE)
+_MOST = 1 << 16  # characters of a card that are looked at
 
 
-def model_card(base: str, quantization: QuantizationConfig, errors: Mapping[int, float]) -> str:
-    """How the checkpoint was made and how it is loaded. Deterministic."""
+def license_of(folder: Path) -> str | None:
+    """The licence that a model's own card names (the Hub's identifier), or None."""
+    try:
+        with open(folder / CARD_FILE, encoding="utf-8") as file:
+            front = _FRONT.match(file.read(_MOST))
+    except (OSError, ValueError):
+        return None
+    found = _LICENSE.search(front[1]) if front else None
+    return found[1] if found else None
+
+
+def model_card(
+    base: str,
+    quantization: QuantizationConfig,
+    errors: Mapping[int, float],
+    license_name: str | None = None,
+) -> str:
+    """How the checkpoint was made and how it is loaded, with the fields that the Hub reads.
+    Deterministic.
+
+    Args:
+        base: the model; errors: mean error of each level.
+        license_name: of the base model, where it is known.
+    """
     levels = ", ".join(map(str, quantization.levels))
     low = quantization.levels[0]
     count = quantization.prefix_of(low)
@@ -27,8 +56,9 @@ def model_card(base: str, quantization: QuantizationConfig, errors: Mapping[int,
     parts = base.split("/")
     is_id = len(parts) == 2 and all(parts) and not base.startswith((".", "~"))
     front = f"base_model: {base}\nbase_model_relation: quantized\n" if is_id else ""
+    front += f"license: {license_name}\n" if license_name else ""
     return f"""---
-library_name: transformers
+library_name: dropbydrop
 pipeline_tag: text-generation
 {front}tags:
 - dropbydrop

@@ -46,7 +46,7 @@ from .encode_blocks import BlockEncoder
 from .fingerprint import fingerprint
 from .job import Job, prepare
 from .log import Report, RunLog
-from .model_card import model_card
+from .model_card import license_of, model_card
 
 _DONE = -1  # instead of a number of steps: nothing is left to do
 _COPIED = (
@@ -267,7 +267,8 @@ def _finish(
         name: folder / name for name in _COPIED if (folder / name).is_file()
     }
     files[LOG_FILE] = log.to_bytes()
-    files[CARD_FILE] = model_card(job.source.name, quantization, log.mean_errors()).encode()
+    card = model_card(job.source.name, quantization, log.mean_errors(), license_of(folder))
+    files[CARD_FILE] = card.encode()
 
     def announce(manifest: str) -> None:
         if journal is not None:

@@ -1,25 +1,28 @@
-"""Files and folders that appear whole or not at all, the lock of a folder, the full disk.
+"""Files and folders that appear whole or not at all.
 
     AtomicFolder    many files; written into a hidden folder beside OUT, hashed and synced one by
-                    one, then renamed to OUT
-    replacing       one file (or a folder that nobody replaces), written under a hidden name
-    lock            one process at a time
-    full_disk       the OSError of a full disk becomes an error that says so
+                    one, then put in the place of OUT
+    replacing       one file, or a new folder, written under a hidden name
 
-A rename is atomic. Whatever goes wrong before it (an error, Ctrl-C, a full disk) leaves OUT as it
-was. With a work folder (runs that can be resumed) everything lies inside of it, also an old OUT
-that is being replaced. A process that is killed between the two renames leaves no OUT; the next one
-to open the same work folder puts the old OUT back first.
+Beside OUT lies `.OUT.partial` while a run works on it (`.OUT.resume` for a run that can be resumed,
+checkpoint/journal.py), locked by its process. In it:
+
+    checkpoint/     what becomes OUT
+    old/            an OUT that is being replaced, where folders cannot be exchanged (exchange.py)
+
+A rename is atomic. Whatever goes wrong before it (an error, a signal, a full disk) leaves OUT as it
+was, and OUT is never absent, since the new folder and the old one change places in one step. Where
+the system cannot, there are two renames; a process that is killed between them leaves `old/`, which
+the next run on the same OUT puts back. That run also removes what a killed one has left, and is
+refused while the other is alive.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,27 +30,93 @@ from typing import IO, Any
 
 from .digest import FileEntry
 from .errors import DropError
+from .exchange import exchange
+from .file_errors import file_errors
+from .locks import is_locked, lock
 
 _CHUNK = 8 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CHECKPOINT, _OLD = "checkpoint", "old"
+_WORK = ("partial", "resume")  # .OUT.partial, .OUT.resume
+
+
+def hidden(out: Path, kind: str) -> Path:
+    """The folder beside OUT where a run of this kind works: "partial" or "resume"."""
+    return out.parent / f".{out.name}.{kind}"
+
+
+def claim(out: Path, kind: str) -> int:
+    """Lock the work folder of OUT, bring back an OUT that was moved aside, remove dead leftovers.
+
+    Returns:
+        A descriptor that holds the lock.
+
+    Raises:
+        DropError: OUT is a symbolic link, its parent is no folder, or another process works on it.
+    """
+    if not out.parent.is_dir():
+        raise DropError(f"{out.parent} is not a folder; create it first.")
+    if out.is_symlink():
+        raise DropError(
+            f"{out} is a symbolic link, which is not replaced: name the folder that it points to, "
+            f"{os.path.realpath(out)}."
+        )
+    work = hidden(out, kind)
+    held = lock(work, _busy(out, work))
+    try:
+        if is_locked(out):
+            raise _busy(out, out)
+        for other in (hidden(out, name) for name in _WORK if name != kind):
+            if is_locked(other):
+                raise _busy(out, other)
+            _settle(out, other)
+            if other.name.endswith(_WORK[0]):
+                remove(other)
+        _settle(out, work)
+        sync_folder(out.parent)
+    except BaseException:
+        with suppress(OSError):
+            work.rmdir()  # only if there is nothing in it
+        os.close(held)
+        raise
+    return held
+
+
+def _busy(out: Path, held: Path) -> DropError:
+    return DropError(
+        f"another process is working on {out} (it holds {held}); wait for it, or choose another "
+        "name."
+    )
+
+
+def _settle(out: Path, work: Path) -> None:
+    """Put back an old OUT, and remove a new one that was not finished."""
+    if (work / _OLD).exists() and not out.exists():
+        os.rename(work / _OLD, out)
+    for rest in (work / _CHECKPOINT, work / _OLD):
+        remove(rest)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder and what is in it, as far as that is possible."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class AtomicFolder:
-    """The hidden folder `.<name>.partial-<pid>-<random>` beside `out`; leaving it as a context
-    manager discards what was not published.
+    """A folder in the making; leaving it as a context manager discards what was not published.
 
     Args:
         out: the folder to create; its parent must exist. An empty folder counts as absent.
         replace: called with an `out` that has files in it, before anything is written and again
-            before the renames; raises DropError if it may not be replaced. None: nothing is.
-        work: the folder of a run that can be resumed; the hidden folder is `checkpoint` in it.
+            before the exchange; raises DropError if it may not be replaced. None: nothing is.
+        work: the folder of a run that can be resumed, which is claimed already.
 
     Attributes:
         path: the hidden folder.
         files: name -> size and SHA-256 of what `write` wrote.
 
     Raises:
-        DropError: `out` exists, its parent does not, or the disk is full.
+        DropError: `out` exists, its parent does not, another process works on it, or the disk is
+            full or cannot be written to.
     """
 
     def __init__(
@@ -59,19 +128,19 @@ class AtomicFolder:
         self.out, self.replace, self.work = out, replace, work
         self.files: dict[str, FileEntry] = {}
         self.published = False
-        if work is None:
-            token = f"{os.getpid()}-{secrets.token_hex(4)}"
-            self.path = out.parent / f".{out.name}.partial-{token}"
-            self._old = out.parent / f".{out.name}.old-{token}"
-        else:
-            self.path, self._old = work / "checkpoint", work / "old"
-            if self._old.exists() and not out.exists():
-                os.rename(self._old, out)
-            for rest in (self.path, self._old):
-                shutil.rmtree(rest, ignore_errors=True)
-        self._check_out()
-        with self.disk_errors():
-            self.path.mkdir()
+        self._held: int | None = None
+        self._folder = work or hidden(out, _WORK[0])
+        self.path = self._folder / _CHECKPOINT
+        with file_errors(out):
+            if work is None:
+                self._held = claim(out, _WORK[0])
+            try:
+                remove(self.path)
+                self._check_out()
+                self.path.mkdir()
+            except BaseException:
+                self.discard()
+                raise
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Write a file (mode 0666 less the umask) and record its size and SHA-256."""
@@ -90,28 +159,32 @@ class AtomicFolder:
             self.write(name, iter(lambda: file.read(_CHUNK), b""))
 
     def publish(self) -> None:
-        """Rename to `out`. An old `out` is moved aside first and removed last."""
+        """Put the folder in the place of `out`; an old `out` is removed last."""
         sync_folder(self.path)
         self._check_out()
-        old = None
-        if self.out.exists() and any(self.out.iterdir()):
-            old = self._old
-            os.rename(self.out, old)
-        try:
+        old = self._folder / _OLD
+        if not (self.out.exists() and any(self.out.iterdir())):
             os.rename(self.path, self.out)
-        except BaseException:
-            if old is not None:
-                os.rename(old, self.out)
-            raise
+        elif not exchange(self.path, self.out):
+            try:
+                os.rename(self.out, old)
+                os.rename(self.path, self.out)
+            except BaseException:
+                if old.exists() and not self.out.exists():
+                    os.rename(old, self.out)
+                raise
         self.published = True
         sync_folder(self.out.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        for rest in (self.path, old):
+            remove(rest)
 
     def discard(self) -> None:
-        """Remove what was written; does nothing once published."""
-        if not self.published:
-            shutil.rmtree(self.path, ignore_errors=True)
+        """Remove what was not published, and let others work on `out`. Harmless when repeated."""
+        remove(self.path)
+        if self._held is not None:
+            remove(self._folder)
+            os.close(self._held)
+            self._held = None
 
     def __enter__(self) -> AtomicFolder:
         return self
@@ -121,17 +194,15 @@ class AtomicFolder:
 
     @contextmanager
     def disk_errors(self) -> Iterator[None]:
-        """Turn a full disk into an error that says so, after removing what was written."""
+        """Turn an OSError into an error that says what to do, after removing what was written."""
         advice = "Free some space."
         if self.work is None:
             advice = "What was written has been removed again. Free some space or choose another "
             advice += "folder."
-        with full_disk(self.out, advice, self.discard):
+        with file_errors(self.out, advice, self.discard):
             yield
 
     def _check_out(self) -> None:
-        if not self.out.parent.is_dir():
-            raise DropError(f"{self.out.parent} is not a folder; create it first.")
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
             return
         if self.replace is None:
@@ -140,98 +211,59 @@ class AtomicFolder:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """The hidden name `.<name>.partial-<pid>-<random>` to write to; what is there becomes `path`
-    when all went well, and is removed otherwise.
+def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
+    """The hidden file (or folder) `.<name>.partial-<random>` to write to, made and locked; it
+    becomes `path`, durably, when all went well, and is removed otherwise.
 
-    The folder of `path` is created. A file replaces an old one; a folder replaces only an empty
-    one (OSError).
+    What dead processes have left of `path` is removed first. The folder of `path` is created. A
+    file replaces an old one (of a symbolic link the link itself), a folder only an empty one.
+
+    Raises:
+        OSError: as it comes; `file_errors` makes it one for users.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    _sweep(path)
+    partial = path.parent / f"{_partial(path)}{secrets.token_hex(8)}"
+    held = lock(partial, _in_use(partial), folder=folder)
     try:
         yield partial
-        if partial.is_file():
-            with open(partial, "r+b") as file:
-                sync(file)
+        for file in [partial] if partial.is_file() else partial.rglob("*"):
+            if file.is_file():
+                with open(file, "r+b") as opened:
+                    sync(opened)
         os.replace(partial, path)
+        sync_folder(path.parent)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        partial.unlink(missing_ok=True)
+        remove(partial) if folder else partial.unlink(missing_ok=True)
+        os.close(held)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file, whole or not at all."""
+    """Write a small file, whole or not at all (OSError)."""
     with replacing(path) as partial:
         partial.write_bytes(data)
 
 
-@contextmanager
-def full_disk(
-    out: Path, advice: str = "Free some space.", cleanup: Callable[[], object] = lambda: None
-) -> Iterator[None]:
-    """Turn the OSError of a full disk into a DropError that ends with `advice`, after `cleanup`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        cleanup()
-        free = shutil.disk_usage(out.parent).free / 1e9
-        raise DropError(
-            f"the disk is full: {out} could not be written ({os.strerror(error.errno)}). "
-            f"{free:.2f} GB are free in {out.parent}. {advice}"
-        ) from error
+def _partial(path: Path) -> str:
+    return f".{path.name}.partial-"
 
 
-def lock(path: Path, busy: DropError, *, folder: bool = True) -> int:
-    """Lock a folder, or a file, for this process; it is created if there is none.
-
-    Returns:
-        A descriptor: the lock is held until it is closed, or the process ends however it ends.
-
-    Raises:
-        busy: another process holds it.
-    """
-    while True:
-        if folder:
-            path.mkdir(exist_ok=True)
-        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
-        if not _try_lock(descriptor, shared=False):
-            os.close(descriptor)
-            raise busy
-        # A run that finished meanwhile has removed what was just locked.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                return descriptor
-        os.close(descriptor)
+def _in_use(partial: Path) -> DropError:
+    return DropError(f"{partial} is in use by another process; run the command again.")
 
 
-def is_locked(path: Path) -> bool:
-    """Whether another process holds the lock of this folder or file at the moment."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        return not _try_lock(descriptor, shared=True)
-    finally:
-        os.close(descriptor)
+def is_partial(name: str) -> bool:
+    """Whether a file of this name is one that `replacing` has not finished."""
+    return name.startswith(".") and ".partial-" in name
 
 
-def _try_lock(descriptor: int, *, shared: bool) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this platform: that the path exists says it is held
-        return not shared
-    for _ in range(1 if shared else 5):  # whoever only asks holds the lock for an instant
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            time.sleep(0 if shared else 0.02)
-    return False
+def _sweep(path: Path) -> None:
+    """Remove what processes that are dead have left of `path`."""
+    for rest in [p for p in path.parent.iterdir() if p.name.startswith(_partial(path))]:
+        with suppress(OSError, DropError):
+            held = lock(rest, _in_use(rest), folder=rest.is_dir())
+            remove(rest) if rest.is_dir() else rest.unlink(missing_ok=True)
+            os.close(held)
 
 
 def sync(file: IO[Any]) -> None:

@@ -33,9 +33,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dropbydrop.checkpoint.journal import differences
-from dropbydrop.system.atomic_folder import full_disk, lock, replacing
+from dropbydrop.system.atomic_folder import replacing
 from dropbydrop.system.digest import digest
 from dropbydrop.system.errors import DropError, FormatError
+from dropbydrop.system.file_errors import file_errors
+from dropbydrop.system.locks import lock
 from dropbydrop_research.baselines import Method
 
 COMMON = "compare.json"
@@ -132,7 +134,7 @@ class Folder:
         """A name to write to; it becomes `path` when all went well."""
         advice = "Free some space and give the same command again."
         try:
-            with full_disk(path, advice), replacing(path) as partial:
+            with file_errors(path, advice), replacing(path) as partial:
                 yield partial
         except SafetensorError as error:  # how its writer reports a full disk
             raise DropError(f"{path} could not be written: {error}.") from error

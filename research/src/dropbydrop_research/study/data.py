@@ -181,8 +181,7 @@ def collect(
     """
     if folder.exists() and any(p not in GramFolder(folder).files for p in folder.iterdir()):
         raise FormatError(f"{folder} holds other files than cached statistics; name a new folder.")
-    with replacing(folder) as partial:
-        partial.mkdir()
+    with replacing(folder, folder=True) as partial:
         _collect(runner, ids, held_ids, clip, GramFolder(partial), progress)
         shutil.rmtree(folder, ignore_errors=True)
     return GramFolder(folder)
