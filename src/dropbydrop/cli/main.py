@@ -21,6 +21,7 @@ from dropbydrop.system.file_errors import of_os_error
 
 from . import (
     bench,
+    chat,
     evaluate,
     export,
     generate,
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "info": info.run,
     "eval": evaluate.run,
     "generate": generate.run,
+    "chat": chat.run,
     "bench": bench.run,
     "serve": serve.run,
     "export": export.run,
