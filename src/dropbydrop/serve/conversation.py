@@ -167,11 +167,12 @@ class Conversation:
         """Have the cache forget all after so many tokens; how many it holds now."""
         if length == len(self._seen):
             return length
+        cache: Any = self._cache
         if isinstance(self._cache, StaticCache):
-            for layer in self._cache.layers:
+            for layer in cache.layers:
                 layer.cumulative_length.fill_(length)
-        elif self._cache is not None and all(type(x) is DynamicLayer for x in self._cache.layers):
-            self._cache.crop(length)
+        elif cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers):
+            cache.crop(length)
         else:  # windows forget their beginning, so they cannot be cut
             self._cache, length = None, 0
         self._seen = self._seen[:length]
