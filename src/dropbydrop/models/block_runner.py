@@ -223,7 +223,7 @@ class BlockRunner:
         self._load(self.model, "", todo)
         self._outer_loaded.update(todo)
         for target, source in self._ties.items():
-            if source in self._outer_loaded and self._is_outer(source):
+            if source in todo and self._is_outer(source):
                 path, _, leaf = target.rpartition(".")
                 shared = self.model.get_parameter(source)
                 self.model.get_submodule(path)._parameters[leaf] = shared

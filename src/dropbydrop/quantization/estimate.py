@@ -43,6 +43,7 @@ from dropbydrop.coding.rotation import split_odd
 from dropbydrop.data.calibration import SELF
 from dropbydrop.data.self_generated import Writing, writing_seconds
 from dropbydrop.models.input_groups import InputGroup
+from dropbydrop.models.sources import side_files
 from dropbydrop.models.statistics import BlockStatistics
 from dropbydrop.system.memory import peak_memory
 
@@ -265,9 +266,7 @@ def _sizes(job: Job, groups: list[InputGroup]) -> tuple[list[int], int, int]:
     total += sum(p.numel() + 2 * len(p) if config.head_bits == 8 else 2 * p.numel() for p in outer)
     # headers, log and config: about so many characters a tensor, matrix and input group
     total += (130 * (len(planes) + 1) + 300) * len(linears) + 250 * runner.num_blocks * len(groups)
-    side = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-    files = (job.source.folder / name for name in side)
-    total += sum(file.stat().st_size for file in files if file.is_file())
+    total += sum(file.stat().st_size for file in side_files(job.source.folder))
     return sizes, total, max(p.numel() for p in outer)
 
 

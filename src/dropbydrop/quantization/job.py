@@ -6,8 +6,11 @@ window's length within the model's context, device and search backend. Nothing i
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,15 +20,26 @@ from dropbydrop.coding.encoder import EFFORTS, Effort
 from dropbydrop.coding.kinds import backends
 from dropbydrop.coding.planes import PlaneSpec, planes_of
 from dropbydrop.data.calibration import Calibration, load_windows
+from dropbydrop.data.text_files import tokenize
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.embeddings import output_scale
 from dropbydrop.models.model_config import context_length
-from dropbydrop.models.sources import Source, resolve
+from dropbydrop.models.sources import Source, load_tokenizer, resolve, side_files
+from dropbydrop.models.weight_checks import check_values, check_weights
 from dropbydrop.system.accelerator import pick_device
-from dropbydrop.system.errors import CalibrationError, UnsupportedModelError
+from dropbydrop.system.distributed import rank_of_process
+from dropbydrop.system.errors import (
+    CalibrationError,
+    FormatError,
+    KernelError,
+    UnsupportedModelError,
+)
 from dropbydrop.system.memory import map_large_allocations
 
 from .config import SEQ_LEN, WINDOWS, QuantizeConfig
+from .trial import try_model
+
+_SAMPLE = "One model, 1234 words: naïve façades — été, дом, 日本語!\n\tfor (i = 0; i < n; i++)"
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,7 @@ def prepare(model: str | Path, config: QuantizeConfig, *, ready: Calibration | N
     map_large_allocations()
     source = resolve(model)
     runner = BlockRunner.open(source.folder, device=pick_device(config.device))
+    check_weights(runner)
     check_model(runner, config.head_bits)
     longest = context_length(runner.model.config) or SEQ_LEN
     windows = config.windows or WINDOWS[config.preset]
@@ -114,12 +129,72 @@ def prepare(model: str | Path, config: QuantizeConfig, *, ready: Calibration | N
         windows=windows,
         seq_len=seq_len,
         device=str(runner.device),
-        backend=config.backend or backends(config.code, runner.device)[0],
+        backend=_backend(config, runner.device),
     )
     job = Job(complete, source, runner, EFFORTS[config.preset], ready)
     if config.code == "trellis":
         job.universal()  # refuses levels that it does not have
+    check_side_files(source, needed=ready is None)
+    if rank_of_process() == 0:  # for all
+        check_values(runner, config.head_bits)
+        try_model(runner, complete, job.planes)
     return job
+
+
+def _backend(config: QuantizeConfig, device: torch.device) -> str:
+    """The search backend, by name.
+
+    Raises:
+        KernelError: this machine does not have it.
+    """
+    names = backends(config.code, device)
+    name = config.backend or names[0]
+    if name not in names:
+        raise KernelError(f"search backend {name!r} is not available here; choose one of {names}.")
+    return name
+
+
+def check_side_files(source: Source, needed: bool) -> None:
+    """Refuse files that cannot be copied, and a tokenizer that the copies would not give.
+
+    Args:
+        needed: whether the tokenizer is needed.
+
+    Raises:
+        FormatError: unreadable, no tokenizer, or one that needs files that are not copied.
+    """
+    for file in side_files(source.folder):
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise FormatError(
+                f"{file} cannot be read ({error.strerror}), but belongs to the checkpoint. Make it "
+                "readable, or move it away."
+            ) from error
+    try:
+        first = source.tokenizer()
+    except FormatError:
+        if needed:
+            raise
+        return
+    with tempfile.TemporaryDirectory(prefix="dropbydrop-") as name:
+        for file in (source.folder / "config.json", *side_files(source.folder)):
+            shutil.copyfile(file, Path(name) / file.name)
+        try:
+            same = _tokens(load_tokenizer(name)) == _tokens(first)
+        except FormatError:
+            same = False
+    if not same:
+        raise FormatError(
+            f"the tokenizer of {source.folder} is another one without its other files (copied are "
+            f"{', '.join(file.name for file in side_files(source.folder)) or 'none'}). Save it "
+            "with transformers (AutoTokenizer.from_pretrained, save_pretrained), which writes "
+            "tokenizer.json."
+        )
+
+
+def _tokens(tokenizer: Any) -> list[int]:
+    return tokenize(_SAMPLE, tokenizer).tolist()
 
 
 def _check_windows(ready: Calibration, windows: int | None, longest: int, vocab: int) -> None:

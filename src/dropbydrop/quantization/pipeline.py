@@ -34,6 +34,9 @@ from dropbydrop.checkpoint.journal import Journal
 from dropbydrop.coding.codebook_set import set_of
 from dropbydrop.coding.codebooks import UNIVERSAL
 from dropbydrop.data.calibration import Calibration
+from dropbydrop.models.model_config import text_settings
+from dropbydrop.models.sources import side_files
+from dropbydrop.models.weight_checks import dtype_of
 from dropbydrop.system.accelerator import pick_device
 from dropbydrop.system.console import phase, progress_bar
 from dropbydrop.system.distributed import Partition, Ranks
@@ -49,23 +52,6 @@ from .log import Report, RunLog
 from .model_card import license_of, model_card
 
 _DONE = -1  # instead of a number of steps: nothing is left to do
-_COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "LICENSE",
-    "NOTICE",
-)
 
 
 def quantize(
@@ -263,9 +249,9 @@ def _finish(
     )
     config = json.loads((folder / "config.json").read_text())
     config.pop("_name_or_path", None)
-    files: dict[str, bytes | Path] = {
-        name: folder / name for name in _COPIED if (folder / name).is_file()
-    }
+    if not config.get("dtype") and not config.get("torch_dtype"):  # as transformers reads it
+        config["dtype"] = text_settings(config).get("dtype") or dtype_of(job.runner)
+    files: dict[str, bytes | Path] = {file.name: file for file in side_files(folder)}
     files[LOG_FILE] = log.to_bytes()
     card = model_card(job.source.name, quantization, log.mean_errors(), license_of(folder))
     files[CARD_FILE] = card.encode()

@@ -126,7 +126,7 @@ class DropByDropQuantizer(HfQuantizer):
             )
         prefix = checkpoint.quantization.prefix_of(checkpoint.require(asked.bits))
         with torch.device("meta"):
-            _place_modules(model, checkpoint, prefix, kwargs.get("dtype"))
+            place_modules(model, checkpoint, prefix, kwargs.get("dtype"))
         # The same list object is read afterwards; a copy would leave the codes unread, which
         # _process_model_after_weight_loading refuses.
         files.extend(str(p) for m in range(1, prefix + 1) for p in checkpoint.plane_paths(m))
@@ -181,7 +181,7 @@ class DropByDropQuantizer(HfQuantizer):
         return model
 
 
-def _place_modules(model: Any, checkpoint: Checkpoint, prefix: int, dtype: Any) -> None:
+def place_modules(model: Any, checkpoint: Checkpoint, prefix: int, dtype: Any) -> None:
     """Replace linears, embeddings and head of a model on the meta device by our modules."""
     store, spec = PlaneStore(checkpoint), checkpoint.quantization.embeddings
     names = ModuleNames(model)
