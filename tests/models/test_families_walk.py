@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import family_models
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+import family_models
 from dropbydrop.models import structure
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.block_state import Axes, BlockState

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import family_models
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.core_model_loading import Split, WeightConverter
 
+import family_models
 from dropbydrop.models import key_names
 from dropbydrop.models.key_names import KeyNames, ModuleNames, Recipe
 from dropbydrop.models.weight_files import WeightFiles

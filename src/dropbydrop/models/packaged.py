@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dropbydrop.system.atomic_folder import full_disk
 from dropbydrop.system.cache import cache_dir
 from dropbydrop.system.digest import file_digest
 from dropbydrop.system.errors import DropError, FormatError
+from dropbydrop.system.file_errors import file_errors
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,12 @@ def packaged_gguf(name: str) -> Iterator[Path]:
         yield parts[0]
         return
     cache = cache_dir()
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="joining-") as folder:
-        whole = Path(folder) / f"{name}.gguf"
-        with full_disk(whole), whole.open("wb") as file:
+    with file_errors(cache, "DROPBYDROP_CACHE names another place."):
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=cache, prefix="joining-")
+    with folder:
+        whole = Path(folder.name) / f"{name}.gguf"
+        with file_errors(whole, "DROPBYDROP_CACHE names another place."), whole.open("wb") as file:
             for part in parts:
                 with part.open("rb") as source:
                     shutil.copyfileobj(source, file, 1 << 20)
