@@ -46,7 +46,7 @@ def run(
         raise DropError(
             "serving needs starlette and uvicorn: pip install 'dropbydrop[serve]'"
         ) from None
-    from dropbydrop.serve.server import serve
+    from dropbydrop.serve.server import Server
     from dropbydrop.serve.service import Service
     from dropbydrop.system.console import phase, quiet_transformers
 
@@ -71,4 +71,4 @@ def run(
             )
         screen.print(f"API at {address}/v1; Ctrl-C ends", highlight=False)
 
-    serve(service, host, port, api_key, ready)
+    Server(service, host, port, api_key, ready).answer()

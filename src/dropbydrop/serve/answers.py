@@ -277,11 +277,13 @@ class CompletionForm(Form):
         return {
             "tokens": tokens,
             "token_logprobs": [score.logprob for score in scores],
-            "top_logprobs": [
-                None
-                if score.logprob is None
-                else {self.text.name(token): value for token, value in reversed(score.top)}
-                for score in scores
-            ],
+            "top_logprobs": [self._top(score) for score in scores],
             "text_offset": offsets,
         }
+
+    def _top(self, score: Score) -> dict[str, float] | None:
+        """The likeliest tokens, and the chosen one if it is none of them."""
+        if score.logprob is None:
+            return None
+        likeliest = {self.text.name(token): value for token, value in score.top}
+        return likeliest | {self.text.name(score.token): score.logprob}

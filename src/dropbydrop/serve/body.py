@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
+
+# an escape that may be half of a character, which no tokenizer takes
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class ApiError(Exception):
@@ -56,6 +60,8 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        if _HALF.search(raw):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is no JSON: {str(error)[:200]}") from None
     if not isinstance(value, dict):

@@ -15,7 +15,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 _FIRST = 256  # tokens beyond the prompt
-_MOST_KEPT = 512 << 20  # bytes of finished caches
+_MOST_BYTES = 512 << 20  # of finished caches
+_MOST_KEPT = 32
 _LEAST_SHARED = 16  # tokens; fewer are sooner computed than copied
 
 
@@ -31,7 +32,7 @@ def make_room(cache: Any, length: int, more: int) -> None:
     if not isinstance(cache, StaticCache):
         return
     needed = length + more
-    for layer in cache.layers:
+    for layer in _layers(cache):
         if layer.max_cache_len < needed:
             size = max(needed, 2 * layer.max_cache_len)
             if layer.is_initialized:
@@ -39,6 +40,10 @@ def make_room(cache: Any, length: int, more: int) -> None:
                     _moved(t, size, length) for t in (layer.keys, layer.values)
                 )
             layer.max_cache_len = size
+
+
+def _layers(cache: Any) -> list[Any]:
+    return list(cache.layers)
 
 
 def _moved(old: torch.Tensor, size: int, length: int) -> torch.Tensor:
@@ -49,7 +54,7 @@ def _moved(old: torch.Tensor, size: int, length: int) -> torch.Tensor:
 
 
 def _bytes(cache: Any) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in _layers(cache))
 
 
 class KeptCaches:
@@ -60,16 +65,16 @@ class KeptCaches:
     rounding of products with another number of rows.
     """
 
-    def __init__(self, most_bytes: int = _MOST_KEPT) -> None:
+    def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
         self._most = most_bytes
         self._kept: OrderedDict[tuple[float, tuple[int, ...]], Any] = OrderedDict()
 
     def keep(self, bits: float, tokens: Sequence[int], cache: Any) -> None:
         """Take over a cache that holds these tokens."""
-        if not isinstance(cache, StaticCache) or not cache.layers[0].is_initialized:
+        if not isinstance(cache, StaticCache) or not cache.get_seq_length():
             return
         self._kept[bits, tuple(tokens)] = cache
-        while sum(map(_bytes, self._kept.values())) > self._most:
+        while len(self._kept) > _MOST_KEPT or sum(map(_bytes, self._kept.values())) > self._most:
             self._kept.popitem(last=False)
 
     def take(self, bits: float, prompt: Sequence[int], config: Any, most: int) -> tuple[Any, int]:
@@ -87,7 +92,7 @@ class KeptCaches:
             return None, 0
         self._kept.move_to_end(key)
         cache, size = new_cache(config, True, len(prompt), most), len(prompt) + _FIRST
-        for layer, old in zip(cache.layers, self._kept[key].layers, strict=True):
+        for layer, old in zip(_layers(cache), _layers(self._kept[key]), strict=True):
             layer.lazy_initialization(old.keys[:, :, :0], old.values[:, :, :0])
             layer.keys[:, :, :best] = old.keys[:, :, :best]
             layer.values[:, :, :best] = old.values[:, :, :best]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _HEAD = 512
+_CHOICES = 64  # more than a request has continuations, so that seeds do not meet
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Sampler:
         if sampling.seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed((sampling.seed + choice) % (1 << 63))
+            self._generator.manual_seed((_CHOICES * sampling.seed + choice) % (1 << 63))
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._counts: dict[int, int] = {}
         bias = sampling.logit_bias

@@ -42,12 +42,55 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
+    """One service at one address. `answer` runs it in the calling thread."""
+
     def __init__(
-        self, config: uvicorn.Config, service: Service, ready: Callable[[str], None]
+        self,
+        service: Service,
+        host: str,
+        port: int,
+        api_key: str | None,
+        ready: Callable[[str], None],
     ) -> None:
-        super().__init__(config)
+        """Prepare; nothing listens before `answer`.
+
+        Args:
+            port: 0 takes a free one.
+            ready: called with the address, once requests are taken.
+        """
+        local = host in _LOOPBACK or f"[{host}]" in _LOOPBACK
+        hosts = _LOOPBACK if local and api_key is None else ()
+        super().__init__(
+            uvicorn.Config(
+                build(service, api_key, hosts),
+                host=host,
+                port=port,
+                http=_Protocol,
+                ws="none",
+                lifespan="off",
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                limit_concurrency=_MOST_CONNECTIONS,
+                timeout_graceful_shutdown=5,
+                h11_max_incomplete_event_size=_LARGEST_HEADERS,
+            )
+        )
         self._service, self._ready = service, ready
+
+    def answer(self) -> None:
+        """Answer requests until the process is asked to end, or `should_exit` is set.
+
+        Raises:
+            SystemExit: the address cannot be used; uvicorn has said why.
+        """
+        self._service.engine.start()
+        try:
+            with suppress(KeyboardInterrupt):  # which uvicorn raises again after a clean end
+                asyncio.run(self.serve())
+        finally:
+            self._service.engine.stop()
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -59,39 +102,3 @@ class _Server(uvicorn.Server):
         # a lock may be held where the signal arrives, so the worker is stopped from elsewhere
         threading.Thread(target=self._service.engine.stop, daemon=True).start()
         super().handle_exit(sig, frame)
-
-
-def serve(
-    service: Service, host: str, port: int, api_key: str | None, ready: Callable[[str], None]
-) -> None:
-    """Answer requests until the process is asked to end.
-
-    Args:
-        port: 0 takes a free one.
-        ready: called with the address, once requests are taken.
-
-    Raises:
-        SystemExit: the address cannot be used; uvicorn has said why.
-    """
-    local = f"[{host}]" in _LOOPBACK or host in _LOOPBACK
-    hosts = _LOOPBACK if local and api_key is None else ()
-    config = uvicorn.Config(
-        build(service, api_key, hosts),
-        host=host,
-        port=port,
-        http=_Protocol,
-        ws="none",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        limit_concurrency=_MOST_CONNECTIONS,
-        timeout_graceful_shutdown=5,
-        h11_max_incomplete_event_size=_LARGEST_HEADERS,
-    )
-    service.engine.start()
-    try:
-        with suppress(KeyboardInterrupt):  # which uvicorn raises again after a clean end
-            asyncio.run(_Server(config, service, ready).serve())
-    finally:
-        service.engine.stop()

@@ -1,0 +1,298 @@
+"""Answers of the worker: exact, mixed, cancelled, moved, refused."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+from running import NAME, Running, running
+
+import dropbydrop
+from dropbydrop.models.sources import load_tokenizer
+from dropbydrop.serve.job import CHUNK
+
+PROMPTS = [
+    "the river",
+    "a small model reads",
+    "one hundred ships left the harbour in the morning",
+    "the old mill stands",
+]
+
+
+def ask(server: Running, path: str = "/v1/completions", **body: Any) -> dict[str, Any]:
+    answer = httpx2.post(server.address + path, json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def ends(server: Running, **wanted: int) -> None:
+    """Wait until the engine is idle, and the counters are as they should be."""
+    for _ in range(400):
+        status = server.engine.status()
+        if status["queue"] == status["running"] == 0:
+            break
+        time.sleep(0.02)
+    status = server.engine.status()
+    assert (status["queue"], status["running"]) == (0, 0)
+    for name, value in wanted.items():
+        assert getattr(server.engine.counters, name) == value
+
+
+@pytest.fixture(scope="module")
+def expected(chat_folder: Path) -> dict[tuple[str, int], list[int]]:
+    """Greedy continuations by transformers' `generate`, each level loaded by itself."""
+    tokenizer, found = load_tokenizer(chat_folder), {}
+    for bits in (2, 3, 4):
+        model = dropbydrop.load(chat_folder, bits=bits)
+        for prompt in PROMPTS:
+            ids = tokenizer(prompt, return_tensors="pt")
+            with torch.inference_mode():
+                made = model.generate(
+                    **ids, max_new_tokens=24, do_sample=False, cache_implementation="static",
+                    disable_compile=True,
+                )  # fmt: skip
+            found[prompt, bits] = made[0, ids["input_ids"].shape[1] :].tolist()
+    return found
+
+
+def tokens_of(answer: dict[str, Any], server: Running) -> list[str]:
+    return list(answer["choices"][0]["logprobs"]["tokens"])
+
+
+def test_eight_clients_with_mixed_levels_get_what_generate_gives(
+    server: Running, expected: dict[tuple[str, int], list[int]]
+) -> None:
+    """Levels differ for the same prompts, so an answer of another level would be noticed."""
+    assert len({tuple(tokens) for tokens in expected.values()}) == len(expected)
+
+    def one(case: tuple[str, int]) -> None:
+        prompt, bits = case
+        answer = ask(
+            server, model=f"{NAME}:{bits}bit", prompt=prompt, temperature=0, max_tokens=24,
+            logprobs=0,
+        )  # fmt: skip
+        want = [t for t in expected[case] if t != 2]  # the end is no part of the text
+        assert tokens_of(answer, server) == [server.service.text.name(t) for t in want]
+        assert answer["dropbydrop"]["bits"] == bits
+        assert answer["dropbydrop"]["switches"] == [[0, bits]]
+        assert answer["usage"]["completion_tokens"] == len(want)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, [*expected, *expected]))
+    ends(server)
+
+
+def test_long_prompts_in_chunks(server: Running, chat_folder: Path) -> None:
+    """A prompt of several chunks gives the log-probabilities of one forward pass."""
+    ids = torch.randint(5, 300, (1, CHUNK + 40), generator=torch.Generator().manual_seed(1))
+    model = dropbydrop.load(chat_folder, bits=3)
+    with torch.inference_mode():
+        logs = torch.log_softmax(model(ids).logits[0].float(), -1)
+    want = logs[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    answer = ask(server, prompt=ids[0].tolist(), bits=3, echo=True, logprobs=1, max_tokens=0)
+    found = answer["choices"][0]["logprobs"]
+    assert found["token_logprobs"][0] is None
+    torch.testing.assert_close(
+        torch.tensor(found["token_logprobs"][1:]), want, rtol=1e-4, atol=1e-4
+    )
+    best = [server.service.text.name(int(t)) for t in logs[:-1].argmax(-1)]
+    assert [max(top, key=top.get) for top in found["top_logprobs"][1:]] == best
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_caches_grow_without_a_change(server: Running, chat_folder: Path) -> None:
+    """More tokens than a cache has at first; compared with a server-less greedy loop."""
+    model = dropbydrop.load(chat_folder, bits=4)
+    ids = server.service.text.encode("the")
+    with torch.inference_mode():
+        for _ in range(120):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    answer = ask(
+        server, prompt="the", temperature=0, max_tokens=120, bits=4, logprobs=0, ignore_eos=True
+    )
+    assert tokens_of(answer, server) == [server.service.text.name(t) for t in ids[-120:]]
+
+
+def test_a_known_beginning_is_not_computed_again(server: Running) -> None:
+    prompt = "one hundred and twenty three ships left the harbour in the morning" * 2
+    body: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "bits": 3}
+    first = ask(server, prompt=prompt, **body)
+    again = ask(server, prompt=prompt, **body)
+    other = ask(server, prompt=prompt, **{**body, "bits": 2})
+    assert again["choices"] == first["choices"]
+    assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == (
+        again["usage"]["prompt_tokens"] - 1
+    )
+    assert again["timings"]["cache_n"] > 0
+    assert other["timings"]["cache_n"] == 0  # another level has other keys and values
+
+
+def test_seeds(server: Running) -> None:
+    def texts(**more: Any) -> list[str]:
+        answer = ask(server, prompt="the", max_tokens=12, temperature=1.5, n=3, **more)
+        return [choice["text"] for choice in answer["choices"]]
+
+    assert texts(seed=4) == texts(seed=4)
+    assert len({*texts(seed=4), *texts(seed=99)}) > 3
+    assert texts() != texts()
+
+
+def test_averages(server: Running) -> None:
+    """Without sensitivities an average cannot be planned, which the answer says."""
+    answer = httpx2.post(
+        server.address + "/v1/completions", json={"prompt": "the", "bits": 2.5}, timeout=30
+    )
+    assert answer.status_code == 400
+    assert "sensitivit" in answer.json()["error"]["message"]
+
+
+def test_who_leaves_frees_the_place(server: Running) -> None:
+    before = server.engine.counters.cancelled
+    body = {"prompt": "the", "max_tokens": 200, "stream": True, "ignore_eos": True, "n": 2}
+    for _ in range(5):
+        with (
+            httpx2.Client(timeout=30) as client,
+            client.stream("POST", server.address + "/v1/completions", json=body) as answer,
+        ):
+            next(answer.iter_lines())
+    ends(server)
+    assert server.engine.counters.cancelled > before
+
+
+def test_saturation_answers_429(chat_folder: Path) -> None:
+    with running(chat_folder, target=1e6, queue=2) as server:  # so only one runs at a time
+        body = {"prompt": "the", "max_tokens": 200, "ignore_eos": True}
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(
+                pool.map(
+                    lambda _: httpx2.post(
+                        server.address + "/v1/completions", json=body, timeout=60
+                    ),
+                    range(12),
+                )
+            )
+        codes = [answer.status_code for answer in answers]
+        assert set(codes) == {200, 429}
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert refused.json()["error"]["code"] == "queue_full"
+        ends(server, rejected=codes.count(429))
+
+
+def test_running_requests_are_moved_down_on_the_same_cache(chat_folder: Path) -> None:
+    """The cost of a step is set: three are too many for 4 bits. Two come after 5 tokens."""
+    with running(chat_folder, target=20.0) as server:
+        engine, met = server.engine, []
+        engine.precisions.costs = lambda: {2: 0.005, 3: 0.015, 4: 0.024}
+        plain = engine._round
+
+        def paused() -> None:
+            if len(engine._running) == 3:
+                met.append(True)
+            if met or not (engine._running and len(engine._running[0].tokens) == 5):
+                return plain()
+            time.sleep(0.002)
+
+        engine._round = paused
+        body = {"prompt": "the old mill", "max_tokens": 100, "ignore_eos": True}
+        with ThreadPoolExecutor(3) as pool:
+            default = pool.submit(ask, server, **body)
+            while engine.counters.tokens < 5:
+                time.sleep(0.002)
+            kept = pool.submit(ask, server, **body, bits=4)
+            flex = pool.submit(ask, server, **body, bits=4, service_tier="flex")
+        assert kept.result()["dropbydrop"]["switches"] == [[0, 4]]
+        assert flex.result()["dropbydrop"]["switches"] == [[0, 2]]
+        assert default.result()["dropbydrop"]["switches"] == [[0, 4], [5, 3]]
+        ends(server, moved_down=1)
+
+
+def test_a_switch_in_mid_generation_is_exact(chat_folder: Path) -> None:
+    """4 bits for ten tokens and 2 after them, against two models on one cache."""
+    with running(chat_folder, target=20.0) as server:
+        engine = server.engine
+        plain = engine._ladder.update
+
+        def forced(loads: Any, costs: Any, now: float) -> None:
+            made = [len(job.tokens) for job in engine._running]
+            engine._ladder.at = 4 if made and made[0] >= 10 else 0
+
+        engine._ladder.update = forced
+        answer = ask(
+            server, prompt="the old mill", max_tokens=30, temperature=0, ignore_eos=True,
+            logprobs=0,
+        )  # fmt: skip
+        engine._ladder.update = plain
+    assert answer["dropbydrop"]["switches"] == [[0, 4], [10, 2]]
+    assert answer["dropbydrop"]["bits"] == 2
+    high = dropbydrop.load(chat_folder, bits=4)
+    low, made = dropbydrop.view(high, bits=2), []
+    ids = server.service.text.encode("the old mill")
+    with torch.inference_mode():
+        out = high(torch.tensor([ids]), use_cache=True)
+        for i in range(30):
+            made.append(int(out.logits[0, -1].argmax()))
+            model = high if i + 1 < 10 else low
+            out = model(
+                torch.tensor([made[-1:]]), past_key_values=out.past_key_values, use_cache=True
+            )
+    assert tokens_of(answer, server) == [server.service.text.name(t) for t in made]
+
+
+def test_a_failing_job_harms_no_other(chat_folder: Path) -> None:
+    with running(chat_folder) as server:
+        engine, model = server.engine, server.engine.precisions.model
+        engine.precisions.model = lambda bits: model(bits) if bits != 3 else 1 / 0
+        with ThreadPoolExecutor(2) as pool:
+            good = pool.submit(ask, server, prompt="the", max_tokens=40, bits=2)
+            bad = httpx2.post(
+                server.address + "/v1/completions", json={"prompt": "the", "bits": 3}, timeout=30
+            )
+        assert bad.status_code == 500
+        assert "ZeroDivisionError" in bad.json()["error"]["message"]
+        assert good.result()["choices"][0]["finish_reason"] in ("length", "stop")
+        lines = httpx2.post(
+            server.address + "/v1/completions",
+            json={"prompt": "the", "bits": 3, "stream": True}, timeout=30,
+        )  # fmt: skip
+        assert lines.status_code == 500  # nothing was streamed yet, so the status can say it
+        ends(server, failed=2)
+
+
+def test_an_error_within_a_stream(chat_folder: Path) -> None:
+    with running(chat_folder) as server:
+        engine, model, calls = server.engine, server.engine.precisions.model, []
+
+        def failing(bits: float) -> Any:
+            calls.append(bits)
+            return model(bits) if len(calls) < 5 else 1 / 0
+
+        engine.precisions.model = failing
+        answer = httpx2.post(
+            server.address + "/v1/completions",
+            json={"prompt": "the", "stream": True, "max_tokens": 40, "ignore_eos": True},
+            timeout=30,
+        )
+        last = [x for x in answer.text.split("\n\n") if x][-2:]
+        assert json.loads(last[0].removeprefix("data: "))["error"]["type"] == "server_error"
+        assert last[1] == "data: [DONE]"
+
+
+def test_stopping_ends_open_streams(chat_folder: Path) -> None:
+    with running(chat_folder) as server:
+        body = {"prompt": "the", "max_tokens": 240, "stream": True, "ignore_eos": True, "n": 8}
+        with httpx2.stream("POST", server.address + "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.engine.stop()
+            rest = [line for line in lines if line]
+        assert "shutting down" in rest[-2]
+        refused = httpx2.post(server.address + "/v1/completions", json={"prompt": "the"})
+        assert refused.status_code == 503
+        assert httpx2.get(server.address + "/health").status_code == 503

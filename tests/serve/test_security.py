@@ -1,0 +1,178 @@
+"""Keys, hosts, limits, and clients that misbehave: clear answers, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import pytest
+from running import Running, running
+from transformers import StaticCache
+
+from dropbydrop.serve import app as routes
+from dropbydrop.serve import server as process
+from serve.misuse import connect, http, misbehave, raw
+
+KEY = "s3cret-ключ"
+
+
+@pytest.fixture(scope="module")
+def closed(chat_folder: Path) -> Iterator[Running]:
+    """A server with a key."""
+    with running(chat_folder, api_key=KEY) as made:
+        yield made
+
+
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()
+
+
+def test_the_key(closed: Running) -> None:
+    url = closed.address + "/v1/models"
+    bearer = f"Bearer {KEY}".encode()
+    assert httpx2.get(url, headers={"authorization": bearer}).status_code == 200
+    basic = b"Basic " + KEY.encode()
+    for wrong in (None, b"", b"Bearer", b"Bearer x", bearer[:-1], bearer + b"x", basic):
+        headers = {} if wrong is None else {"authorization": wrong}
+        answer = httpx2.get(url, headers=headers)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert answer.headers["www-authenticate"] == "Bearer"
+    for path in ("/status.json", "/metrics", "/v1/completions", "/tokenize", "/nowhere"):
+        assert httpx2.get(closed.address + path).status_code == 401
+    assert httpx2.get(closed.address + "/health").status_code == 200
+    assert httpx2.get(closed.address + "/").status_code == 200
+
+
+def test_names_of_other_machines_are_refused(server: Running, closed: Running) -> None:
+    evil = {"host": "evil.example:8000"}
+    assert httpx2.get(server.address + "/v1/models", headers=evil).status_code == 403
+    assert httpx2.get(server.address + "/v1/models").status_code == 200
+    # with a key, the key decides
+    assert httpx2.get(closed.address + "/v1/models", headers=evil).status_code == 401
+
+
+def test_other_web_sites_are_kept_out(server: Running) -> None:
+    answer = httpx2.post(server.address + "/v1/completions", content=b'{"prompt": "a"}')
+    assert answer.status_code == 415
+    asked = {"origin": "http://evil.example", "access-control-request-method": "POST"}
+    preflight = httpx2.options(server.address + "/v1/completions", headers=asked)
+    assert preflight.status_code == 405
+    assert not [name for name in preflight.headers if name.startswith("access-control")]
+    assert "default-src 'self'" in preflight.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/page/../app.py", "/page/%2e%2e/app.py", "/page/..%2fapp.py", "/page//etc/passwd"]
+)
+def test_no_file_but_those_of_the_page(server: Running, path: str) -> None:
+    found = raw(server.address, get(path))
+    assert b" 404 " in found.splitlines()[0]
+    assert b"Starlette" not in found
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"prompt": NaN}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a":' * 50_000,
+        b'{"prompt": "a", "temperature": 1e999}',
+        b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+    ],
+    ids=range(10),
+)
+def test_bad_bodies(server: Running, body: bytes) -> None:
+    found = raw(server.address, http(body))
+    head, _, rest = found.partition(b"\r\n\r\n")
+    assert b" 400 " in head.splitlines()[0], found[:300]
+    assert json.loads(rest)["error"]["message"]
+
+
+def test_a_lone_surrogate_is_answered(server: Running) -> None:
+    """JSON can name half of a character, which UTF-8 cannot."""
+    found = raw(server.address, http(b'{"prompt": "\\ud800", "max_tokens": 2}'))
+    assert found.splitlines()[0].split()[1] in (b"200", b"400")
+    found = raw(server.address, http(b'{"\\ud800": 1, "prompt": "a"}'))
+    assert b" 400 " in found.splitlines()[0]
+
+
+def test_large_prompts_and_bodies(server: Running) -> None:
+    started = time.monotonic()
+    answer = httpx2.post(
+        server.address + "/v1/completions", json={"prompt": "the sea " * 131_072}, timeout=60
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert time.monotonic() - started < 30
+    found = raw(server.address, http(b" " * (routes.MOST_BODY + 1)))
+    assert b" 413 " in found.splitlines()[0]
+
+
+def test_large_headers_are_cut_off(server: Running) -> None:
+    found = raw(server.address, http(b"{}", headers=f"x: {'y' * 100_000}\r\n"))
+    assert not found or b" 400 " in found.splitlines()[0]
+
+
+def test_slow_senders_are_cut_off(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(process, "HEADER_SECONDS", 0.2)
+    late = raw(server.address, http(b"x" * 100)[:-50])  # half of a body
+    assert b" 408 " in late.splitlines()[0]
+    started = time.monotonic()
+    assert raw(server.address, b"POST /v1/comp") == b""
+    assert time.monotonic() - started < 5
+
+
+def test_a_slow_reader_holds_nothing(server: Running) -> None:
+    """It reads nothing; its answer is computed, and its cache is free, all the same."""
+    body = json.dumps({"prompt": "the", "max_tokens": 200, "ignore_eos": True, "stream": True})
+    with connect(server.address) as link:
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        finished = server.engine.counters.finished
+        link.sendall(http(body.encode()))
+        for _ in range(500):
+            if server.engine.counters.finished > finished:
+                break
+            time.sleep(0.02)
+    assert server.engine.counters.finished == finished + 1
+
+
+def caches() -> int:
+    """Caches in this process, those of other servers too."""
+    gc.collect()
+    return sum(type(thing) is StaticCache for thing in gc.get_objects())
+
+
+def test_nothing_leaks(chat_folder: Path) -> None:
+    """150 clients, most of which misbehave, leave no job, no cache and no thread."""
+    with running(chat_folder) as server:
+        raw(server.address, http(b'{"prompt": "the", "max_tokens": 2}'))
+        threads, before = threading.active_count(), caches()
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(lambda seed: misbehave(server.address, seed), range(150)))
+            for _ in range(500):
+                status = server.engine.status()
+                if status["queue"] == status["running"] == 0:
+                    break
+                time.sleep(0.02)
+        assert (status["queue"], status["running"]) == (0, 0)
+        counters = server.engine.counters
+        assert counters.failed == 0
+        assert counters.cancelled > 10
+        assert threading.active_count() <= threads + 2  # the pool for text
+        assert caches() - before < len(server.engine._kept._kept) <= 32
+        answer = httpx2.post(server.address + "/v1/completions", json={"prompt": "the", "bits": 2})
+        assert answer.status_code == 200
