@@ -1,0 +1,224 @@
+"""Load that is raised to several times what a server can do at its highest level.
+
+    python benchmarks/serve/load.py OUT --seconds 120 --json load.json --picture load.svg
+
+First the capacity is measured: requests one after another at the highest level give tokens a
+second, R. The target is a quarter of it, so four requests at once just meet it there. Then requests
+arrive at random (Poisson, a fixed seed) at a rate that grows from a quarter of the capacity to
+`--times` the capacity, twice: to a server that has all levels and may move `auto` requests down,
+and to one that has only the highest level, under the same target and queue.
+
+A request is *within target* if its first token came within `--first` seconds and the others at the
+target or faster. *Turned away* is 429; *lost* is anything else without a whole answer. Every answer
+is compared with one that is computed here from the same views, token by token, with the same
+switches of precision: *corrupted* are those that differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+from running import PROMPTS, Answer, ask, server
+
+BINS = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", help="checkpoint folder")
+    parser.add_argument("--seconds", type=float, default=60.0, help="duration of each load")
+    parser.add_argument("--times", type=float, default=3.0, help="highest rate, in capacities")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer")
+    parser.add_argument("--first", type=float, default=2.0, help="seconds to the first token")
+    parser.add_argument("--queue", type=int, default=32, help="requests that may wait")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--picture", type=Path, help="file for the picture")
+    args = parser.parse_args()
+    found = measure(args)
+    for name, figures in found["servers"].items():
+        print(name, json.dumps(figures["counts"]))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.picture:
+        draw(found, args.picture)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    with server(args.out, "--target-tps", "0") as (address, _):
+        status = httpx.get(f"{address}/status.json").json()
+        highest = max(level["bits"] for level in status["levels"])
+        body = {"model": status["model"], "max_tokens": args.tokens}
+        rate, seconds = asyncio.run(capacity(address, {**body, "bits": highest}))
+    target, most = rate / 4, args.times / seconds
+    found: dict[str, Any] = {
+        "levels": [level["bits"] for level in status["levels"]], "tokens": args.tokens,
+        "first": args.first, "tokens_per_second_alone": rate, "target": target,
+        "capacity": 1 / seconds, "most_rate": most, "seconds": args.seconds, "servers": {},
+    }  # fmt: skip
+    common = ("--target-tps", f"{target:.3f}", "--queue", str(args.queue))
+    arrivals = times_of_arrival(args.seconds, 0.25 / seconds, most)
+    for name, levels in (("shedding", ()), ("fixed", ("--bits", str(highest)))):
+        with server(args.out, *common, *levels) as (address, _):
+            answers = asyncio.run(load(address, arrivals, {**body, "bits": "auto"}))
+            end = httpx.get(f"{address}/status.json").json()
+        wrong = corrupted(args.out, answers)
+        found["servers"][name] = figures(answers, wrong, found, end["shed"])
+    return found
+
+
+async def capacity(address: str, body: dict[str, Any], count: int = 8) -> tuple[float, float]:
+    """Tokens a second of a request alone, and its seconds in all."""
+    async with httpx.AsyncClient(base_url=address, timeout=120) as client:
+        start = time.perf_counter()
+        answers = [
+            await ask(client, PROMPTS[i % len(PROMPTS)], start, **body) for i in range(count)
+        ]
+        seconds = (time.perf_counter() - start) / count
+    assert all(answer.failure is None for answer in answers), answers
+    return sorted(answer.rate for answer in answers)[count // 2], seconds
+
+
+def times_of_arrival(seconds: float, low: float, high: float) -> list[float]:
+    """A Poisson process whose rate grows evenly from `low` to `high` requests a second."""
+    chance, now, found = random.Random(0), 0.0, []
+    while True:
+        now += chance.expovariate(high)
+        if now > seconds:
+            return found
+        if chance.random() < (low + (high - low) * now / seconds) / high:
+            found.append(now)
+
+
+async def load(address: str, arrivals: list[float], body: dict[str, Any]) -> list[Answer]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
+        start, running = time.perf_counter(), []
+        for number, at in enumerate(arrivals):
+            await asyncio.sleep(max(0.0, start + at - time.perf_counter()))
+            prompt = PROMPTS[number % len(PROMPTS)]
+            running.append(asyncio.create_task(ask(client, prompt, start, **body)))
+        return list(await asyncio.gather(*running))
+
+
+def corrupted(out: str, answers: list[Answer]) -> int:
+    """Answers that differ from the same computed here: one request alone, a cache of its own."""
+    import torch
+
+    from dropbydrop.models.sources import load_tokenizer
+    from dropbydrop.runtime.load import load_views
+
+    views = {int(p): model for p, (_, model) in load_views(opened(out)).items()}
+    tokenizer, known, wrong = load_tokenizer(out), {}, 0
+    for answer in answers:
+        if answer.failure is not None:
+            continue
+        key = (answer.prompt, answer.tokens, str(answer.switches))
+        if key not in known:
+            with torch.inference_mode():
+                known[key] = replay(views, tokenizer, answer)
+        wrong += known[key] != answer.text
+    return wrong
+
+
+def opened(out: str) -> Any:
+    from dropbydrop.checkpoint import Checkpoint
+
+    return Checkpoint.open(out)
+
+
+def replay(views: dict[int, Any], tokenizer: Any, answer: Answer) -> str:
+    """The answer, greedy, at the precisions that its switches name."""
+    import torch
+
+    messages = [{"role": "user", "content": answer.prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    new = tokenizer(text, add_special_tokens=False)["input_ids"]
+    cache, made = None, []
+    bits = {int(at): int(level) for at, level in answer.switches}
+    model = views[bits[0]]
+    while len(made) < answer.tokens:
+        model = views[bits[len(made)]] if len(made) in bits else model
+        result = model(torch.tensor([new]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, new = result.past_key_values, [int(result.logits[0, -1].argmax())]
+        made += new
+    return tokenizer.decode(made, skip_special_tokens=True)
+
+
+def figures(
+    answers: list[Answer], wrong: int, setup: dict[str, Any], shed: dict[str, int]
+) -> dict[str, Any]:
+    def good(answer: Answer) -> bool:
+        if answer.failure is not None or answer.first is None:
+            return False
+        return answer.first - answer.sent <= setup["first"] and answer.rate >= setup["target"]
+
+    whole = [answer for answer in answers if answer.failure is None]
+    levels: Counter[float] = Counter()
+    for answer in whole:
+        ends = [*[at for at, _ in answer.switches[1:]], answer.tokens]
+        for (at, bits), end in zip(answer.switches, ends, strict=True):
+            levels[bits] += int(end - at)
+    tokens = max(1, sum(levels.values()))
+    away = sum(answer.failure == "turned away" for answer in answers)
+    counts = {
+        "sent": len(answers), "answered": len(whole), "within_target": sum(map(good, answers)),
+        "turned_away": away, "lost": len(answers) - len(whole) - away, "corrupted": wrong,
+        "share_of_tokens": {f"{b:g}": round(n / tokens, 4) for b, n in sorted(levels.items())},
+        "failures": Counter(a.failure for a in answers if a.failure), "shed": shed,
+    }  # fmt: skip
+    width, rows = setup["seconds"] / BINS, []
+    for i in range(BINS):
+        mine = [a for a in answers if i * width <= a.sent < (i + 1) * width]
+        begun = [a.switches[0][1] for a in mine if a.switches]
+        rows.append(
+            {
+                "rate": len(mine) / width,
+                "within_target": sum(map(good, mine)) / width,
+                "level": sum(begun) / len(begun) if begun else None,
+            }
+        )
+    return {
+        "counts": counts,
+        "bins": rows,
+        "answers": [asdict(a) | {"text": None} for a in answers],
+    }
+
+
+def draw(found: dict[str, Any], file: Path) -> None:
+    """Requests within target, and the level they began at, over the load that was offered."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    x = [
+        0.25 + (found["most_rate"] / found["capacity"] - 0.25) * (i + 0.5) / BINS
+        for i in range(BINS)
+    ]
+    for name, colour in (("shedding", "#17618f"), ("fixed", "#a6370f")):
+        rows = found["servers"][name]["bins"]
+        label = "all levels, auto" if name == "shedding" else f"{max(found['levels'])} bits only"
+        good = [row["within_target"] / found["capacity"] for row in rows]
+        left.plot(x, good, "o-", color=colour, label=label)
+        right.plot(x, [row["level"] for row in rows], "o-", color=colour, label=label)
+    left.plot(x, x, ":", color="#888888", label="offered")
+    unit = f"{max(found['levels'])}-bit capacity"
+    left.set(xlabel=f"requests offered, over {unit}", ylabel=f"within target, over {unit}")
+    right.set(xlabel=f"requests offered, over {unit}", ylabel="level of the first token, mean")
+    right.set_yticks(found["levels"])
+    left.legend(fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
+if __name__ == "__main__":
+    main()

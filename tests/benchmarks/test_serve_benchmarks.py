@@ -1,0 +1,61 @@
+"""The load generator's arithmetic, and its reference against answers of the server's own worker."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("httpx", reason="httpx is not installed")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "serve"))
+import load
+from running import Answer
+
+from dropbydrop.models.sources import load_tokenizer
+from dropbydrop.serve.conversation import Conversation
+from dropbydrop.serve.precisions import Precisions
+from dropbydrop.serve.sampling import Sampling
+from dropbydrop.serve.text import Text
+from tiny import tiny_tokenizer, write_checkpoint
+
+
+def test_arrivals_grow_from_the_low_rate_to_the_high_one() -> None:
+    found = load.times_of_arrival(1000.0, 1.0, 9.0)
+    assert found == sorted(found)
+    assert len(found) == pytest.approx(5000, rel=0.05)
+    assert sum(at < 100 for at in found) == pytest.approx(140, rel=0.3)  # 1.4 a second
+    assert sum(at > 900 for at in found) == pytest.approx(860, rel=0.15)
+
+
+def test_counts() -> None:
+    def answer(sent: float, first: float, ended: float, switches: list[list[float]]) -> Answer:
+        return Answer("?", sent, first, ended, "", 11, switches)
+
+    answers = [
+        answer(0.0, 0.5, 1.0, [[0, 4]]),  # 20 a second: within the target
+        answer(1.0, 3.5, 4.0, [[0, 4]]),  # the first token is late
+        answer(2.0, 2.5, 4.5, [[0, 4], [5, 2]]),  # 5 a second
+        Answer("?", 9.0, failure="turned away"),
+        Answer("?", 9.5, failure="ReadError"),
+    ]
+    setup = {"first": 2.0, "target": 10.0, "seconds": 10.0}
+    found = load.figures(answers, 1, setup, {})
+    counts = found["counts"]
+    assert (counts["sent"], counts["answered"], counts["within_target"]) == (5, 3, 1)
+    assert (counts["turned_away"], counts["lost"], counts["corrupted"]) == (1, 1, 1)
+    assert counts["share_of_tokens"] == {"2": round(6 / 33, 4), "4": round(27 / 33, 4)}
+    assert found["bins"][0] == {"rate": 1.0, "within_target": 1.0, "level": 4.0}
+
+
+def test_damaged_answers_are_found(tmp_path: Path) -> None:
+    out = write_checkpoint(tmp_path / "out", tokenizer=False)
+    tiny_tokenizer(chat=True).save_pretrained(out)
+    text = Text(load_tokenizer(out))
+    talk = Conversation(Precisions(out, None), text, Sampling(temperature=0.0))
+    talk._ends = set()  # as ignore_eos
+    said = "".join(talk.answer("the river", 3, 6))
+    good = Answer("the river", 0.0, 0.1, 1.0, said, 6, [[0, 3]])
+    bad = Answer("the river", 0.0, 0.1, 1.0, said[:-1] + "?", 6, [[0, 3]])
+    lost = Answer("the river", 0.0, failure="cut off")
+    assert load.corrupted(str(out), [good, bad, good, lost]) == 1
