@@ -1,5 +1,6 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 #   make demo [PRESET=balanced] [TEXT=file]   quantize SmolLM2-135M once, run and measure every level
+#   make demo-serve [PORT=8000]               the same checkpoint behind a web page and an OpenAI API
 #   make test [JOBS=2]                        lint, types and tests (make quick: without the slow)
 #   make docs                                 the site of the documentation, in build/site
 #   make dev                                  editable install for work on the code
@@ -7,14 +8,15 @@ PYTHON ?= python3
 VENV ?= .venv
 PRESET ?= fast
 JOBS ?= 2
+PORT ?= 8000
 TEXT ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 SOURCES := pyproject.toml research/pyproject.toml constraints.txt $(shell find src research native \
 	-type f \( -name '*.py' -o -name 'py.typed' -o -name '*.json' -o -name '*.safetensors' \
-	-o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.txt' \) -not -path '*/_native/*')
+	-o -name '*.js' -o -name '*.css' -o -name '*.html' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.txt' \) -not -path '*/_native/*')
 
-.PHONY: demo test quick lint dev clean
+.PHONY: demo demo-serve test quick lint dev clean
 
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +24,7 @@ $(VENV)/torch:
 	@touch $@
 
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
-	$(PIP) ".[plot]" ./research
+	$(PIP) ".[plot,serve]" ./research
 	@touch $@
 
 $(VENV)/tools: $(VENV)/torch $(SOURCES)
@@ -35,6 +37,9 @@ $(VENV)/smollm2: $(VENV)/installed
 
 demo: $(VENV)/smollm2
 	$(BIN)/python scripts/demo.py --preset $(PRESET) $(if $(TEXT),--text "$(TEXT)")
+
+demo-serve: $(VENV)/smollm2
+	$(BIN)/python scripts/demo.py --preset $(PRESET) --serve $(PORT)
 
 lint: $(VENV)/tools
 	$(BIN)/ruff check .

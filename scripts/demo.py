@@ -5,6 +5,9 @@ on a little text that it writes itself, lets every level continue a prompt, then
 against the original and draws KL over bits. The text to measure on is the Python language reference
 that ships with every interpreter; name another with --text, e.g. WikiText-2's wiki.test.raw.
 
+With --serve PORT (`make demo-serve`) the checkpoint is served instead of measured: a page for the
+browser and OpenAI's API.
+
 Every step is a command of `dropbydrop`, shown before it runs. Everything goes to ./demo. After an
 interruption the same command goes on, and a finished checkpoint is kept and only measured again.
 
@@ -44,6 +47,9 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     try:
         out = quantize(args)
+        if args.serve is not None:
+            command("serve", out, "--port", args.serve)
+            return
         command("info", out)
         for bits in reversed(LEVELS):
             command("generate", out, "--bits", bits, "--prompt", PROMPT, "--max-new-tokens", 40)
@@ -74,6 +80,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--windows", type=int, default=8, help="windows to measure on")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens of any of these windows")
+    parser.add_argument("--serve", type=int, help="port to serve the checkpoint on, instead")
     return parser.parse_args()
 
 

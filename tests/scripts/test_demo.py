@@ -62,6 +62,18 @@ def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
     assert [shlex.split(line)[1] for line in lines[-3:]] == ["generate", "bench", "quantize"]
 
 
+def test_it_serves_instead(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(demo, "command", lambda *words, to=None: ran.append([*map(str, words)]))
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--serve", "8001"])
+    demo.main()
+    assert [words[0] for words in ran] == ["quantize", "serve"]
+    name, *arguments = ran[1]
+    assert arguments[0] == ran[0][2]  # what was quantized
+    serve = typer.main.get_command(demo.cli.app).commands[name]
+    assert serve.make_context(name, arguments).params["port"] == 8001
+
+
 def test_what_it_proposes_are_commands(demo: ModuleType) -> None:
     commands = typer.main.get_command(demo.cli.app).commands
     proposed = demo.next_commands(Path("demo/smollm2-fast"))

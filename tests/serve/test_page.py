@@ -339,7 +339,8 @@ def test_the_load_meter_shows_queue_level_and_shedding(visit: Open) -> None:
     page = visit(script, "/#load")
     assert "8 running, 5 waiting" in page.locator(".meter").inner_text()
     facts = page.locator(".facts").inner_text()
-    for line in ("2.5 bits", "no target: auto is the highest level", "room for 8", "12", "3"):
+    target = "no target: auto is the highest level"
+    for line in ("2.5 bits", target, "room for 8 in all", "12", "3"):
         assert line in facts
     script.status |= {"queue": 0, "level": 4}
     page.wait_for_selector(".meter.idle:has-text('8 running, 0 waiting')")

@@ -69,6 +69,6 @@ def run(
                 f"{1 / level['seconds_per_token']:.0f} tokens/s alone",
                 highlight=False,
             )
-        screen.print(f"API at {address}/v1; Ctrl-C ends", highlight=False)
+        screen.print(f"page at {address}, API at {address}/v1; Ctrl-C ends", highlight=False)
 
     Server(service, host, port, api_key, ready).answer()

@@ -50,9 +50,9 @@ export function Load({ status, samples, error }) {
     ${error && html`<div class="failure" role="alert">${error.message} The figures below are the last ones.</div>`}
     <dl class="facts">
       <${Fact} label="Level that auto gets" hint=${target ? `target ${rate(target)} tokens/s for a request` : "no target: auto is the highest level"}>${named(status.level)}<//>
-      <${Fact} label="Running" hint=${`room for ${status.capacity}`}>${status.running}<//>
-      <${Fact} label="Waiting">${status.queue}<//>
-      <${Fact} label="Moved down" hint="requests that got fewer bits than they asked for">${status.shed.moved_down}<//>
+      <${Fact} label="Running">${status.running}<//>
+      <${Fact} label="Waiting" hint=${`room for ${status.capacity} in all`}>${status.queue}<//>
+      <${Fact} label="Moved down" hint="changes to fewer bits in the middle of an answer">${status.shed.moved_down}<//>
       <${Fact} label="Turned away" hint="the queue was full">${status.shed.rejected}<//>
       <${Fact} label="Up">${duration(status.uptime)}<//>
     </dl>
