@@ -8,6 +8,7 @@
 
 #ifndef _WIN32
 #include <dlfcn.h>
+#include <pthread.h>
 #endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -72,19 +73,10 @@ void openmp_entry(void* data) {
   call.body(call.context, worker);
 }
 
-// Workers sleep between calls. A call that finds the pool busy (another thread is inside) runs
+// Workers sleep between calls; the pool lives as long as its process. A call that finds the pool busy (another thread is inside) runs
 // alone instead of waiting.
 class ThreadPool {
  public:
-  ~ThreadPool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
-  }
-
   void run(int threads, Call& call) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);
     if (threads < 2 || !busy.owns_lock()) {
@@ -114,8 +106,7 @@ class ThreadPool {
       int size;
       {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
-        if (stop_) return;
+        wake_.wait(lock, [&] { return generation_ != seen; });
         seen = generation_;
         call = call_;
         size = size_;
@@ -133,8 +124,27 @@ class ThreadPool {
   Call* call_ = nullptr;
   int size_ = 0;
   unsigned generation_ = 0;
-  bool stop_ = false;
 };
+
+// A forked child has none of its parent's threads: OpenMP and the parent's pool would wait for them
+// for ever. It gets a pool of its own.
+std::atomic<bool> forked{false};
+std::atomic<ThreadPool*> own_pool{nullptr};
+#ifndef _WIN32
+const int registered = pthread_atfork(nullptr, nullptr, [] {
+  forked.store(true);
+  own_pool.store(nullptr);
+});
+#endif
+
+ThreadPool& pool() {
+  ThreadPool* found = own_pool.load();
+  if (found) return *found;
+  ThreadPool* made = new ThreadPool;
+  if (own_pool.compare_exchange_strong(found, made)) return *made;
+  delete made;  // another thread was faster
+  return *found;
+}
 
 }  // namespace
 
@@ -152,11 +162,10 @@ void run_threads(int threads, void (*body)(void*, const Worker&), void* context)
   Call call{body, context, {}};
   if (threads <= 1) {
     body(context, Worker{0, 1, &call.barrier});
-  } else if (openmp().usable()) {
+  } else if (openmp().usable() && !forked.load()) {
     openmp().parallel(openmp_entry, &call, static_cast<unsigned>(threads), 0);
   } else {
-    static ThreadPool pool;
-    pool.run(threads, call);
+    pool().run(threads, call);
   }
 }
 

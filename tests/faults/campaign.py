@@ -95,7 +95,7 @@ class Trial:
         # these fill a folder file by file, each under its name when it is whole
         assert isinstance(self.new, dict)
         for name, content in (found or {}).items() if isinstance(found, dict) else ():
-            if not name.startswith(".") and not name.endswith(".part"):
+            if not Path(name).name.startswith(".") and not name.endswith(".part"):
                 assert content == self.new[name], f"{where}: {name}"
 
     def _check_again(self, place: Path, where: str) -> None:

@@ -214,3 +214,33 @@ def test_download_asks_for_safetensors_only(llama: Path, monkeypatch: pytest.Mon
     wanted = {"config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "merges.txt"}
     other = {"pytorch_model.bin", "model.py", "onnx/model.safetensors", "consolidated.safetensors"}
     assert set(filter_repo_objects(wanted | other, **asked)) == wanted
+
+
+def test_a_damaged_conversion_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in the cache is compared with its digest; a cache that refuses is named."""
+    pytest.importorskip("gguf")
+    made: list[Path] = []
+
+    def written(file: Path, folder: Path) -> None:
+        made.append(folder)
+        (folder / "model.safetensors").write_bytes(b"weights")
+
+    monkeypatch.setattr(sources, "_write_dequantized", written)
+    monkeypatch.setenv("DROPBYDROP_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"GGUF")
+    folder = convert_gguf(file)
+    assert convert_gguf(file) == folder
+    assert len(made) == 1
+    for damage in ("model.safetensors", "dropbydrop.sha256"):
+        (folder / damage).write_bytes(b"weightz")
+        assert convert_gguf(file) == folder
+        assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert len(set(made)) == 3  # each in a folder of its own
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [folder.name]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DROPBYDROP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DropError, match=r"cannot be read or written .*DROPBYDROP_CACHE names"):
+        convert_gguf(file)

@@ -89,11 +89,15 @@ class CheckpointWriter:
         self._planes: list[StagingFile] = []
         self._linears: dict[str, tuple[int, int]] = {}  # module -> (d_out, d_in)
         self._input_groups: list[StoredGroup] = []
-        with self._folder.disk_errors():
-            if records:
-                self._restore(records)
-            else:
-                self._rest = self._stage("rest")
+        try:
+            with self._folder.disk_errors():
+                if records:
+                    self._restore(records)
+                else:
+                    self._rest = self._stage("rest")
+        except BaseException:  # nobody has this writer yet to leave it
+            self._folder.discard()
+            raise
         self._committed = len(self._linears), len(self._input_groups)
 
     @property

@@ -91,7 +91,8 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:  # not of the operating system
             raise
-        _tell(of_os_error(error, Path.cwd()))
+        named = isinstance(error.filename, str)
+        _tell(of_os_error(error, Path(error.filename) if named else Path.cwd()))
         sys.exit(2)
     except Exception as error:
         usage = getattr(error, "show", None)  # click's usage errors
