@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import httpx
-from running import PROMPTS, ask, server
+from load_client import PROMPTS, ask, server
 
 AT_ONCE = 8
 

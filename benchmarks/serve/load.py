@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from running import PROMPTS, Answer, ask, server
+from load_client import PROMPTS, Answer, ask, server
 
 BINS = 10
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("httpx", reason="httpx is not installed")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "serve"))
 import load
-from running import Answer
+from load_client import Answer
 
 from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.serve.conversation import Conversation

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -199,7 +200,8 @@ def test_settings_are_sent(visit: Open) -> None:
     answer(page)
     (sent,) = script.requests
     assert sent["messages"][0] == {"role": "system", "content": "Be brief."}
-    assert (sent["temperature"], sent["seed"], sent["max_tokens"]) == (0.7, 11, 512)
+    assert (sent["temperature"], sent["seed"]) == (0.7, 11)
+    assert "max_tokens" not in sent  # left empty: as many as there is room for
 
 
 def test_history_is_kept_exported_and_imported(visit: Open, tmp_path: Path) -> None:
@@ -412,6 +414,53 @@ def test_the_keyboard_reaches_everything_and_controls_have_names(visit: Open) ->
     assert {"Chat", "Compare", "Load", "precision", "prompt", "Settings", "Regenerate"} <= set(
         reached
     )
+
+
+# ---- the double and the server ---------------------------------------------------------------
+
+
+def shape(value: Any) -> Any:
+    """Keys and kinds of a JSON value; a list is as its first entry."""
+    if isinstance(value, dict):
+        return {key: shape(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [shape(value[0])] if value else []
+    return "number" if type(value) in (int, float) else type(value).__name__
+
+
+def last_chunk(address: str) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": "the sea"}], "stream": True, "bits": 3}
+    order = urllib.request.Request(
+        f"{address}/v1/chat/completions",
+        json.dumps({**body, "model": status_of(address)["model"], "max_tokens": 4}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(order) as answer:
+        lines = answer.read().decode().split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    found: dict[str, Any] = json.loads(lines[-3].removeprefix("data: "))
+    return found
+
+
+def status_of(address: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{address}/status.json") as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
+def test_the_double_speaks_as_the_server_does(server: Any) -> None:
+    """What the page reads is in the real server's answers, with the same kinds."""
+    with fake_server(Script(status={"target_tps": None})) as fake:
+        mine, real = shape(status_of(fake)), shape(status_of(server.address))
+        assert mine == {key: real.get(key) for key in mine}
+        mine, real = shape(last_chunk(fake)), shape(last_chunk(server.address))
+        for part in ("dropbydrop", "timings"):
+            assert mine[part] == {key: real[part].get(key) for key in mine[part]}
+        for name in ("/", "/page/app.js"):
+            answers = [urllib.request.urlopen(a + name) for a in (fake, server.address)]
+            policies = [answer.headers["Content-Security-Policy"] for answer in answers]
+            assert policies[0] == policies[1]
+            assert answers[0].read() == answers[1].read()
 
 
 # ---- files -----------------------------------------------------------------------------------

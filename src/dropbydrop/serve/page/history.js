@@ -4,7 +4,7 @@ const STORE = "dropbydrop.conversations";
 const SETTINGS = "dropbydrop.settings";
 const FORMAT = "dropbydrop-conversations";
 
-export const DEFAULTS = { system: "", temperature: "", top_p: "", min_p: "", max_tokens: "512", seed: "" };
+export const DEFAULTS = { system: "", temperature: "", top_p: "", min_p: "", max_tokens: "", seed: "" };
 
 function stored(name, otherwise) {
   try {
