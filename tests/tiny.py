@@ -21,6 +21,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
+from dropbydrop.system.digest import FileHasher
 from random_model import random_checkpoint
 
 VOCAB = 384
@@ -275,6 +276,21 @@ def write_checkpoint(
     model = tiny_llama(seed) if model is None else model
     files = dict(extra_files or {}) | (_tokenizer_files() if tokenizer else {})
     return random_checkpoint(out, model, scaled_inputs=True, files=files, seed=seed, **settings)
+
+
+def sign(folder: Path, *names: str, xxh128: bool = True) -> None:
+    """Make the manifest say what these files are, by default all of them that it lists, as whoever
+    edits a checkpoint on purpose would; without `xxh128` as the first writers did."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in names or manifest["files"]:
+        hasher = FileHasher()
+        hasher.update((folder / name).read_bytes())
+        entry = hasher.entry()
+        manifest["files"][name] = {"size": entry.size, "sha256": entry.sha256}
+        if xxh128:
+            manifest["files"][name]["xxh128"] = list(entry.xxh128 or ())
+    path.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 
 def _tokenizer_files() -> dict[str, bytes]:

@@ -23,12 +23,14 @@ from dropbydrop.checkpoint import (
     StoredGroup,
 )
 from dropbydrop.checkpoint.fields import plain_name
+from dropbydrop.checkpoint.files import dump_json
 from dropbydrop.checkpoint.int8_rows import quantize_rows
 from dropbydrop.checkpoint.tensor_files import TensorInfo, encode_header, read_header
 from dropbydrop.coding.codebook_set import BytesSet, TrellisSet
 from dropbydrop.coding.planes import BytesPlane, TrellisPlane
 from dropbydrop.coding.rotation import Rotation, pack_input_scales
 from dropbydrop.system.errors import FormatError, PrecisionError
+from tiny import sign
 
 # ------------------------------------------------------------------------------ golden bytes
 # Written once from fixed inputs. If one of these changes, readers in the field break: raise
@@ -36,7 +38,7 @@ from dropbydrop.system.errors import FormatError, PrecisionError
 
 GOLDEN = {
     "config.json": "b3cdf0df8bba063b11274edd65ac2d8d3359b7e31da8d749878c862a73280548",
-    "manifest.json": "b30d041df11a20a16ec00c712c7bed85269251d61ad28471aea8d73217857902",
+    "manifest.json": "e11510d3a8c03d66b94e7c040ccff4ba157673154a0bca034ad11761c597bce5",
     "model.safetensors": "125fd8ceaeaf4ec4ac8e6fadc0d05ed4ec51047ee0f507c3f6daf6760f6518c5",
     "notes.txt": "5891b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03",
     "plane-1.safetensors": "be12e73fd65afca10dd2536e04644af5003172038e8facca92afbf37a7e7092b",
@@ -76,7 +78,7 @@ def write_golden(out: Path) -> None:
 
 GOLDEN_TRELLIS = {
     "config.json": "cf31d829eb3cf1bcc8db3b424726128612906c65560e45c9abf7a85b26018a46",
-    "manifest.json": "a72df8bb26b9eda43c3ac727aa46b40262acc6c3189aa27d8be46b5272be3f4a",
+    "manifest.json": "4ce720aa99e93a9bc2b724e8403441bf956dd5c6ed1aae9aff90824647aa07f4",
     "model.safetensors": "a820bc8298c70aadf0ad40cf49b46346467a064c441e3c57b0a5a09271a7ea9d",
     "plane-1.safetensors": "04ad3d0467aed3c771c800c6eb6a6f4a573a1150663c363370f28ba9fa735548",
     "plane-2.safetensors": "cdf185b4993ebc070cad49f83001909a3431bbbd469c8077461a137a4f42e40a",
@@ -130,6 +132,27 @@ def test_golden_bytes(
     write(tmp_path / "out")
     files = sorted((tmp_path / "out").iterdir())
     assert {path.name: digest(path.read_bytes()) for path in files} == golden
+
+
+FIRST_MANIFEST = "b30d041df11a20a16ec00c712c7bed85269251d61ad28471aea8d73217857902"
+
+
+def test_a_manifest_without_xxh128(tmp_path: Path) -> None:
+    """As it was written before XXH128: the same bytes of all else, read and compared by SHA-256."""
+    out = tmp_path / "out"
+    write_golden(out)
+    sign(out, xxh128=False)
+    assert digest((out / "manifest.json").read_bytes()) == FIRST_MANIFEST
+    checkpoint = Checkpoint.open(out)
+    assert digest(dump_json(checkpoint.manifest.to_dict())) == FIRST_MANIFEST
+    checkpoint.check_contents(2)
+    assert checkpoint.verify() == []
+    path = out / "plane-2.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(
+        FormatError, match=r"plane-2.safetensors is not what the manifest says: SHA"
+    ):
+        Checkpoint.open(out).read_codes("a", 2)
 
 
 def test_golden_weights(tmp_path: Path) -> None:
@@ -224,7 +247,7 @@ def test_header_round_trip(tmp_path: Path) -> None:
     tensors = [("x", TensorInfo("F32", (2, 3))), ("empty", TensorInfo("F16", (0,)))]
     path = tmp_path / "f.safetensors"
     path.write_bytes(encode_header(tensors) + bytes(24))
-    assert read_header(path) == dict(tensors)
+    assert read_header(path.read_bytes(), str(path)).tensors == dict(tensors)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +258,7 @@ def test_header_round_trip(tmp_path: Path) -> None:
         (lambda raw: raw[:-1], "cut off or damaged"),
         (lambda raw: raw + b"x", "cut off or damaged"),
         (lambda raw: b"\xff" * 8 + raw[8:], "cut off within its header"),
-        (lambda raw: raw[:8] + b"[" + raw[9:], "header is damaged"),
+        (lambda raw: raw[:8] + b"[" + raw[9:], "header cannot be read as JSON"),
         (lambda raw: raw.replace(b"[0,24]", b"[0,20]"), "cut off or damaged"),
         (lambda raw: raw.replace(b"[2,3]", b"[2,4]"), "cut off or damaged"),
         (lambda raw: raw.replace(b'"F32"', b'"F99"'), "header is damaged"),
@@ -247,7 +270,7 @@ def test_damaged_header(tmp_path: Path, change: Any, message: str) -> None:
     path = tmp_path / "f.safetensors"
     path.write_bytes(change(encode_header([("x", TensorInfo("F32", (2, 3)))]) + bytes(24)))
     with pytest.raises(FormatError, match=message):
-        read_header(path)
+        read_header(path.read_bytes(), str(path))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +292,7 @@ def test_header_of_wrong_types(tmp_path: Path, change: Any) -> None:
     path = tmp_path / "f.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(24))
     with pytest.raises(FormatError):
-        read_header(path)
+        read_header(path.read_bytes(), str(path))
 
 
 # --------------------------------------------------------------------------- strict parsing

@@ -32,7 +32,7 @@ from dropbydrop.runtime.hf import DropByDropConfig, DropByDropQuantizer, registe
 from dropbydrop.runtime.int8_modules import NestedHead
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
-from tiny import VOCAB, tiny_llama, write_checkpoint
+from tiny import VOCAB, sign, tiny_llama, write_checkpoint
 
 dropbydrop.register()
 
@@ -182,6 +182,11 @@ def test_config_of_another_model(copied: Path) -> None:
         ({"tie_word_embeddings": False}, "does not .tie_word_embeddings"),
     ):
         (copied / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(
+            FormatError, match=r"config.json (has \d+ bytes, the|is not what the) manifest says"
+        ):
+            dropbydrop.load(copied)
+        sign(copied, "config.json")
         with pytest.raises(FormatError, match=message):
             dropbydrop.load(copied)
 
@@ -192,9 +197,7 @@ def test_a_parameter_that_nobody_stored(copied: Path) -> None:
     tensors = load_file(path)
     del tensors["model.layers.1.input_layernorm.weight"]
     save_file(tensors, path, METADATA)
-    manifest = json.loads((copied / "manifest.json").read_text())
-    manifest["files"][path.name]["size"] = path.stat().st_size
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    sign(copied, path.name)
     with pytest.raises(FormatError, match=r"lacks \['model.layers.1.input_layernorm.weight'\]"):
         dropbydrop.load(copied)
 

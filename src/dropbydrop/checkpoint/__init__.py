@@ -3,7 +3,8 @@
 config.py, fields.py            quantization_config, parsed strictly
 files.py, tensor_files.py       the manifest; safetensors files
 writer.py, staging.py           one folder, all of it or nothing
-reader.py                       what is there, whether it is intact, its tensors
+reader.py, contents.py          what is there, what may be there, its tensors
+checked_file.py, findings.py    a file as the manifest says; all that is wrong in a folder
 journal.py                      the work folder of a run that can be resumed
 slice.py, pull.py, origins.py   a precision out of a folder, a server, the Hub
 export.py                       one level as a dense model
@@ -11,7 +12,8 @@ export.py                       one level as a dense model
 
 from .config import Embeddings, QuantizationConfig, StoredGroup
 from .files import Manifest
-from .reader import Checkpoint, Finding
+from .findings import Finding
+from .reader import Checkpoint
 from .writer import CheckpointWriter
 
 __all__ = [

@@ -27,6 +27,7 @@ REST_FILE = "model.safetensors"
 CARD_FILE = "README.md"  # the model card
 LOG_FILE = "quantize-log.jsonl"  # one line a matrix
 RESERVED_PREFIXES = ("codebooks.", "input_groups.", "rotations.")  # of our tensors alone
+MAX_PLANES = 64  # kMaxPlanes of the native kernels
 SIGNPOST = "call_dropbydrop_register_before_loading"  # an empty tensor: tells what to do
 
 
@@ -159,6 +160,11 @@ class QuantizationConfig:
                 f"planes of kinds {[plane.kind for plane in self.planes]}: a checkpoint has planes "
                 "of one kind. The config is damaged."
             )
+        if len(self.planes) > MAX_PLANES:
+            raise FormatError(
+                f"{len(self.planes)} planes; kernels read up to {MAX_PLANES}. The config is "
+                "damaged."
+            )
         counts_of(self.planes, self.levels)
         if not self.input_groups:
             raise FormatError("quantization_config lists no input groups: nothing is quantized.")
@@ -169,6 +175,16 @@ class QuantizationConfig:
             double = sorted(name for name, count in Counter(names).items() if count > 1)
             if double:
                 raise FormatError(f"{what} {double} appears more than once in the input groups.")
+        tables = self.embeddings.modules
+        if len(set(tables)) != len(tables):
+            raise FormatError(
+                f"embeddings lists modules {tables}: one twice. The config is damaged."
+            )
+        if reserved := [n for n in (*self.modules, *tables) if n.startswith(RESERVED_PREFIXES)]:
+            raise FormatError(
+                f"module {reserved[0]!r} begins with a prefix that is reserved for our tensors. "
+                "The config is damaged."
+            )
         if both := set(self.modules) & set(self.embeddings.modules):
             raise FormatError(f"{sorted(both)} are listed as quantized linears and as embeddings.")
         self.check_level(self.bits)

@@ -98,6 +98,7 @@ def export(
         raise DropError(f"--dtype {dtype}: choose one of {', '.join(FLOATS)}.")
     checkpoint = Checkpoint.open(source)
     level = checkpoint.require(checkpoint.levels[-1] if bits is None else bits)
+    checkpoint.check_contents(checkpoint.quantization.prefix_of(level))
     tensors = _plan(checkpoint, level, FLOATS[dtype])
     with (
         AtomicFolder(Path(os.path.abspath(out))) as folder,

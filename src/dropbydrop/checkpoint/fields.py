@@ -6,6 +6,7 @@ decode wrong weights without a sign of it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,32 @@ FORMAT_VERSION = 1  # of everything: config, manifest, safetensors metadata
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+
+
+def parse_json(raw: bytes, where: str) -> Any:
+    """JSON as every parser reads it: UTF-8, no key twice, no NaN, nesting that Python's parser
+    follows.
+
+    Raises:
+        FormatError: it is not.
+    """
+    try:
+        return json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where} cannot be read as JSON ({error}). Fetch it again.") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} appears twice")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 class Fields:

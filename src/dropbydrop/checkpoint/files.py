@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dropbydrop.system.atomic_folder import is_partial
-from dropbydrop.system.digest import FileEntry
+from dropbydrop.system.digest import CHUNK, FileEntry
 from dropbydrop.system.errors import DropError, FormatError
 
 from .config import CONFIG_FILE, FORMAT, MANIFEST_FILE, REST_FILE
-from .fields import FORMAT_VERSION, Fields, check_version, plain_name
+from .fields import FORMAT_VERSION, Fields, check_version, parse_json, plain_name
 
 SIDECARS = ("sensitivity.json",)  # measured later, not in the manifest; copied when there
 REFUSED_SUFFIXES = (  # no text of a checkpoint ends like this: code, pickles, other tensors
     ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py",
 )  # fmt: skip
 PART = ".part"  # a file that `pull` has not finished
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+MAX_JSON = 16 << 20  # bytes; 100,000 modules take 12 MB
+_SHA256, _XXH128 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{32}")
 
 
 def plane_file(m: int, shard: int = 1, shards: int = 1) -> str:
@@ -34,17 +35,33 @@ def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        FormatError: missing, unreadable or not JSON.
+        FormatError: missing, unreadable, too large, or not JSON (`parse_json`).
+    """
+    return parse_json(read_small(path), str(path))
+
+
+def read_small(path: Path) -> bytes:
+    """The bytes of a text file, whose size is looked at first.
+
+    Raises:
+        FormatError: missing, unreadable, or larger than any that a checkpoint has.
     """
     try:
-        return json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON + 1)
     except FileNotFoundError:
         raise FormatError(
             f"{path} does not exist: not a dropbydrop checkpoint, or an incomplete copy of one "
             "(hf download REPO --local-dir FOLDER fetches a whole one from the Hub)."
         ) from None
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path} cannot be read as JSON ({error}). Fetch it again.") from error
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read ({error}). Fetch it again.") from error
+    if len(data) > MAX_JSON:
+        raise FormatError(
+            f"{path} has more than {MAX_JSON:,} bytes, which no such file of a checkpoint needs: "
+            "damaged, or made to use up memory. Fetch it again."
+        )
+    return data
 
 
 def dump_json(data: Any) -> bytes:
@@ -90,7 +107,7 @@ class Manifest:
     """`manifest.json`: every file of the full checkpoint but itself. Written once, never changed.
 
     Attributes:
-        files: name -> size and hash.
+        files: name -> size and digests.
         planes: planes[m - 1] are the file names of plane m (several when sharded).
         rest: files that every precision needs: exactly `model.safetensors`.
         quantized_parameters: weights of the quantized linears (d_out * d_in each).
@@ -120,10 +137,7 @@ class Manifest:
         check_version(fields.data.pop("format_version", None), where)
         files: dict[str, FileEntry] = {}
         for name, entry in fields.take("files", dict).items():
-            one = Fields(entry, f"{where}: {plain_name(name, where)}")
-            files[name] = FileEntry(**one.exactly(size=int, sha256=str))
-            if files[name].size < 0 or not _SHA256.fullmatch(files[name].sha256):
-                raise FormatError(f"{where}: size or sha256 of {name} is malformed.")
+            files[name] = _entry(entry, f"{where}: {plain_name(name, where)}")
         planes = tuple(
             _plane_names(names, m, where) for m, names in enumerate(fields.take("planes", list), 1)
         )
@@ -147,11 +161,34 @@ class Manifest:
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "files": {name: asdict(entry) for name, entry in self.files.items()},
+            "files": {name: _entry_to_dict(entry) for name, entry in self.files.items()},
             "planes": [list(names) for names in self.planes],
             "rest": list(self.rest),
             "parameters": {"quantized": self.quantized_parameters, "total": self.total_parameters},
         }
+
+
+def _entry(data: object, where: str) -> FileEntry:
+    """Size and digests of a file; checkpoints of the first weeks have no XXH128."""
+    fields = Fields(data, where)
+    chunks = fields.take("xxh128", list, default=None)
+    size, sha256 = fields.exactly(size=int, sha256=str).values()
+    if not 0 <= size < 1 << 63 or not _SHA256.fullmatch(sha256):
+        raise FormatError(f"{where}: size or sha256 is malformed. Damaged; fetch it again.")
+    if chunks is None:
+        return FileEntry(size, sha256)
+    valid = all(isinstance(chunk, str) and _XXH128.fullmatch(chunk) for chunk in chunks)
+    if not valid or len(chunks) != -(-size // CHUNK):
+        raise FormatError(
+            f"{where}: xxh128 is malformed: one of 32 hex digits for each {CHUNK:,} bytes. "
+            "Damaged; fetch it again."
+        )
+    return FileEntry(size, sha256, tuple(chunks))
+
+
+def _entry_to_dict(entry: FileEntry) -> dict[str, Any]:
+    chunks = {} if entry.xxh128 is None else {"xxh128": list(entry.xxh128)}
+    return {"size": entry.size, "sha256": entry.sha256} | chunks
 
 
 def _plane_names(names: object, m: int, where: str) -> tuple[str, ...]:

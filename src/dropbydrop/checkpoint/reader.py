@@ -1,36 +1,35 @@
 """Read a checkpoint: what is there, what it costs, whether it is intact, and its tensors.
 
-Three depths of checking, each cheap enough for its moment:
-- `open` parses config and manifest, compares the size of model.safetensors with the manifest and
-  its header with the config (names, dtypes, shapes), and looks at the values of the codebooks,
-  whose ranges native code relies on. No plane is touched.
+Four depths of checking, each cheap enough for its moment:
+- `open` parses config and manifest, compares the contents of config.json and the size of
+  model.safetensors with the manifest and the header of the latter with the config (names, types,
+  shapes), and looks at the values of the codebooks, whose ranges native code relies on. No plane is
+  touched.
 - `require(P)`, and every read, does the same for the files of its planes. Exchanged plane files
   are found here, without hashing, because tensor names carry the number of the plane.
-- `verify` hashes every file. A flipped bit inside a tensor is found only here.
+- A tensor that is read is compared with the manifest's XXH128 of its bytes (checked_file.py), and
+  `check_contents(P)` compares all files that decide the model at P bits: what loads or exports a
+  level calls it first.
+- `verify` computes SHA-256 of every file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from dropbydrop.coding.codebook_set import SETS, CodebookSet
 from dropbydrop.coding.rotation import Rotation, split_odd
-from dropbydrop.system.digest import file_digest
 from dropbydrop.system.errors import FormatError, MissingPlaneError
 
+from .checked_file import CheckedFile
 from .config import (
     CONFIG_FILE,
     MANIFEST_FILE,
-    RESERVED_PREFIXES,
     REST_FILE,
     QuantizationConfig,
     codebook_name,
@@ -38,20 +37,17 @@ from .config import (
     input_scales_name,
     odd_name,
 )
-from .files import Manifest, dump_json, read_json
-from .tensor_files import TensorInfo, read_header
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A problem that `Checkpoint.verify` found. kind: "missing", "size", "header" or "hash"."""
-
-    file: str
-    kind: str
-    message: str
-
-    def __str__(self) -> str:
-        return self.message
+from .contents import (
+    check_model_config,
+    is_document,
+    is_read_by_others,
+    rest_problems,
+    value_problem,
+)
+from .fields import parse_json
+from .files import Manifest, dump_json, read_json, read_small
+from .findings import Finding, file_findings
+from .tensor_files import TensorInfo
 
 
 class Checkpoint:
@@ -64,25 +60,22 @@ class Checkpoint:
         manifest: the validated manifest.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, verify: bool = True) -> None:
         """See `open`."""
         if not folder.is_dir():
             raise FormatError(
                 f"{folder} is not a folder. Checkpoints are local folders; fetch one from the Hub "
                 "first (hf download REPO --local-dir FOLDER)."
             )
-        config = read_json(folder / CONFIG_FILE)
+        raw = read_small(folder / CONFIG_FILE)
+        config = parse_json(raw, str(folder / CONFIG_FILE))
         if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
             raise FormatError(
                 f"{folder / CONFIG_FILE} has no quantization_config: this is not a dropbydrop "
                 "checkpoint. Make one with: dropbydrop quantize MODEL OUT --bits 2,3,4"
             )
-        if "auto_map" in config:
-            raise FormatError(
-                f"{folder / CONFIG_FILE} has 'auto_map', which asks to run code from the "
-                "checkpoint. dropbydrop checkpoints never carry code; do not use this one."
-            )
-        self.path, self.config = folder, config
+        check_model_config(config, str(folder / CONFIG_FILE))
+        self.path, self.config, self._verify = folder, config, verify
         self.quantization = QuantizationConfig.from_dict(config["quantization_config"])
         self.manifest = Manifest.from_dict(read_json(folder / MANIFEST_FILE))
         listed, described = len(self.manifest.planes), len(self.quantization.planes)
@@ -91,20 +84,25 @@ class Checkpoint:
                 f"{folder}: the manifest lists {listed} planes, the config {described}: files of "
                 "two checkpoints are mixed. Fetch it again."
             )
-        self._lock = threading.Lock()
-        self._handles: dict[str, Any] = {}
+        self._lock = threading.RLock()
+        self._files: dict[str, CheckedFile] = {}
         self._checked: set[int] = set()
+        if verify:
+            self._check_config(raw)
         self._check_rest()
 
     @staticmethod
-    def open(path: Path | str) -> Checkpoint:
+    def open(path: Path | str, verify: bool = True) -> Checkpoint:
         """Open and validate a folder without touching its planes.
+
+        Args:
+            verify: compare what is read, now and later, with the hashes of the manifest.
 
         Raises:
             FormatError: not a checkpoint of this version, or damaged; the message says which file
                 is concerned and what to do.
         """
-        return Checkpoint(Path(path))
+        return Checkpoint(Path(path), verify)
 
     # -- what is there --------------------------------------------------------------------
 
@@ -137,8 +135,7 @@ class Checkpoint:
     @cached_property
     def rest(self) -> dict[str, TensorInfo]:
         """Header of model.safetensors."""
-        self._check_size(REST_FILE)
-        return read_header(self.path / REST_FILE)
+        return self._file(REST_FILE).header.tensors
 
     @cached_property
     def fingerprint(self) -> str:
@@ -219,29 +216,29 @@ class Checkpoint:
             raise KeyError(f"plane {m} of {module}")
         self._check_plane(m)
         name = codes_name(module, m)
-        for file in self.manifest.planes[m - 1]:
-            handle = self._handle(file)
-            if name in handle.keys():  # noqa: SIM118 - a safetensors handle is no dict
-                tensor: Tensor = handle.get_tensor(name)
-                return tensor
+        for file in map(self._file, self.manifest.planes[m - 1]):
+            if name in file.header.tensors:
+                return file.tensor(name)
         raise AssertionError(name)  # _check_plane has seen it
 
     def read(self, name: str) -> Tensor:
-        """A tensor of model.safetensors (KeyError if there is none of this name)."""
-        if name not in self.rest:
-            raise KeyError(name)
-        tensor: Tensor = self._handle(REST_FILE).get_tensor(name)
-        return tensor
+        """A tensor of model.safetensors, on the mapped file.
+
+        Raises:
+            KeyError: there is none of this name.
+            FormatError: its bytes are not those of the manifest.
+        """
+        return self._file(REST_FILE).tensor(name)
 
     def read_set(self, name: str) -> CodebookSet:
-        """A codebook set, as it is stored.
+        """A codebook set, as it is stored, in memory.
 
         Raises:
             FormatError: values that no codebook has (`open` has looked at all sets).
         """
         planes = self.quantization.planes
         parts = tuple(
-            {suffix: self.read(codebook_name(name, m, suffix)) for suffix in plane.parts}
+            {suffix: self.read(codebook_name(name, m, suffix)).clone() for suffix in plane.parts}
             for m, plane in enumerate(planes, 1)
         )
         books = SETS[self.quantization.kind](planes, parts)
@@ -253,39 +250,58 @@ class Checkpoint:
         return books
 
     def read_rotation(self, index: int) -> Rotation:
-        """The rotation of input group `index`."""
+        """The rotation of input group `index`, in memory."""
         group = self.quantization.input_groups[index]
         odd = split_odd(group.d_in)[1]
-        factor = self.read(odd_name(odd)) if odd > 1 else None
+        factor = self.read(odd_name(odd)).clone() if odd > 1 else None
         scales = self.read(input_scales_name(index))
         return Rotation.from_stored(group.d_in, scales, factor)
 
     # -- checking -------------------------------------------------------------------------
 
+    def check_contents(self, prefix: int) -> None:
+        """Compare all that decides the model of the first `prefix` planes with the manifest.
+
+        These are its planes, model.safetensors, and every other file but documents. Further files
+        that loaders of models would read must not lie beside them. Contents are left out of a
+        checkpoint that was opened without `verify`; values that are not finite are refused always.
+
+        Raises:
+            MissingPlaneError, FormatError: a plane is absent; a file is missing, damaged, edited,
+                or not of this checkpoint.
+        """
+        self.require_planes(prefix)
+        if self._verify:
+            planes = set(self.manifest.tensor_files())
+            texts = (n for n in self.manifest.files if n not in planes and not is_document(n))
+            for name in (*texts, *self.manifest.tensor_files(prefix)):
+                self._file(name).check()
+            self._check_strangers()
+        for name in self.rest:
+            if problem := value_problem(name, self.read(name)):
+                raise FormatError(
+                    f"{self.path / REST_FILE}: {problem}. It was damaged, or made so; fetch it "
+                    "again, or quantize again."
+                )
+
+    def unchanged(self) -> None:
+        """Raises FormatError unless the folder still holds the files that were opened.
+
+        For whoever has read them by their names meanwhile.
+        """
+        for file in tuple(self._files.values()):
+            file.unchanged()
+
     def verify(self, hashes: bool = True) -> list[Finding]:
         """Check every file that is present against the manifest; absent planes are no problem.
 
         Args:
-            hashes: also compare SHA-256, which reads everything once.
+            hashes: also compare SHA-256 and XXH128, which reads everything.
 
         Returns:
             The problems, in the order of the manifest; empty when all is well.
         """
-        findings = []
-        planes = set(self.manifest.tensor_files()) - {REST_FILE}
-        for name, entry in self.manifest.files.items():
-            path = self.path / name
-            if not path.is_file():
-                if name not in planes:
-                    findings.append(Finding(name, "missing", f"{path} is missing. Fetch it again."))
-                continue
-            size = path.stat().st_size
-            if size != entry.size:
-                text = f"{size} bytes, the manifest says {entry.size}: cut off, or edited."
-                findings.append(Finding(name, "size", f"{path} has {text}"))
-            elif hashes and (found := file_digest(path)) != entry.sha256:
-                text = f"SHA-256 {found[:16]}…, the manifest says {entry.sha256[:16]}…: damaged or "
-                findings.append(Finding(name, "hash", f"{path} has {text}edited. Fetch it again."))
+        findings = file_findings(self.path, self.manifest, hashes)
         suspect = {finding.file for finding in findings}
         for m in self.planes_present():
             if not suspect.intersection(self.manifest.planes[m - 1]):
@@ -295,19 +311,37 @@ class Checkpoint:
                     findings.append(Finding(self.manifest.planes[m - 1][0], "header", str(error)))
         return findings
 
-    def _check_size(self, name: str) -> None:
-        path, entry = self.path / name, self.manifest.files[name]
-        if not path.is_file():
-            raise FormatError(f"{path} is missing. Fetch it again; every precision needs it.")
-        if path.stat().st_size != entry.size:
+    def _check_config(self, raw: bytes) -> None:
+        """The bytes that were parsed must be those that the manifest lists."""
+        file = self._file(CONFIG_FILE) if CONFIG_FILE in self.manifest.files else None
+        if file is None or file.content != raw:
             raise FormatError(
-                f"{path} has {path.stat().st_size} bytes, the manifest says {entry.size}: cut off, "
-                "or from another checkpoint. Fetch it again."
+                f"{self.path / CONFIG_FILE} is not in the manifest, or was replaced while it was "
+                "read. Fetch the checkpoint again."
+            )
+        file.check()
+
+    def _check_strangers(self) -> None:
+        """No file that loaders would read beside those that the manifest lists."""
+        present = {path.name for path in self.path.iterdir()}
+        strangers = sorted(filter(is_read_by_others, present - set(self.manifest.files)))
+        if strangers:
+            raise FormatError(
+                f"{self.path} holds {strangers[0]!r}, which its manifest does not list, and which "
+                "loaders of models read: it would change the model. Move it away, or load with "
+                "verify=False if it is yours."
             )
 
     def _check_rest(self) -> None:
         """Everything the config implies must be in model.safetensors, in dtype and shape."""
-        problems = list(self._rest_problems())
+        problems = list(rest_problems(self.quantization, self.rest))
+        if not problems:
+            weights = sum(d_out * d_in for d_out, d_in in self.shapes.values())
+            if weights != self.manifest.quantized_parameters:
+                problems.append(
+                    f"{weights} quantized weights, the manifest says "
+                    f"{self.manifest.quantized_parameters}"
+                )
         if problems:
             raise FormatError(
                 f"{self.path / REST_FILE} contradicts {CONFIG_FILE}: {'; '.join(problems[:4])}"
@@ -316,32 +350,6 @@ class Checkpoint:
             )
         for name in self.quantization.sets:
             self.read_set(name)
-
-    def _rest_problems(self) -> Iterator[str]:
-        rest, q = self.rest, self.quantization
-        expected = {name: TensorInfo("F16", (0,)) for name in q.guards}
-        expected |= q.codebooks
-        for i, group in enumerate(q.input_groups):
-            odd = split_odd(group.d_in)[1]
-            expected[input_scales_name(i)] = TensorInfo("U8", (group.d_in,))
-            if odd > 1:
-                expected[odd_name(odd)] = TensorInfo("F32", (odd, odd))
-        ours = {name for name in rest if name.startswith(RESERVED_PREFIXES)}
-        for name in sorted(ours - set(expected)):
-            yield f"{name} is not described"
-        for module in q.modules:
-            shape = rest[f"{module}.scales"].shape[:1] if f"{module}.scales" in rest else ()
-            expected[f"{module}.scales"] = TensorInfo("F16", shape or (0,))
-        if q.embeddings.bits == 8:
-            for module in q.embeddings.modules:
-                rows = rest[f"{module}.rows"].shape if f"{module}.rows" in rest else (0, 0)
-                expected[f"{module}.rows"] = TensorInfo("I8", rows)
-                expected[f"{module}.row_scales"] = TensorInfo("F16", rows[:1])
-        for name, info in expected.items():
-            if name not in rest:
-                yield f"{name} is missing"
-            elif rest[name] != info:
-                yield f"{name} is {rest[name]}, expected {info}"
 
     def _check_plane(self, m: int) -> None:
         """Presence, sizes and headers of the files of plane m; once per Checkpoint."""
@@ -354,17 +362,17 @@ class Checkpoint:
                     f"plane {m} is needed, but {path} is missing (complete planes here: {present})."
                     f" Fetch this file, or ask for a lower precision."
                 )
-            self._check_size(path.name)
-        found = {n: info for p in self.plane_paths(m) for n, info in read_header(p).items()}
+        headers = [self._file(name).header for name in self.manifest.planes[m - 1]]
+        found = {n: info for header in headers for n, info in header.tensors.items()}
         plane = self.quantization.planes[m - 1]
         expected = {
             codes_name(module, m): TensorInfo("U8", plane.shape(*matrix))
             for module, matrix in self.shapes.items()
         }
-        if found != expected:
+        if found != expected or sum(len(header.tensors) for header in headers) != len(found):
             name = min(set(found) ^ set(expected), default=None)
             if name is None:
-                name = min(n for n in expected if expected[n] != found[n])
+                name = next((n for n in sorted(expected) if expected[n] != found[n]), min(found))
             raise FormatError(
                 f"{self.plane_paths(m)[0]} does not hold plane {m} of this checkpoint: {name} is "
                 f"{found.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}. "
@@ -372,8 +380,21 @@ class Checkpoint:
             )
         self._checked.add(m)
 
-    def _handle(self, file: str) -> Any:
+    def _file(self, name: str) -> CheckedFile:
+        """A file of the manifest, opened once and for as long as this checkpoint is in use."""
         with self._lock:
-            if file not in self._handles:
-                self._handles[file] = safe_open(self.path / file, framework="pt")
-            return self._handles[file]
+            if name not in self._files:
+                opened = CheckedFile(self.path / name, self.manifest.files[name], self._verify)
+                if not self._verify and name in self.manifest.tensor_files():
+                    self._check_manifest()
+                self._files[name] = opened
+            return self._files[name]
+
+    def _check_manifest(self) -> None:
+        """The folder must still be that of this manifest; where contents are compared, they say."""
+        now = Manifest.from_dict(read_json(self.path / MANIFEST_FILE))
+        if now.to_dict() != self.manifest.to_dict():
+            raise FormatError(
+                f"{self.path} holds another checkpoint than the one that was opened: it was "
+                "replaced meanwhile. Load the folder again."
+            )

@@ -4,17 +4,18 @@ A safetensors file is 8 bytes (little-endian length n of the header), n bytes of
 spaces to a multiple of 8, then the tensors without holes. The header is written and checked here,
 because writers stream tensors that no memory holds together (from raw files, from another
 checkpoint, decoded a slab at a time) and the reader wants to say precisely what is wrong with a
-file before a library maps it; tensors themselves are read with the safetensors library.
+file before anything uses it. Tensors are read by transformers with the safetensors library, and one
+by one by checked_file.py.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from torch import Tensor
 
 from dropbydrop.system.errors import FormatError
 
-from .fields import FORMAT_VERSION, check_version
+from .fields import FORMAT_VERSION, check_version, parse_json
 
 METADATA = {"format": "pt", "format_version": str(FORMAT_VERSION)}
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_HEADER = 16 << 20  # bytes; 100,000 tensors take 12 MB
 DTYPES = {  # by their safetensors names
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -38,6 +39,7 @@ DTYPES = {  # by their safetensors names
     "BOOL": torch.bool,
 }
 FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FLOAT_TYPES = ("F16", "BF16", "F32", "F64")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -140,41 +142,65 @@ def into_shards(tensors: Iterable[StreamedTensor], shard_bytes: int) -> list[lis
 # --------------------------------------------------------------------------------- reading
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes in a safetensors file; checks its length and its version.
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of its tensors.
+
+    Attributes:
+        tensors: name -> type and shape.
+        starts: name -> where its data begins, bytes from the beginning of the file.
+    """
+
+    tensors: dict[str, TensorInfo]
+    starts: dict[str, int]
+
+
+def read_header(data: bytes | mmap.mmap, where: str) -> Header:
+    """The header of a file with these bytes; checks its length and its version.
 
     Raises:
         FormatError: truncated, damaged, or written by an unknown version.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-        if length > min(MAX_HEADER, size - 8):
-            raise FormatError(
-                f"{path} is damaged or cut off within its header ({size} bytes). Fetch it again."
-            )
-        raw = file.read(length)
+    size = len(data)
+    (length,) = struct.unpack("<Q", data[:8].ljust(8, b"\xff"))
+    if length > min(MAX_HEADER, size - 8):
+        raise FormatError(
+            f"{where} is damaged or cut off within its header ({size} bytes). Fetch it again."
+        )
     try:
-        header = json.loads(raw)
-        metadata = dict(header.pop("__metadata__", {}))
-        tensors = {
-            name: TensorInfo(entry["dtype"], tuple(entry["shape"]))
-            for name, entry in header.items()
-        }
-        sizes = [n for info in tensors.values() for n in info.shape]
-        if any(type(n) is not int or n < 0 for n in sizes):
-            raise ValueError("a shape is no list of sizes")
-        spans = [(*header[name]["data_offsets"], info.nbytes) for name, info in tensors.items()]
+        header = parse_json(data[8 : 8 + length], f"{where}: the header")
+        metadata = _strings(header.pop("__metadata__", {}))
+        spans = {name: _span(entry) for name, entry in header.items()}
         fits, end = True, 0
-        for start, stop, nbytes in sorted(spans):
-            fits, end = fits and start == end and stop - start == nbytes, stop
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise FormatError(f"{path}: the header is damaged ({error!r}). Fetch it again.") from error
+        for start, stop, info in sorted(spans.values(), key=lambda span: span[:2]):
+            fits, end = fits and start == end and stop - start == info.nbytes, stop
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{where}: the header is damaged ({error!r}). Fetch it again.") from error
     if not fits or size != 8 + length + end:
         raise FormatError(
-            f"{path} has {size} bytes but its header describes {8 + length + end}: cut off or "
+            f"{where} has {size} bytes but its header describes {8 + length + end}: cut off or "
             "damaged. Fetch it again."
         )
     if metadata.get("format_version") != METADATA["format_version"]:
-        check_version(metadata.get("format_version"), str(path))
-    return tensors
+        check_version(metadata.get("format_version"), where)
+    tensors = {name: info for name, (_, _, info) in spans.items()}
+    return Header(tensors, {name: 8 + length + start for name, (start, _, _) in spans.items()})
+
+
+def _strings(metadata: Any) -> dict[str, str]:
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ holds more than strings")
+    return dict(metadata)
+
+
+def _span(entry: Any) -> tuple[int, int, TensorInfo]:
+    """First byte, last byte + 1, type and shape of an entry of a header."""
+    if set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"an entry has the keys {sorted(entry)}")
+    start, stop = entry["data_offsets"]
+    info = TensorInfo(entry["dtype"], tuple(entry["shape"]))
+    if any(type(n) is not int or not 0 <= n < 1 << 48 for n in (start, stop, *info.shape)):
+        raise ValueError("a shape or an offset is no size")
+    if math.prod(info.shape) >= 1 << 48 or len(info.shape) > 8:
+        raise ValueError("a shape of more values than any file holds")
+    return start, stop, info

@@ -11,7 +11,11 @@ Steps of `AutoModelForCausalLM.from_pretrained(out)` that are ours:
    offered to the model (fused_decode.py), and on a GPU one product for all linears of an input
    (fused_groups.py).
 
-Codebooks and rotations belong to no single module; the store reads them.
+Codebooks and rotations belong to no single module; the store reads them, at the end of step 3: what
+is loaded needs the folder no more, until further planes are asked for.
+
+Files are compared with the manifest before step 2 ends, every tensor's type and shape with the
+model's, and after step 3 it is checked that the folder still holds the files that were compared.
 Written against transformers 5.23; tests/test_hf.py exercises every hook that is overridden.
 """
 
@@ -34,7 +38,10 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dropbydrop.checkpoint import Checkpoint, QuantizationConfig
-from dropbydrop.checkpoint.config import FORMAT
+from dropbydrop.checkpoint.config import CONFIG_FILE, FORMAT, REST_FILE
+from dropbydrop.checkpoint.contents import check_model_config
+from dropbydrop.checkpoint.files import read_json
+from dropbydrop.checkpoint.tensor_files import DTYPES
 from dropbydrop.models.embeddings import output_scale
 from dropbydrop.models.key_names import ModuleNames
 from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError
@@ -109,6 +116,13 @@ class DropByDropQuantizer(HfQuantizer):
                 "a lower precision instead."
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before the model is built, which is when transformers would fetch a kernel."""
+        folder = Path(config.name_or_path)
+        if opened.get() is None and (folder / CONFIG_FILE).is_file():  # else `load` has looked
+            check_model_config(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+        return config
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files")
         if not files:
@@ -118,15 +132,22 @@ class DropByDropQuantizer(HfQuantizer):
             )
         checkpoint = opened.get() or Checkpoint.open(Path(files[0]).parent)
         self._folder = checkpoint.path
+        if [Path(file).name for file in files] != [REST_FILE]:
+            raise FormatError(
+                f"transformers is about to read {[Path(file).name for file in files]} of "
+                f"{checkpoint.path} in the place of {REST_FILE}. Load without a variant."
+            )
         asked = self.quantization_config.quantization
         if asked.to_dict() != {**checkpoint.quantization.to_dict(), "bits": asked.bits}:
             raise FormatError(
                 f"the quantization_config given differs from the one in {checkpoint.path}; only "
                 "'bits' may be changed."
             )
-        prefix = checkpoint.quantization.prefix_of(checkpoint.require(asked.bits))
+        prefix = checkpoint.quantization.prefix_of(asked.bits)
+        checkpoint.check_contents(prefix)
         with torch.device("meta"):
             place_modules(model, checkpoint, prefix, kwargs.get("dtype"))
+        _check_parameters(model, checkpoint)
         # The same list object is read afterwards; a copy would leave the codes unread, which
         # _process_model_after_weight_loading refuses.
         files.extend(str(p) for m in range(1, prefix + 1) for p in checkpoint.plane_paths(m))
@@ -136,6 +157,8 @@ class DropByDropQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         linears = [m for m in model.modules() if isinstance(m, NestedLinear)]
+        for store in {linear.store for linear in linears}:
+            store.checkpoint.unchanged()  # transformers has read the files by their names
         for name, tensor in _our_tensors(model):
             if not getattr(tensor, "_is_hf_initialized", False) or tensor.is_meta:
                 raise DropError(
@@ -148,6 +171,7 @@ class DropByDropQuantizer(HfQuantizer):
         for linear in linears:
             linear.codes.settle()
             linear.store.add(linear.name, linear.codes.held())
+            _ = linear.input_group  # read now, whatever happens to the folder later
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if isinstance(head, NestedHead) and head.tied:
             head.row_scales = embedding.row_scales.to(head.rows.device)
@@ -216,6 +240,25 @@ def place_modules(model: Any, checkpoint: Checkpoint, prefix: int, dtype: Any) -
             )
     if spec.tied:
         _tie_head(model)
+
+
+def _check_parameters(model: Any, checkpoint: Checkpoint) -> None:
+    """Every stored tensor of a model on the meta device must have the shape of its parameter.
+
+    Tensors that this class has no place for (the head of another task) are transformers' to ignore.
+    """
+    places = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, info in checkpoint.rest.items():
+        place = places.get(name, places.get(name.removeprefix(f"{model.base_model_prefix}.")))
+        if place is None or name in checkpoint.quantization.guards:
+            continue
+        same_kind = DTYPES[info.dtype].is_floating_point == place.is_floating_point()
+        if tuple(place.shape) != info.shape or not same_kind:
+            raise FormatError(
+                f"{name} is {info} in {checkpoint.path}, but {list(place.shape)} of {place.dtype} "
+                f"in {type(model).__name__}: config.json is of another model, or the file is "
+                "damaged. Fetch it again."
+            )
 
 
 def _tie_head(model: Any) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.models.model_config import text_settings
 from dropbydrop.planning.plan import Plan
 from dropbydrop.planning.precision import Precision
 from dropbydrop.planning.solver import levels_here, make_plan
-from dropbydrop.system.errors import FormatError, PrecisionError
+from dropbydrop.system.errors import DropError, FormatError, PrecisionError, first_line
 
 from . import upgrade as upgrades
 from .hf import opened, register
@@ -36,6 +37,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     upgrade: bool = False,
+    verify: bool = True,
 ) -> Any:
     """Load a checkpoint folder as an ordinary transformers model, in eval mode.
 
@@ -54,6 +56,7 @@ def load(
         device: where the tensors go.
         upgrade: go on reading the planes of higher levels on a background thread, waiting for
             those that a running `dropbydrop pull` still brings; see `dropbydrop.upgrade`.
+        verify: compare all that decides the model with the hashes of its manifest.
 
     Returns:
         A `PreTrainedModel`; `generate`, `config` and `generation_config` are as usual.
@@ -62,7 +65,8 @@ def load(
         PrecisionError: `bits` is not a level of the checkpoint, the budget is infeasible, or more
             than one precision is given.
         MissingPlaneError: a plane that is needed is not in the folder.
-        FormatError: not a checkpoint, an unknown version, or damaged; a plan for another one.
+        FormatError: not a checkpoint, an unknown version, damaged, edited, or replaced meanwhile; a
+            plan for another one.
         DropError: a budget, but nothing is known about which matrices matter.
     """
     given = [x is not None for x in (bits, avg_bits, plan, memory)]
@@ -72,9 +76,9 @@ def load(
     if upgrade:
         if any(given) and bits is None:
             raise PrecisionError("upgrade=True begins at a level: give bits, or nothing.")
-        checkpoint = upgrades.open_when_ready(path, bits)
+        checkpoint = upgrades.open_when_ready(path, bits, verify)
     else:
-        checkpoint = Checkpoint.open(path)
+        checkpoint = Checkpoint.open(path, verify)
     if memory is not None:
         resolved = make_plan(checkpoint, None, memory, context=context, dtype=dtype)
     else:
@@ -126,6 +130,16 @@ def upgrade(model: Any) -> upgrades.Upgrade:
     return upgrades.start(store_of(model))
 
 
+def _check_depth(checkpoint: Checkpoint) -> None:
+    """Refuse a config that asks for more blocks than there are matrices, before any is built."""
+    depth = text_settings(checkpoint.config).get("num_hidden_layers")
+    if isinstance(depth, int) and depth > len(checkpoint.quantization.modules):
+        raise FormatError(
+            f"config.json of {checkpoint.path} asks for {depth} blocks, the checkpoint has "
+            f"{len(checkpoint.quantization.modules)} matrices. Damaged; fetch it again."
+        )
+
+
 def _load_level(
     checkpoint: Checkpoint, bits: int, dtype: torch.dtype | str | None, device: torch.device | str
 ) -> Any:
@@ -133,10 +147,11 @@ def _load_level(
     from dropbydrop.models.pretrained import config_of, read_model
 
     register()
-    config: Any = config_of(checkpoint.path)
-    config.quantization_config = {**config.quantization_config, "bits": bits}
+    _check_depth(checkpoint)
     place, token = torch.device(device), opened.set(checkpoint)
     try:
+        config: Any = config_of(checkpoint.path)
+        config.quantization_config = {**config.quantization_config, "bits": bits}
         loaded: Any = read_model(
             checkpoint.path,
             config=config,
@@ -144,6 +159,14 @@ def _load_level(
             device_map=None if place.type == "cpu" else {"": place},
             output_loading_info=True,
         )
+    except DropError:
+        raise
+    except Exception as error:  # a config can make transformers fail in any way
+        raise FormatError(
+            f"transformers cannot make a model of {checkpoint.path} ({first_line(error)}): its "
+            "config.json is damaged, or this version of transformers does not know the model. "
+            "Fetch it again, or use the version that it was written with."
+        ) from error
     finally:
         opened.reset(token)
     model, info = loaded

@@ -25,10 +25,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-from safetensors import safe_open
 
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.checkpoint.config import codes_name
 from dropbydrop.coding.codebook_set import CodebookSet
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.kernels import Plane, to_device_layout
@@ -132,19 +130,15 @@ class PlaneStore:
     ) -> dict[tuple[str, int], Plane]:
         """A plane's tensors, in memory whatever happens to the file afterwards, as views hold them.
 
-        They are packed on this thread, before anyone can see them.
+        Each is compared with the manifest as it is read, and packed on this thread, before anyone
+        can see it.
         """
-        wanted = {codes_name(module, m): module for module in modules}
         spec, new = self.checkpoint.quantization.planes[m - 1], {}
-        for path in self.checkpoint.plane_paths(m):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no dict
-                    if stop():
-                        return {}
-                    if module := wanted.get(name):
-                        codes = file.get_tensor(name).to(self._modules[module], copy=True)
-                        matrix = self.checkpoint.shapes[module]
-                        new[module, m] = to_device_layout(codes, spec, *matrix)
+        for module in modules:
+            if stop():
+                return {}
+            codes = self.checkpoint.read_codes(module, m).to(self._modules[module], copy=True)
+            new[module, m] = to_device_layout(codes, spec, *self.checkpoint.shapes[module])
         return new
 
     def input_group(self, module: str, device: torch.device) -> GroupEntries:

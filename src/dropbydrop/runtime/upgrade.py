@@ -126,7 +126,7 @@ def wait_for_planes(checkpoint: Checkpoint, bits: int, stop: threading.Event | N
         time.sleep(_POLL)
 
 
-def open_when_ready(path: Path | str, bits: int | None) -> Checkpoint:
+def open_when_ready(path: Path | str, bits: int | None, verify: bool = True) -> Checkpoint:
     """Open a folder that a pull may still be filling, as soon as `bits` can be loaded from it.
 
     Raises:
@@ -138,7 +138,7 @@ def open_when_ready(path: Path | str, bits: int | None) -> Checkpoint:
         (folder / name).is_file() for name in (MANIFEST_FILE, CONFIG_FILE, REST_FILE)
     ):
         time.sleep(_POLL)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(folder, verify)
     level = checkpoint.quantization.bits if bits is None else bits
     wait_for_planes(checkpoint, checkpoint.quantization.check_level(level))
     return checkpoint

@@ -19,7 +19,6 @@ refused while the other is alive.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import shutil
@@ -28,7 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from .digest import FileEntry
+from .digest import FileEntry, FileHasher
 from .errors import DropError
 from .exchange import exchange
 from .file_errors import file_errors
@@ -112,7 +111,7 @@ class AtomicFolder:
 
     Attributes:
         path: the hidden folder.
-        files: name -> size and SHA-256 of what `write` wrote.
+        files: name -> size and digests of what `write` wrote.
 
     Raises:
         DropError: `out` exists, its parent does not, another process works on it, or the disk is
@@ -143,15 +142,14 @@ class AtomicFolder:
                 raise
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write a file (mode 0666 less the umask) and record its size and SHA-256."""
-        digest, size = hashlib.sha256(), 0
+        """Write a file (mode 0666 less the umask) and record its size and digests."""
+        hasher = FileHasher()
         with open(self.path / name, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
+                hasher.update(chunk)
             sync(file)
-        self.files[name] = FileEntry(size, digest.hexdigest())
+        self.files[name] = hasher.entry()
 
     def copy(self, name: str, source: Path) -> None:
         """Write the file `source` as `name`."""

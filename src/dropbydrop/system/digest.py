@@ -1,15 +1,21 @@
-"""SHA-256 of files, of models and of the code that a result depends on.
+"""Digests of files, of models and of the code that a result depends on.
 
-Work that is resumed or taken from a cache is compared by these digests. `code_digest` covers the
-rooms that it is given and no more, so that an edited help text does not invalidate a run of days.
+Work that is resumed or taken from a cache is compared by SHA-256. `code_digest` covers the rooms
+that it is given and no more, so that an edited help text does not invalidate a run of days.
+
+A file of a checkpoint has two digests (`FileEntry`): SHA-256 of the whole, against whoever serves
+another file, and XXH128 of each 4 MiB, against damage: cheap enough to be compared at every load,
+and only where bytes are used. XXH128 is no cryptographic hash; docs/security.md says what follows.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import xxhash
 
 from .native_library import built_libraries
 
@@ -22,12 +28,62 @@ _MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 _PACKAGE = Path(__file__).parents[1]
 
 
+CHUNK = 4 << 20  # bytes of a file that one XXH128 covers
+
+
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and SHA-256 (hex) of a file."""
+    """Size in bytes and digests (hex) of a file; two are equal when size and SHA-256 are.
+
+    Attributes:
+        xxh128: one for each `CHUNK` bytes, the last may be shorter; None where they are not known.
+    """
 
     size: int
     sha256: str
+    xxh128: tuple[str, ...] | None = field(default=None, compare=False)
+
+
+class FileHasher:
+    """The `FileEntry` of bytes that pass by in pieces of any size."""
+
+    def __init__(self) -> None:
+        self._size, self._sha256 = 0, hashlib.sha256()
+        self._done: list[str] = []
+        self._chunk = xxhash.xxh3_128()
+
+    def update(self, data: bytes | memoryview) -> None:
+        """The next bytes."""
+        self._sha256.update(data)
+        view = memoryview(data)
+        while len(view):
+            part = view[: CHUNK - self._size % CHUNK]
+            self._chunk.update(part)
+            self._size += len(part)
+            if self._size % CHUNK == 0:
+                self._next_chunk()
+            view = view[len(part) :]
+
+    def _next_chunk(self) -> None:
+        self._done.append(self._chunk.hexdigest())
+        self._chunk.reset()
+
+    def entry(self) -> FileEntry:
+        """Of all bytes; nothing may follow."""
+        if self._size % CHUNK:
+            self._next_chunk()
+        return FileEntry(self._size, self._sha256.hexdigest(), tuple(self._done))
+
+
+def chunk_digest(data: bytes | memoryview) -> str:
+    """XXH128 (hex) of one chunk."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def chunk_digests(path: Path) -> tuple[str, ...]:
+    """XXH128 (hex) of each chunk of a file."""
+    with open(path, "rb") as file:
+        return tuple(map(chunk_digest, iter(lambda: file.read(CHUNK), b"")))
 
 
 def file_digest(path: Path) -> str:

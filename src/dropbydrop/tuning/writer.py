@@ -51,6 +51,7 @@ def check_intact(checkpoint: Checkpoint) -> None:
     for finding in checkpoint.verify():
         if finding.file in needed:
             raise FormatError(finding.message)
+    checkpoint.check_contents(len(checkpoint.manifest.planes))
 
 
 def with_sets(quantization: QuantizationConfig, sets: Sequence[str]) -> QuantizationConfig:

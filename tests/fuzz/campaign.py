@@ -1,0 +1,174 @@
+"""Mutants, opened and loaded: what may happen to one, and the counts of a campaign.
+
+    python tests/fuzz/campaign.py loads FIRST COUNT CORPUS     # a child: ends itself, or crashes
+
+A mutant is refused with a DropError, or it opens, loads and gives finite logits; and a file that
+its manifest does not describe is never loaded. Anything else is a failure, reported by the number
+of the mutant. Loads run in a child, whose end by a signal is a failure of the mutant it named last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mutants
+from mutants import Files, Mutant
+
+SLOW = 20.0  # seconds of processor time that no mutant may take
+
+
+@dataclass
+class Campaign:
+    """Counts of outcomes, and what failed: number of the mutant and what happened."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, number: int, made: Mutant, outcome: str) -> None:
+        """Record one; an outcome that begins with "!" is a failure."""
+        self.counts[outcome.split(":")[0]] += 1
+        if outcome.startswith("!"):
+            self.failures.append(f"mutant {number} ({'; '.join(made.changes)}): {outcome}")
+
+
+def differs(folder: Path) -> bool:
+    """Whether a file that decides the model is not what the manifest says (by SHA-256 alone)."""
+    from dropbydrop.checkpoint.contents import is_document
+    from dropbydrop.checkpoint.files import Manifest, read_json
+    from dropbydrop.system.digest import file_digest
+
+    manifest = Manifest.from_dict(read_json(folder / "manifest.json"))
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if path.exists() and not is_document(name) and file_digest(path) != entry.sha256:
+            return True
+    return False
+
+
+def opened(folder: Path) -> str:
+    """Everything that reads a folder without a model: what happened."""
+    from dropbydrop.checkpoint import Checkpoint
+    from dropbydrop.cli.info import describe
+    from dropbydrop.planning.plan import Plan
+    from dropbydrop.planning.sensitivity import known_sensitivity
+    from dropbydrop.system.errors import DropError
+
+    outcome = "refused"
+    for verify in (True, False):
+        try:
+            checkpoint = Checkpoint.open(folder, verify)
+            describe(checkpoint)
+            checkpoint.verify()
+            checkpoint.check_contents(len(checkpoint.manifest.planes))
+            outcome = "opened" if verify else "opened without hashes"
+            for read in (known_sensitivity, lambda c: Plan.load(folder / "plan.json").check(c)):
+                try:
+                    read(checkpoint)
+                except DropError:
+                    outcome += ", sidecar refused"
+            if verify and differs(folder):
+                return "! a file that differs from the manifest was accepted"
+            return outcome
+        except DropError:
+            continue
+        except Exception as error:
+            return f"! {type(error).__name__}: {str(error)[:200]}"
+    return outcome
+
+
+def open_mutants(corpus: list[Files], numbers: Iterable[int], scratch: Path) -> Campaign:
+    """Open each mutant in a folder of its own making."""
+    done = Campaign()
+    for number in numbers:
+        made, start = mutants.mutant(corpus, number), time.process_time()
+        outcome = opened(made.write(scratch))
+        if time.process_time() - start > SLOW:
+            outcome = f"! took {time.process_time() - start:.0f} s"
+        done.add(number, made, outcome)
+    return done
+
+
+def loaded(folder: Path, made: Mutant) -> str:
+    """A model of the folder, and its logits of few and of many tokens."""
+    import torch
+
+    import dropbydrop
+    from dropbydrop.system.errors import DropError
+
+    try:
+        model = dropbydrop.load(folder)
+    except DropError:
+        return "refused"
+    except Exception as error:
+        return f"! {type(error).__name__}: {str(error)[:200]}"
+    if differs(folder):
+        return "! a file that differs from the manifest was loaded"
+    try:
+        with torch.no_grad():
+            few = model(input_ids=torch.arange(3)[None], use_cache=True).logits
+            many = model(input_ids=torch.arange(40)[None] + 5).logits
+    except Exception as error:
+        return (
+            f"! forward: {type(error).__name__}: {str(error)[:200]}" if made.exact else "odd model"
+        )
+    finite = bool(torch.isfinite(few).all() and torch.isfinite(many).all())
+    return "loaded" if finite else "! logits are not finite" if made.exact else "odd model"
+
+
+def load_mutants(corpus: list[Files], first: int, count: int, scratch: Path) -> Campaign:
+    """Load mutants first ... first + count - 1, in children that may crash."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    store = scratch / "corpus.pickle"  # our own, of this process
+    store.write_bytes(pickle.dumps(corpus))
+    done, number, end = Campaign(), first, first + count
+    while number < end:
+        child = subprocess.run(
+            [sys.executable, __file__, "loads", str(number), str(end - number), str(store)],
+            capture_output=True, text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        lines = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
+        begun = [line["number"] for line in lines if "outcome" not in line]
+        for line in (line for line in lines if "outcome" in line):
+            done.add(line["number"], mutants.mutant(corpus, line["number"]), line["outcome"])
+        if child.returncode == 0:
+            break
+        if not begun:
+            raise RuntimeError(child.stderr[-2000:])
+        outcome = f"! child ended with {child.returncode}: {child.stderr[-300:]}"
+        done.add(begun[-1], mutants.mutant(corpus, begun[-1]), outcome)
+        number = begun[-1] + 1
+    return done
+
+
+def _child(first: int, count: int, store: str) -> None:
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    corpus: list[Files] = pickle.loads(Path(store).read_bytes())
+    for number in range(first, first + count):
+        made = mutants.mutant(corpus, number)
+        folder = made.write(Path(store).parent / "loading")
+        _say({"number": number})
+        _say({"number": number, "outcome": loaded(folder, made)})
+
+
+def _say(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    _child(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
