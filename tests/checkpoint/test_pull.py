@@ -282,7 +282,7 @@ def test_hostile_manifests(server: Server, out: Path, tmp_path: Path) -> None:
         server.body["manifest.json"] = body
         with pytest.raises(DropError, match=message):
             fetch(server, dest, 2)
-    huge = {n: {**e, "size": 1 << 60} if n == PLANE else e for n, e in files.items()}
+    huge = {**files, PLANE: {"size": 1 << 60, "sha256": files[PLANE]["sha256"]}}
     server.body["manifest.json"] = hostile_manifest(out, files=huge)
     with pytest.raises(TransferError, match="GB free"):
         fetch(server, tmp_path / "huge", 2)
