@@ -456,3 +456,15 @@ def test_missing_and_damaged_weight_files(tmp_path: Path, llama: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FormatError, match="outside"):
         BlockRunner.open(tmp_path)
+
+
+def test_weights_outside_of_the_blocks_are_released(tmp_path: Path, ids: Tensor) -> None:
+    runner = open_runner(tiny.save_tiny(tmp_path, "llama-tied"))
+    hidden = runner.embed(ids)
+    expected = runner.logits(hidden)
+    runner.release_outer()
+    assert all(p.is_meta for p in runner.model.parameters())
+    assert torch.equal(runner.embed(ids), hidden)
+    assert torch.equal(runner.logits(hidden), expected)
+    head = runner.model.get_output_embeddings()
+    assert head.weight is runner.model.get_input_embeddings().weight

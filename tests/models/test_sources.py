@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
-from dropbydrop.models import packaged, sources
+from dropbydrop.models import packaged, sources, weight_files
 from dropbydrop.models.sources import convert_gguf, resolve
 from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError
 from tiny import copy_of, write_gguf
@@ -244,3 +245,13 @@ def test_a_damaged_conversion_is_made_again(
     monkeypatch.setenv("DROPBYDROP_CACHE", str(tmp_path / "file"))
     with pytest.raises(DropError, match=r"cannot be read or written .*DROPBYDROP_CACHE names"):
         convert_gguf(file)
+
+
+def test_large_tensors_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_files, "_PART", 256)
+    whole = {"a": torch.randn(37, 20), "b": torch.randn(1, 400), "c": torch.arange(999)}
+    save_file(whole, tmp_path / "model.safetensors")
+    files = weight_files.WeightFiles(tmp_path)
+    for name, tensor in whole.items():
+        assert torch.equal(files.read(name), tensor)
+    assert torch.equal(files.read("a", torch.bfloat16), whole["a"].to(torch.bfloat16))

@@ -29,7 +29,7 @@ lacks. Encoder-decoders are not supported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -222,11 +222,26 @@ class BlockRunner:
         todo = [n for n in names if n not in self._outer_loaded]
         self._load(self.model, "", todo)
         self._outer_loaded.update(todo)
+        self._share(todo)
+
+    def _share(self, names: Sequence[str]) -> None:
+        """Have what is tied to parameters `names` hold them as they are now."""
         for target, source in self._ties.items():
-            if source in todo and self._is_outer(source):
+            if source in names and self._is_outer(source):
                 path, _, leaf = target.rpartition(".")
                 shared = self.model.get_parameter(source)
                 self.model.get_submodule(path)._parameters[leaf] = shared
+
+    def release_outer(self) -> None:
+        """Free the parameters outside of the blocks; they are loaded again when needed."""
+        names = [n for n, _ in self.model.named_parameters() if n in self._outer_loaded]
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            owner = self.model.get_submodule(path)
+            empty = self.model.get_parameter(name).to("meta")
+            owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+        self._outer_loaded.difference_update(names)
+        self._share(names)
 
     # ---- running ---------------------------------------------------------------------------
 

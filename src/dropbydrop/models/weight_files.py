@@ -127,4 +127,19 @@ class WeightFiles:
                     f"({error}); download the model again."
                 ) from error
             wanted = dtype if dtype is not None and stored.is_floating_point() else stored.dtype
+            if stored.nbytes > 2 * _PART and stored.ndim > 1:
+                del stored
+                return self._read_large(name, wanted)
             return stored.to(wanted, copy=True)
+
+    def _read_large(self, name: str, wanted: torch.dtype) -> Tensor:
+        """The same in runs of rows, the file opened for each: what was read of a map counts as
+        memory of the process until it is closed."""
+        with self._open(self._file_of[name]) as handle:
+            shape = handle.get_slice(name).get_shape()
+        whole = torch.empty(shape, dtype=wanted)
+        rows = max(1, _PART // (4 * math.prod(shape[1:])))
+        for low in range(0, shape[0], rows):
+            with self._open(self._file_of[name]) as handle:
+                whole[low : low + rows] = handle.get_slice(name)[low : low + rows]
+        return whole

@@ -231,6 +231,7 @@ def _finish(
 ) -> None:
     """Write what stays, config, log, model card and manifest; publish."""
     levels, log, folder = job.config.levels, encoder.log, job.source.folder
+    job.runner.release_outer()  # large vocabularies: what is written is read once more
     embeddings = encoder.write_rest(job.config.head_bits)
     provenance = {
         "base_model": job.source.name,
