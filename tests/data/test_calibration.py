@@ -12,7 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import family_models
 import tiny
+from dropbydrop.data import kv_slots
 from dropbydrop.data import self_generated as selfgen
 from dropbydrop.data.calibration import load_windows
 from dropbydrop.data.self_generated import Writing
@@ -264,3 +266,24 @@ def test_chat_parts() -> None:
     assert selfgen.chat_parts(tiny.tiny_tokenizer()) is None
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     assert selfgen.chat_parts(tokenizer) is None
+
+
+@pytest.mark.parametrize(
+    "family", ["falcon_h1", "gemma4", "gemma4_e", "lfm2", "qwen3_5_text", "qwen3_vl"]
+)
+def test_hybrids_and_wrappers_write(family: str) -> None:
+    """Token by token, with what each family keeps of a text, as in one forward."""
+    model = family_models.build(family)
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids=ids).logits
+    selfgen.fold_attention(model)
+    cache = kv_slots.cache_with_room(model, 9)
+    steps = [model(one, past_key_values=cache, use_cache=True).logits for one in ids.split(1, 1)]
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=0, atol=1e-4)
+    assert selfgen.batch_size(model, 8, 9) == 8
+
+
+def test_memory_of_a_text_is_measured() -> None:
+    model = tiny.tiny_llama()  # two blocks, two key heads of 16, float32, and a vocabulary of 384
+    keys = 2 * 2 * 2 * 16 * 4
+    assert kv_slots.bytes_of_text(model, 10) == 10 * keys + 3 * 384 * 4

@@ -24,9 +24,15 @@ def test_the_text_part_of_a_model_of_several_modalities():
     assert context_length({"text_config": text, "max_position_embeddings": 64}) == 128
 
 
-@pytest.mark.parametrize("config", [{}, {"max_position_embeddings": None}])
+@pytest.mark.parametrize(
+    "config", [{}, {"max_position_embeddings": None}, {"max_position_embeddings": -1}]
+)
 def test_a_config_without_a_limit(config):
     assert context_length(config) is None
+
+
+def test_other_names_of_the_limit():
+    assert context_length({"max_seq_len": 256}) == context_length({"n_positions": 256}) == 256
 
 
 def test_names_of_embedding_and_head():

@@ -21,8 +21,8 @@ The model writes on the device it is quantized on, in bfloat16 where that multip
 (three times as fast; the text is a sample of the same distribution up to rounding), in float32
 elsewhere.
 
-Memory: the cache, 2 * layers * key/value heads * head_dim * bytes of the type, a token of a batch
-of texts; batches are chosen to stay below `CACHE_BYTES`.
+Memory beside the model: keys and values of every text, what state-space layers keep of it, and its
+logits. That is measured with one token, and batches are chosen to stay below `CACHE_BYTES`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -44,9 +43,11 @@ from dropbydrop.models.pretrained import read_model
 from dropbydrop.system.accelerator import multiplies_bfloat16
 from dropbydrop.system.console import progress_bar, quiet_transformers
 
+from .kv_slots import bytes_of_text, cache_with_room, slots_of
 from .text_files import leading_bos
 
-CACHE_BYTES = 3 << 29  # 1.5 GiB
+CACHE_BYTES = 1 << 30
+_ROWS = 16  # whose probabilities are in memory at a time
 _MARK = "DROPBYDROP"
 _FOLDED = "dropbydrop_folded"  # name of our attention function in transformers
 
@@ -84,47 +85,13 @@ class Writing:
             )
 
 
-class KVSlots(DynamicLayer):
-    """Keys and values of one layer, written into room for `room` tokens that is made once.
-
-    Concatenating, as transformers does, would copy all of them every step.
-    """
-
-    room = 0
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append [b, heads, new, head_dim]; returns views [b, heads, so far, head_dim]."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            b, heads, _, d = key_states.shape
-            self._keys = key_states.new_empty(b, heads, self.room, d)
-            self._values = value_states.new_empty(b, heads, self.room, value_states.shape[-1])
-        low = self.get_seq_length()
-        high = low + key_states.shape[-2]
-        self._keys[:, :, low:high] = key_states
-        self._values[:, :, low:high] = value_states
-        self.keys, self.values = self._keys[:, :, :high], self._values[:, :, :high]
-        return self.keys, self.values
-
-    def seek(self, tokens: int) -> None:
-        """Go on as if `tokens` tokens were written, whatever their slots hold."""
-        self.keys, self.values = self._keys[:, :, :tokens], self._values[:, :, :tokens]
-
-    def clear(self) -> None:
-        """Zeros in all slots: the room is as resident as it will be."""
-        self._keys.zero_()
-        self._values.zero_()
-
-
-def cache_with_room(tokens: int) -> Cache:
-    """An empty key/value cache for texts of `tokens` tokens; its layers are `KVSlots`."""
-    return Cache(layer_class_to_replicate=type("_Room", (KVSlots,), {"room": tokens}))
-
-
 def _folded_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,  # some families name it
+    **settings: Any,
 ) -> tuple[Tensor, None]:
     """sdpa of one new token, with the query heads of a group as rows of one product.
 
@@ -132,6 +99,7 @@ def _folded_attention(
     is read once (a fourth of the time in bfloat16). Longer queries go to the usual function.
     """
     alone: Any = _Ungrouped
+    mask = attention_mask
     b, heads, new, d = query.shape
     groups = key.shape[1]
     plain = settings.get("position_bias") is None and (mask is None or mask.shape[1:3] == (1, 1))
@@ -230,13 +198,12 @@ def writing_seconds(
     loading = time.perf_counter() - started
     pieces, length = texts_of(seq_len, writing)
     size = batch_size(model, n * pieces, length)
-    cache, generator = cache_with_room(length), torch.Generator().manual_seed(0)
-    layers: Any = cache.layers
+    cache, generator = cache_with_room(model, length), torch.Generator().manual_seed(0)
     tokens = torch.zeros(size, 1, dtype=torch.int64, device=model.device)
 
     @torch.inference_mode()
     def step(position: int) -> float:
-        for layer in layers:
+        for layer in slots_of(cache):
             layer.seek(position)
         started = time.perf_counter()
         logits = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1]
@@ -245,7 +212,7 @@ def writing_seconds(
 
     step(0)
     with torch.inference_mode():
-        for layer in layers:
+        for layer in slots_of(cache):
             layer.clear()
     first, middle, last = (
         sum(step(p) for _ in range(3)) / 3 for p in (0, length // 2, max(0, length - 1))
@@ -282,12 +249,8 @@ def fold_attention(model: Any) -> bool:
 
 
 def batch_size(model: Any, texts: int, length: int) -> int:
-    """How many texts of `length` tokens are sampled together: equal batches whose cache fits."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_each = 2 * config.num_hidden_layers * heads * head_dim * length * model.dtype.itemsize
-    batches = -(-texts // max(1, CACHE_BYTES // bytes_each))
+    """How many texts of `length` tokens are sampled together: equal batches whose memory fits."""
+    batches = -(-texts // max(1, CACHE_BYTES // bytes_of_text(model, length)))
     return -(-texts // batches)
 
 
@@ -301,7 +264,7 @@ def _sample(
     advance: Any,
 ) -> Tensor:
     """One batch of texts, int64 [texts, seq_len]."""
-    cache = cache_with_room(seq_len)
+    cache = cache_with_room(model, seq_len)
     out = torch.empty(len(writers), seq_len, dtype=torch.int64)
     drawn = [0] * len(writers)  # ignored: every text begins with a given token
     for position in range(seq_len):
@@ -320,9 +283,12 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tens
     One uniform number a row, where `torch.multinomial` draws one for every entry of the vocabulary.
     logits [b, vocab] -> int64 [b].
     """
-    total = torch.softmax(logits.to(torch.float32) / temperature, dim=-1).cumsum(-1)
-    u = torch.rand(logits.shape[0], 1, generator=generator).to(total) * total[:, -1:]
-    return torch.searchsorted(total, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    drawn = []
+    uniform = torch.rand(logits.shape[0], 1, generator=generator).to(logits.device)
+    for rows, u in zip(logits.split(_ROWS), uniform.split(_ROWS), strict=True):
+        total = torch.softmax(rows.to(torch.float32) / temperature, dim=-1).cumsum(-1)
+        drawn.append(torch.searchsorted(total, u * total[:, -1:], right=True)[:, 0])
+    return torch.cat(drawn).clamp(max=logits.shape[-1] - 1)
 
 
 def _writers(

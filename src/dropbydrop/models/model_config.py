@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len")
 Config = PretrainedConfig | Mapping[str, Any]
 
 
@@ -21,5 +22,5 @@ def text_settings(config: Config) -> Mapping[str, Any]:
 def context_length(config: Config) -> int | None:
     """The longest sequence that a model takes, in tokens; None if its config sets no limit."""
     text = text_settings(config)
-    longest = text.get("max_position_embeddings") or text.get("n_positions")
-    return int(longest) if longest else None
+    found = [text.get(name) for name in _CONTEXT]
+    return next((int(size) for size in found if size and int(size) > 0), None)
