@@ -259,7 +259,8 @@ def test_tokens_and_back(server: Running) -> None:
     [
         ("chat/completions", {"frobnicate": 1}, "frobnicate"),
         ("chat/completions", {"reasoning_effort": "low"}, "reasoning_effort"),
-        ("chat/completions", {"response_format": {"type": "xml"}}, "response_format"),
+        ("chat/completions", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ("chat/completions", {"response_format": {"type": "xml"}}, "response_format.type"),
         ("chat/completions", {"top_logprobs": 2}, "top_logprobs"),
         ("chat/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
         ("chat/completions", {"messages": []}, "messages"),

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .body import ApiError
 from .job import Event, Finished, Generated, Prompted, Score
+from .replies import Part, Reply
 from .requests import Request
 from .text import Text
 
@@ -29,6 +31,8 @@ class Head:
     fingerprint: str  # of the checkpoint
     bytes_of: Callable[[float], int]
     prompts: Sequence[Sequence[int]]
+    reply: Callable[[], Reply] = lambda: Reply(None, "", None)
+    told: Mapping[str, Any] = field(default_factory=dict)  # fields of the request that come back
     created: int = field(default_factory=lambda: int(time.time()))
     key: str = field(default_factory=lambda: secrets.token_hex(12))
 
@@ -109,6 +113,7 @@ class Form:
     """What chats and completions share."""
 
     kind, chunk_kind, prefix = "", "", ""
+    done = True  # whether [DONE] ends a stream
 
     def __init__(self, head: Head, text: Text) -> None:
         self.head, self.text = head, text
@@ -121,13 +126,14 @@ class Form:
             made = self._begin(event)
         elif isinstance(event, Generated):
             score = [event.score] if event.score else []
-            if event.text or score:
-                made = [self._piece(event.index, event.text, score)]
+            made = self._pieces(event.index, event.text, score)
         elif isinstance(event, Finished):
-            if event.text:
-                made = [self._piece(event.index, event.text, [])]
-            made.append(self._last(event))
+            made = [*self._pieces(event.index, event.text, [], True), self._last(event)]
         return [self._framed(choice, event) for choice in made]
+
+    def failed(self, error: ApiError) -> list[dict[str, Any]]:
+        """The chunks that end a stream with an error."""
+        return [error.body()]
 
     def usage_chunk(self, ends: Sequence[Finished]) -> dict[str, Any]:
         return {
@@ -173,7 +179,9 @@ class Form:
     def _begin(self, event: Prompted) -> list[dict[str, Any]]:
         raise NotImplementedError
 
-    def _piece(self, index: int, text: str, scores: list[Score]) -> dict[str, Any]:
+    def _pieces(
+        self, index: int, text: str, scores: list[Score], ended: bool = False
+    ) -> list[dict[str, Any]]:
         raise NotImplementedError
 
     def _last(self, end: Finished) -> dict[str, Any]:
@@ -181,6 +189,18 @@ class Form:
 
     def _choice(self, choice: Choice, end: Finished) -> dict[str, Any]:
         raise NotImplementedError
+
+
+_FIELDS = {"content": "content", "reasoning": "reasoning_content"}
+
+
+def _call(part: Part) -> dict[str, Any]:
+    function = {"name": part.name, "arguments": part.text}
+    return {"id": part.key, "type": "function", "function": function}
+
+
+def _reason(end: Finished, reply: Reply) -> str:
+    return "tool_calls" if reply.calls and end.reason == "stop" else end.reason
 
 
 class ChatForm(Form):
@@ -188,21 +208,57 @@ class ChatForm(Form):
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
+    def __init__(self, head: Head, text: Text) -> None:
+        super().__init__(head, text)
+        self._replies: dict[int, Reply] = {}
+
     def _begin(self, event: Prompted) -> list[dict[str, Any]]:
         return [self._delta(event.index, {"role": "assistant", "content": ""})]
 
-    def _piece(self, index: int, text: str, scores: list[Score]) -> dict[str, Any]:
-        return self._delta(index, {"content": text}, scores)
+    def _pieces(
+        self, index: int, text: str, scores: list[Score], ended: bool = False
+    ) -> list[dict[str, Any]]:
+        reply = self._replies.setdefault(index, self.head.reply())
+        parts = reply.feed(text)
+        calls = reply.calls - sum(part.kind == "call" for part in parts)
+        parts += reply.end() if ended else []
+        deltas: list[dict[str, Any]] = []
+        for part in parts:
+            if part.kind == "call":
+                deltas.append({"tool_calls": [{"index": calls, **_call(part)}]})
+                calls += 1
+            else:
+                deltas.append({_FIELDS[part.kind]: part.text})
+        if scores and not deltas:
+            deltas = [{"content": ""}]
+        return [self._delta(index, x, () if i else scores) for i, x in enumerate(deltas)]
 
     def _last(self, end: Finished) -> dict[str, Any]:
-        return {**self._delta(end.index, {}), "finish_reason": end.reason}
+        reason = _reason(end, self._replies[end.index])
+        return {**self._delta(end.index, {}), "finish_reason": reason}
 
     def _choice(self, choice: Choice, end: Finished) -> dict[str, Any]:
+        reply = self.head.reply()
+        parts = [*reply.feed(choice.text), *reply.end()]
+        texts = {
+            name: "".join(part.text for part in parts if part.kind == kind)
+            for kind, name in _FIELDS.items()
+        }
+        calls = [_call(part) for part in parts if part.kind == "call"]
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": texts["content"],
+            "refusal": None,
+        }
+        if texts["reasoning_content"]:
+            message["reasoning_content"] = texts["reasoning_content"]
+        if calls:
+            message |= {"tool_calls": calls, "content": texts["content"] or None}
         return {
             "index": end.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": self._scored(choice.scores),
-            "finish_reason": end.reason,
+            "finish_reason": _reason(end, reply),
         }
 
     def _delta(
@@ -249,13 +305,17 @@ class CompletionForm(Form):
 
     def _begin(self, event: Prompted) -> list[dict[str, Any]]:
         echo, scores = self._echo(event.index), event.scores or []
-        return [self._piece(event.index, echo, scores)] if echo or scores else []
+        return self._pieces(event.index, echo, scores)
 
-    def _piece(self, index: int, text: str, scores: list[Score]) -> dict[str, Any]:
+    def _pieces(
+        self, index: int, text: str, scores: list[Score], ended: bool = False
+    ) -> list[dict[str, Any]]:
+        if not text and not scores:
+            return []
         offset = self._offsets.get(index, 0)
         logprobs = self._scored(scores, offset) if scores else None
         self._offsets[index] = offset + len(text)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+        return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}]
 
     def _last(self, end: Finished) -> dict[str, Any]:
         return {"index": end.index, "text": "", "logprobs": None, "finish_reason": end.reason}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from .body import ApiError, Body, parse_json
 from .engine import Saturated, Stopped
 from .guard import Guard
 from .metrics import CONTENT_TYPE, write_metrics
-from .requests import names, read_chat, read_completion
+from .replies import Reply
+from .requests import Chat, Request, names, read_chat, read_completion
+from .responses import ResponseForm, read_response
 from .run import ClientGone, Run, answer
 from .service import Service
 
@@ -53,22 +56,31 @@ class Routes:
 
     async def chat(self, http: HttpRequest) -> Response:
         request, chat = read_chat(await read_body(http), self.service.served)
-        prompt = await self.aside(self.service.chat_tokens, chat)
-        return await self._run(http, request, [prompt], ChatForm, continues=False)
+        return await self._chat(http, request, chat, ChatForm)
+
+    async def responses(self, http: HttpRequest) -> Response:
+        request, chat = read_response(await read_body(http), self.service.served)
+        return await self._chat(http, request, chat, ResponseForm)
+
+    async def _chat(
+        self, http: HttpRequest, request: Request, chat: Chat, kind: type[Form]
+    ) -> Response:
+        service = self.service
+        tokens, prompt, grammar = await self.aside(service.chat_tokens, chat)
+        run = Run(service.engine, http.receive)
+        run.start(service.jobs(request, [tokens], run.emit, False, grammar))
+        reply = partial(Reply, service.text.response_template, prompt, chat.tools)
+        sizes = service.engine.precisions.bytes_of
+        head = Head(request, service.fingerprint, sizes, [tokens], reply, chat.told)
+        return await answer(run, kind(head, service.text))
 
     async def completions(self, http: HttpRequest) -> Response:
         request, prompts = read_completion(await read_body(http), self.service.served)
         tokens = await self.aside(self.service.prompt_tokens, prompts)
-        return await self._run(http, request, tokens, CompletionForm, continues=True)
-
-    async def _run(
-        self, http: HttpRequest, request: Any, prompts: list[list[int]], kind: type[Form],
-        continues: bool,
-    ) -> Response:  # fmt: skip
         service, run = self.service, Run(self.service.engine, http.receive)
-        run.start(service.jobs(request, prompts, run.emit, continues))
-        head = Head(request, service.fingerprint, service.engine.precisions.bytes_of, prompts)
-        return await answer(run, kind(head, service.text), http)
+        run.start(service.jobs(request, tokens, run.emit, True))
+        head = Head(request, service.fingerprint, service.engine.precisions.bytes_of, tokens)
+        return await answer(run, CompletionForm(head, service.text))
 
     async def models(self, http: HttpRequest) -> Response:
         data = [self.service.model_object(name) for name in names(self.service.served)]
@@ -175,6 +187,7 @@ def build(service: Service, api_key: str | None, hosts: tuple[str, ...] = ()) ->
     return Starlette(
         routes=[
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+            Route("/v1/responses", routes.responses, methods=["POST"]),
             Route("/v1/completions", routes.completions, methods=["POST"]),
             Route("/v1/models", routes.models),
             Route("/v1/models/{name:path}", routes.model),

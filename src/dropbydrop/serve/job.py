@@ -17,6 +17,7 @@ from torch import Tensor
 from dropbydrop.runtime import fused_decode
 
 from .caches import KeptCaches, make_room, new_cache
+from .grammar import Grammar
 from .sampling import Sampler, scores_of
 from .shed import Load
 from .text import TextStream
@@ -100,6 +101,7 @@ class Job:
         ends: tokens that end the text.
         load: what may happen to its precision.
         fixed_at_start: the precision that it begins with is kept.
+        grammar: what the text must be.
         emit: called from the worker's thread; must not block.
     """
 
@@ -114,7 +116,7 @@ class Job:
     top: int | None = None
     score_prompt: bool = False
     fixed_at_start: bool = False  # `auto` with priority: the first precision is kept
-    grammar: Any = None
+    grammar: Grammar | None = None
     cancelled: bool = False
 
     bits: float = 0.0
@@ -216,10 +218,9 @@ class Job:
         if self.top is not None:
             score = Score(token, *scores_of(self._logits, token, self.top))
         self.tokens.append(token)
-        if self.grammar is not None:
-            self.grammar.accept(token)
+        complete = self.grammar is not None and self.grammar.accept(token)
         self.emit(Generated(self.index, self.bits, self.stream.push(token), token, score))
-        if self.stream.stopped:
+        if self.stream.stopped or complete:
             self._finish("stop", kept)
         elif len(self.tokens) >= self.most:
             self._finish("length", kept)

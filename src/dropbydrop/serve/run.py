@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -83,7 +82,7 @@ class Run:
         self._events.put_nowait(None)
 
 
-async def answer(run: Run, form: Form, request: HttpRequest) -> Response:
+async def answer(run: Run, form: Form) -> Response:
     """The response to a request whose jobs have been started."""
     try:
         events = await run.next()
@@ -91,7 +90,8 @@ async def answer(run: Run, form: Form, request: HttpRequest) -> Response:
             raise ApiError(events[0].status, events[0].message)
         if form.head.request.stream:
             assert isinstance(events[0], Prompted)
-            return EventStream(_lines(run, form, events), run, _headers(events[0].bits))
+            headers = _headers(events[0].bits)
+            return EventStream(_lines(run, form, events), run, headers, form.done)
         choices = [Choice() for _ in range(len(form.head.prompts) * form.head.request.n)]
         while events:
             for event in events:
@@ -118,7 +118,7 @@ async def _lines(run: Run, form: Form, events: list[Event]) -> AsyncIterator[lis
         made: list[Any] = []
         for event in events:
             if isinstance(event, Failed):
-                yield [*made, ApiError(event.status, event.message).body()]
+                yield [*made, *form.failed(ApiError(event.status, event.message))]
                 return
             made += form.chunks(event)
             ends += [event] if isinstance(event, Finished) else []

@@ -13,6 +13,7 @@ from dropbydrop.models.sources import load_tokenizer
 
 from .body import ApiError
 from .engine import Engine
+from .grammar import Grammar, Grammars
 from .job import Event, Job
 from .precisions import Precisions
 from .requests import Chat, Request, Served
@@ -45,16 +46,18 @@ class Service:
             context=context_length(precisions.checkpoint.config) or _CONTEXT,
             vocabulary=int(config.get_text_config().vocab_size),
             sampling=_own_sampling(precisions.base.generation_config),
+            tools=self.text.response_template is not None and "tools" in str(self.text.template),
         )
         self.ends = _ends(precisions.base.generation_config, self.text)
+        self.grammars = Grammars(self.text, self.served.vocabulary, self.ends)
 
     # ---- requests into jobs ------------------------------------------------------------------
 
     def prompt_tokens(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         return [self._checked(p if isinstance(p, list) else self.text.encode(p)) for p in prompts]
 
-    def chat_tokens(self, chat: Chat) -> list[int]:
-        """The prompt of a chat.
+    def chat_tokens(self, chat: Chat) -> tuple[list[int], str, Grammar | None]:
+        """The prompt of a chat as tokens and as text, and what its answer must be.
 
         Raises:
             ApiError: no chat template, one that refuses these messages, or too long a chat.
@@ -66,7 +69,8 @@ class Service:
         except TemplateError as error:
             what = f"the chat template refuses them: {str(error)[:300]}"
             raise ApiError(400, f"messages: {what}", "messages") from None
-        return self._checked(self.text.encode(prompt, special=False))
+        grammar = None if chat.schema is None else self.grammars.of_schema(chat.schema)
+        return self._checked(self.text.encode(prompt, special=False)), prompt, grammar
 
     def _checked(self, tokens: list[int]) -> list[int]:
         """A prompt that leaves room for a token; an empty one begins with the token for that."""
@@ -91,6 +95,7 @@ class Service:
         prompts: Sequence[list[int]],
         emit: Callable[[Event], None],
         continues: bool,
+        grammar: Grammar | None = None,
     ) -> list[Job]:
         """A job for every choice of every prompt.
 
@@ -123,7 +128,8 @@ class Service:
                         prompt=prompt,
                         most=room if request.most is None else request.most,
                         sampler=Sampler(request.sampling, prompt, choice),
-                        stream=TextStream(self.text, request.stop, prompt if continues else ()),
+                        stream=self._stream(request, prompt if continues else None),
+                        grammar=None if grammar is None else grammar.copy(),
                         ends=frozenset() if request.ignore_end else self.ends,
                         load=request.load,
                         emit=emit,
@@ -133,6 +139,12 @@ class Service:
                     )
                 )
         return made
+
+    def _stream(self, request: Request, continued: list[int] | None) -> TextStream:
+        if continued is not None:
+            return TextStream(self.text, request.stop, continued)
+        special = self.text.response_template is not None
+        return TextStream(self.text, request.stop, special=special)
 
     # ---- what clients may ask about it -------------------------------------------------------
 

@@ -7,6 +7,7 @@ the checkpoint, never from a request, and run in transformers' sandbox.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from tokenizers.decoders import DecodeStream
 
 from dropbydrop.system.errors import DropError
 
+log = logging.getLogger("dropbydrop")
 _CONTEXT = 8  # tokens of the prompt that decide whether the first new word begins with a space
 
 
@@ -50,6 +52,7 @@ class Text:
         self.special = frozenset(tokenizer.all_special_ids)
         self.size = backend.get_vocab_size()
         self.template = getattr(tokenizer, "chat_template", None)
+        self.response_template = _usable(getattr(tokenizer, "response_template", None))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Tokens of a text; `special` adds what the tokenizer puts around a text."""
@@ -87,6 +90,19 @@ class Text:
         )
 
 
+def _usable(template: Any) -> Any:
+    """A response template, or None for one that transformers cannot read."""
+    if template is not None:
+        from transformers.utils.chat_parsing import ResponseParser
+
+        try:
+            ResponseParser(template, prefix="")
+        except (ValueError, TypeError, KeyError) as error:
+            log.warning(f"the tokenizer's response template is ignored: {error}")
+            return None
+    return template
+
+
 class TextStream:
     """New tokens in, new text out; nothing at or after a stop text comes out.
 
@@ -94,10 +110,17 @@ class TextStream:
     an incomplete character.
     """
 
-    def __init__(self, text: Text, stop: Sequence[str], before: Sequence[int] = ()) -> None:
-        """`before`: tokens that the new ones continue; none for a text of its own."""
+    def __init__(
+        self, text: Text, stop: Sequence[str], before: Sequence[int] = (), special: bool = False
+    ) -> None:
+        """Begin.
+
+        Args:
+            before: tokens that the new ones continue; none for a text of its own.
+            special: whether special tokens are text, for templates that look for them.
+        """
         self._text, self._stop = text, tuple(stop)
-        self._stream = DecodeStream(ids=list(before[-_CONTEXT:]), skip_special_tokens=True)
+        self._stream = DecodeStream(ids=list(before[-_CONTEXT:]), skip_special_tokens=not special)
         self._bytes: list[int] = []  # tokens of an incomplete character
         self._held = ""
         self.stopped = False

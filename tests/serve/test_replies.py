@@ -1,0 +1,253 @@
+"""Reasoning, calls of tools, JSON of a schema, /v1/responses. The model's words are scripted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+import torch
+from running import NAME, Running, running
+
+from dropbydrop.serve.replies import Part, Reply
+from dropbydrop.serve.sampling import Sampler
+
+# marks as the templates of Qwen3 have them
+TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "<assistant>",
+    "fields": {
+        "reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"},
+        "tool_calls": {
+            "open_pattern": r"\s*<tool_call>",
+            "close": "</tool_call>",
+            "repeats": True,
+            "content": "json",
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"content": "text"},
+    },
+}
+CALL = '<tool_call>{"name": "depth", "arguments": {"sea": "north", "m": 2}}</tool_call>'
+WORDS = f"<think>the sea</think>hello {CALL}"
+TOOL = {
+    "name": "depth",
+    "description": "depth of a sea",
+    "parameters": {"type": "object", "properties": {"sea": {"type": "string"}}},
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.arguments.sea }}]{% endfor %}{% endfor %}"
+    "{% if tools %}{{ tools[0].function.name }}{% endif %}<assistant>"
+)
+
+Say = Callable[[str], None]
+
+
+@pytest.fixture(scope="module")
+def able(chat_folder: Path) -> Iterator[Running]:
+    """A server whose model marks reasoning and calls."""
+    with running(chat_folder) as made:
+        text = made.service.text
+        text.response_template, text.tokenizer.chat_template = TEMPLATE, CHAT_TEMPLATE
+        made.service.served = replace(made.service.served, tools=True)
+        yield made
+
+
+@pytest.fixture
+def say(able: Running, monkeypatch: pytest.MonkeyPatch) -> Say:
+    """Has the model write a text, whatever it is asked."""
+
+    def scripted(words: str) -> None:
+        tokens = [*able.service.text.encode(words, special=False), 2]
+
+        def choose(self: Sampler, logits: torch.Tensor, allowed: Any = None) -> int:
+            said = self.__dict__.setdefault("said", iter(tokens))
+            return next(said)
+
+        monkeypatch.setattr(Sampler, "__call__", choose)
+
+    return scripted
+
+
+def client(server: Running) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=server.address + "/v1", api_key="none", max_retries=0,
+        _strict_response_validation=True,
+    )  # fmt: skip
+
+
+def parts(words: str, size: int, template: Any = TEMPLATE) -> list[tuple[str, str, str]]:
+    """(kind, name, text) of a text that comes in pieces, neighbours of a kind joined."""
+    reply, found = Reply(template, "", None), []
+    pieces = [words[i : i + size] for i in range(0, len(words), size)]
+    for part in [*(p for piece in pieces for p in reply.feed(piece)), *reply.end()]:
+        if found and part.kind != "call" and found[-1][0] == part.kind:
+            found[-1] = (part.kind, "", found[-1][2] + part.text)
+        else:
+            found.append((part.kind, part.name, part.text))
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+def test_parts_do_not_depend_on_the_pieces(size: int) -> None:
+    arguments = '{"sea": "north", "m": 2}'
+    assert parts(WORDS + CALL, size) == [
+        ("reasoning", "", "the sea"),
+        ("content", "", "hello"),
+        ("call", "depth", arguments),
+        ("call", "depth", arguments),
+    ]
+    assert parts(WORDS, size, None) == [("content", "", WORDS)]
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+@pytest.mark.parametrize("broken", ['{"name": ', "7", '{"name": "x"}'])
+def test_what_is_no_call_is_content(size: int, broken: str) -> None:
+    found = parts(f"hello <tool_call>{broken}</tool_call> and on", size)
+    assert {kind for kind, _, _ in found} == {"content"}
+    assert broken in "".join(text for _, _, text in found)
+    assert "and on" in found[-1][2]
+
+
+def test_chats_with_tools(able: Running, say: Say) -> None:
+    say(WORDS)
+    tools: Any = [{"type": "function", "function": TOOL}]
+    asked: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": "how deep"}]}
+    whole = client(able).chat.completions.create(**asked, tools=tools)
+    (choice,) = whole.choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.reasoning_content == "the sea"
+    assert choice.message.content.strip() == "hello"
+    (call,) = choice.message.tool_calls
+    assert json.loads(call.function.arguments) == {"sea": "north", "m": 2}
+    texts: dict[str, str] = {"content": "", "reasoning_content": ""}
+    calls = []
+    for chunk in client(able).chat.completions.create(**asked, tools=tools, stream=True):
+        delta = chunk.choices[0].delta
+        for name in texts:
+            texts[name] += getattr(delta, name, None) or ""
+        calls += delta.tool_calls or []
+    assert texts["reasoning_content"] == "the sea"
+    assert texts["content"].strip() == "hello"
+    assert [(c.index, c.function.name) for c in calls] == [(0, "depth")]
+    assert chunk.choices[0].finish_reason == "tool_calls"
+    # and the next turn, with what the tool gave
+    turn = {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]}
+    result = {"role": "tool", "tool_call_id": call.id, "content": "90"}
+    prompt = able.service.chat_tokens
+    seen = []
+    able.service.chat_tokens = lambda chat: seen.append(prompt(chat)[1]) or prompt(chat)
+    say("ninety")
+    messages = [*asked["messages"], turn, result]
+    client(able).chat.completions.create(model=NAME, messages=messages, tools=tools)
+    able.service.chat_tokens = prompt
+    assert seen == ["<user>how deep<assistant>[north]<tool>90depth<assistant>"]
+
+
+def test_responses(able: Running, say: Say) -> None:
+    say(WORDS)
+    asked: dict[str, Any] = {
+        "model": f"{NAME}:2bit",
+        "instructions": "be short",
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "how deep"}]},
+            {"type": "function_call", "call_id": "c1", "name": "depth", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c1", "output": "90"},
+        ],
+        "tools": [{"type": "function", "strict": False, **TOOL}],
+        "metadata": {"a": "b"},
+    }
+    whole = client(able).responses.create(**asked)
+    assert [item.type for item in whole.output] == ["reasoning", "message", "function_call"]
+    assert whole.output_text.strip() == "hello"
+    assert whole.status == "completed"
+    assert (whole.instructions, whole.metadata) == ("be short", {"a": "b"})
+    assert whole.usage.output_tokens_details.reasoning_tokens > 0
+    assert whole.dropbydrop["bits"] == 2
+    events = list(client(able).responses.create(**asked, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[0].type == "response.created"
+    assert events[-1].type == "response.completed"
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text
+    last = events[-1].response
+    assert [item.type for item in last.output] == [item.type for item in whole.output]
+    opened = [event.item.id for event in events if event.type == "response.output_item.added"]
+    closed = [event.item.id for event in events if event.type == "response.output_item.done"]
+    assert opened == closed == [item.id for item in last.output]
+
+
+def test_responses_that_are_cut(able: Running, say: Say) -> None:
+    say("the river runs past the old mill")
+    cut = client(able).responses.create(model=NAME, input="hi", max_output_tokens=2)
+    assert cut.status == "incomplete"
+    assert cut.incomplete_details.reason == "max_output_tokens"
+    assert cut.output[0].status == "incomplete"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"store": True}, "store"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"background": True}, "background"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"n": 2}, "n"),
+    ],
+    ids=str,
+)
+def test_responses_refuse_by_name(able: Running, fields: dict[str, Any], param: str) -> None:
+    answer = httpx2.post(able.address + "/v1/responses", json={"input": "hi", **fields})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"sea": {"enum": ["north", "south"]}, "deep": {"type": "boolean"}},
+    "required": ["sea", "deep"],
+    "additionalProperties": False,
+}
+
+
+def test_json_of_a_schema(server: Running) -> None:
+    """A random model writes valid JSON, at every temperature, in chats and responses."""
+    pytest.importorskip("llguidance")
+    form = {"type": "json_schema", "json_schema": {"name": "sea", "schema": SCHEMA}}
+    for seed in range(4):
+        answer = client(server).chat.completions.create(
+            model=NAME, messages=[{"role": "user", "content": "the sea"}], seed=seed,
+            response_format=form, max_tokens=200,
+        )  # fmt: skip
+        found = json.loads(answer.choices[0].message.content)
+        assert found["sea"] in ("north", "south")
+        assert isinstance(found["deep"], bool)
+        assert answer.choices[0].finish_reason == "stop"
+    form = {"type": "json_schema", "name": "s", "schema": SCHEMA}
+    answer = client(server).responses.create(model=NAME, input="the sea", text={"format": form})
+    assert set(json.loads(answer.output_text)) == {"sea", "deep"}
+
+
+def test_schemas_that_cannot_be(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(schema: Any) -> str:
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        body = {"messages": [{"role": "user", "content": "a"}], "response_format": form}
+        answer = httpx2.post(server.address + "/v1/chat/completions", json=body, timeout=30)
+        assert answer.status_code == 400
+        return str(answer.json()["error"]["message"])
+
+    pytest.importorskip("llguidance")
+    assert "cannot be used" in refused({"type": "nonsense"})
+    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    assert "lacks the package llguidance" in refused(SCHEMA)
+
+
+def test_a_part_has_a_key_of_its_own() -> None:
+    assert Part("call").key != Part("call").key
