@@ -29,10 +29,10 @@ def test_ready_and_ended(chat_folder: Path, number: signal.Signals) -> None:
         body = {"prompt": "the", "max_tokens": 250, "stream": True, "ignore_eos": True, "n": 8}
         url = ready["address"] + "/v1/completions"
         with httpx2.stream("POST", url, json=body, timeout=60) as answer:
-            next(answer.iter_lines())  # a stream is open while it is asked to end
+            lines = answer.iter_lines()
+            next(lines)  # a stream is open while it is asked to end
             started.send_signal(number)
-            for _ in answer.iter_lines():
-                pass
+            assert "data: [DONE]" in lines  # and ends as streams do
         output, errors = started.communicate(timeout=60)
     finally:
         started.kill()

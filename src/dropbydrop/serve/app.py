@@ -29,11 +29,12 @@ from starlette.staticfiles import StaticFiles
 
 from .answers import ChatForm, CompletionForm, Form, Head
 from .body import ApiError, Body, parse_json
+from .chats import Chat, read_chat
 from .engine import Saturated, Stopped
 from .guard import Guard
 from .metrics import CONTENT_TYPE, write_metrics
 from .replies import Reply
-from .requests import Chat, Request, names, read_chat, read_completion
+from .requests import Request, names, read_completion
 from .responses import ResponseForm, read_response
 from .run import ClientGone, Run, answer
 from .service import Service

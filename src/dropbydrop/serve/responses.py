@@ -13,18 +13,10 @@ from typing import Any
 
 from .answers import Choice, Form, Head, timings
 from .body import ApiError, Body
+from .chats import Chat, function_call, read_format, read_messages, read_tools
 from .job import Event, Finished, Generated, Prompted
 from .replies import Part
-from .requests import (
-    Chat,
-    Request,
-    Served,
-    function_call,
-    read_format,
-    read_messages,
-    read_request,
-    read_tools,
-)
+from .requests import Request, Served, read_request
 from .text import Text
 
 

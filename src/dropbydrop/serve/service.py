@@ -12,11 +12,12 @@ from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import load_tokenizer
 
 from .body import ApiError
+from .chats import Chat
 from .engine import Engine
 from .grammar import Grammar, Grammars
 from .job import Event, Job
 from .precisions import Precisions
-from .requests import Chat, Request, Served
+from .requests import Request, Served
 from .sampling import Sampler, Sampling
 from .text import Text, TextStream
 
