@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import family_models
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import dropbydrop
+import family_models
 from dropbydrop.data.calibration import Calibration
 from dropbydrop.runtime.int8_modules import NestedEmbedding, NestedHead
 from dropbydrop.runtime.modules import NestedLinear
@@ -92,6 +92,26 @@ def test_texts_and_images_give_what_the_decoded_weights_give(
         changed = loaded(**{**inputs(family), "pixel_values": -inputs(family)["pixel_values"]})
     assert not torch.allclose(changed.logits, got, atol=1e-2)  # the image is looked at
     assert float((got - original).norm() / original.norm()) < 0.5  # 4 bits are near the original
+
+
+def test_rows_of_an_embedding_that_are_read_without_a_call(tmp_path: Path) -> None:
+    """Gemma 4 with per-layer inputs takes the padding token's row of the weight."""
+    model = family_models.save(tmp_path / "model", "gemma4")
+    ids = torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(1))
+    windows = Calibration(ids, {})
+    dropbydrop.quantize(
+        tmp_path / "model", tmp_path / "out", preset="fast", calibration=windows, progress=False
+    )
+    loaded = dropbydrop.load(tmp_path / "out")
+    embedding = loaded.get_input_embeddings()
+    assert isinstance(embedding, NestedEmbedding)
+    dense = embedding.dense_weight()
+    for index in (3, (3, slice(None)), slice(2, 5), torch.tensor([[1, 2]]), (None, slice(4), 5)):
+        assert torch.equal(embedding.weight[index], dense[index])
+    reference = decoded(model, loaded)
+    with torch.no_grad():
+        expected, got = reference(input_ids=ids).logits, loaded(input_ids=ids).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-3)
 
 
 def test_every_door_gives_the_same(quantized: tuple[str, Any, Path]) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.runtime.hf import place_modules
+from dropbydrop.runtime.int8_modules import RowView
 from dropbydrop.system.console import quiet_transformers
 from dropbydrop.system.errors import DropError, UnsupportedModelError, first_line
 
@@ -46,6 +47,9 @@ class _Hidden(nn.Module):
         for name in ("in_features", "out_features", "bias", "num_embeddings", "embedding_dim"):
             if hasattr(module, name):
                 setattr(self, name, getattr(module, name))
+        if isinstance(module, nn.Embedding):  # as that of a loaded checkpoint
+            weight = module.weight
+            self.weight: Any = RowView(weight.shape, lambda ids: weight[ids], weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._computes[0](*args, **kwargs)

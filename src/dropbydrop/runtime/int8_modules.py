@@ -42,6 +42,24 @@ class _Int8Rows(FixedScales):
         return (self.rows.float() * self.row_scales.float()[:, None]).to(dtype)
 
 
+class RowView:
+    """What stands for the weight of an embedding where a model's code takes single rows of it.
+
+    Gemma 4 looks up the row of the padding token in this way. `view[ids]` and `view[ids, :]` widen
+    those rows; any other index widens all of them.
+    """
+
+    def __init__(self, shape: torch.Size, widen: Callable[[Tensor], Tensor], place: Tensor) -> None:
+        self.shape, self._widen, self._place = shape, widen, place
+
+    def __getitem__(self, index: Any) -> Tensor:
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        ids = torch.arange(self.shape[0], device=self._place.device)
+        if isinstance(first, (int, slice, Tensor)):
+            return self._widen(ids[first])[(..., *rest)]
+        return self._widen(ids)[index]
+
+
 class NestedEmbedding(_Int8Rows):
     """Eight-bit token embedding.
 
@@ -68,6 +86,15 @@ class NestedEmbedding(_Int8Rows):
         wide = F.embedding(ids, self.rows).float() * scales.float()  # [..., d]
         out = wide.to(self.dtype)
         return out if self._factor == 1.0 else out * self._factor
+
+    @property
+    def weight(self) -> RowView:
+        """Rows of w in the type of the output, those that are asked for."""
+
+        def widen(ids: Tensor) -> Tensor:
+            return (self.rows[ids].float() * self.row_scales[ids].float()[..., None]).to(self.dtype)
+
+        return RowView(self.rows.shape, widen, self.rows)
 
     def dense(self, dtype: torch.dtype) -> nn.Embedding:
         """An embedding of the original class with the decoded weights."""
