@@ -185,6 +185,25 @@ def test_saturation_answers_429(chat_folder: Path) -> None:
         ends(server, rejected=codes.count(429))
 
 
+def test_memory_for_caches_bounds_what_runs(chat_folder: Path) -> None:
+    """Room for two requests of 100 tokens: others wait, and all are answered in the end."""
+    with running(chat_folder) as server:
+        engine, most = server.engine, []
+        engine._most_tokens, plain = 220, engine._round
+
+        def counted() -> None:
+            most.append(len(engine._running))
+            plain()
+
+        engine._round = counted
+        body = {"prompt": "the old mill", "max_tokens": 100, "ignore_eos": True}
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda _: ask(server, **body), range(6)))
+            alone = ask(server, **{**body, "max_tokens": 240})  # more than there is room for
+        assert [a["usage"]["completion_tokens"] for a in [*answers, alone]] == [100] * 6 + [240]
+        assert max(most) == 2
+
+
 def test_running_requests_are_moved_down_on_the_same_cache(chat_folder: Path) -> None:
     """The cost of a step is set: three are too many for 4 bits. Two come after 5 tokens."""
     with running(chat_folder, target=20.0) as server:

@@ -10,8 +10,9 @@ chunk of its prompt, so that a long prompt delays a token of the others by one c
 token are bound by memory, and so take the machine as a whole: threads beside each other would gain
 nothing, and a job alone gets everything.
 
-Jobs wait in one queue, first come first served, until `shed.Ladder` says that there is room. A job
-that was cancelled is dropped before its next turn, whether it waits or runs.
+Jobs wait in one queue, first come first served, until `shed.Ladder` says that there is room, and
+there is memory for their caches. A job that was cancelled is dropped before its next turn, whether
+it waits or runs.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 
 from dropbydrop.system.errors import DropError
@@ -81,6 +83,8 @@ class Engine:
         self.counters = Counters()
         self._ladder = Ladder(precisions.levels, target)
         self._kept = KeptCaches()
+        # the caches of all that run take at most half of the memory that is free now
+        self._most_tokens = psutil.virtual_memory().available // 2 // precisions.cache_bytes
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
@@ -161,12 +165,23 @@ class Engine:
 
     def _left_waiting(self, jobs: Sequence[Job]) -> int:
         """How many of these would have to wait."""
-        loads, costs = [job.load for job in self._running], self.precisions.costs()
+        running, costs = list(self._running), self.precisions.costs()
         for n, job in enumerate(jobs):
-            if len(loads) >= MOST_RUNNING or not self._ladder.room(loads, job.load, costs):
+            if not self._room(running, job, costs):
                 return len(jobs) - n
-            loads.append(job.load)
+            running.append(job)
         return 0
+
+    def _room(self, running: Sequence[Job], job: Job, costs: Mapping[float, float]) -> bool:
+        """Whether a job can run beside these, within the target and the memory for caches."""
+        if not running:
+            return True
+        tokens = sum(other.foreseen for other in running) + job.foreseen
+        return (
+            len(running) < MOST_RUNNING
+            and tokens <= self._most_tokens
+            and self._ladder.room([other.load for other in running], job.load, costs)
+        )
 
     def _wait_seconds(self, waiting: int) -> int:
         rounds = (waiting + 1) / max(len(self._running), 1)
@@ -193,18 +208,18 @@ class Engine:
     def _admit(self) -> None:
         """Let waiting jobs run while there is room. Called with the lock held."""
         costs = self.precisions.costs()
-        while self._waiting and len(self._running) < MOST_RUNNING:
+        while self._waiting:
             job = self._waiting[0]
             if job.cancelled:
                 self._waiting.popleft()
                 self.counters.cancelled += 1
                 continue
-            loads = [other.load for other in self._running]
-            if not self._ladder.room(loads, job.load, costs):
+            if not self._room(self._running, job, costs):
                 break
             self._waiting.popleft()
             self._running.append(job)
-            self._ladder.update([*loads, job.load], costs, time.monotonic())
+            loads = [other.load for other in self._running]
+            self._ladder.update(loads, costs, time.monotonic())
             if job.fixed_at_start:
                 job.load = Load(level_at(self._ladder.rung, replace(job.load, may=DEFAULT)), PINNED)
 

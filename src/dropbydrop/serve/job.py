@@ -22,6 +22,7 @@ from .sampling import Sampler, scores_of
 from .shed import Load
 from .text import TextStream
 
+_LIKELY = 1024  # new tokens
 CHUNK = 128  # tokens of a prompt that are computed at once, while the others wait
 
 
@@ -135,6 +136,11 @@ class Job:
     @property
     def prompting(self) -> bool:
         return self._length < len(self.prompt)
+
+    @property
+    def foreseen(self) -> int:
+        """Tokens that its cache will probably have; few texts use all that they may."""
+        return len(self.prompt) + min(self.most, _LIKELY)
 
     @property
     def seconds(self) -> float:

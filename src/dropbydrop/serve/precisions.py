@@ -17,6 +17,7 @@ import torch
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.evaluation.bench import read_bytes
+from dropbydrop.planning.memory import kv_cache
 from dropbydrop.planning.precision import Precision
 from dropbydrop.planning.solver import levels_here
 from dropbydrop.runtime import fused_decode
@@ -56,6 +57,7 @@ class Precisions:
         self._bytes: dict[float, int] = {p: read_bytes(m) for p, m in self._views.items()}
         self._seconds: dict[float, float] = {}
         self.base = self._views[chosen[-1]]
+        self.cache_bytes = kv_cache(checkpoint.config, 1, self.base.dtype.itemsize)  # of a token
 
     @property
     def highest(self) -> int:
