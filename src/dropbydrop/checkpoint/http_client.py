@@ -128,7 +128,7 @@ def request(url: str, headers: dict[str, str], timeout: float) -> Response:
 
 
 def _redirected(url: str, error: urllib.error.HTTPError) -> str:
-    target = urljoin(url, error.headers["location"])
+    target = str(urljoin(url, error.headers["location"]))
     before, after = urlsplit(url).scheme, urlsplit(target).scheme
     if after not in ("http", "https") or (before, after) == ("https", "http"):
         text = f"a redirect to {target[:200]}, which is not followed"

@@ -226,6 +226,12 @@ class Journal:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self._leave(error)
+        finally:
+            os.close(self._lock)
+
+    def _leave(self, error: BaseException | None) -> None:
         if error is None or not self.steps:
             self._remove()
         elif not isinstance(error, DamagedWorkError):  # which says what to do itself
@@ -234,7 +240,6 @@ class Journal:
                 error.args = (f"{error} {note}".strip(),)
             else:
                 error.add_note(note)
-        os.close(self._lock)
 
     def _remove(self) -> None:
         """The journal goes last: killed in between, the next run still knows that all is done, and

@@ -268,10 +268,12 @@ def _lock(target: Path) -> Iterator[None]:
                 path.unlink()
         yield
     finally:
-        remove(target / STAGING)
-        if created and target.is_dir() and not any(target.iterdir()):
-            target.rmdir()
-        os.close(descriptor)
+        try:
+            remove(target / STAGING)
+            if created and target.is_dir() and not any(target.iterdir()):
+                target.rmdir()
+        finally:
+            os.close(descriptor)
 
 
 def is_pulling(folder: Path) -> bool:

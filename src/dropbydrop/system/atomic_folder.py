@@ -73,9 +73,11 @@ def claim(out: Path, kind: str) -> int:
         _settle(out, work)
         sync_folder(out.parent)
     except BaseException:
-        with suppress(OSError):
-            work.rmdir()  # only if there is nothing in it
-        os.close(held)
+        try:
+            with suppress(OSError):
+                work.rmdir()  # only if there is nothing in it
+        finally:
+            os.close(held)
         raise
     return held
 
@@ -178,11 +180,12 @@ class AtomicFolder:
 
     def discard(self) -> None:
         """Remove what was not published, and let others work on `out`. Harmless when repeated."""
-        remove(self.path)
-        if self._held is not None:
-            remove(self._folder)
-            os.close(self._held)
-            self._held = None
+        held, self._held = self._held, None
+        try:
+            remove(self.path if held is None else self._folder)
+        finally:  # a second Ctrl-C interrupts the cleaning up; the next run removes the rest
+            if held is not None:
+                os.close(held)
 
     def __enter__(self) -> AtomicFolder:
         return self
@@ -232,8 +235,10 @@ def replacing(path: Path, folder: bool = False) -> Iterator[Path]:
         os.replace(partial, path)
         sync_folder(path.parent)
     finally:
-        remove(partial) if folder else partial.unlink(missing_ok=True)
-        os.close(held)
+        try:
+            remove(partial) if folder else partial.unlink(missing_ok=True)
+        finally:
+            os.close(held)
 
 
 def write_whole(path: Path, data: bytes) -> None:
