@@ -276,7 +276,8 @@ def test_hostile_manifests(server: Server, out: Path, tmp_path: Path) -> None:
         (hostile_manifest(out, files={**files, "w.bin": files["README.md"]}), "neither code nor"),
         (hostile_manifest(out, files={**files, "x.part": files["README.md"]}), "lists x.part"),
         (hostile_manifest(out, format_version=2), "format_version 2"),
-        (b"<html>not here</html>", "not JSON"),
+        (b"<html>not here</html>", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
         (b" " * (17 << 20), "at most 16,777,216"),
     ]:
         server.body["manifest.json"] = body

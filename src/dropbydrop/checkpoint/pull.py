@@ -21,7 +21,6 @@ it meanwhile. Symbolic links in DEST are refused: what is written goes into DEST
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -39,6 +38,7 @@ from dropbydrop.system.locks import is_locked, lock
 
 from . import Checkpoint, Manifest, QuantizationConfig
 from .config import CARD_FILE, CONFIG_FILE, MANIFEST_FILE
+from .fields import parse_json
 from .files import PART, SIDECARS, read_json
 from .origins import CutError, FolderOrigin, Origin, TransferError, origin
 from .slice import MAX_TEXT, Transfer, differs, files_for, is_tensors
@@ -93,11 +93,11 @@ def pull(
                     "address, or make one with: dropbydrop quantize MODEL OUT --bits 2,3,4"
                 )
             where = f"{MANIFEST_FILE} of {here.name}"
-            manifest = Manifest.from_dict(_parse(raw, here.name), where)
+            manifest = Manifest.from_dict(parse_json(raw, where), where)
             config = here.read(CONFIG_FILE, MAX_TEXT)
             if config is None:
                 raise FormatError(f"{here.name} has no {CONFIG_FILE}: an incomplete checkpoint.")
-            level, prefix = _level(_parse(config, here.name), bits)
+            level, prefix = _level(parse_json(config, f"{CONFIG_FILE} of {here.name}"), bits)
             names = files_for(manifest, prefix)
             _check_dest(target, manifest)
             run = _Pull(here, manifest, Transfer(target, level), attempts)
@@ -312,10 +312,3 @@ def _level(config: object, bits: int | None) -> tuple[int, int]:
     parsed = QuantizationConfig.from_dict(quantization)
     level = parsed.check_level(parsed.bits if bits is None else bits)
     return level, parsed.prefix_of(level)
-
-
-def _parse(raw: bytes, name: str) -> object:
-    try:
-        return json.loads(raw)
-    except ValueError as error:
-        raise FormatError(f"{name}: not JSON ({error}); not a dropbydrop checkpoint.") from error

@@ -151,9 +151,11 @@ class DropByDropQuantizer(HfQuantizer):
         # The same list object is read afterwards; a copy would leave the codes unread, which
         # _process_model_after_weight_loading refuses.
         files.extend(str(p) for m in range(1, prefix + 1) for p in checkpoint.plane_paths(m))
-        quiet = model._keys_to_ignore_on_load_unexpected
-        quiet |= {r"^(codebooks|input_groups|rotations)\."}
-        quiet |= {f"^{re.escape(name)}$" for name in checkpoint.quantization.guards}
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),  # None in the first 5.x
+            r"^(codebooks|input_groups|rotations)\.",
+            *(f"^{re.escape(name)}$" for name in checkpoint.quantization.guards),
+        }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         linears = [m for m in model.modules() if isinstance(m, NestedLinear)]
