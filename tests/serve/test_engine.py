@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from running import NAME, Running, running
 
 import dropbydrop
+from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.models.sources import load_tokenizer
+from dropbydrop.planning.sensitivity import Sensitivity
 from dropbydrop.serve.job import CHUNK
 
 PROMPTS = [
@@ -143,13 +146,36 @@ def test_seeds(server: Running) -> None:
     assert texts() != texts()
 
 
-def test_averages(server: Running) -> None:
-    """Without sensitivities an average cannot be planned, which the answer says."""
+def test_an_average_that_cannot_be_planned(server: Running) -> None:
+    """Nothing is known about which matrices matter, which the answer says."""
     answer = httpx2.post(
         server.address + "/v1/completions", json={"prompt": "the", "bits": 2.5}, timeout=30
     )
     assert answer.status_code == 400
     assert "sensitivit" in answer.json()["error"]["message"]
+
+
+def test_averages(chat_folder: Path, tmp_path: Path) -> None:
+    """Views of plans, made when they are asked for; the last few are kept."""
+    out = shutil.copytree(chat_folder, tmp_path / NAME)
+    groups = Checkpoint.open(out).quantization.input_groups
+    losses = {group.name: {2: 1.0 + i, 3: 0.3, 4: 0.0} for i, group in enumerate(groups)}
+    Sensitivity(Checkpoint.open(out).fingerprint, losses, "measured").save(out)
+    with running(out) as server:
+        body: dict[str, Any] = {"prompt": "the old mill", "max_tokens": 20, "temperature": 0}
+        answer = ask(server, **body, bits=2.5, logprobs=0, ignore_eos=True)
+        assert answer["dropbydrop"]["bits"] == 2.5
+        sizes = [server.engine.precisions.bytes_of(bits) for bits in (2, 2.5, 3)]
+        assert sizes == sorted(set(sizes))
+        assert answer["dropbydrop"]["bytes_per_token"] == sizes[1]
+        for bits in range(210, 225):
+            assert ask(server, **body, bits=bits / 100)["dropbydrop"]["bits"] == bits / 100
+        assert len(server.engine.precisions._averages) == 8
+    model, ids = dropbydrop.load(out, avg_bits=2.5), server.service.text.encode("the old mill")
+    with torch.inference_mode():
+        for _ in range(20):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    assert tokens_of(answer, server) == [server.service.text.name(t) for t in ids[-20:]]
 
 
 def test_who_leaves_frees_the_place(server: Running) -> None:

@@ -46,10 +46,14 @@ def run(
         raise DropError(
             "serving needs starlette and uvicorn: pip install 'dropbydrop[serve]'"
         ) from None
-    from dropbydrop.serve.server import Server
+    from dropbydrop.serve.server import LOOPBACK, Server
     from dropbydrop.serve.service import Service
     from dropbydrop.system.console import phase, quiet_transformers
 
+    if api_key is None and host not in LOOPBACK:
+        sys.stderr.write(
+            f"warning: no --api-key: everybody who reaches {host} may use this server\n"
+        )
     with phase("loading"), quiet_transformers():
         levels = None if bits is None else parse_bits(bits)
         service = Service(out, levels, target_tps or None, queue)

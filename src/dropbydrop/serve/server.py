@@ -23,7 +23,8 @@ from .service import Service
 HEADER_SECONDS = 15.0
 _LARGEST_HEADERS = 64 << 10
 _MOST_CONNECTIONS = 512
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_NAMES = ("localhost", "127.0.0.1", "[::1]")  # of a loopback address in requests
 
 
 class _Protocol(H11Protocol):
@@ -59,8 +60,7 @@ class Server(uvicorn.Server):
             port: 0 takes a free one.
             ready: called with the address, once requests are taken.
         """
-        local = host in _LOOPBACK or f"[{host}]" in _LOOPBACK
-        hosts = _LOOPBACK if local and api_key is None else ()
+        hosts = _NAMES if host in LOOPBACK and api_key is None else ()
         super().__init__(
             uvicorn.Config(
                 build(service, api_key, hosts),
