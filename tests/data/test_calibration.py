@@ -210,7 +210,8 @@ def test_folded_attention_is_attention(tmp_path: Path, family: str) -> None:
 def test_long_windows_are_filled_by_several_texts(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selfgen, "CACHE_BYTES", 1)  # one text a batch
+    monkeypatch.setattr(selfgen, "LEAST_BYTES", 1)  # one text a batch
+    monkeypatch.setattr(selfgen, "TOTAL_BYTES", 1)
     short = Writing(text_tokens=8)
     ids = load_windows("self", source.tokenizer(), 2, 20, source=source, writing=short).ids
     assert ids.shape == (2, 20)

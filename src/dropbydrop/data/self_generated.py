@@ -22,7 +22,8 @@ The model writes on the device it is quantized on, in bfloat16 where that multip
 elsewhere.
 
 Memory beside the model: keys and values of every text, what state-space layers keep of it, and its
-logits. That is measured with one token, and batches are chosen to stay below `CACHE_BYTES`.
+logits. That is measured with one token. A batch has as many texts as keep all of it and the model
+below `TOTAL_BYTES`; beside a larger model they may have `LEAST_BYTES`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from dropbydrop.system.console import progress_bar, quiet_transformers
 from .kv_slots import bytes_of_text, cache_with_room, slots_of
 from .text_files import leading_bos
 
-CACHE_BYTES = 1 << 30
+LEAST_BYTES, TOTAL_BYTES = 1 << 30, 7 << 28  # 1 GiB, 1.75 GiB
 _ROWS = 16  # whose probabilities are in memory at a time
 _MARK = "DROPBYDROP"
 _FOLDED = "dropbydrop_folded"  # name of our attention function in transformers
@@ -250,7 +251,8 @@ def fold_attention(model: Any) -> bool:
 
 def batch_size(model: Any, texts: int, length: int) -> int:
     """How many texts of `length` tokens are sampled together: equal batches whose memory fits."""
-    batches = -(-texts // max(1, CACHE_BYTES // bytes_of_text(model, length)))
+    room = max(LEAST_BYTES, TOTAL_BYTES - model.get_memory_footprint())
+    batches = -(-texts // max(1, room // bytes_of_text(model, length)))
     return -(-texts // batches)
 
 

@@ -17,6 +17,7 @@ The trial opens the model for itself, so nothing of it stays in memory.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -71,6 +72,8 @@ def try_model(runner: BlockRunner, config: QuantizeConfig, planes: tuple[Any, ..
     )
     with _told(again.model, "run block by block"):
         coded = _try_running(again, config.head_bits)
+    del again
+    gc.collect()  # a model is full of cycles, and would stay beside the one that is quantized
     with _told(runner.model, "loaded from a checkpoint"), quiet_transformers():
         _try_building(runner, config.head_bits, planes, coded)
 
@@ -93,7 +96,8 @@ def _told(model: nn.Module, what: str) -> Iterator[None]:
 
 def _try_running(runner: BlockRunner, head_bits: int) -> dict[str, tuple[int, int]]:
     """Run every kind of block; returns the shapes of all linears that will be coded, by name."""
-    vocab = int(runner.model.get_input_embeddings().weight.shape[0])
+    embedding: Any = runner.model.get_input_embeddings()
+    vocab = int(embedding.weight.shape[0])
     ids = (torch.arange(_TOKENS) * 7 % vocab)[None]  # [1, T]
     hidden = runner.embed(ids)
     tried: dict[Any, list[str]] = {}  # kind of block -> coded linears by their names in the block
