@@ -1,4 +1,4 @@
-"""No fault of a file operation loses anything: a deterministic sample of `campaign.py`.
+"""No fault of a file operation loses anything: a deterministic sample of `fault_campaign.py`.
 
 After each fault OUT is the old one or the new one, whole; the same command then succeeds with the
 same bytes, and nothing hidden is left.
@@ -11,8 +11,8 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from campaign import FAULTS, Trial
-from works import make_source, works
+from fault_campaign import FAULTS, Trial
+from fault_works import make_source, works
 
 from tiny import CODES
 

@@ -1,6 +1,6 @@
 """Every fault at every file operation of every command that writes.
 
-    python tests/faults/campaign.py [--code bytes] [--every 1]
+    python tests/faults/fault_campaign.py [--code bytes] [--every 1]
 
 Prints a table of how often each command was killed, cut off in the middle of a write, robbed of
 power, refused by the operating system or interrupted, and ends with an error at the first fault
@@ -21,8 +21,8 @@ if __name__ == "__main__":
     root = Path(__file__).parents[2]
     sys.path[:0] = [str(root / name) for name in ("tests", "benchmarks", "research/src")]
 
+from fault_works import Work, contents, hidden_names, make_source, put, works
 from file_faults import ERRORS, SIGNALS, disturbed, operations, states
-from works import Work, contents, hidden_names, make_source, put, works
 
 from dropbydrop.system.errors import DropError
 from tiny import CODES
