@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dropbydrop.checkpoint import Checkpoint, CheckpointWriter
-from dropbydrop.checkpoint.config import CONFIG_FILE, MANIFEST_FILE, RESERVED_PREFIXES
+from dropbydrop.checkpoint.config import CONFIG_FILE, RESERVED_PREFIXES
 from dropbydrop.checkpoint.export import export
 from dropbydrop.checkpoint.files import check_replaceable
 from dropbydrop.checkpoint.journal import Journal
@@ -164,4 +164,3 @@ def put(old: Path, out: Path) -> None:
         shutil.copy(old, out)
 
 
-__all__ = ["MANIFEST_FILE", "Work", "contents", "hidden_names", "make_source", "put", "works"]
