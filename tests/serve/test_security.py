@@ -136,6 +136,22 @@ def test_slow_senders_are_cut_off(server: Running, monkeypatch: pytest.MonkeyPat
     assert time.monotonic() - started < 5
 
 
+def test_many_idle_connections(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are taken: others are told so at once, and the idle ones are closed soon."""
+    monkeypatch.setattr(process, "HEADER_SECONDS", 2.0)
+    links = [connect(server.address) for _ in range(process.MOST_CONNECTIONS + 20)]
+    try:
+        assert b" 503 " in raw(server.address, get("/health")).splitlines()[0]
+        for _ in range(100):
+            time.sleep(0.1)
+            if b" 200 " in raw(server.address, get("/health")).splitlines()[0]:
+                break
+        assert httpx2.get(server.address + "/health").status_code == 200
+    finally:
+        for link in links:
+            link.close()
+
+
 def test_a_slow_reader_holds_nothing(server: Running) -> None:
     """It reads nothing; its answer is computed, and its cache is free, all the same."""
     body = json.dumps({"prompt": "the", "max_tokens": 200, "ignore_eos": True, "stream": True})

@@ -22,7 +22,7 @@ from .service import Service
 
 HEADER_SECONDS = 15.0
 _LARGEST_HEADERS = 64 << 10
-_MOST_CONNECTIONS = 512
+MOST_CONNECTIONS = 512
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _NAMES = ("localhost", "127.0.0.1", "[::1]")  # of a loopback address in requests
 
@@ -72,7 +72,7 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
-                limit_concurrency=_MOST_CONNECTIONS,
+                limit_concurrency=MOST_CONNECTIONS,
                 timeout_graceful_shutdown=5,
                 h11_max_incomplete_event_size=_LARGEST_HEADERS,
             )
