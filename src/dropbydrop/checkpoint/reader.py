@@ -102,7 +102,7 @@ class Checkpoint:
             FormatError: not a checkpoint of this version, or damaged; the message says which file
                 is concerned and what to do.
         """
-        return Checkpoint(Path(path), verify)
+        return Checkpoint(Path(path).expanduser(), verify)
 
     # -- what is there --------------------------------------------------------------------
 

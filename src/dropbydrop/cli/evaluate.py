@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dropbydrop.system.errors import CalibrationError, DropError, PrecisionError
+from dropbydrop.system.settings import check_seed
 
 from .options import Json, console, finish, parse_averages, parse_bits, parse_dtype
 
@@ -53,8 +54,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Perplexity of each level, its divergence from the original model, zero-shot accuracy."""
-    from dropbydrop.data.text_files import text_windows
+    from dropbydrop.data.text_files import check_tokens, text_windows
     from dropbydrop.evaluation import perplexity, zeroshot
+    from dropbydrop.models.embeddings import embedded_tokens
     from dropbydrop.models.sources import load_tokenizer, resolve
     from dropbydrop.system.console import phase, quiet_transformers
 
@@ -72,7 +74,8 @@ def run(
         original = None if source is None else load_plain(source.folder, kind)
         folder, models, sizes = open_models(out, chosen, kind)
     if text is not None:
-        found = perplexity.evaluate(models, original, ids, seed=seed)
+        check_tokens(ids, embedded_tokens(next(iter(models.values()))))
+        found = perplexity.evaluate(models, original, ids, seed=check_seed(seed))
         for name, size in sizes.items():
             found["bits"][name] |= size
         result |= {"dtype": dtype, **found}

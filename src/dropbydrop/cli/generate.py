@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -35,7 +36,7 @@ def run(
     from dropbydrop.runtime.generate import generate
     from dropbydrop.runtime.load import load
     from dropbydrop.runtime.views import precision
-    from dropbydrop.system.console import quiet_transformers
+    from dropbydrop.system.console import printable, quiet_transformers
 
     with quiet_transformers():
         chosen = None if plan is None else Plan.load(plan)
@@ -51,5 +52,5 @@ def run(
             draft=None if draft_bits is None else parse_precision(draft_bits),
         )
     if not as_json:
-        typer.echo(result.text)
+        typer.echo(printable(result.text) if sys.stdout.isatty() else result.text)
     finish(as_json, {"bits": precision(model), "decoding": how(model), **asdict(result)})

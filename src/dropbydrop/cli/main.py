@@ -62,11 +62,12 @@ plugins.register(app)
 
 def _tell(error: DropError) -> None:
     """Print an error once, however many processes torchrun has started."""
+    from dropbydrop.system.console import printable
     from dropbydrop.system.distributed import PeerError, rank_of_process
 
     rank = rank_of_process()
     if rank == 0 or not isinstance(error, PeerError):
-        sys.stderr.write(f"error{f' of rank {rank}' if rank else ''}: {error}\n")
+        sys.stderr.write(f"error{f' of rank {rank}' if rank else ''}: {printable(str(error))}\n")
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -186,9 +186,9 @@ def _words(text: str) -> list[str]:
 
 def console(as_json: bool) -> Console:
     """Where tables go: stdout, or stderr when stdout is kept for JSON."""
-    from rich.console import Console
+    from dropbydrop.system.console import SafeConsole
 
-    return Console(stderr=as_json)
+    return SafeConsole(stderr=as_json)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dropbydrop.system.errors import DropError
+from dropbydrop.system.settings import check_seed
 
 from .options import CheckpointFolder, Json, console, finish
 
@@ -47,6 +48,7 @@ def run(
 
     if (avg_bits is None) == (memory is None):
         raise DropError("give one budget: --avg-bits 2.6, or --memory 1.5GiB.")
+    check_seed(seed)
     checkpoint = Checkpoint.open(out)
     if avg_bits is not None:  # before minutes of measuring
         check_average(avg_bits, levels_here(checkpoint), checkpoint.levels)

@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dropbydrop.system.console import printable
+
 if TYPE_CHECKING:
     from dropbydrop.checkpoint import Checkpoint
     from dropbydrop.planning.sensitivity import Sensitivity
@@ -19,11 +21,11 @@ if TYPE_CHECKING:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
     """Narrow enough for a terminal of 80 characters."""
-    shown = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    shown = Table(title=printable(title), box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in columns:
         shown.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(printable, row))
     return shown
 
 

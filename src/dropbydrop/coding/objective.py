@@ -115,5 +115,6 @@ def weighted_errors(weight: Tensor, decoded: Sequence[Tensor], gram: Tensor) -> 
     errors = []
     for w_hat in decoded:
         e = weight - w_hat
-        errors.append(float(((e @ gram) * e).sum(dtype=torch.float64) / energy))
+        error = ((e @ gram) * e).sum(dtype=torch.float64)
+        errors.append(float(error / energy) if energy > 0 else 0.0)  # of zeros nothing is lost
     return errors

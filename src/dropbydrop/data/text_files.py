@@ -53,9 +53,35 @@ def read_text(file: Path, max_chars: int | None = None) -> str:
         ) from error
     if file.suffix == ".raw":
         text = raw_rows(text)
+    refuse_surrogates(text, str(file))
     if not text.strip():
         raise CalibrationError(f"{file} holds no text.")
     return text
+
+
+def refuse_surrogates(text: str, what: str) -> None:
+    """Raises CalibrationError for half a character (a lone surrogate, as JSON can write it)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(
+            f"{what} holds half a character ({text[error.start]!a} at {error.start:,}), which no "
+            "tokenizer reads; remove it."
+        ) from error
+
+
+def check_tokens(ids: Tensor, known: int) -> None:
+    """Refuse tokens that a model of `known` tokens has no embedding for.
+
+    Raises:
+        CalibrationError: the largest one and their number.
+    """
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < known:
+        raise CalibrationError(
+            f"the text has a token {int(ids.max())}, but the model embeds {known:,}: its tokenizer "
+            "was extended, or belongs to another model. Use text without added tokens, or the "
+            "model's own tokenizer."
+        )
 
 
 def _documents(file: Path, lines: Iterable[str]) -> Iterator[str]:

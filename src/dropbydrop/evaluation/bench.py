@@ -26,6 +26,7 @@ import torch
 from transformers import StaticCache
 
 from dropbydrop import kernels
+from dropbydrop.models.model_config import context_length
 from dropbydrop.planning.memory import held_bytes
 from dropbydrop.runtime import fused_decode
 from dropbydrop.runtime.views import store_of, view
@@ -136,6 +137,13 @@ def bench(
             f"prompt {prompt}, tokens {tokens}, rounds {rounds}, prefill {prefill}, "
             f"{len(levels)} levels: give at least one of each (prefill may be 0)."
         )
+    longest = context_length(model.config) or 1 << 30
+    if prompt + tokens > longest:
+        raise DropError(
+            f"prompt {prompt} and {tokens} tokens are more than the {longest:,} that this model "
+            "takes; ask for fewer."
+        )
+    prefill = min(prefill, longest)
     checkpoint, threads = store_of(model).checkpoint, torch.get_num_threads()
     views = {str(p): view(model, p) for p in sorted(levels)}
     read, speeds = stream(threads), []

@@ -22,6 +22,14 @@ def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
     return next((name for name, module in model.named_modules() if module is wanted), None)
 
 
+def embedded_tokens(model: PreTrainedModel) -> int:
+    """How many tokens a model knows: rows of its embedding, which may differ from its tokenizer's
+    vocabulary."""
+    embedding = model.get_input_embeddings()
+    found = getattr(embedding, "num_embeddings", None)
+    return int(model.config.get_text_config().vocab_size if found is None else found)
+
+
 def output_scale(embedding: nn.Module) -> float | None:
     """Factor between an embedding's rows and its output: 1, or that of Gemma's scaled embeddings.
 

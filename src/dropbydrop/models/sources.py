@@ -103,6 +103,11 @@ def resolve(model: str | Path) -> Source:
         FormatError, UnsupportedModelError, DropError: nothing of that name, no safetensors, an
             already quantized model, or a failed conversion or download.
     """
+    if not isinstance(model, str | Path):
+        raise DropError(
+            f"the model is a {type(model).__name__}: give a folder, a .gguf file or a name; "
+            "save_pretrained writes a model into a folder."
+        )
     text, path = str(model), Path(model).expanduser()
     if path.is_dir():
         check_folder(path)

@@ -133,10 +133,11 @@ def kv_cache(config: Mapping[str, Any], context: int, width: int) -> int:
     dim = int(text.get("head_dim") or text["hidden_size"] // heads)
     kv_heads = int(text.get("num_key_value_heads") or heads)
     window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
-    kinds = text.get("layer_types") or ["sliding_attention" if window else ""] * layers
+    kinds = text.get("layer_types") or ["sliding_attention" if window else "attention"] * layers
     tokens = sum(
         min(context, window) if window and kind == "sliding_attention" else context
         for kind in kinds
+        if "attention" in kind and kind != "linear_attention"  # others keep a state of fixed size
     )
     return 2 * tokens * kv_heads * dim * width
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dropbydrop.system.errors import DropError, PrecisionError
-from dropbydrop.system.settings import Settings, setting
+from dropbydrop.system.settings import Settings, setting, whole_number
 
 MAX_BITS = 8
 WINDOWS = {"fast": 32, "balanced": 64, "best": 128}  # of a preset, unless given
@@ -24,13 +24,16 @@ def check_levels(bits: Sequence[int]) -> tuple[int, ...]:
     Raises:
         PrecisionError: none, or one that is not an integer in 1..8.
     """
-    whole = all(isinstance(p, int) for p in bits)
-    if not bits or not whole or any(not 1 <= p <= MAX_BITS for p in bits):
+    try:  # integers of numpy and torch are integers
+        whole = [] if isinstance(bits, str) else [whole_number(p) for p in bits]
+    except TypeError:
+        whole = []
+    if not whole or any(not 1 <= p <= MAX_BITS for p in whole):
         raise PrecisionError(
-            f"--bits {','.join(map(str, bits)) or '(none)'}: give levels from 1 to {MAX_BITS}, "
+            f"--bits {bits!r}: give levels from 1 to {MAX_BITS}, "
             "such as --bits 2,3,4. Each level is a precision that the checkpoint can be run at."
         )
-    return tuple(sorted(set(bits)))
+    return tuple(sorted(set(whole)))
 
 
 @dataclass(frozen=True)

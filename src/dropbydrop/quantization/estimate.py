@@ -110,7 +110,7 @@ def estimate(
         DropError: what the run would refuse before its first block.
     """
     started, load = time.perf_counter(), _load()
-    place, runner, config = Path(os.path.abspath(out)), job.runner, job.config
+    place, runner, config = Path(os.path.abspath(Path(out).expanduser())), job.runner, job.config
     CheckpointWriter(place, overwrite=overwrite).abort()  # whether OUT can be written at all
     first = FirstBlock(job)
     training, _ = _clock(job.universal)

@@ -6,6 +6,7 @@ window's length within the model's context, device and search backend. Nothing i
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -20,9 +21,9 @@ from dropbydrop.coding.encoder import EFFORTS, Effort
 from dropbydrop.coding.kinds import backends
 from dropbydrop.coding.planes import PlaneSpec, planes_of
 from dropbydrop.data.calibration import Calibration, load_windows
-from dropbydrop.data.text_files import tokenize
+from dropbydrop.data.text_files import check_tokens, tokenize
 from dropbydrop.models.block_runner import BlockRunner
-from dropbydrop.models.embeddings import output_scale
+from dropbydrop.models.embeddings import embedded_tokens, output_scale
 from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, load_tokenizer, resolve, side_files
 from dropbydrop.models.weight_checks import check_values, check_weights
@@ -65,7 +66,9 @@ class Job:
             CalibrationError: missing, unreadable or too short a text.
         """
         config = self.config
-        return self.ready or load_windows(
+        if self.ready is not None:
+            return self.ready
+        made = load_windows(
             config.calibration,
             self.source.tokenizer(),
             self.windows_asked,
@@ -75,6 +78,8 @@ class Job:
             device=self.runner.device,
             progress=progress,
         )
+        check_tokens(made.ids, embedded_tokens(self.runner.model))
+        return made
 
     @property
     def planes(self) -> tuple[PlaneSpec, ...]:
@@ -199,6 +204,13 @@ def _tokens(tokenizer: Any) -> list[int]:
 
 def _check_windows(ready: Calibration, windows: int | None, longest: int, vocab: int) -> None:
     """Refuse windows that this model cannot run, or another number than was asked for."""
+    try:
+        json.dumps(ready.description, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CalibrationError(
+            f"the description of the calibration windows cannot be stored as JSON ({error}); give "
+            "a dictionary of texts and numbers."
+        ) from error
     ids = ready.ids
     good = ids.ndim == 2 and ids.dtype == torch.int64 and ids.shape[0] > 0
     if not good or not 2 <= ids.shape[1] <= longest:

@@ -40,7 +40,7 @@ from dropbydrop.models.weight_checks import dtype_of
 from dropbydrop.system.accelerator import pick_device
 from dropbydrop.system.console import phase, progress_bar
 from dropbydrop.system.distributed import Partition, Ranks
-from dropbydrop.system.errors import DropError
+from dropbydrop.system.errors import CalibrationError, DropError
 from dropbydrop.system.memory import device_peak, peak_memory
 from dropbydrop.system.version import __version__
 
@@ -87,13 +87,18 @@ def quantize(
     """
     started = time.perf_counter()
     ready = options.get("calibration")
+    if not isinstance(ready, str | Path | Calibration | None):
+        raise CalibrationError(
+            f"calibration is a {type(ready).__name__}: give a file, 'self', or ready windows as "
+            "Calibration(ids, description)."
+        )
     if isinstance(ready, Calibration):
         options["calibration"] = "ready windows"
     if bits is not None:
-        options["levels"] = tuple(bits)
+        options["levels"] = bits
     config = replace(config or QuantizeConfig(), **options)
     config = replace(config, device=pick_device(config.device))
-    place = Path(os.path.abspath(out))
+    place = Path(os.path.abspath(Path(out).expanduser()))
     with Ranks.join(config.device) as ranks:
         if ranks.size > 1 and config.codebooks != UNIVERSAL:
             raise DropError(

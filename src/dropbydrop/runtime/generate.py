@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dropbydrop.data.text_files import check_tokens, refuse_surrogates
+from dropbydrop.models.embeddings import embedded_tokens
+from dropbydrop.models.model_config import context_length
 from dropbydrop.system.console import quiet_transformers
-from dropbydrop.system.errors import DropError
+from dropbydrop.system.errors import DropError, first_line
+from dropbydrop.system.settings import check_seed
 
 from . import fused_decode
 
@@ -64,14 +68,11 @@ def generate(
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise DropError("this model has no chat template; leave --chat away.")
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    # a chat template writes its own special tokens
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+        prompt = _in_template(tokenizer, prompt)
+    inputs = _inputs(model, tokenizer, prompt, chat)
     settings: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        torch.manual_seed(seed)
+        torch.manual_seed(check_seed(seed))
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     if tokenizer.pad_token_id is None:
         settings["pad_token_id"] = tokenizer.eos_token_id
@@ -96,3 +97,41 @@ def generate(
     text = tokenizer.decode(ids[given:], skip_special_tokens=True)
     drafted = None if speculator is None else asdict(speculator.report)
     return Generated(text, given, ids.numel() - given, seconds, drafted)
+
+
+def _in_template(tokenizer: Any, prompt: str) -> str:
+    """The prompt as a user's message in the chat template.
+
+    Raises:
+        DropError: the template, a program of the model's author, refuses or fails.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # whatever a template does
+        raise DropError(
+            f"the model's chat template fails ({first_line(error)}); leave --chat away, and write "
+            "the prompt as the model expects it."
+        ) from error
+    return text
+
+
+def _inputs(model: Any, tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
+    """Token ids [1, T] and mask.
+
+    Raises:
+        DropError: no token, one that the model does not know, or as many as its context.
+    """
+    refuse_surrogates(prompt, "the prompt")
+    # a chat template writes its own special tokens
+    made = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)
+    inputs = {k: made[k].to(model.device) for k in ("input_ids", "attention_mask") if k in made}
+    ids, longest = inputs["input_ids"], context_length(model.config)
+    check_tokens(ids, embedded_tokens(model))
+    if ids.numel() == 0 or (longest is not None and ids.numel() >= longest):
+        raise DropError(
+            f"the prompt has {ids.numel():,} tokens; this model takes 1 to {(longest or 2) - 1:,}. "
+            "Give a prompt within that."
+        )
+    return inputs

@@ -23,8 +23,10 @@ def pick_device(device: str) -> str:
         kind, index = torch.device(device).type, torch.device(device).index
     except RuntimeError as error:
         raise DropError(f"--device {device}: choose auto, cpu, cuda or cuda:N.") from error
+    if kind == "cpu":
+        return "cpu"
     if kind != "cuda":
-        return device
+        raise DropError(f"--device {device}: choose auto, cpu, cuda or cuda:N.")
     count = torch.cuda.device_count()
     if index is None:
         index = int(os.environ.get("LOCAL_RANK", 0))

@@ -13,6 +13,7 @@ import logging
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -31,6 +32,7 @@ from rich.progress import (
 )
 
 EVERY = 30.0  # seconds from one plain line to the next
+_TURNS = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # of text
 _SPEED_PERIOD = 600.0  # steps may take minutes; rich's own 30 seconds would give them no ETA
 
 
@@ -50,6 +52,24 @@ def progress_bar(enabled: bool = True) -> Progress:
         speed_estimate_period=_SPEED_PERIOD,
         disable=not enabled,
     )
+
+
+def printable(text: str) -> str:
+    """Text from a model, a checkpoint or a file name for a terminal: control characters, which
+    could move the cursor, rename the window or hide what was written, are shown as escapes."""
+    return "".join(
+        c
+        if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNS)
+        else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+class SafeConsole(Console):
+    """rich's Console that shows control characters of what it is given (`printable`)."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        super().print(*(printable(x) if isinstance(x, str) else x for x in objects), **settings)
 
 
 @contextmanager

@@ -8,7 +8,9 @@ settings, imports more than the standard library: `--help` needs them.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -35,6 +37,25 @@ def option_name(declared: Any) -> str:
     return declared.metadata["option"] or declared.name.replace("_", "-")
 
 
+def whole_number(value: Any) -> int:
+    """An integer of any library as one of Python; TypeError for anything else, and for a bool."""
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is no number")
+    return operator.index(value)
+
+
+def check_seed(seed: Any) -> int:
+    """A seed that every generator takes.
+
+    Raises:
+        DropError: not a whole number from 0 to 4,294,967,295.
+    """
+    with suppress(TypeError):
+        if 0 <= (number := whole_number(seed)) < 1 << 32:
+            return number
+    raise DropError(f"--seed {seed!r}: give a whole number from 0 to {(1 << 32) - 1:,}.")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Base of the settings of commands.
@@ -46,6 +67,14 @@ class Settings:
     def __post_init__(self) -> None:
         for declared in fields(self):
             value, choices = getattr(self, declared.name), declared.metadata["choices"]
+            if declared.name == "seed":
+                object.__setattr__(self, "seed", check_seed(value))
+            elif str(declared.type) in ("int", "int | None") and value is not None:
+                try:
+                    object.__setattr__(self, declared.name, whole_number(value))
+                except TypeError as error:
+                    name = option_name(declared)
+                    raise DropError(f"--{name} {value!r}: give a whole number.") from error
             if choices and value not in choices:
                 known = ", ".join(map(str, choices))
                 raise DropError(f"--{option_name(declared)} {value!r}: choose one of {known}.")
