@@ -168,6 +168,22 @@ def test_stop_keeps_what_came_and_tells_the_server(visit: Open) -> None:
     assert script.gone.wait(10)
 
 
+def test_another_conversation_while_an_answer_comes(visit: Open) -> None:
+    script = Script({None: ["word "] * 9}, hold_after=3)
+    page = visit(script)
+    ask(page, "the first")
+    page.wait_for_selector(".assistant .prose")
+    page.click("text=New conversation")
+    script.go.set()
+    assert script.gone.wait(10)
+    page.wait_for_selector("aside li:has-text('the first')")  # kept, as far as it came
+    assert page.locator(".message").count() == 0
+    ask(page, "the second")
+    assert answer(page).locator(".prose").inner_text().count("word") == 9
+    page.click("aside >> text=the first")
+    assert "stopped" in page.locator(".assistant .figures").inner_text()
+
+
 def test_regenerate_and_edit_replace_the_last_turn(visit: Open) -> None:
     script = Script({None: ["one"]})
     page = visit(script)

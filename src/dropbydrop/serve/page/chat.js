@@ -57,7 +57,7 @@ function Message({ message, levels, running, last, actions }) {
     ${message.error && html`<${Failure} error=${message.error} onRetry=${last && actions.regenerate} />`}
     ${!running && html`<div class="actions">
       ${text && html`<button class="quiet" onClick=${onCopy}>${copied ? "Copied" : "Copy"}</button>`}
-      ${last && html`<button class="quiet" onClick=${actions.regenerate}>Regenerate</button>`}
+      ${last && !message.error && html`<button class="quiet" onClick=${actions.regenerate}>Regenerate</button>`}
     </div>`}
   </article>`;
 }
@@ -140,6 +140,7 @@ export function Chat({ status, settings, onSettings }) {
   const [said, setSaid] = useState(""); // for screen readers
   const log = useRef(null);
   const follow = useRef(true);
+  const deleted = useRef(new Set());
   const { messages } = conversation;
   const levels = status?.levels ?? [];
 
@@ -165,17 +166,19 @@ export function Chat({ status, settings, onSettings }) {
     const abort = new AbortController();
     const answering = (answer) => ({ ...conversation,
       messages: [...asked, { role: "assistant", ...answer }] });
+    // another conversation may be on the screen by then
+    const put = (next) => setConversation((shown) => (shown.id === next.id ? next : shown));
     setRunning(abort);
     setEditing(false);
     setSaid("Answering");
     follow.current = true;
     setConversation(answering({ content: "", stats: null }));
     const body = requestBody(status.model, asked, settings, settings.bits);
-    const answer = await receive(body, abort.signal, (state) => setConversation(answering(state)));
+    const answer = await receive(body, abort.signal, (state) => put(answering(state)));
     const { tokens, ...kept } = answer;
-    setConversation(answering(kept));
-    keep(answering(kept));
-    setRunning(null);
+    put(answering(kept));
+    if (!deleted.current.has(conversation.id)) keep(answering(kept));
+    setRunning((now) => (now === abort ? null : now));
     if (!answer.error) setSaid(`Answer complete: ${answer.stats.tokens} tokens${
       answer.stats.bits == null ? "" : ` at ${named(answer.stats.bits)}`}`);
   };
@@ -203,6 +206,7 @@ export function Chat({ status, settings, onSettings }) {
     follow.current = true;
   };
   const remove = (id) => {
+    deleted.current.add(id);
     const after = all.filter((c) => c.id !== id);
     setAll(after);
     history.saveConversations(after);
@@ -212,6 +216,7 @@ export function Chat({ status, settings, onSettings }) {
     try {
       const brought = await history.upload(file);
       const ids = new Set(brought.map((c) => c.id));
+      ids.forEach((id) => deleted.current.delete(id));
       const after = [...brought, ...all.filter((c) => !ids.has(c.id))];
       setAll(after);
       setNotice(history.saveConversations(after) ? `${brought.length} conversations imported.`
