@@ -36,7 +36,7 @@ def _alive() -> tuple[float, int]:
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     mib = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-    return mib, sum(isinstance(thing, NestedLinear) for thing in gc.get_objects())
+    return mib, sum(issubclass(type(thing), NestedLinear) for thing in gc.get_objects())
 
 
 def _repeat(count: int, work: Any) -> Growth:
