@@ -29,6 +29,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.embeddings import embedded_tokens
 from dropbydrop.runtime.hf import place_modules
 from dropbydrop.runtime.int8_modules import RowView
 from dropbydrop.system.console import quiet_transformers
@@ -96,9 +97,7 @@ def _told(model: nn.Module, what: str) -> Iterator[None]:
 
 def _try_running(runner: BlockRunner, head_bits: int) -> dict[str, tuple[int, int]]:
     """Run every kind of block; returns the shapes of all linears that will be coded, by name."""
-    embedding: Any = runner.model.get_input_embeddings()
-    vocab = int(embedding.weight.shape[0])
-    ids = (torch.arange(_TOKENS) * 7 % vocab)[None]  # [1, T]
+    ids = (torch.arange(_TOKENS) * 7 % embedded_tokens(runner.model))[None]  # [1, T]
     hidden = runner.embed(ids)
     tried: dict[Any, list[str]] = {}  # kind of block -> coded linears by their names in the block
     shapes: dict[str, tuple[int, int]] = {}
