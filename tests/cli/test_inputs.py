@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -155,17 +154,20 @@ def test_half_a_character(llama: Path, checkpoint: Path, tmp_path: Path) -> None
     assert "half a character" in refused("generate", checkpoint, "--prompt", "a\udcffb")
 
 
-def test_tokens_beyond_the_embedding(llama: Path, checkpoint: Path, tmp_path: Path) -> None:
-    for folder in (llama, checkpoint):
-        copy_of(folder, tmp_path / folder.name)
-        file = tmp_path / folder.name / "tokenizer.json"
-        known = json.loads(file.read_text())
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        new = {"id": tiny.VOCAB + 9, "content": "<new>", "special": True, **flags}
-        known["added_tokens"].append(new)
-        known["model"]["vocab"]["<new>"] = new["id"]
-        file.write_text(json.dumps(known))
-    source, out = tmp_path / llama.name, tmp_path / checkpoint.name
+def with_tokenizer_of(source: Path, out: Path, **more: bytes) -> Path:
+    files: dict[str, Any] = {file.name: file for file in source.glob("tokenizer*")} | more
+    return tiny.write_checkpoint(out, extra_files=files, tokenizer=False)
+
+
+def test_tokens_beyond_the_embedding(llama: Path, tmp_path: Path) -> None:
+    source = copy_of(llama, tmp_path / "model")
+    known = json.loads((source / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    new = {"id": tiny.VOCAB + 9, "content": "<new>", "special": True, **flags}
+    known["added_tokens"].append(new)
+    known["model"]["vocab"]["<new>"] = new["id"]
+    (source / "tokenizer.json").write_text(json.dumps(known))
+    out = with_tokenizer_of(source, tmp_path / "ck")
     text = tmp_path / "text.txt"
     text.write_text("the river <new> runs past the mill " * 90)
     assert "embeds" in refused("generate", out, "--prompt", "a<new>b")
@@ -174,15 +176,16 @@ def test_tokens_beyond_the_embedding(llama: Path, checkpoint: Path, tmp_path: Pa
     assert "embeds" in refused("quantize", source, tmp_path / "new", *given)
 
 
-def test_prompts(checkpoint: Path, tmp_path: Path) -> None:
+def test_prompts(llama: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert "this model takes 1 to" in refused("generate", checkpoint, "--prompt", "a b" * 3000)
-    shutil.copytree(checkpoint, tmp_path / "ck")
-    settings = json.loads((tmp_path / "ck/tokenizer_config.json").read_text())
+    source = copy_of(llama, tmp_path / "model")
+    settings = json.loads((source / "tokenizer_config.json").read_text())
     settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-    (tmp_path / "ck/tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    template = {"chat_template.jinja": b"{{ raise_exception('alternate!') }}"}
+    with_tokenizer_of(source, tmp_path / "ck", **template)
     given = ["generate", str(tmp_path / "ck"), "--prompt", "ab", "--max-new-tokens", "2"]
     assert CliRunner().invoke(app, given).exit_code == 0
-    (tmp_path / "ck/chat_template.jinja").write_text("{{ raise_exception('alternate!') }}")
     assert "alternate!" in refused(*given, "--chat")
 
 

@@ -35,6 +35,8 @@ class KVSlots(DynamicLayer):
 
     def seek(self, tokens: int) -> None:
         """Go on as if `tokens` tokens were written, whatever their slots hold."""
+        if not self.is_initialized:  # nothing was written yet
+            return
         self.keys, self.values = self._keys[:, :, :tokens], self._values[:, :, :tokens]
 
     def clear(self) -> None:

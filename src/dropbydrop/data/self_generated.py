@@ -40,6 +40,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dropbydrop.models.embeddings import embedded_tokens
 from dropbydrop.models.pretrained import read_model
 from dropbydrop.system.accelerator import multiplies_bfloat16
 from dropbydrop.system.console import progress_bar, quiet_transformers
@@ -298,7 +299,7 @@ def _writers(
 ) -> list[_Writer]:
     """Bare text and, where there is a template, their share of conversations, evenly spread."""
     special = set(tokenizer.all_special_ids)
-    vocab = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    vocab = min(len(tokenizer), embedded_tokens(model))
     ordinary = [i for i in range(vocab) if i not in special]
     bos = leading_bos(tokenizer)
 
