@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -124,6 +125,11 @@ def test_code_of_a_reference_and_of_what_a_checkpoint_says_it_was_made_from(
     config = json.loads((tmp_path / "ck/config.json").read_text())
     config["quantization_config"]["provenance"]["base_model"] = str(source)
     (tmp_path / "ck/config.json").write_text(json.dumps(config))
+    manifest = json.loads((tmp_path / "ck/manifest.json").read_text())
+    content = (tmp_path / "ck/config.json").read_bytes()
+    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"]["config.json"] |= entry
+    (tmp_path / "ck/manifest.json").write_text(json.dumps(manifest))
     said = refused("tune", tmp_path / "ck", tmp_path / "tuned", "--calibration", text)
     assert "auto_map" in said
     assert not ran.exists()

@@ -134,7 +134,10 @@ def config_of(folder: Path | str, **settings: Any) -> PretrainedConfig:
     with quiet_transformers():
         try:
             found = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **settings)
-            layers = getattr(found.get_text_config(), "num_hidden_layers", None)
+            text = found.get_text_config()
+            if not isinstance(text, PretrainedConfig):
+                raise ValueError(f"text_config is a {type(text).__name__}")
+            layers = getattr(text, "num_hidden_layers", None)
         except Exception as error:  # see the module's note
             raise UnsupportedModelError(
                 f"transformers makes nothing of {Path(folder) / 'config.json'}: "
