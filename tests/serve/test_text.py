@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from dropbydrop.serve.text import Text, TextStream
 from tiny import tiny_tokenizer
@@ -37,6 +39,44 @@ def test_any_tokens_give_what_decoding_gives(text: Text) -> None:
     for _ in range(100):
         ids = [draw.randrange(text.size) for _ in range(30)]
         assert "".join(streamed(text, ids)[0]) == text.decode(ids)
+
+
+def fallback_text() -> Text:
+    """A vocabulary with "▁" for spaces and bytes for the rest, as SentencePiece has them."""
+    words = ["▁", "▁the", "▁mill", "a", "é", "river", "!"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return Text(SimpleNamespace(backend_tokenizer=made, all_special_ids=[0, 1, 2]))
+
+
+def test_bytes_that_are_no_character_never_raise() -> None:
+    """Such bytes come out as U+FFFD; what is valid comes out whole."""
+    text, draw = fallback_text(), random.Random(0)
+    for _ in range(300):
+        ids = [draw.choice([draw.randrange(3, 259), draw.randrange(259, 266)]) for _ in range(30)]
+        found, whole = "".join(streamed(text, ids)[0]), text.decode(ids)
+        if "\ufffd" not in whole:
+            assert found == whole
+    smile = [3 + b for b in "😀".encode()]
+    pieces, _ = streamed(text, [260, *smile, 261, 3 + 0xFF, 260])
+    assert "".join(pieces) == "the😀 mill\ufffd the"
+    assert pieces[:5] == ["the", "", "", "", "😀"]
+
+
+def test_a_continuation_keeps_its_space() -> None:
+    text = fallback_text()
+    assert TextStream(text, ()).push(261) == "mill"
+    assert TextStream(text, (), [260]).push(261) == " mill"
 
 
 def test_stop_texts_are_never_seen(text: Text) -> None:

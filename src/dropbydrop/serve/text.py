@@ -12,12 +12,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 from dropbydrop.system.errors import DropError
 
 log = logging.getLogger("dropbydrop")
-_CONTEXT = 8  # tokens of the prompt that decide whether the first new word begins with a space
+_CONTEXT = 6  # tokens that new ones are decoded behind
+_MOST_HELD = 16  # tokens of an incomplete character; more are none
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -107,7 +106,9 @@ class TextStream:
     """New tokens in, new text out; nothing at or after a stop text comes out.
 
     What may be the beginning of a stop text is held back until it is clear, and so are the bytes of
-    an incomplete character.
+    an incomplete character. Tokens are decoded behind the last few ones, so that spaces come out
+    right, and never all again. (tokenizers' own DecodeStream raises where bytes form no character,
+    which models at few bits do write.)
     """
 
     def __init__(
@@ -119,28 +120,41 @@ class TextStream:
             before: tokens that the new ones continue; none for a text of its own.
             special: whether special tokens are text, for templates that look for them.
         """
-        self._text, self._stop = text, tuple(stop)
-        self._stream = DecodeStream(ids=list(before[-_CONTEXT:]), skip_special_tokens=not special)
-        self._bytes: list[int] = []  # tokens of an incomplete character
+        self._text, self._stop, self._special = text, tuple(stop), special
+        self._ids = list(before[-_CONTEXT:])  # the last ones that are out, and those held back
+        self._out = len(self._ids)  # how many of them are out
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """The text that is certain after one more token."""
-        piece = self._stream.step(self._text.backend, token)
-        if piece is None:
-            self._bytes.append(token)
+        self._ids.append(token)
+        piece = self._new()
+        if piece.endswith("\ufffd") and len(self._ids) - self._out < _MOST_HELD:
             return ""
-        self._bytes.clear()
+        self._taken()
         return self._release(piece)
 
     def end(self) -> str:
         """What was held back, when no more tokens come."""
-        rest = self._release(self._text.decode(self._bytes)) if self._bytes else ""
-        self._bytes.clear()
+        rest = self._release(self._new())
+        self._taken()
         if not self.stopped:
             rest, self._held = rest + self._held, ""
         return rest
+
+    def _new(self) -> str:
+        """The text of the tokens that are not out yet."""
+        known = self._decode(self._ids[: self._out])
+        return self._decode(self._ids)[len(known) :]
+
+    def _taken(self) -> None:
+        self._ids = self._ids[-_CONTEXT:]
+        self._out = len(self._ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        decoded = self._text.backend.decode(ids, skip_special_tokens=not self._special)
+        return str(decoded)
 
     def _release(self, piece: str) -> str:
         if not self._stop:
