@@ -28,6 +28,7 @@ CARD_FILE = "README.md"  # the model card
 LOG_FILE = "quantize-log.jsonl"  # one line a matrix
 RESERVED_PREFIXES = ("codebooks.", "input_groups.", "rotations.")  # of our tensors alone
 MAX_PLANES = 64  # kMaxPlanes of the native kernels
+LAYOUTS = ("fused", "fused-transposed")  # of stacks of experts in the original model
 SIGNPOST = "call_dropbydrop_register_before_loading"  # an empty tensor: tells what to do
 
 
@@ -76,9 +77,15 @@ class StoredGroup(InputGroup):
     """An input group and the codebook set that it is stored with.
 
     The index of a group in the config is the i of `input_groups.<i>.input_scales`.
+
+    Attributes:
+        layout: how the original model keeps a stack of experts, one of `LAYOUTS`: as [E, d_out,
+            d_in], as codes are ("fused"), or as [E, d_in, d_out] ("fused-transposed"). Only an
+            export reads it.
     """
 
     codebooks: str = "universal"
+    layout: str = LAYOUTS[0]
 
     def __post_init__(self) -> None:
         where = f"input group {self.name!r}"
@@ -88,12 +95,19 @@ class StoredGroup(InputGroup):
         module_names([self.codebooks], where)
         if self.d_in < GROUP or self.d_in % GROUP:
             raise FormatError(f"{where}: d_in {self.d_in} is not a multiple of the group {GROUP}.")
+        if self.experts < 0 or self.layout not in LAYOUTS:
+            raise FormatError(
+                f"{where}: {self.experts} experts of layout {self.layout!r} are unknown to this "
+                f"version, which reads {' and '.join(LAYOUTS)}. Upgrade dropbydrop."
+            )
 
     @staticmethod
     def from_dict(data: object, where: str = "input group") -> StoredGroup:
         """Raises FormatError naming what is unknown or contradictory."""
-        values = Fields(data, where).exactly(
-            name=str, modules=list, d_in=int, codebooks=str, rotation=dict
+        given = Fields(data, where)
+        stack = {"experts": int, "layout": str} if "experts" in given.data else {}
+        values = given.exactly(
+            name=str, modules=list, d_in=int, codebooks=str, rotation=dict, **stack
         )
         rotation = Fields(values.pop("rotation"), f"{where}: rotation")
         kind = rotation.take("kind", str)
@@ -106,7 +120,10 @@ class StoredGroup(InputGroup):
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return asdict(self) | {"modules": list(self.modules), "rotation": {"kind": "full"}}
+        found = asdict(self) | {"modules": list(self.modules), "rotation": {"kind": "full"}}
+        if not self.experts:
+            del found["experts"], found["layout"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -252,7 +269,8 @@ class QuantizationConfig:
     @property
     def guards(self) -> tuple[str, str]:
         """Empty tensors that stop loaders which do not know this format (docs/format.md)."""
-        return f"{self.input_groups[0].modules[0]}.weight", SIGNPOST
+        first = self.input_groups[0]
+        return first.modules[0] + ("" if first.experts else ".weight"), SIGNPOST
 
     @staticmethod
     def from_dict(data: object, where: str = "quantization_config") -> QuantizationConfig:

@@ -116,7 +116,13 @@ def _expected(q: QuantizationConfig, rest: Mapping[str, TensorInfo]) -> dict[str
         expected[input_scales_name(i)] = TensorInfo("U8", (group.d_in,))
         if odd > 1:
             expected[odd_name(odd)] = TensorInfo("F32", (odd, odd))
-    rows = {module: sizes(f"{module}.scales", 1) for module in q.modules}
+    rows = {
+        module: (group.experts, *sizes(f"{module}.scales", 2)[1:])
+        if group.experts
+        else sizes(f"{module}.scales", 1)
+        for group in q.input_groups
+        for module in group.modules
+    }
     expected |= {f"{module}.scales": TensorInfo("F16", shape) for module, shape in rows.items()}
     for module in q.embeddings.modules:
         eight = q.embeddings.bits == 8

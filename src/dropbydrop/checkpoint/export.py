@@ -16,6 +16,7 @@ A tied head is stored once, as in the original. Decoding runs in float32 and rou
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -58,8 +59,9 @@ def _slabs(name: str, info: TensorInfo, rows: Rows) -> Iterator[memoryview]:
     """The bytes of a tensor, slab by slab, in the target type."""
     dtype = DTYPES[info.dtype]
     count = info.shape[0] if info.shape else 1
-    for low in range(0, count, _SLAB):
-        wide = rows(low, min(low + _SLAB, count))
+    step = max(1, _SLAB // math.prod(info.shape[1:-1]))  # of a stack of experts: whole matrices
+    for low in range(0, count, step):
+        wide = rows(low, min(low + step, count))
         slab = wide.to(dtype)
         if dtype.is_floating_point and not bool(torch.isfinite(slab).all()):
             raise DropError(
@@ -67,7 +69,7 @@ def _slabs(name: str, info: TensorInfo, rows: Rows) -> Iterator[memoryview]:
                 f"(largest magnitude {float(wide.abs().max()):.3g}); export with --dtype "
                 "bfloat16 or float32."
             )
-        yield raw_bytes(slab)
+        yield raw_bytes(slab.contiguous())
 
 
 def export(
@@ -126,8 +128,13 @@ def _plan(checkpoint: Checkpoint, level: int, dtype: torch.dtype) -> list[Stream
     prefix = quantization.prefix_of(level)
     ours = {f"{module}.scales" for module in checkpoint.shapes}
     ours |= set(quantization.guards)
+    renamed: dict[str, str] = {}
     for module, matrix in checkpoint.shapes.items():
-        parts[f"{module}.weight"] = (matrix, dtype, _linear_rows(checkpoint, module, prefix))
+        if len(matrix) == 2:
+            parts[f"{module}.weight"] = (matrix, dtype, _linear_rows(checkpoint, module, prefix))
+        else:
+            parts[module] = _stack(checkpoint, module, prefix, dtype)
+            renamed[f"{module}.bias"] = f"{module}_bias"
     if quantization.embeddings.bits == 8:
         for module in quantization.embeddings.modules:
             ours |= {f"{module}.rows", f"{module}.row_scales"}
@@ -138,7 +145,8 @@ def _plan(checkpoint: Checkpoint, level: int, dtype: torch.dtype) -> list[Stream
             continue
         kept = DTYPES[info.dtype]
         target = dtype if kept.is_floating_point else kept
-        parts[stored] = (info.shape, target, _kept_rows(checkpoint, stored))
+        name = renamed.get(stored, stored)
+        parts[name] = (info.shape, target, _kept_rows(checkpoint, stored))
     tensors = []
     for name, (shape, target, rows) in parts.items():
         info = TensorInfo(DTYPE_NAMES[target], tuple(shape))
@@ -148,17 +156,28 @@ def _plan(checkpoint: Checkpoint, level: int, dtype: torch.dtype) -> list[Stream
 
 def _linear_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Rows:
     """Rows of W in the original space: those of the first `prefix` planes, rotated back."""
-    quantization = checkpoint.quantization
-    input_group = quantization.group_index[module]
 
     def rows(low: int, high: int) -> Tensor:
-        books = checkpoint.read_set(quantization.input_groups[input_group].codebooks)
-        scales = checkpoint.read(f"{module}.scales")
-        codes = [checkpoint.read_codes(module, m) for m in range(1, prefix + 1)]
-        rotated = books.decode(codes, scales, prefix, rows=slice(low, high))
-        return checkpoint.read_rotation(input_group).transpose(rotated)
+        return checkpoint.dense_rows(module, prefix, slice(low, high))
 
     return rows
+
+
+def _stack(
+    checkpoint: Checkpoint, module: str, prefix: int, dtype: torch.dtype
+) -> tuple[tuple[int, ...], torch.dtype, Rows]:
+    """A stack of experts as the original model keeps it."""
+    quantization = checkpoint.quantization
+    group = quantization.input_groups[quantization.group_index[module]]
+    transposed = group.layout == "fused-transposed"
+    experts, d_out, d_in = checkpoint.shapes[module]
+
+    def rows(low: int, high: int) -> Tensor:
+        each = [checkpoint.dense_rows(module, prefix, expert=e) for e in range(low, high)]
+        return torch.stack([w.T if transposed else w for w in each])
+
+    shape = (experts, d_in, d_out) if transposed else (experts, d_out, d_in)
+    return shape, dtype, rows
 
 
 def _embedding_rows(checkpoint: Checkpoint, module: str) -> Rows:

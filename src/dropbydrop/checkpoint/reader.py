@@ -16,6 +16,7 @@ Four depths of checking, each cheap enough for its moment:
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -124,10 +125,10 @@ class Checkpoint:
         return tuple(self.path / name for name in self.manifest.planes[m - 1])
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Quantized module -> (d_out, d_in)."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Quantized module -> (d_out, d_in), or (E, d_out, d_in) of a stack of experts."""
         return {
-            module: (self.rest[f"{module}.scales"].shape[0], group.d_in)
+            module: (*self.rest[f"{module}.scales"].shape, group.d_in)
             for group in self.quantization.input_groups
             for module in group.modules
         }
@@ -158,16 +159,16 @@ class Checkpoint:
         """Bits a weight of the quantized linears at precision `bits`, everything counted.
 
         8 * bytes(codes and codebooks of its planes, one scale row a matrix, input scales,
-        odd factors) / sum(d_out * d_in).
+        odd factors) / sum(d_out * d_in), experts counted one by one.
 
         Raises:
             PrecisionError: not a level.
         """
         q = self.quantization
         planes = q.planes[: q.prefix_of(bits)]
-        weights = sum(d_out * d_in for d_out, d_in in self.shapes.values())
+        weights = sum(map(math.prod, self.shapes.values()))
         total = sum(p.nbytes(*shape) for p in planes for shape in self.shapes.values())
-        total += sum(2 * d_out for d_out, _ in self.shapes.values())
+        total += sum(2 * math.prod(shape[:-1]) for shape in self.shapes.values())
         total += len(q.sets) * sum(p.codebook_bytes for p in planes)
         total += sum(
             info.nbytes
@@ -206,7 +207,7 @@ class Checkpoint:
             self._check_plane(m)
 
     def read_codes(self, module: str, m: int) -> Tensor:
-        """Codes of plane m of a quantized linear: uint8, of the shape that the plane gives it.
+        """Codes of plane m of a quantized module: uint8, of the shape that the plane gives it.
 
         Raises:
             MissingPlaneError, FormatError: as `require`.
@@ -256,6 +257,23 @@ class Checkpoint:
         factor = self.read(odd_name(odd)).clone() if odd > 1 else None
         scales = self.read(input_scales_name(index))
         return Rotation.from_stored(group.d_in, scales, factor)
+
+    def dense_rows(
+        self, module: str, prefix: int, rows: slice | None = None, expert: int | None = None
+    ) -> Tensor:
+        """Rows of W in the original space, from the first `prefix` planes: float32 [n, d_in].
+
+        Args:
+            rows: consecutive ones, by default all.
+            expert: which matrix of a stack of experts.
+        """
+        index = self.quantization.group_index[module]
+        books = self.read_set(self.quantization.input_groups[index].codebooks)
+        scales = self.read(f"{module}.scales")
+        codes = [self.read_codes(module, m) for m in range(1, prefix + 1)]
+        if expert is not None:
+            scales, codes = scales[expert], [plane[expert] for plane in codes]
+        return self.read_rotation(index).transpose(books.decode(codes, scales, prefix, rows=rows))
 
     # -- checking -------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ sorted keys, and no time or host name is written.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,7 +88,7 @@ class CheckpointWriter:
         )
         self._shard_bytes, self._work = shard_bytes, work
         self._planes: list[StagingFile] = []
-        self._linears: dict[str, tuple[int, int]] = {}  # module -> (d_out, d_in)
+        self._linears: dict[str, tuple[int, ...]] = {}  # module -> ([E,] d_out, d_in)
         self._input_groups: list[StoredGroup] = []
         try:
             with self._folder.disk_errors():
@@ -129,7 +130,7 @@ class CheckpointWriter:
         for record in records:
             for name, new in record["staged"].items():
                 entries.setdefault(name, []).extend(new)
-            self._linears |= {name: (rows, columns) for name, rows, columns in record["linears"]}
+            self._linears |= {name: tuple(shape) for name, *shape in record["linears"]}
             self._input_groups += [StoredGroup.from_dict(group) for group in record["input_groups"]]
         self._rest = StagingFile(self._work / "rest.raw", entries.pop("rest"))
         self._planes = [
@@ -148,20 +149,20 @@ class CheckpointWriter:
         *,
         d_in: int,
     ) -> None:
-        """Add a quantized linear.
+        """Add a quantized linear, or a stack of experts.
 
         Args:
             module: its full name in the Hugging Face model.
             codes: M planes, uint8, of the shapes that their specs give them (`finish` checks it).
-            scales: [d_out], the row scales of every level.
-            bias: [d_out], stored in its own dtype.
+            scales: [d_out] or [E, d_out], the row scales of every level.
+            bias: of the shape of `scales`, stored in its own dtype.
             d_in: inputs of the matrix.
 
         Raises:
             ValueError: what does not fit (a bug of the caller).
         """
-        if any(plane.dtype != torch.uint8 for plane in codes) or scales.dim() != 1:
-            raise ValueError(f"{module}: codes must be uint8, and scales [d_out]")
+        if any(plane.dtype != torch.uint8 for plane in codes) or scales.dim() not in (1, 2):
+            raise ValueError(f"{module}: codes must be uint8, and scales [d_out] or [E, d_out]")
         if self._planes and len(self._planes) != len(codes):
             raise ValueError(f"{module}: {len(codes)} planes, other matrices {len(self._planes)}")
         rows = half(scales, module)
@@ -173,7 +174,7 @@ class CheckpointWriter:
         self._add(f"{module}.scales", rows)
         if bias is not None:
             self._add(f"{module}.bias", bias)
-        self._linears[module] = (len(scales), d_in)
+        self._linears[module] = (*scales.shape, d_in)
 
     def add_codebook_set(self, name: str, books: CodebookSet) -> None:
         """Add a set under a name; what its planes store in float16 is rounded.
@@ -251,7 +252,7 @@ class CheckpointWriter:
             DropError: the disk is full, or OUT appeared meanwhile.
             ValueError: parts that contradict each other (a bug of the caller).
         """
-        quantized = sum(d_out * d_in for d_out, d_in in self._linears.values())
+        quantized = sum(map(math.prod, self._linears.values()))
         counts = quantized, quantized if total_parameters is None else total_parameters
         self._check_parts(quantization, counts)
         if "auto_map" in config:
@@ -285,10 +286,11 @@ class CheckpointWriter:
             difference = sorted(set(self._linears) ^ set(quantization.modules))
             problems.append(f"linears and input groups differ in {difference}")
         for group in quantization.input_groups:
+            expected = [group.experts] * bool(group.experts), group.d_in
             problems += [
-                f"{module} has d_in {self._linears[module][1]}, its input group {group.d_in}"
+                f"{module} is a matrix {list(shape)}, its input group says {expected}"
                 for module in group.modules
-                if module in self._linears and self._linears[module][1] != group.d_in
+                if (shape := self._linears.get(module)) and ([*shape[:-2]], shape[-1]) != expected
             ]
         problems += self._contradictions(quantization)
         if counts[1] < counts[0]:

@@ -5,6 +5,9 @@
     trellis   [ceil(bits * d_out / 8), d_in], a ring of bits    K = 64 values of one weight, and how
               down the rows of every input; 3 bytes at least    a window of the stream names one
 
+A stack of E matrices of one shape (the experts of a block) has the codes of each, one after the
+other: a dimension more, in front.
+
 A checkpoint is of one kind. Its planes are ordered; level P reads the first `count` of them, those
 whose bits add up to P (`counts_of`). Users count bits (a level), everything below counts planes
 (a prefix). What the codes mean is in codebook_set.py; this module is pure.
@@ -37,13 +40,18 @@ class PlaneSpec(ABC):
     kind: ClassVar[str]
     bits: int  # a weight
 
-    @abstractmethod
-    def shape(self, d_out: int, d_in: int) -> tuple[int, int]:
-        """Shape of the codes, uint8, of a matrix [d_out, d_in]."""
+    def shape(self, *matrix: int) -> tuple[int, ...]:
+        """Shape of the codes, uint8, of a matrix [d_out, d_in] or of a stack [E, d_out, d_in]."""
+        *stack, d_out, d_in = matrix
+        return (*stack, *self.shape_of_one(d_out, d_in))
 
-    def nbytes(self, d_out: int, d_in: int) -> int:
-        """Bytes of the codes of a matrix [d_out, d_in]."""
-        return math.prod(self.shape(d_out, d_in))
+    @abstractmethod
+    def shape_of_one(self, d_out: int, d_in: int) -> tuple[int, int]:
+        """Shape of the codes of a single matrix."""
+
+    def nbytes(self, *matrix: int) -> int:
+        """Bytes of the codes of a matrix [d_out, d_in] or of a stack [E, d_out, d_in]."""
+        return math.prod(self.shape(*matrix))
 
     @property
     @abstractmethod
@@ -80,7 +88,7 @@ class BytesPlane(PlaneSpec):
                 f"version decodes {ENTRIES} entries, group {GROUP}, uint8. Upgrade dropbydrop."
             )
 
-    def shape(self, d_out: int, d_in: int) -> tuple[int, int]:
+    def shape_of_one(self, d_out: int, d_in: int) -> tuple[int, int]:
         """(d_out, G)."""
         return d_out, d_in // self.group
 
@@ -114,7 +122,7 @@ class TrellisPlane(PlaneSpec):
                 f"{WINDOWS[0]} to {WINDOWS[-1]} bits and {LABELS} values. Upgrade dropbydrop."
             )
 
-    def shape(self, d_out: int, d_in: int) -> tuple[int, int]:
+    def shape_of_one(self, d_out: int, d_in: int) -> tuple[int, int]:
         """(bytes of a stream, d_in): 8 / k consecutive rows of an input in one byte."""
         return max(-(-self.bits * d_out // 8), SHORTEST), d_in
 

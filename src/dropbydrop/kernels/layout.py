@@ -22,7 +22,7 @@ Without the native library planes stay as stored and only the "torch" kernel rea
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class Plane:
         spec: its kind and shape.
         d_out, d_in: of the matrix.
         packed: which of the two layouts it is.
+        experts: 0, or the number E of matrices of a stack; `data` has a dimension E in front.
     """
 
     data: Tensor
@@ -56,24 +57,46 @@ class Plane:
     d_out: int
     d_in: int
     packed: bool
+    experts: int = 0
 
     @staticmethod
-    def stored(codes: Tensor, spec: PlaneSpec, d_out: int, d_in: int) -> Plane:
-        """Codes as they are on disk. ValueError: not those of a matrix [d_out, d_in]."""
-        if codes.dtype != torch.uint8 or tuple(codes.shape) != spec.shape(d_out, d_in):
+    def stored(codes: Tensor, spec: PlaneSpec, *matrix: int) -> Plane:
+        """Codes as they are on disk, of a matrix (d_out, d_in) or a stack (E, d_out, d_in).
+
+        Raises:
+            ValueError: codes of another shape.
+        """
+        if codes.dtype != torch.uint8 or tuple(codes.shape) != spec.shape(*matrix):
             raise ValueError(
                 f"codes of {codes.dtype} {tuple(codes.shape)}; a {spec.kind} plane of a matrix "
-                f"[{d_out}, {d_in}] is uint8 {list(spec.shape(d_out, d_in))}"
+                f"{list(matrix)} is uint8 {list(spec.shape(*matrix))}"
             )
-        return Plane(codes, spec, d_out, d_in, packed=False)
+        *stack, d_out, d_in = matrix
+        return Plane(codes, spec, d_out, d_in, packed=False, experts=stack[0] if stack else 0)
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """(d_out, d_in), or (E, d_out, d_in) of a stack."""
+        stack = (self.experts,) if self.experts else ()
+        return (*stack, self.d_out, self.d_in)
+
+    def expert(self, e: int) -> Plane:
+        """Matrix e of a stack, on the same storage."""
+        return replace(self, data=self.data[e], experts=0)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """`change` of the data, or of that of each matrix of a stack."""
+        return (
+            torch.stack([change(one) for one in self.data]) if self.experts else change(self.data)
+        )
 
     def to_stored(self) -> Tensor:
         """Codes as on disk, on the device of the plane."""
         if not self.packed:
             return self.data
         if self.spec.kind == "trellis":
-            return self.data[:, : self.d_in].contiguous()
-        return unpack_bytes(self.data, self.d_out, self.d_in // GROUP)
+            return self.data[..., : self.d_in].contiguous()
+        return self._each(lambda data: unpack_bytes(data, self.d_out, self.d_in // GROUP))
 
     def to_packed(self) -> Plane:
         """The plane as native kernels read it.
@@ -85,32 +108,33 @@ class Plane:
             return self
         data = self.data.contiguous()
         if self.spec.kind == "bytes":
-            data = pack_bytes(data)
+            data = self._each(pack_bytes)
         elif missing := -self.d_in % STRIP:
             data = torch.nn.functional.pad(data, (0, missing))
-        return Plane(data, self.spec, self.d_out, self.d_in, packed=True)
+        return replace(self, data=data, packed=True)
 
     def to(self, device: torch.device) -> Plane:
         """The plane in the layout of a device; itself if it is there already."""
         if self.data.device == device:
             return self
-        return to_device_layout(self.to_stored().to(device), self.spec, self.d_out, self.d_in)
+        return to_device_layout(self.to_stored().to(device), self.spec, *self.matrix)
 
 
-def to_device_layout(codes: Tensor, spec: PlaneSpec, d_out: int, d_in: int) -> Plane:
+def to_device_layout(codes: Tensor, spec: PlaneSpec, *matrix: int) -> Plane:
     """A plane of stored codes in the layout that its device reads: packed on a CPU with native
     kernels for it, else as stored."""
-    plane = Plane.stored(codes, spec, d_out, d_in)
+    plane = Plane.stored(codes, spec, *matrix)
     return plane.to_packed() if codes.device.type == "cpu" and _native(spec) else plane
 
 
-def plane_bytes(spec: PlaneSpec, d_out: int, d_in: int) -> int:
-    """Bytes of a plane of a matrix [d_out, d_in] as the CPU of this machine holds it (padded)."""
+def plane_bytes(spec: PlaneSpec, *matrix: int) -> int:
+    """Bytes of a plane as the CPU of this machine holds it (padded); args as `Plane.stored`."""
+    *stack, d_out, d_in = matrix
     if not _native(spec):
-        return spec.nbytes(d_out, d_in)
+        return spec.nbytes(*matrix)
     if spec.kind == "trellis":
-        return spec.nbytes(d_out, -(-d_in // STRIP) * STRIP)
-    return spec.nbytes(-(-d_out // STRIP) * STRIP, d_in)
+        return spec.nbytes(*stack, d_out, -(-d_in // STRIP) * STRIP)
+    return spec.nbytes(*stack, -(-d_out // STRIP) * STRIP, d_in)
 
 
 def _native(spec: PlaneSpec) -> bool:

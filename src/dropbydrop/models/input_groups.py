@@ -8,7 +8,7 @@ finds the groups by watching a forward; a checkpoint lists them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeGuard
 
 from torch import nn
@@ -24,11 +24,14 @@ class InputGroup:
         name: unique in a model, see `group_name`: "model.layers.0.self_attn.q_proj+k_proj".
         modules: full names of the linears, in the order of their calls.
         d_in: size of their input.
+        experts: 0 for linears; else the modules are stacks of that many matrices, one an expert,
+            and a token's input meets those of the experts that it is routed to (experts.py).
     """
 
     name: str
     modules: tuple[str, ...]
     d_in: int
+    experts: int = field(default=0, kw_only=True)
 
 
 def group_name(modules: Sequence[str]) -> str:

@@ -185,8 +185,8 @@ def _activations(checkpoint: Checkpoint, context: int, width: int) -> int:
     text = text_settings(checkpoint.config)
     shapes = checkpoint.shapes.values()
     hidden, vocab = int(text["hidden_size"]), int(text["vocab_size"])
-    inner = max(max(shape) for shape in shapes)  # the widest intermediate result
+    inner = max(max(shape[-2:]) for shape in shapes)  # the widest intermediate result
     token = 2 * hidden * width + 4 * hidden + 3 * inner * width + 4 * inner
-    matrix = max(d_out * d_in for d_out, d_in in shapes) * (4 + 4 + width)
+    matrix = max(d_out * d_in for *_, d_out, d_in in shapes) * (4 + 4 + width)
     head = min(vocab, HEAD_SLAB) * hidden * width
     return context * token + max(matrix, head) + 4 * vocab
