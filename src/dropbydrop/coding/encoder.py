@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ DAMP = 0.2  # of the mean diagonal; with less, the lowest level shapes its noise
 # levels above start from large errors in weak directions (docs/log.md)
 
 LEARNING_ROUNDS = 5
+K = TypeVar("K")  # what a matrix is called: a module, or a module and an expert
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class GroupEncoder:
         return Encoded(coded.codes, coded.scales.half(), errors)
 
 
-def group_rotation(weights: Mapping[str, Tensor], gram: Tensor, seed: int) -> Rotation:
+def group_rotation(weights: Mapping[Any, Tensor], gram: Tensor, seed: int) -> Rotation:
     """The rotation of an input group: full mixing, with input scales for these matrices and this H.
 
     Args:
@@ -183,7 +184,7 @@ def group_rotation(weights: Mapping[str, Tensor], gram: Tensor, seed: int) -> Ro
 
 
 def encode_group(
-    weights: Mapping[str, Tensor],
+    weights: Mapping[K, Tensor],
     gram: Tensor,
     rotation: Rotation,
     books: CodebookSet,
@@ -191,7 +192,7 @@ def encode_group(
     lambdas: Sequence[float],
     effort: Effort,
     backend: str | None = None,
-) -> dict[str, Encoded]:
+) -> dict[K, Encoded]:
     """Encode all matrices of an input group with given codebooks.
 
     Args:
@@ -209,7 +210,7 @@ def encode_group(
         CalibrationError: H is not finite or not positive definite even after damping.
     """
     rest = (gram, rotation, books.planes, levels, lambdas, effort, backend)
-    encoder = GroupEncoder(next(iter(weights)), *rest)
+    encoder = GroupEncoder(str(next(iter(weights))), *rest)
     return {
         name: encoder.result(encoder.encode(weight, books), books)
         for name, weight in weights.items()
@@ -217,7 +218,7 @@ def encode_group(
 
 
 def learn_group(
-    weights: Mapping[str, Tensor],
+    weights: Mapping[K, Tensor],
     gram: Tensor,
     rotation: Rotation,
     books: CodebookSet,
@@ -226,7 +227,7 @@ def learn_group(
     effort: Effort,
     backend: str | None = None,
     rounds: int = LEARNING_ROUNDS,
-) -> tuple[dict[str, Encoded], BytesSet]:
+) -> tuple[dict[K, Encoded], BytesSet]:
     """Encode all matrices of an input group with codebooks fitted to them.
 
     Args: those of `encode_group`; `books`, of byte planes, is the start, `rounds` the most that are
@@ -237,7 +238,7 @@ def learn_group(
     """
     assert isinstance(books, BytesSet), "QuantizeConfig refuses to learn codebooks of other kinds"
     rest = (gram, rotation, books.planes, levels, lambdas, effort, backend)
-    encoder = GroupEncoder(next(iter(weights)), *rest)
+    encoder = GroupEncoder(str(next(iter(weights))), *rest)
     coded = [encoder.encode(weight, books) for weight in weights.values()]
     lowest = sum(encoder.value(x, books) for x in coded)
     for _ in range(rounds):

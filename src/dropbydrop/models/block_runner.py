@@ -44,6 +44,7 @@ from dropbydrop.system.errors import FormatError, UnsupportedModelError
 
 from .block_inputs import BlockInputs
 from .embeddings import embedding_name, head_name
+from .experts import stack_names, walk_experts, weight_of
 from .input_groups import InputGroup, codable
 from .key_names import KeyNames
 from .statistics import CLIP, BlockStatistics, InputRecorder, check_uncovered
@@ -74,6 +75,7 @@ class BlockRunner:
         self.model, self.files, self.dtype, self.device = model, files, dtype, device
         self.batch_tokens = batch_tokens
         self._keys = KeyNames(model, files)
+        walk_experts(model)
         self.blocks_name, self.blocks = find_blocks(model)
         self.num_blocks = len(self.blocks)
         head = head_name(model)
@@ -120,9 +122,11 @@ class BlockRunner:
         return f"{self.blocks_name}.{i}"
 
     def linear_sizes(self) -> list[int]:
-        """Number of weights in the linear layers of each block; needs no weights in memory."""
+        """Number of weights in the linear layers and experts of each block, routers included;
+        needs no weights in memory."""
         return [
             sum(linear.weight.numel() for linear in codable(block, "").values())
+            + sum(weight_of(block, name).numel() for name in stack_names(block))
             for block in self.blocks
         ]
 
@@ -149,7 +153,7 @@ class BlockRunner:
         names = [n for n in self._state_names(self.model) if n not in self._ties]
         for i, block in enumerate(self.blocks):
             where = self.block_prefix(i)
-            check_uncovered(block, where, set(codable(block, where)))
+            check_uncovered(block, where, {*codable(block, where), *stack_names(block, where)})
         self._check_shared()
         if missing := [n for n in names if n not in self._keys]:
             spare = self._keys.unused

@@ -13,6 +13,8 @@ from typing import TypeGuard
 
 from torch import nn
 
+from .experts import routers
+
 GROUP_SIZE = 8  # inputs that one code covers, as in coding/code.py, a room that is beside this one
 
 
@@ -63,6 +65,10 @@ def why_not_coded(name: str, module: nn.Module) -> str:
 
 
 def codable(block: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    """The linear layers of a block called `prefix` that can have codes, by their full names."""
-    named = block.named_modules(prefix=prefix)
-    return {n: m for n, m in named if isinstance(m, nn.Linear) and not why_not_coded(n, m)}
+    """The linear layers of a block called `prefix` that can have codes, by their full names.
+
+    Routers could, but stay as they are.
+    """
+    named, kept = block.named_modules(prefix=prefix), routers(block, prefix)
+    linears = {n: m for n, m in named if isinstance(m, nn.Linear) and n not in kept}
+    return {n: m for n, m in linears.items() if not why_not_coded(n, m)}

@@ -21,14 +21,19 @@ less work) and mirrored at the end. Sums run in float32: 1e5 tokens leave a rela
 (`fold`), and shards in their order, so that several processes get the same bits as one
 (system/distributed.py); that takes room for H twice.
 
-A linear that is called twice in one forward, that sees a subset of the tokens (routed experts), or
-whose inputs are no multiple of the group size has no input group: it stays as it is. If more than
-MAX_UNCOVERED of the block is left so, the model is refused with the names and the reasons.
+Experts (experts.py) are stacks of matrices: that of gate and up is an input group of its own, with
+the H of all tokens, that of down has an H for each expert.
+
+A linear that is called twice in one forward, that sees a subset of the tokens (experts outside of
+transformers' registry), or whose inputs are no multiple of the group size has no input group: it
+stays as it is. If more than MAX_UNCOVERED of the block is left so, the model is refused with the
+names and the reasons.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import Token
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -38,6 +43,7 @@ from torch import Tensor, nn
 
 from dropbydrop.system.errors import CalibrationError, UnsupportedModelError
 
+from . import experts
 from .input_groups import InputGroup, codable, group_name, why_not_coded
 
 if TYPE_CHECKING:
@@ -54,10 +60,12 @@ class BlockStatistics:
 
     Attributes:
         input_groups: in the order of their calls.
-        grams: input group name -> H, float32 [d_in, d_in], tokens clipped and weighted.
+        grams: input group name -> H, float32 [d_in, d_in], tokens clipped and weighted; of the
+            down of experts one for each, [E, d_in, d_in].
         energy_ratio: input group name -> largest ||x||^2 over the median one, maximum over windows.
         tokens: the number of tokens each H averages over.
         hidden: the block's output, [n, T, d].
+        routed: input group name -> tokens that each expert saw, [E]; of the down of experts.
     """
 
     input_groups: list[InputGroup]
@@ -65,6 +73,7 @@ class BlockStatistics:
     energy_ratio: dict[str, float]
     tokens: int
     hidden: Tensor
+    routed: dict[str, Tensor] = field(default_factory=dict)
 
 
 def token_weights(energy: Tensor, clip: float) -> Tensor:
@@ -97,14 +106,37 @@ def mirror(total: Tensor, scale: float) -> Tensor:
 
 
 @dataclass
+class _Sums:
+    """A tensor that is summed over batches, shard by shard."""
+
+    running: Tensor | None = None  # of the shard that is running
+    over: list[Tensor] = field(default_factory=list)  # of the shards that are over
+
+    def of(self, *shape: int, device: torch.device) -> Tensor:
+        """What to add to: zeros at the beginning of a shard."""
+        if self.running is None:
+            self.running = torch.zeros(*shape, device=device)
+        return self.running
+
+    def fold(self, keep: bool) -> None:
+        """A shard is over; see `InputRecorder.fold`."""
+        if self.running is not None and (keep or not self.over):
+            self.over.append(self.running)
+        elif self.running is not None:
+            self.over[0].add_(self.running)
+        self.running = None
+
+
+@dataclass
 class _Entry:
     """One input group while it is being recorded."""
 
     modules: list[str]
     d_in: int
-    gram: Tensor | None = None  # of the shard that is running
+    experts: int = 0
     ratio: float = 0.0
-    grams: list[Tensor] = field(default_factory=list)  # of the shards that are over
+    gram: _Sums = field(default_factory=_Sums)  # [d, d]; of a down [2 E, d, d]: routed, forced
+    counts: _Sums = field(default_factory=_Sums)  # of a down, tokens [E + 1]: routed, forced
 
 
 @dataclass
@@ -133,8 +165,14 @@ class InputRecorder:
     _shape: tuple[int, int] = (0, 0)
     _weights: Tensor | None = None
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+    _experts: dict[nn.Module, str] = field(default_factory=dict)  # module -> full name
+    _token: Token[experts.Watcher | None] | None = None
 
     def __enter__(self) -> InputRecorder:
+        self._token = experts.watching.set(self)
+        for name, part in self.block.named_modules(prefix=self.prefix):
+            if experts.is_experts(part):
+                self._experts[part] = name
         for full, module in codable(self.block, self.prefix).items():
 
             def hook(module: nn.Module, args: tuple, kwargs: dict, full: str = full) -> None:
@@ -148,6 +186,8 @@ class InputRecorder:
             handle.remove()
         self._handles.clear()
         self._calls.clear()
+        if self._token is not None:
+            experts.watching.reset(self._token)
 
     def batch(self, shape: tuple[int, int], weights: Tensor | None = None) -> None:
         """Announce a forward over [b, T] tokens, `weights` [b, T] multiplying the clip weights."""
@@ -161,11 +201,8 @@ class InputRecorder:
     def fold(self, keep: bool = False) -> None:
         """A shard is over: add its sums to those of the shards before it, or `keep` them apart."""
         for entry in self._input_groups.values():
-            if entry.gram is not None and (keep or not entry.grams):
-                entry.grams.append(entry.gram)
-            elif entry.gram is not None:
-                entry.grams[0].add_(entry.gram)
-            entry.gram = None
+            entry.gram.fold(keep)
+            entry.counts.fold(keep)
 
     def _called(self, full: str, x: Tensor) -> None:
         if full in self._seen:
@@ -175,11 +212,7 @@ class InputRecorder:
         self._seen.add(full)
         b, t = self._shape
         if x.numel() != b * t * x.shape[-1]:
-            rows = x.numel() // x.shape[-1]
-            reason = (
-                f"{full} sees {rows} rows for {b * t} tokens: a routed (mixture-of-experts) layer"
-            )
-            self._left.setdefault(full, reason)
+            self._left.setdefault(full, self._rows(full, x))
             return
         for held, version, entry in self._calls:
             same = held.data_ptr() == x.data_ptr() and held.numel() == x.numel()
@@ -192,18 +225,58 @@ class InputRecorder:
         if self.grams:
             self._add(entry, x.detach().reshape(b, t, -1).to(torch.float32))  # [b, T, d_in]
 
+    def _rows(self, full: str, x: Tensor) -> str:
+        """Why a module that does not see every token has no input group."""
+        b, t = self._shape
+        rows = x.numel() // x.shape[-1]
+        return f"{full} sees {rows} rows for {b * t} tokens: a routed (mixture-of-experts) layer"
+
+    def inputs(self, module: nn.Module, x: Tensor) -> None:
+        """See `experts.Watcher`: the input group of gate and up."""
+        full = f"{self._experts[module]}.{experts.stacks(module)[0]}"
+        b, t = self._shape
+        if x.numel() != b * t * x.shape[-1]:
+            self._left.setdefault(full, self._rows(full, x))
+            return
+        count = int(module.num_experts)  # type: ignore[call-overload]
+        group = _Entry([full], x.shape[-1], count)
+        entry = self._input_groups.setdefault(full, group)
+        if self.grams:
+            self._add(entry, x.detach().reshape(*self._shape, -1).to(torch.float32))
+
+    def middle(self, module: nn.Module, e: int, h: Tensor, tokens: Tensor | None) -> None:
+        """See `experts.Watcher`: the input group of down."""
+        full = f"{self._experts[module]}.{experts.stacks(module)[1]}"
+        count, d = int(module.num_experts), h.shape[-1]  # type: ignore[call-overload]
+        entry = self._input_groups.setdefault(full, _Entry([full], d, count))
+        if not self.grams:
+            return
+        h = h.detach().to(torch.float32)
+        energy = torch.linalg.vector_norm(h, dim=-1).square()  # [t]
+        weights = token_weights(energy, self.clip)
+        if tokens is not None and self._weights is not None:
+            weights = weights * self._weights.reshape(-1)[tokens].to(weights)
+        gram = entry.gram.of(2 * count, d, d, device=h.device)
+        add_gram(gram[e if tokens is not None else count + e], h * weights.sqrt()[:, None])
+        counts = entry.counts.of(count + 1, device=h.device)
+        if tokens is not None:
+            counts[e] += len(h)
+            median = energy.median().clamp_min(torch.finfo(energy.dtype).tiny)
+            entry.ratio = max(entry.ratio, float(energy.max() / median))
+        elif e == 0:
+            counts[count] += len(h)
+
     def _add(self, entry: _Entry, x: Tensor) -> None:
         """Add inputs x [b, T, d_in] to the sums of their input group."""
         d = entry.d_in
-        if entry.gram is None:
-            entry.gram = torch.zeros(d, d, device=x.device)
+        gram = entry.gram.of(d, d, device=x.device)
         energy = torch.linalg.vector_norm(x, dim=-1).square()  # [b, T]
         median = energy.median(dim=-1).values.clamp_min(torch.finfo(energy.dtype).tiny)  # [b]
         entry.ratio = max(entry.ratio, float((energy.amax(-1) / median).max()))
         weights = token_weights(energy, self.clip)
         if self._weights is not None:
             weights = weights * self._weights.to(weights)
-        add_gram(entry.gram, (x * weights.sqrt()[..., None]).view(-1, d))  # [b * T, d_in]
+        add_gram(gram, (x * weights.sqrt()[..., None]).view(-1, d))  # [b * T, d_in]
 
     def _kept(self) -> list[tuple[_Entry, list[str]]]:
         """Input groups seen so far, in the order of their calls, with the modules they keep."""
@@ -227,7 +300,7 @@ class InputRecorder:
                 "batch to the next; such models are not supported."
             )
         return [
-            InputGroup(group_name(modules), tuple(modules), entry.d_in)
+            InputGroup(group_name(modules), tuple(modules), entry.d_in, experts=entry.experts)
             for entry, modules in self._kept()
         ]
 
@@ -247,16 +320,24 @@ class InputRecorder:
         largest = partition.ranks.largest([entry.ratio for entry in entries])
         grams: dict[str, Tensor] = {}
         ratio: dict[str, float] = {}
+        routed: dict[str, Tensor] = {}
         for input_group, entry, most in zip(input_groups, entries, largest, strict=True):
-            grams[input_group.name] = mirror(partition.total(entry.grams), 1 / tokens)
-            entry.grams = []
+            total = partition.total(entry.gram.over)
+            if entry.counts.over:
+                *counts, sample = partition.total(entry.counts.over)
+                tally = routed[input_group.name] = torch.stack(counts)
+                whole = torch.stack([mirror(one, 1.0) for one in total])
+                grams[input_group.name] = experts.blend(*whole.chunk(2), tally, float(sample))
+            else:
+                grams[input_group.name] = mirror(total, 1 / tokens)
+            entry.gram, entry.counts = _Sums(), _Sums()
             if not bool(torch.isfinite(grams[input_group.name]).all()):
                 raise CalibrationError(
                     f"the inputs of {input_group.name} are not finite: the model overflows on the "
                     "calibration text. Use dtype float32, or check the model's weights."
                 )
             ratio[input_group.name] = most
-        return BlockStatistics(input_groups, grams, ratio, tokens, hidden)
+        return BlockStatistics(input_groups, grams, ratio, tokens, hidden, routed)
 
 
 def check_uncovered(
@@ -265,14 +346,14 @@ def check_uncovered(
     """Refuse a block called `prefix` with more than MAX_UNCOVERED of its weights in no linear.
 
     Args:
-        linears: full names of the linear layers that count.
+        linears: full names of the linear layers, and of the stacks of experts, that count.
         reasons: why others do not.
 
     Raises:
         UnsupportedModelError: names the parameters and their share.
     """
     matrices = {f"{prefix}.{n}": p.numel() for n, p in block.named_parameters() if p.ndim >= 2}
-    covered = {f"{name}.weight" for name in linears}
+    covered = {f"{name}.weight" for name in linears} | linears
     left = {name: size for name, size in matrices.items() if name not in covered}
     total = sum(matrices.values())
     share = sum(left.values()) / max(total, 1)
@@ -288,6 +369,6 @@ def check_uncovered(
     raise UnsupportedModelError(
         f"{share:.0%} of a block's weights are in no linear layer that its forward calls once with "
         f"every token: {shown}. Quantizing the rest would not be the model that was asked for. "
-        "Fused or routed experts (mixture-of-experts) and unusual layers are not supported; use a "
-        "dense decoder."
+        "Experts (mixture-of-experts) that are none of transformers' registered ones, and unusual "
+        "layers, are not supported; use another model."
     )

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.codebook_set import CodebookSet
-from dropbydrop.coding.codebooks import file_of_set, universal_set
+from dropbydrop.coding.codebooks import UNIVERSAL, file_of_set, universal_set
 from dropbydrop.coding.encoder import EFFORTS, Effort
 from dropbydrop.coding.kinds import backends
 from dropbydrop.coding.planes import PlaneSpec, planes_of
@@ -24,6 +25,7 @@ from dropbydrop.data.calibration import Calibration, load_windows
 from dropbydrop.data.text_files import check_tokens, tokenize
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.embeddings import embedded_tokens, output_scale
+from dropbydrop.models.experts import stack_names, weight_of
 from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, load_tokenizer, resolve, side_files
 from dropbydrop.models.weight_checks import check_values, check_weights
@@ -122,6 +124,11 @@ def prepare(model: str | Path, config: QuantizeConfig, *, ready: Calibration | N
     runner = BlockRunner.open(source.folder, device=pick_device(config.device))
     check_weights(runner)
     check_model(runner, config.head_bits)
+    if config.codebooks != UNIVERSAL and stack_names(runner.blocks):
+        raise UnsupportedModelError(
+            f"--codebooks {config.codebooks} with a mixture of experts: a set is fitted to "
+            "matrices that share one H, and experts have an H each. Leave --codebooks out."
+        )
     longest = context_length(runner.model.config) or SEQ_LEN
     windows = config.windows or WINDOWS[config.preset]
     seq_len = min(config.seq_len, longest)
@@ -240,4 +247,12 @@ def check_model(runner: BlockRunner, head_bits: int) -> None:
             raise UnsupportedModelError(
                 f"{module} is a {type(embedding).__name__}, which may compute more than a look-up, "
                 "so its rows cannot be stored in 8 bits; quantize this model with --head-bits 16."
+            )
+    blocks = runner.blocks
+    for name in stack_names(blocks):
+        if (inputs := weight_of(blocks, name).shape[-1]) % GROUP:
+            raise UnsupportedModelError(
+                f"{runner.blocks_name}.{name} has {inputs} inputs, which is not a multiple of "
+                f"{GROUP}, and codes cover groups of {GROUP} inputs. This version cannot quantize "
+                "this model."
             )

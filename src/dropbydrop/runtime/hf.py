@@ -46,10 +46,11 @@ from dropbydrop.models.embeddings import output_scale
 from dropbydrop.models.key_names import ModuleNames
 from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError
 
+from .experts import NestedExperts, place_experts
 from .fused_decode import attach
 from .fused_groups import multiply_together
 from .int8_modules import NestedEmbedding, NestedHead
-from .modules import NestedLinear, group_of, refuse_change
+from .modules import NestedLinear, NestedModule, group_of, refuse_change
 from .plane_store import PlaneStore
 
 logger = logging.get_logger(__name__)
@@ -158,8 +159,8 @@ class DropByDropQuantizer(HfQuantizer):
         }
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        linears = [m for m in model.modules() if isinstance(m, NestedLinear)]
-        for store in {linear.store for linear in linears}:
+        coded = [m for m in model.modules() if isinstance(m, NestedModule)]
+        for store in {one.store for one in coded}:
             store.checkpoint.unchanged()  # transformers has read the files by their names
         for name, tensor in _our_tensors(model):
             if not getattr(tensor, "_is_hf_initialized", False) or tensor.is_meta:
@@ -168,12 +169,12 @@ class DropByDropQuantizer(HfQuantizer):
                     "files in another way). Load without offloading, with a supported version."
                 )
         for module in model.modules():
-            if isinstance(module, (NestedLinear, NestedEmbedding, NestedHead)):
+            if isinstance(module, (NestedModule, NestedEmbedding, NestedHead)):
                 module.requires_grad_(False)  # transformers makes every float a leaf to train
-        for linear in linears:
-            linear.codes.settle()
-            linear.store.add(linear.name, linear.codes.held())
-            _ = linear.input_group  # read now, whatever happens to the folder later
+        for one in coded:
+            one.codes.settle()
+            one.store.add(one.name, one.codes.held())
+            _ = one.input_group  # read now, whatever happens to the folder later
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if isinstance(head, NestedHead) and head.tied:
             head.row_scales = embedding.row_scales.to(head.rows.device)
@@ -197,7 +198,9 @@ class DropByDropQuantizer(HfQuantizer):
         """Put dense layers of this precision back in place (`model.dequantize()`)."""
         dtype = dtype or model.dtype
         for name, module in list(model.named_modules()):
-            if isinstance(module, (NestedLinear, NestedHead)):
+            if isinstance(module, NestedExperts):
+                module.dequantize(dtype)
+            elif isinstance(module, (NestedLinear, NestedHead)):
                 model.set_submodule(name, _dense(module, dtype))
             elif isinstance(module, NestedEmbedding):
                 model.set_submodule(name, module.dense(dtype))
@@ -211,7 +214,10 @@ def place_modules(model: Any, checkpoint: Checkpoint, prefix: int, dtype: Any) -
     """Replace linears, embeddings and head of a model on the meta device by our modules."""
     store, spec = PlaneStore(checkpoint), checkpoint.quantization.embeddings
     names = ModuleNames(model)
-    for stored, (d_out, d_in) in checkpoint.shapes.items():
+    for stored, matrix in checkpoint.shapes.items():
+        if len(matrix) == 3:
+            continue  # a stack of experts
+        d_out, d_in = matrix
         name, old = _find(model, names, stored)
         if old is None:
             continue
@@ -221,6 +227,11 @@ def place_modules(model: Any, checkpoint: Checkpoint, prefix: int, dtype: Any) -
                 f"{type(model).__name__}: config.json is of another model. Fetch it again."
             )
         model.set_submodule(name, NestedLinear(store, stored, prefix, old.bias))
+    stacks = [stored for stored, matrix in checkpoint.shapes.items() if len(matrix) == 3]
+    for owner in dict.fromkeys(stored.rpartition(".")[0] for stored in stacks):
+        _, experts = _find(model, names, owner)
+        if experts is not None:
+            place_experts(experts, owner, store, prefix)
     if spec.bits != 8:
         return
     for stored in spec.modules:
@@ -304,7 +315,7 @@ def _find(model: Any, names: ModuleNames, stored: str) -> tuple[str, nn.Module |
 def _our_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters and buffers of our modules, except what is tied to others of them."""
     for name, module in model.named_modules():
-        if isinstance(module, (NestedLinear, NestedEmbedding, NestedHead)):
+        if isinstance(module, (NestedModule, NestedEmbedding, NestedHead)):
             for leaf, tensor in (*module.named_parameters(), *module.named_buffers()):
                 if not (isinstance(module, NestedHead) and module.tied and leaf == "rows"):
                     yield f"{name}.{leaf}", tensor

@@ -38,14 +38,14 @@ def refuse_change(bits: int, value: object) -> NoReturn:
 
 
 class Planes(nn.Module):
-    """The container `codes` of a NestedLinear: parameters named "1".."P".
+    """The container `codes` of a quantized module: parameters named "1".."P".
 
     Each is held once, in the layout of its device (`kernels.to_device_layout`): packed on a CPU
     with native kernels, else as stored. The latter is what state_dict gives.
 
     Attributes:
         specs: kind and shape of each.
-        d_out, d_in: of the matrix.
+        matrix: (d_out, d_in), or (E, d_out, d_in) of a stack of experts.
         packed: whether the planes are held packed.
     """
 
@@ -55,7 +55,7 @@ class Planes(nn.Module):
 
     def _set(self, planes: Sequence[kernels.Plane]) -> None:
         first = planes[0]
-        self.d_out, self.d_in, self.packed = first.d_out, first.d_in, first.packed
+        self.matrix, self.packed = first.matrix, first.packed
         self.specs = tuple(plane.spec for plane in planes)
         for m, plane in enumerate(planes, 1):
             self._parameters[str(m)] = nn.Parameter(plane.data, requires_grad=False)
@@ -79,7 +79,8 @@ class Planes(nn.Module):
 
     def held(self) -> tuple[kernels.Plane, ...]:
         """Planes 1..P as they are held."""
-        shape = (self.d_out, self.d_in, self.packed)
+        *stack, d_out, d_in = self.matrix
+        shape = (d_out, d_in, self.packed, *stack)
         return tuple(
             kernels.Plane(self[m].detach(), spec, *shape) for m, spec in enumerate(self.specs, 1)
         )
@@ -89,7 +90,7 @@ class Planes(nn.Module):
         return [plane.to_stored() for plane in self.held()]
 
     def _to_device_layout(self, codes: Tensor, m: int) -> kernels.Plane:
-        return kernels.to_device_layout(codes, self.specs[m - 1], self.d_out, self.d_in)
+        return kernels.to_device_layout(codes, self.specs[m - 1], *self.matrix)
 
     def settle(self) -> None:
         """Bring planes that were just read, as stored, into the layout of their device."""
@@ -98,9 +99,8 @@ class Planes(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Planes:
         if fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device == self.device:
             return cast(Planes, super()._apply(fn, recurse))
-        shape = (self.d_out, self.d_in)
         given = zip(self.to_stored(), self.specs, strict=True)
-        self._set([kernels.Plane.stored(codes, spec, *shape) for codes, spec in given])
+        self._set([kernels.Plane.stored(codes, spec, *self.matrix) for codes, spec in given])
         super()._apply(fn, recurse)
         self.settle()
         return self
@@ -138,13 +138,14 @@ class FixedScales(nn.Module):
         return super()._apply(moved, recurse)
 
 
-class NestedLinear(FixedScales):
-    """A linear layer that reads the first P planes of its codes.
+class NestedModule(FixedScales):
+    """Matrices that are read from the first P planes of their codes: one (`NestedLinear`), or those
+    of a stack of experts (experts.py).
 
     Attributes (on disk under the same names, see docs/format.md):
         codes: `Planes`, uint8 as stored in a state_dict.
-        scales: float16 [d_out], the row scales of every level.
-        bias: [d_out] or None.
+        scales: float16 [d_out] or [E, d_out], the row scales of every level.
+        bias: of the shape of `scales`, or None.
         store, name: where planes, codebooks and rotation are, and the key to them.
     """
 
@@ -156,12 +157,13 @@ class NestedLinear(FixedScales):
         """Build the module of `name` on the meta device; transformers then loads its tensors."""
         super().__init__()
         self.store, self.name, self._prefix = store, name, prefix
-        matrix = self.out_features, self.in_features = store.checkpoint.shapes[name]
+        matrix = store.checkpoint.shapes[name]
+        self.out_features, self.in_features = matrix[-2:]
         specs = store.checkpoint.quantization.planes[:prefix]
         codes = [torch.empty(p.shape(*matrix), dtype=torch.uint8, device="meta") for p in specs]
         given = zip(codes, specs, strict=True)
         self.codes = Planes([kernels.Plane.stored(plane, spec, *matrix) for plane, spec in given])
-        scales = torch.empty(self.out_features, dtype=torch.float16, device="meta")
+        scales = torch.empty(matrix[:-1], dtype=torch.float16, device="meta")
         self.register_buffer("scales", scales)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
 
@@ -179,18 +181,6 @@ class NestedLinear(FixedScales):
         """Rotation and codebooks on this module's device, shared with its sister matrices."""
         return self.store.input_group(self.name, self.codes.device)
 
-    def rotated_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W' = W Q^-1 decoded from P planes: [d_out, d_in], for rotated inputs."""
-        return prepared([self]).weight(0, dtype)
-
-    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W decoded from P planes, in the coordinates of the original model: [d_out, d_in]."""
-        return self.input_group.rotation.transpose(self.rotated_weight()).to(dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., d_in] -> [..., d_out], in the dtype of x."""
-        return prepared([self])(x)[0]
-
     def _set_prefix(self, prefix: int) -> None:
         """Turn a fresh copy into a view of `prefix` planes; for `dropbydrop.view` only."""
         codes = self.codes
@@ -204,6 +194,22 @@ class NestedLinear(FixedScales):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"prefix={self._prefix}, bias={self.bias is not None}"
         )
+
+
+class NestedLinear(NestedModule):
+    """A linear layer that reads the first P planes of its codes."""
+
+    def rotated_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W' = W Q^-1 decoded from P planes: [d_out, d_in], for rotated inputs."""
+        return prepared([self]).weight(0, dtype)
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W decoded from P planes, in the coordinates of the original model: [d_out, d_in]."""
+        return self.input_group.rotation.transpose(self.rotated_weight()).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_in] -> [..., d_out], in the dtype of x."""
+        return prepared([self])(x)[0]
 
 
 def group_of(modules: Sequence[nn.Module]) -> kernels.PreparedGroup:
@@ -226,6 +232,17 @@ def group_of(modules: Sequence[nn.Module]) -> kernels.PreparedGroup:
     return prepared(cast("Sequence[NestedLinear]", modules))
 
 
+def books_of(module: NestedModule) -> kernels.Codebooks:
+    """The codebooks of a module as kernels read them, one for all that share the set."""
+    entries = module.input_group
+    return cast(
+        kernels.Codebooks,
+        module.store.derived(
+            ("books", entries.codebooks), lambda: kernels.prepare_codebooks(entries.books)
+        ),
+    )
+
+
 def prepared(modules: Sequence[NestedLinear]) -> kernels.PreparedGroup:
     """Modules of one input group and precision on one device, ready for the kernel in use there."""
     first = modules[0]
@@ -235,10 +252,7 @@ def prepared(modules: Sequence[NestedLinear]) -> kernels.PreparedGroup:
 
     def build() -> kernels.PreparedGroup:
         input_group = first.input_group
-        books = store.derived(
-            ("books", input_group.codebooks),
-            lambda: kernels.prepare_codebooks(input_group.books),
-        )
+        books = books_of(first)
         matrices = [
             kernels.Matrix(m.codes.held(), m.scales, None if m.bias is None else m.bias.detach())
             for m in modules

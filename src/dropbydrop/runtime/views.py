@@ -20,7 +20,7 @@ from dropbydrop.planning.precision import Precision
 from dropbydrop.system.errors import DropError, MissingPlaneError
 
 from .hf import DropByDropConfig
-from .modules import NestedLinear
+from .modules import NestedModule
 from .plane_store import PlaneStore
 
 _CACHES = ("_compiled_call", "_cache")  # bound to the precision of the model that has them
@@ -70,7 +70,7 @@ def view(
     for name in _CACHES:
         made.__dict__.pop(name, None)
     for module in made.modules():
-        if isinstance(module, NestedLinear):
+        if isinstance(module, NestedModule):
             module._set_prefix(prefixes[module.name])
     for config in {id(m.config): m.config for m in made.modules() if hasattr(m, "config")}.values():
         if isinstance(getattr(config, "quantization_config", None), DropByDropConfig):
@@ -129,7 +129,7 @@ def plan_of(model: Any) -> Plan:
 def _levels(model: Any) -> dict[str, int]:
     """Quantized module -> the level that its planes are of (DropError: not a model of ours)."""
     level_of = store_of(model).checkpoint.quantization.level_of
-    return {m.name: level_of(m.prefix) for m in model.modules() if isinstance(m, NestedLinear)}
+    return {m.name: level_of(m.prefix) for m in model.modules() if isinstance(m, NestedModule)}
 
 
 def store_of(model: Any) -> PlaneStore:
@@ -139,7 +139,7 @@ def store_of(model: Any) -> PlaneStore:
         DropError: not a model of ours.
     """
     for module in model.modules():
-        if isinstance(module, NestedLinear):
+        if isinstance(module, NestedModule):
             return module.store
     raise DropError(
         f"{type(model).__name__} was not loaded from a dropbydrop checkpoint; load one with "
