@@ -88,26 +88,113 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3": ("Phi3Config", {}),
 }
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {  # families that must be refused
-    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2-moe": (
-        "Qwen2MoeConfig",
+_DEEP: dict[str, Any] = {  # of 4 experts and a shared one, after a dense block
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_mtp_layers": 0,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {  # mixtures of experts
+    "qwen3-moe": ("Qwen3MoeConfig", {**_EXPERTS, "mlp_only_layers": [0]}),
+    "qwen2-moe": ("Qwen2MoeConfig", {**_EXPERTS, "shared_expert_intermediate_size": 32}),
+    "qwen3_5-moe": (
+        "Qwen3_5MoeTextConfig",
         {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
+            **_EXPERTS,
+            "shared_expert_intermediate_size": 24,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
         },
     ),
-    "qwen3-moe": (  # the first block is dense
-        "Qwen3MoeConfig",
+    "mixtral": ("MixtralConfig", _LOCAL_EXPERTS),
+    "gpt-oss": ("GptOssConfig", {**_LOCAL_EXPERTS, "sliding_window": 7}),
+    "olmoe": ("OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 12}),
+    "granitemoe": ("GraniteMoeConfig", _LOCAL_EXPERTS),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
         {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "mlp_only_layers": [0],
+            **_LOCAL_EXPERTS,
+            "shared_intermediate_size": 32,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "mamba_n_heads": 6,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_expand": 2,
         },
+    ),
+    "glm4-moe": ("Glm4MoeConfig", _DEEP),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        {
+            **_DEEP,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "head_dim": 8,
+        },
+    ),
+    "gemma4-moe": (
+        "Gemma4TextConfig",
+        {
+            "tie_word_embeddings": True,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+            "hidden_size_per_layer_input": 0,
+            "sliding_window": 7,
+            "layer_types": _LOCAL,
+            "global_head_dim": 16,
+        },
+    ),
+    "ernie4_5-moe": (
+        "Ernie4_5_MoeConfig",
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 1,
+        },
+    ),
+    "minimax-m2": ("MiniMaxM2Config", _LOCAL_EXPERTS),
+    "lfm2-moe": (
+        "Lfm2MoeConfig",
+        {
+            **_EXPERTS,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "tie_word_embeddings": True,
+        },
+    ),
+    "nemotron-h": (  # no gate; one mixer a block
+        "NemotronHConfig",
+        {
+            **_DEEP,
+            "layers_block_type": ["attention", "moe", "moe"],
+            "moe_shared_expert_intermediate_size": 24,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 2,
+        },
+    ),
+}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {  # families that must be refused
+    "jetmoe": (  # its experts are none of transformers' registered ones
+        "JetMoeConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16},
     ),
     "gpt2": (
         "GPT2Config",
@@ -120,7 +207,7 @@ def tiny_model(
     family: str, seed: int = 0, *, gain: float = 1.5, **overrides: Any
 ) -> transformers.PreTrainedModel:
     """A random model, float32, in eval mode: matrices N(0, gain^2 / d_in), vectors off by 0.2."""
-    name, extra = {**FAMILIES, **OTHERS}[family]
+    name, extra = {**FAMILIES, **EXPERTS, **OTHERS}[family]
     common = {} if name == "GPT2Config" else _COMMON
     config = getattr(transformers, name)(**{**common, **extra, **overrides})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -67,6 +67,14 @@ def print_report(report: Report, checkpoint: Checkpoint, console: Console) -> No
         values = sum(e["values"] for e in entries)
         example = entries[0]["name"] + (f" and {len(entries) - 1} more" if entries[1:] else "")
         console.print(f"kept in {bits} bits: {example} ({values:,} values): {reason}")
+    if report.starved:
+        stacks, few = len(report.starved), sum(report.starved.values())
+        console.print(
+            f"experts: {few} in {stacks} blocks saw fewer tokens than they have neurons; longer "
+            "calibration (--windows) gives them statistics of their own"
+            if few
+            else f"experts of {stacks} blocks: each saw at least as many tokens as it has neurons"
+        )
     s = report.seconds
     console.print(
         f"{s['total']:.0f} s (calibration text {s['calibrate']:.0f}, activations "

@@ -109,7 +109,7 @@ def descent_metric(h: Tensor) -> Metric:
 def weighted_errors(weight: Tensor, decoded: Sequence[Tensor], gram: Tensor) -> list[float]:
     """Relative weighted errors tr(E H E^T) / tr(W H W^T), one for each W^_P in `decoded`.
 
-    weight, decoded[i] [d_out, d_in]; gram [d_in, d_in]. Dimensionless.
+    weight, decoded[i] [d_out, d_in]; gram [d_in, d_in]. Dimensionless; 0 of a matrix of zeros.
     """
     energy = ((weight @ gram) * weight).sum(dtype=torch.float64)
     errors = []

@@ -18,8 +18,9 @@ A parameter is a *stack* of E matrices, and what is recorded of it is
   shared, and one factorisation of H serves all;
 - down: an H for each expert, over what it computes for the tokens that are routed to it. Neuron i
   of one expert has nothing to do with neuron i of another, so experts cannot lend each other
-  their H. What stands in where routing gives few tokens is a *forced* sample: FORCED tokens of every
-  batch go through all experts, whatever the router says (the result is not used). With n_e tokens,
+  their H. What stands in where routing gives few tokens is a *forced* sample: FORCED tokens of
+  every batch go through all experts, whatever the router says (the result is not used). With n_e
+  tokens of its own, an expert has
 
       H_e = (1 - a) H_routed + a H_forced,    a = I / (I + n_e)
 
@@ -79,7 +80,8 @@ def stack_names(root: nn.Module, prefix: str = "") -> list[str]:
 
 def routers(root: nn.Module, prefix: str = "") -> set[str]:
     """Full names of the linears beside experts that route: one output an expert, or one for the
-    gate of a shared expert. They are small, and a wrong choice of experts is no rounding error."""
+    gate of a shared expert, and called so. They are small, and a wrong choice of experts is no
+    rounding error, so they stay as they are. (Most families have a class of their own for it.)"""
     found = set()
     for name, module in root.named_modules(prefix=prefix):
         if is_experts(module):
@@ -88,13 +90,15 @@ def routers(root: nn.Module, prefix: str = "") -> set[str]:
             found |= {
                 n
                 for n, m in beside.named_modules(prefix=parent)
-                if isinstance(m, nn.Linear) and m.out_features in (1, count)
+                if isinstance(m, nn.Linear)
+                and m.out_features in (1, count)
+                and any(part.endswith(("gate", "router")) for part in n.split("."))
             }
     return found
 
 
 def weight_of(root: nn.Module, name: str) -> Tensor:
-    """The weight of a linear [d_out, d_in], or a stack [E, d_out, d_in]; `name` is its in `root`."""
+    """The weight [d_out, d_in] of the linear called `name`, or a stack [E, d_out, d_in]."""
     owner, _, leaf = name.rpartition(".")
     parent: Any = root.get_submodule(owner)
     if not is_experts(parent):

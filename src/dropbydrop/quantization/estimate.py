@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -42,6 +43,7 @@ from dropbydrop.coding.encoder import encode_group, group_rotation, learn_group
 from dropbydrop.coding.rotation import split_odd
 from dropbydrop.data.calibration import SELF
 from dropbydrop.data.self_generated import Writing, writing_seconds
+from dropbydrop.models.experts import routers, stack_names, weight_of
 from dropbydrop.models.input_groups import InputGroup
 from dropbydrop.models.sources import side_files
 from dropbydrop.models.statistics import BlockStatistics
@@ -203,12 +205,15 @@ class FirstBlock:
         """Seconds to encode all matrices of an input group."""
         config, device = self.job.config, self.job.runner.device
         prefix = f"{self.job.runner.block_prefix(0)}."
-        names = (f"{name.removeprefix(prefix)}.weight" for name in group.modules)
-        weights = [block.get_parameter(name).detach().float() for name in names]
+        modules = [weight_of(block, name.removeprefix(prefix)).float() for name in group.modules]
+        weights = [matrix for w in modules for matrix in (w if group.experts else [w])]
         largest, rows = max(weights, key=len), sum(len(w) for w in weights)
         few = min(_ROWS * torch.get_num_threads(), len(largest))
         many = min(3 * few, len(largest))
         gram, books = statistics.grams[group.name], self.job.universal().to(device)
+        each = 1  # number of H
+        if gram.dim() == 3:  # one for each expert, the rows of one at a time
+            each, rows, gram = len(gram), len(largest), gram[0]
         rotation = group_rotation({"w": largest}, gram, seed=0)
         universal = config.codebooks == UNIVERSAL
         encoder: Any = encode_group if universal else learn_group
@@ -230,8 +235,8 @@ class FirstBlock:
         missing = 4 * copies * (together - many) * group.d_in
         self._working = max(self._working, peak_memory() + missing)
         if many == few:
-            return small * rows / few
-        return small + max(0.0, large - small) / (many - few) * (rows - few)
+            return each * small * rows / few
+        return each * (small + max(0.0, large - small) / (many - few) * (rows - few))
 
     def peak(self) -> int:
         """Bytes of the real run, up to its end."""
@@ -251,21 +256,24 @@ def _sizes(job: Job, groups: list[InputGroup]) -> tuple[list[int], int, int]:
     `groups` are those of one block.
     """
     runner, config, planes = job.runner, job.config, job.planes
-    linears = [m for b in runner.blocks for m in b.modules() if isinstance(m, nn.Linear)]
-    weights = sum(runner.linear_sizes())
+    kept_linears = routers(runner.blocks)
+    names = [n for n, m in runner.blocks.named_modules() if isinstance(m, nn.Linear)]
+    names = [*(n for n in names if n not in kept_linears), *stack_names(runner.blocks)]
+    shapes = [tuple(weight_of(runner.blocks, name).shape) for name in names]
+    weights = sum(map(math.prod, shapes))
     modules = [*runner.embedding_modules, *([] if runner.tied else runner.head_modules)]
     outer = [runner.model.get_parameter(f"{module}.weight") for module in modules]
     everything = sum(p.numel() for p in runner.model.parameters())
     kept = everything - weights - sum(p.numel() for p in outer)
-    sizes = [sum(p.nbytes(m.out_features, m.in_features) for m in linears) for p in planes]
-    total = sum(sizes) + 2 * sum(m.out_features for m in linears) + 4 * max(0, kept)
+    sizes = [sum(p.nbytes(*shape) for shape in shapes) for p in planes]
+    total = sum(sizes) + 2 * sum(math.prod(shape[:-1]) for shape in shapes) + 4 * max(0, kept)
     total += runner.num_blocks * sum(g.d_in for g in groups)  # input scales
     total += sum(4 * odd * odd for odd in {split_odd(g.d_in)[1] for g in groups})
     sets = 1 if config.codebooks == UNIVERSAL else runner.num_blocks * len(groups)
     total += sets * sum(plane.codebook_bytes + 130 for plane in planes)
     total += sum(p.numel() + 2 * len(p) if config.head_bits == 8 else 2 * p.numel() for p in outer)
     # headers, log and config: about so many characters a tensor, matrix and input group
-    total += (130 * (len(planes) + 1) + 300) * len(linears) + 250 * runner.num_blocks * len(groups)
+    total += (130 * (len(planes) + 1) + 300) * len(shapes) + 250 * runner.num_blocks * len(groups)
     total += sum(file.stat().st_size for file in side_files(job.source.folder))
     return sizes, total, max(p.numel() for p in outer)
 

@@ -24,6 +24,8 @@ class Report:
         device_gib: peak memory on a GPU; 0 without one.
         errors: mean over matrices of the relative weighted error at each level.
         kept: parameters left in 8 or 16 bits (or as they were): name, bits, reason.
+        starved: stack of experts -> how many of them calibration gave fewer tokens than they have
+            inputs; what they compute for other tokens counts more for them (models/experts.py).
         resumed: blocks taken over from an interrupted run; seconds count their work too, except
             for the total.
     """
@@ -41,6 +43,15 @@ class Report:
     resumed: int
     log: list[dict[str, Any]] = field(repr=False)
 
+    @property
+    def starved(self) -> dict[str, int]:
+        """See the class."""
+        return {
+            line["module"]: sum(count < line["shape"][-1] for count in line["tokens"])
+            for line in self.log
+            if "tokens" in line
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, without the line-by-line log."""
         return {
@@ -53,6 +64,7 @@ class Report:
             "mean_relative_error": {str(p): e for p, e in self.errors.items()},
             "matrices": self.matrices,
             "kept": self.kept,
+            **({"starved_experts": self.starved} if self.starved else {}),
             "backend": self.backend,
             "resumed_blocks": self.resumed,
         }

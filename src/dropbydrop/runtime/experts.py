@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -176,3 +176,4 @@ def place_experts(experts: nn.Module, name: str, store: PlaneStore, prefix: int)
             delattr(experts, f"{leaf}_bias")
         setattr(experts, leaf, NestedStack(store, stored, prefix, bias))
     experts.__class__ = _nested(type(experts))
+    cast(Any, experts)._is_hf_initialized = True  # transformers would fill parameters that are gone
