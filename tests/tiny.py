@@ -219,6 +219,9 @@ def tiny_model(
                 p.copy_(noise * (gain / p.shape[-1] ** 0.5))
             else:
                 p.add_(noise, alpha=0.2)
+        for name, buffer in sorted(model.named_buffers()):
+            if "correction_bias" in name or "expert_bias" in name:  # what routers add to scores
+                buffer.add_(torch.randn(buffer.shape, generator=generator), alpha=0.2)
     return model
 
 

@@ -108,13 +108,14 @@ def test_every_family(tmp_path: Path, text: Path, family: str) -> None:
     hidden = runner.embed(IDS)
     for i in range(runner.num_blocks):
         hidden = runner.forward_block(i, runner.block(i), hidden)
-    assert torch.equal(runner.logits(hidden), logits(own))
+    assert close(runner.logits(hidden), logits(own), 1e-6)
 
     code = "trellis" if family in TRELLIS else "bytes"
     made = quantize(source, tmp_path / "out", calibration=text, code=code, **QUICK)
     checkpoint = Checkpoint.open(made.out)
     assert checkpoint.verify() == []
-    assert checkpoint.manifest.total_parameters == sum(p.numel() for p in own.parameters())
+    stored = {t.data_ptr(): t.numel() for t in own.state_dict().values()}  # buffers count, too
+    assert checkpoint.manifest.total_parameters == sum(stored.values())
     coded = set(checkpoint.quantization.modules)
     expected = {f"{n}.{s}" for n, m in own.named_modules() if is_experts(m) for s in stacks(m)}
     assert expected
@@ -201,7 +202,7 @@ def test_starved_and_dead_experts(tmp_path: Path, text: Path) -> None:
     assert close(logits(model), logits(decoded(source, model)), 1e-4)
     # the expert that calibration never met is as good as the others
     name = "model.layers.0.mlp.experts.down_proj"
-    weight = original(source).get_parameter(name)
+    weight = original(source).get_parameter(name).detach()
     errors = (model.get_submodule(name).dense_weight() - weight).square().mean((1, 2))
     assert float(errors[3]) < 3 * float(errors[:3].mean())
 

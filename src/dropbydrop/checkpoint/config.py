@@ -72,6 +72,13 @@ def parse_plane(data: object, where: str = "plane") -> PlaneSpec:
     return kind(**given.exactly(**plain))
 
 
+def _unknown_stack(where: str, experts: int, layout: str) -> FormatError:
+    return FormatError(
+        f"{where}: {experts} experts of layout {layout!r} are unknown to this version, which reads "
+        f"1 or more of layout {' or '.join(LAYOUTS)}. Upgrade dropbydrop."
+    )
+
+
 @dataclass(frozen=True)
 class StoredGroup(InputGroup):
     """An input group and the codebook set that it is stored with.
@@ -96,10 +103,7 @@ class StoredGroup(InputGroup):
         if self.d_in < GROUP or self.d_in % GROUP:
             raise FormatError(f"{where}: d_in {self.d_in} is not a multiple of the group {GROUP}.")
         if self.experts < 0 or self.layout not in LAYOUTS:
-            raise FormatError(
-                f"{where}: {self.experts} experts of layout {self.layout!r} are unknown to this "
-                f"version, which reads {' and '.join(LAYOUTS)}. Upgrade dropbydrop."
-            )
+            raise _unknown_stack(where, self.experts, self.layout)
 
     @staticmethod
     def from_dict(data: object, where: str = "input group") -> StoredGroup:
@@ -109,6 +113,8 @@ class StoredGroup(InputGroup):
         values = given.exactly(
             name=str, modules=list, d_in=int, codebooks=str, rotation=dict, **stack
         )
+        if stack and values["experts"] < 1:
+            raise _unknown_stack(where, values["experts"], values["layout"])
         rotation = Fields(values.pop("rotation"), f"{where}: rotation")
         kind = rotation.take("kind", str)
         if kind != "full":
