@@ -354,7 +354,7 @@ class Checkpoint:
         """Everything the config implies must be in model.safetensors, in dtype and shape."""
         problems = list(rest_problems(self.quantization, self.rest))
         if not problems:
-            weights = sum(d_out * d_in for d_out, d_in in self.shapes.values())
+            weights = sum(map(math.prod, self.shapes.values()))
             if weights != self.manifest.quantized_parameters:
                 problems.append(
                     f"{weights} quantized weights, the manifest says "
