@@ -154,11 +154,33 @@ def _plan(checkpoint: Checkpoint, level: int, dtype: torch.dtype) -> list[Stream
     return wide_first(tensors)
 
 
+def dense_rows(
+    checkpoint: Checkpoint,
+    module: str,
+    prefix: int,
+    rows: slice | None = None,
+    expert: int | None = None,
+) -> Tensor:
+    """Rows of W in the original space, from the first `prefix` planes: float32 [n, d_in].
+
+    Args:
+        rows: consecutive ones, by default all.
+        expert: which matrix of a stack of experts.
+    """
+    index = checkpoint.quantization.group_index[module]
+    books = checkpoint.read_set(checkpoint.quantization.input_groups[index].codebooks)
+    scales = checkpoint.read(f"{module}.scales")
+    codes = [checkpoint.read_codes(module, m) for m in range(1, prefix + 1)]
+    if expert is not None:
+        scales, codes = scales[expert], [plane[expert] for plane in codes]
+    return checkpoint.read_rotation(index).transpose(books.decode(codes, scales, prefix, rows=rows))
+
+
 def _linear_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Rows:
     """Rows of W in the original space: those of the first `prefix` planes, rotated back."""
 
     def rows(low: int, high: int) -> Tensor:
-        return checkpoint.dense_rows(module, prefix, slice(low, high))
+        return dense_rows(checkpoint, module, prefix, slice(low, high))
 
     return rows
 
@@ -173,7 +195,7 @@ def _stack(
     experts, d_out, d_in = checkpoint.shapes[module]
 
     def rows(low: int, high: int) -> Tensor:
-        each = [checkpoint.dense_rows(module, prefix, expert=e) for e in range(low, high)]
+        each = [dense_rows(checkpoint, module, prefix, expert=e) for e in range(low, high)]
         return torch.stack([w.T if transposed else w for w in each])
 
     shape = (experts, d_in, d_out) if transposed else (experts, d_out, d_in)

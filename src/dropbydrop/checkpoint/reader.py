@@ -158,27 +158,27 @@ class Checkpoint:
     def true_bits(self, bits: int) -> float:
         """Bits a weight of the quantized linears at precision `bits`, everything counted.
 
-        8 * bytes(codes and codebooks of its planes, one scale row a matrix, input scales,
-        odd factors) / sum(d_out * d_in), experts counted one by one.
+        8 * bytes(codes and codebooks of its planes, one scale row a matrix, input scales, odd
+        factors) / sum(d_out * d_in) of all matrices.
 
         Raises:
             PrecisionError: not a level.
         """
         q = self.quantization
         planes = q.planes[: q.prefix_of(bits)]
-        weights = sum(map(math.prod, self.shapes.values()))
-        total = sum(p.nbytes(*shape) for p in planes for shape in self.shapes.values())
-        total += sum(2 * math.prod(shape[:-1]) for shape in self.shapes.values())
+        shapes = self.shapes.values()
+        total = sum(p.nbytes(*shape) for p in planes for shape in shapes)
+        total += sum(2 * math.prod(shape[:-1]) for shape in shapes)
         total += len(q.sets) * sum(p.codebook_bytes for p in planes)
         total += sum(
             info.nbytes
             for name, info in self.rest.items()
             if name.startswith(("input_groups.", "rotations."))
         )
-        return 8 * total / weights
+        return 8 * total / sum(map(math.prod, shapes))
 
     def true_bits_whole(self, bits: int) -> float:
-        """Bits a parameter of the whole model: 8 * bytes_at(bits) / original parameters."""
+        """8 * bytes_at(bits) / parameters of the original model."""
         return 8 * self.bytes_at(bits) / self.manifest.total_parameters
 
     # -- reading --------------------------------------------------------------------------
@@ -257,23 +257,6 @@ class Checkpoint:
         factor = self.read(odd_name(odd)).clone() if odd > 1 else None
         scales = self.read(input_scales_name(index))
         return Rotation.from_stored(group.d_in, scales, factor)
-
-    def dense_rows(
-        self, module: str, prefix: int, rows: slice | None = None, expert: int | None = None
-    ) -> Tensor:
-        """Rows of W in the original space, from the first `prefix` planes: float32 [n, d_in].
-
-        Args:
-            rows: consecutive ones, by default all.
-            expert: which matrix of a stack of experts.
-        """
-        index = self.quantization.group_index[module]
-        books = self.read_set(self.quantization.input_groups[index].codebooks)
-        scales = self.read(f"{module}.scales")
-        codes = [self.read_codes(module, m) for m in range(1, prefix + 1)]
-        if expert is not None:
-            scales, codes = scales[expert], [plane[expert] for plane in codes]
-        return self.read_rotation(index).transpose(books.decode(codes, scales, prefix, rows=rows))
 
     # -- checking -------------------------------------------------------------------------
 
@@ -354,12 +337,9 @@ class Checkpoint:
         """Everything the config implies must be in model.safetensors, in dtype and shape."""
         problems = list(rest_problems(self.quantization, self.rest))
         if not problems:
-            weights = sum(map(math.prod, self.shapes.values()))
-            if weights != self.manifest.quantized_parameters:
-                problems.append(
-                    f"{weights} quantized weights, the manifest says "
-                    f"{self.manifest.quantized_parameters}"
-                )
+            counted = self.manifest.quantized_parameters
+            if (weights := sum(map(math.prod, self.shapes.values()))) != counted:
+                problems.append(f"{weights} quantized weights, the manifest says {counted}")
         if problems:
             raise FormatError(
                 f"{self.path / REST_FILE} contradicts {CONFIG_FILE}: {'; '.join(problems[:4])}"
