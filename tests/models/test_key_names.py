@@ -9,7 +9,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-from transformers.core_model_loading import Split, WeightConverter
+from transformers.core_model_loading import Chunk, WeightConverter
 
 import family_models
 from dropbydrop.models import key_names
@@ -104,17 +104,19 @@ def test_modules_of_a_wrapper_in_its_text_decoder() -> None:
     assert names.find(here) == here
 
 
-def test_one_key_that_becomes_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_key_that_becomes_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, files = saved(tmp_path, "gemma3_text")
-    parts = [f"self_attn.{x}_proj.weight" for x in "qkv"]  # of 32, 16 and 16 rows
-    converter = WeightConverter(["self_attn.qkv.weight"], parts, [Split(dim=0)])
+    parts = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    converter = WeightConverter(
+        source_patterns=["mlp.gate_up.weight"], target_patterns=parts, operations=[Chunk(dim=0)]
+    )
     monkeypatch.setattr(key_names, "get_model_conversion_mapping", lambda model: [converter])
     stored = {key: files.read(key) for key in files}
     for layer in ("model.layers.0.", "model.layers.1."):
-        stored[f"{layer}self_attn.qkv.weight"] = torch.cat([stored.pop(layer + p) for p in parts])
+        stored[f"{layer}mlp.gate_up.weight"] = torch.cat([stored.pop(layer + p) for p in parts])
     names = KeyNames(model, stored)
     for name in (f"model.layers.1.{part}" for part in parts):
         read = names.read(name, stored.__getitem__)
         assert torch.equal(read, files.read(name))
         assert read.untyped_storage().nbytes() == read.nbytes  # not a part of what was split
-        assert names.recipe(name) == Recipe(("model.layers.1.self_attn.qkv.weight",), ("Split",))
+        assert names.recipe(name) == Recipe(("model.layers.1.mlp.gate_up.weight",), ("Chunk",))

@@ -120,15 +120,14 @@ class KeyNames:
             converter.add_tensor(name, key, pattern, _later(fetch, key))
         first = self._of[name]
         try:
-            made: dict[str, Any] = converter.convert(
-                first, model=self._model, config=self._model.config
-            )
+            made: Any = converter.convert(first, model=self._model, config=self._model.config)
         except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise FormatError(
                 f"{name} cannot be put together from {entry.sources[0][0]} and "
                 f"{len(entry.sources) - 1} more ({first_line(error)}); the folder lacks some of "
                 "them or is damaged. Download the model again."
             ) from error
+        made = made[0] if isinstance(made, tuple) else made  # with errors, in transformers 5.0
         tensor = made[name]
         whole: Tensor = tensor[0] if isinstance(tensor, list) else tensor
         # a part of a larger tensor would keep all of it in memory
