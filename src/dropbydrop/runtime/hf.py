@@ -152,11 +152,12 @@ class DropByDropQuantizer(HfQuantizer):
         # The same list object is read afterwards; a copy would leave the codes unread, which
         # _process_model_after_weight_loading refuses.
         files.extend(str(p) for m in range(1, prefix + 1) for p in checkpoint.plane_paths(m))
-        model._keys_to_ignore_on_load_unexpected = {
-            *(model._keys_to_ignore_on_load_unexpected or ()),  # None in the first 5.x
-            r"^(codebooks|input_groups|rotations)\.",
-            *(f"^{re.escape(name)}$" for name in checkpoint.quantization.guards),
-        }
+        quiet = [f"^{re.escape(name)}$" for name in checkpoint.quantization.guards]
+        quiet.append(r"^(codebooks|input_groups|rotations)\.")
+        already = model._keys_to_ignore_on_load_unexpected  # in the first 5.x None or a list
+        model._keys_to_ignore_on_load_unexpected = (
+            {*already, *quiet} if isinstance(already, set) else [*(already or ()), *quiet]
+        )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         coded = [m for m in model.modules() if isinstance(m, NestedModule)]
