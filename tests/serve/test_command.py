@@ -16,7 +16,9 @@ from dropbydrop.cli.main import app
 from dropbydrop.system.errors import DropError
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_ready_and_ended(chat_folder: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "dropbydrop", "serve", str(chat_folder), "--port", "0"]
     started = subprocess.Popen(
