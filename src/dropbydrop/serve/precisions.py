@@ -57,7 +57,7 @@ class Precisions:
         self._bytes: dict[float, int] = {p: read_bytes(m) for p, m in self._views.items()}
         self._seconds: dict[float, float] = {}
         self.base = self._views[chosen[-1]]
-        self.cache_bytes = kv_cache(checkpoint.config, 1, self.base.dtype.itemsize)  # of a token
+        self.cache_bytes = _cache_bytes(self.base)
 
     @property
     def highest(self) -> int:
@@ -108,3 +108,13 @@ class Precisions:
                 )
                 times.append(time.perf_counter() - start)
             self._seconds[bits] = median(times[1:])
+
+
+def _cache_bytes(model: Any) -> int:
+    """Bytes of the keys and values of a token. Configs answer to the common names by attributes."""
+    config, settings = model.config.get_text_config(), {}
+    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                 "hidden_size"):  # fmt: skip
+        if getattr(config, name, None) is not None:
+            settings[name] = getattr(config, name)
+    return max(kv_cache(settings, 1, model.dtype.itemsize), 1)
