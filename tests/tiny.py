@@ -354,17 +354,19 @@ def write_checkpoint(
     *,
     extra_files: Mapping[str, bytes | Path] | None = None,
     tokenizer: bool = True,
+    chat: bool = False,
     seed: int = 0,
     **settings: Any,
 ) -> Path:
     """Write a valid checkpoint of `model` (default `tiny_llama(seed)`) with random codes.
 
-    Everything but the linears of the blocks is the model's, and every second input group has input
-    scales. `settings` are those of `random_checkpoint`, and what they leave those of
-    `CheckpointWriter`. The same arguments give the same bytes.
+    With `chat` its tokenizer has a template. Everything but the linears of the blocks is the
+    model's, and every second input group has input scales. `settings` are
+    those of `random_checkpoint`, and what they leave those of `CheckpointWriter`. The same
+    arguments give the same bytes.
     """
     model = tiny_llama(seed) if model is None else model
-    files = dict(extra_files or {}) | (_tokenizer_files() if tokenizer else {})
+    files = dict(extra_files or {}) | (_tokenizer_files(chat) if tokenizer else {})
     return random_checkpoint(out, model, scaled_inputs=True, files=files, seed=seed, **settings)
 
 
@@ -383,9 +385,9 @@ def sign(folder: Path, *names: str, xxh128: bool = True) -> None:
     path.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 
-def _tokenizer_files() -> dict[str, bytes]:
+def _tokenizer_files(chat: bool) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        tiny_tokenizer().save_pretrained(folder)
+        tiny_tokenizer(chat=chat).save_pretrained(folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 

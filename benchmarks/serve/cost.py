@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -35,8 +36,8 @@ def main() -> None:
         highest = max(level["bits"] for level in status["levels"])
         body = {"model": status["model"], "bits": highest, "max_tokens": args.tokens}
         found = {
-            "overhead": asyncio.run(overhead(args, address, body, highest)),
-            "throughput": asyncio.run(throughput(args, address, body)),
+            "overhead": asyncio.run(overhead(args, address, body, highest, pid)),
+            "throughput": asyncio.run(throughput(args, address, body, pid)),
         }
         if args.leak:
             found["leak"] = asyncio.run(leak(address, {**body, "max_tokens": 4}, pid, args.leak))
@@ -44,44 +45,50 @@ def main() -> None:
 
 
 async def overhead(
-    args: argparse.Namespace, address: str, body: dict[str, Any], bits: int
+    args: argparse.Namespace, address: str, body: dict[str, Any], bits: int, pid: int
 ) -> dict[str, Any]:
+    """Milliseconds of a token, prompt and request included, inside and outside."""
     from dropbydrop.evaluation.bench import decode_seconds
     from dropbydrop.runtime.load import load
 
     model, inside, outside = load(args.out, bits), [], []
     async with httpx.AsyncClient(base_url=address, timeout=120) as client:
         for i in range(args.rounds + 1):
-            inside.append(decode_seconds(model, 16, args.tokens))
-            answer = await ask(client, PROMPTS[i % len(PROMPTS)], time.perf_counter(), **body)
+            start = time.process_time()
+            decode_seconds(model, 16, args.tokens)
+            inside.append((time.process_time() - start) / args.tokens)
+            start = used(pid)
+            answer = await ask(client, PROMPTS[i % len(PROMPTS)], 0.0, **body)
             assert answer.failure is None, answer
-            outside.append(1 / answer.rate)
+            outside.append((used(pid) - start) / args.tokens)
     a, b = median(inside[1:]), median(outside[1:])
-    ratios = [round(y / x, 3) for x, y in zip(inside[1:], outside[1:], strict=True)]
+    ratios = [round(y / x, 2) for x, y in zip(inside[1:], outside[1:], strict=True)]
     return {"forward_ms": a * 1e3, "served_ms": b * 1e3, "ratio": b / a, "ratios": ratios}
 
 
 async def throughput(
-    args: argparse.Namespace, address: str, body: dict[str, Any]
+    args: argparse.Namespace, address: str, body: dict[str, Any], pid: int
 ) -> dict[str, Any]:
-    """Tokens a second of 8 requests at once, and of 8 one after another."""
+    """Tokens for each second of the processor: 8 requests at once, and one after another."""
     together, alone = [], []
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(AT_ONCE)]
     async with httpx.AsyncClient(base_url=address, timeout=300) as client:
         for _ in range(args.rounds):
-            start = time.perf_counter()
-            await asyncio.gather(*(ask(client, p, start, **body) for p in prompts))
-            together.append(time.perf_counter() - start)
-            start = time.perf_counter()
+            start = used(pid)
+            await asyncio.gather(*(ask(client, p, 0.0, **body) for p in prompts))
+            together.append(used(pid) - start)
+            start = used(pid)
             for prompt in prompts:
-                await ask(client, prompt, start, **body)
-            alone.append(time.perf_counter() - start)
+                await ask(client, prompt, 0.0, **body)
+            alone.append(used(pid) - start)
     count = AT_ONCE * args.tokens
     ratios = [round(a / b, 3) for a, b in zip(alone, together, strict=True)]
     return {
-        "together": count / median(together), "one_after_another": count / median(alone),
-        "ratio": median(alone) / median(together), "ratios": ratios,
-    }  # fmt: skip
+        "together": count / median(together),
+        "one_after_another": count / median(alone),
+        "ratio": median(alone) / median(together),
+        "ratios": ratios,
+    }
 
 
 async def leak(address: str, body: dict[str, Any], pid: int, count: int) -> dict[str, Any]:
@@ -101,6 +108,12 @@ async def leak(address: str, body: dict[str, Any], pid: int, count: int) -> dict
             await asyncio.gather(*(one(n) for n in range(first, (tenth + 1) * count // 10)))
             sizes.append(round(resident(pid) / 1e6, 1))
     return {"requests": count, "failures": failures, "resident_mb": sizes}
+
+
+def used(pid: int) -> float:
+    """Seconds of the processor that a process has used (Linux), in steps of a hundredth."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident(pid: int) -> int:

@@ -17,7 +17,7 @@ from dropbydrop.serve.conversation import Conversation
 from dropbydrop.serve.precisions import Precisions
 from dropbydrop.serve.sampling import Sampling
 from dropbydrop.serve.text import Text
-from tiny import tiny_tokenizer, write_checkpoint
+from tiny import write_checkpoint
 
 
 def test_arrivals_grow_from_the_low_rate_to_the_high_one() -> None:
@@ -49,8 +49,7 @@ def test_counts() -> None:
 
 
 def test_damaged_answers_are_found(tmp_path: Path) -> None:
-    out = write_checkpoint(tmp_path / "out", tokenizer=False)
-    tiny_tokenizer(chat=True).save_pretrained(out)
+    out = write_checkpoint(tmp_path / "out", chat=True)
     text = Text(load_tokenizer(out))
     talk = Conversation(Precisions(out, None), text, Sampling(temperature=0.0))
     talk._ends = set()  # as ignore_eos

@@ -19,14 +19,12 @@ from dropbydrop.serve.precisions import Precisions
 from dropbydrop.serve.sampling import Sampling
 from dropbydrop.serve.text import Text
 from dropbydrop.system.errors import DropError
-from tiny import tiny_tokenizer, write_checkpoint
+from tiny import write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_checkpoint(tmp_path_factory.mktemp("chat") / "out", tokenizer=False)
-    tiny_tokenizer(chat=True).save_pretrained(folder)
-    return folder
+    return write_checkpoint(tmp_path_factory.mktemp("chat") / "out", chat=True)
 
 
 def chat(out: Path, typed: str, *options: str) -> tuple[Any, list[str]]:
