@@ -104,6 +104,9 @@ def exact_types() -> dict[str, Any]:
     for family in family_models.DENSE:
         config = family_models.config_of(family)
         configs[config.model_type] = config
+    for family in tiny.EXPERTS:
+        config = tiny.tiny_config(family)
+        configs[config.model_type] = config
     return configs
 
 

@@ -203,13 +203,18 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {  # families that must be refus
 }
 
 
+def tiny_config(family: str, **overrides: Any) -> Any:
+    """The config of a tiny model."""
+    name, extra = {**FAMILIES, **EXPERTS, **OTHERS}[family]
+    common = {} if name == "GPT2Config" else _COMMON
+    return getattr(transformers, name)(**{**common, **extra, **overrides})
+
+
 def tiny_model(
     family: str, seed: int = 0, *, gain: float = 1.5, **overrides: Any
 ) -> transformers.PreTrainedModel:
     """A random model, float32, in eval mode: matrices N(0, gain^2 / d_in), vectors off by 0.2."""
-    name, extra = {**FAMILIES, **EXPERTS, **OTHERS}[family]
-    common = {} if name == "GPT2Config" else _COMMON
-    config = getattr(transformers, name)(**{**common, **extra, **overrides})
+    config = tiny_config(family, **overrides)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -113,8 +113,9 @@ def bias_of(root: nn.Module, name: str) -> Tensor | None:
     owner, _, leaf = name.rpartition(".")
     parent: Any = root.get_submodule(owner)
     stacked = is_experts(parent)
-    bias = getattr(parent, f"{leaf}_bias", None) if stacked else root.get_submodule(name).bias
-    return None if bias is None else bias.detach()
+    place: Any = parent if stacked else root.get_submodule(name)
+    bias = getattr(place, f"{leaf}_bias" if stacked else "bias", None)
+    return None if bias is None else cast(Tensor, bias).detach()
 
 
 def leaves_of(root: nn.Module, name: str) -> tuple[str, str]:

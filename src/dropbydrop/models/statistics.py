@@ -36,7 +36,7 @@ from collections.abc import Sequence
 from contextvars import Token
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -238,7 +238,7 @@ class InputRecorder:
         if x.numel() != b * t * x.shape[-1]:
             self._left.setdefault(full, self._rows(full, x))
             return
-        count = int(module.num_experts)  # type: ignore[call-overload]
+        count = cast(Any, module).num_experts
         group = _Entry([full], x.shape[-1], count)
         entry = self._input_groups.setdefault(full, group)
         if self.grams:
@@ -247,7 +247,7 @@ class InputRecorder:
     def middle(self, module: nn.Module, e: int, h: Tensor, tokens: Tensor | None) -> None:
         """See `experts.Watcher`: the input group of down."""
         full = f"{self._experts[module]}.{experts.stacks(module)[1]}"
-        count, d = int(module.num_experts), h.shape[-1]  # type: ignore[call-overload]
+        count, d = cast(Any, module).num_experts, h.shape[-1]
         entry = self._input_groups.setdefault(full, _Entry([full], d, count))
         if not self.grams:
             return
@@ -327,7 +327,8 @@ class InputRecorder:
                 *counts, sample = partition.total(entry.counts.over)
                 tally = routed[input_group.name] = torch.stack(counts)
                 whole = torch.stack([mirror(one, 1.0) for one in total])
-                grams[input_group.name] = experts.blend(*whole.chunk(2), tally, float(sample))
+                own, forced = whole.chunk(2)
+                grams[input_group.name] = experts.blend(own, forced, tally, float(sample))
             else:
                 grams[input_group.name] = mirror(total, 1 / tokens)
             entry.gram, entry.counts = _Sums(), _Sums()
