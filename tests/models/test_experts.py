@@ -33,7 +33,7 @@ from dropbydrop.runtime.int8_modules import NestedEmbedding, NestedHead
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import store_of
 from dropbydrop.system.errors import MissingPlaneError, UnsupportedModelError
-from tiny import EXPERTS, VOCAB, save_tiny
+from tiny import EXPERTS, VOCAB, save_tiny, tiny_model, tiny_tokenizer
 
 QUICK: dict[str, Any] = {"windows": 3, "seq_len": 32, "progress": False}
 IDS = torch.randint(5, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3))
@@ -357,3 +357,43 @@ def test_levels_of_one_checkpoint_come_closer(out: Path) -> None:
         found = logits(dropbydrop.load(out, bits=p, dtype=torch.float32))
         errors.append(float((found - logits(source)).square().mean()))
     assert all(low > high > 0 for low, high in pairwise(errors))
+
+
+# ------------------------------------------------------------------------------------ trained
+
+
+def trained(folder: Path, family: str, ids: Tensor) -> Any:
+    """A tiny model after some steps on windows `ids`, written to `folder`."""
+    model: Any = tiny_model(family, gain=0.8, num_hidden_layers=2).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        batch = ids[torch.randint(0, len(ids), (8,), generator=generator)]
+        loss = model(batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def test_a_trained_mixture_loses_less_with_more_bits(tmp_path: Path, text: Path) -> None:
+    """KL to the original falls with the bits, as that of a dense model does."""
+    tokens = tiny_tokenizer()(text.read_text())["input_ids"]
+    ids = torch.tensor(tokens[: len(tokens) // 32 * 32]).view(-1, 32)
+    falls = {}
+    for family in ("qwen3", "qwen3-moe"):
+        source = tmp_path / family
+        model = trained(source, family, ids[:-4])
+        with torch.no_grad():
+            expected = model(ids[-4:]).logits.log_softmax(-1)
+        made = quantize(source, tmp_path / f"{family}-q", calibration=text, **QUICK)
+        kl = []
+        for p in (2, 3, 4):
+            found = logits(dropbydrop.load(made.out, bits=p, dtype=torch.float32), ids[-4:])
+            difference = expected - found.log_softmax(-1)
+            kl.append(float((expected.exp() * difference).sum(-1).mean()))
+        falls[family] = kl
+        assert kl[0] > 1.5 * kl[1] > 2.2 * kl[2] > 0
+    assert falls["qwen3-moe"][2] < 10 * falls["qwen3"][2]

@@ -143,7 +143,7 @@ def _by_matrices(first: NestedStack, x: Tensor) -> tuple[_Up, _Down]:
 
 
 @cache
-def _nested(kind: type[nn.Module]) -> type[nn.Module]:
+def _nested(kind: Any) -> type[nn.Module]:
     """The subclass of a class of experts whose forward is that of `NestedExperts`."""
     return type(kind.__name__, (NestedExperts, kind), {"__module__": kind.__module__})
 

@@ -80,9 +80,10 @@ class Planes(nn.Module):
     def held(self) -> tuple[kernels.Plane, ...]:
         """Planes 1..P as they are held."""
         *stack, d_out, d_in = self.matrix
-        shape = (d_out, d_in, self.packed, *stack)
+        experts = stack[0] if stack else 0
         return tuple(
-            kernels.Plane(self[m].detach(), spec, *shape) for m, spec in enumerate(self.specs, 1)
+            kernels.Plane(self[m].detach(), spec, d_out, d_in, self.packed, experts)
+            for m, spec in enumerate(self.specs, 1)
         )
 
     def to_stored(self) -> list[Tensor]:
