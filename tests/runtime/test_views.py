@@ -272,9 +272,9 @@ def test_a_load_opens_the_checkpoint_once(out: Path, monkeypatch: pytest.MonkeyP
     opened: list[Path] = []
     once = Checkpoint.open
 
-    def count(path: Path | str) -> Checkpoint:
+    def count(path: Path | str, *settings: Any) -> Checkpoint:
         opened.append(Path(path))
-        return once(path)
+        return once(path, *settings)
 
     monkeypatch.setattr(Checkpoint, "open", staticmethod(count))
     model = dropbydrop.load(out, bits=3)

@@ -275,7 +275,9 @@ def _advance(cache: Any, pairs: list[tuple[Tensor, Tensor]], n: int) -> None:
     """Tell the cache about n tokens that were written."""
     from transformers.cache_utils import StaticLayer
 
-    counts = [x.cumulative_length for x in cache.layers if type(x) is StaticLayer]
+    static = [x for x in cache.layers if type(x) is StaticLayer]
+    # the first 5.x count the positions that are not zero instead
+    counts = [x.cumulative_length for x in static if hasattr(x, "cumulative_length")]
     if counts:  # one operator for all of them
         torch._foreach_add_(counts, n)
     for layer, (keys, values) in zip(cache.layers, pairs, strict=True):
