@@ -37,7 +37,10 @@ def main() -> int:
         ):  # fmt: skip
             start = time.monotonic()
             done = run(corpus, range(args.first, args.first + count), scratch / what)
-            print(f"{count} {what} in {time.monotonic() - start:.0f} s: {dict(done.counts)}")
+            print(
+                f"{count} {what} in {time.monotonic() - start:.0f} s: {dict(done.counts)}",
+                flush=True,
+            )
             failures += done.failures
     print("\n".join(failures) or "no failures")
     return min(len(failures), 100)

@@ -184,9 +184,9 @@ void gemv_share(const Products& job, const Worker& worker) {
 
 bool sound(const DropInputGroup& input) {
   if (input.magic != DROP_INPUT_GROUP_MAGIC) return false;
+  if (input.prefix < 1 || input.prefix > kMaxPlanes || input.d_in < kGroup) return false;
   if (input.kind == DROP_BYTES) return true;
-  return input.kind == DROP_TRELLIS && input.prefix <= kMaxPlanes &&
-         trellis_stride(input.d_in) <= kTrellisInputs;
+  return input.kind == DROP_TRELLIS && trellis_stride(input.d_in) <= kTrellisInputs;
 }
 
 void input_group_share(const InputGroupShare& job, Products products, const Worker& worker) {

@@ -162,5 +162,3 @@ def put(old: Path, out: Path) -> None:
         shutil.copytree(old, out)
     else:
         shutil.copy(old, out)
-
-

@@ -9,6 +9,7 @@ of the mutant. Loads run in a child, whose end by a signal is a failure of the m
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -20,6 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 import mutants
 from mutants import Files, Mutant
@@ -59,6 +62,7 @@ def opened(folder: Path) -> str:
     """Everything that reads a folder without a model: what happened."""
     from dropbydrop.checkpoint import Checkpoint
     from dropbydrop.cli.info import describe
+    from dropbydrop.cli.tables import print_info
     from dropbydrop.planning.plan import Plan
     from dropbydrop.planning.sensitivity import known_sensitivity
     from dropbydrop.system.errors import DropError
@@ -67,7 +71,9 @@ def opened(folder: Path) -> str:
     for verify in (True, False):
         try:
             checkpoint = Checkpoint.open(folder, verify)
-            describe(checkpoint)
+            shown = describe(checkpoint)
+            json.dumps(shown)
+            print_info(shown, Console(file=io.StringIO()))
             checkpoint.verify()
             checkpoint.check_contents(len(checkpoint.manifest.planes))
             outcome = "opened" if verify else "opened without hashes"

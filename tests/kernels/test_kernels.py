@@ -500,6 +500,40 @@ class TestLayout:
         with pytest.raises(ValueError, match="with codebooks of"):
             kernels.decode_dense(case.matrix, other.books, 2)
 
+    def test_refuses_tensors_of_other_sizes(self, kind):
+        """The last look before addresses are taken, whatever a reader has let through."""
+        if library() is None:
+            pytest.skip("no native library")
+        case = Case(70, 9, 2, kind=kind)
+        rotation, kernel = Rotation.make(72, seed=1), registry.select(kind=kind).name
+        ops.describe_group([case.matrix], case.books, rotation, 2, kernel)
+        short = tuple(replace(plane, data=plane.data[:-1]) for plane in case.matrix.planes)
+        for change in (
+            {"scales": case.matrix.scales[:-1]},
+            {"scales": torch.ones(1)},
+            {"bias": torch.zeros(71)},
+            {"planes": short},
+        ):
+            matrix = replace(case.matrix, **change)
+            with pytest.raises(ValueError, match="of an input group of 72 inputs"):
+                ops.describe_group([matrix], case.books, rotation, 2, kernel)
+        for other in (
+            replace(rotation, signs=rotation.signs[:-1]),
+            replace(rotation, signs=rotation.signs.double()),
+            replace(rotation, odd=torch.ones(3, 3)),
+            Rotation.make(80, seed=1),
+        ):
+            with pytest.raises(ValueError, match="of an input group of 72 inputs"):
+                ops.describe_group([case.matrix], case.books, other, 2, kernel)
+
+    def test_refuses_codebooks_that_are_not_finite(self):
+        for value in (float("nan"), float("inf")):
+            book = torch.ones(128, 8)
+            book[3, 4] = value
+            if library() is not None:
+                with pytest.raises(ValueError, match="not finite"):
+                    kernels.prepare_codebooks(BytesSet.of([book]))
+
 
 class TestChoice:
     def test_torch_is_always_there(self):

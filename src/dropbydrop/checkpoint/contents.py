@@ -8,6 +8,7 @@ of range) are refused before decoding.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -154,5 +155,5 @@ def value_problem(name: str, tensor: Tensor) -> str | None:
     if not tensor.is_floating_point():
         return None
     low, high = torch.aminmax(tensor)  # NaN wherever there is one
-    finite = bool(torch.isfinite(low) & torch.isfinite(high))
+    finite = math.isfinite(low.item()) and math.isfinite(high.item())
     return None if finite else f"{name} has values that are not finite"

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dropbydrop.models.weight_files import INDEX, SINGLE
 from dropbydrop.system.atomic_folder import AtomicFolder
-from dropbydrop.system.console import progress_bar
+from dropbydrop.system.console import printable, progress_bar
 from dropbydrop.system.errors import DropError
 
 from . import Checkpoint
@@ -266,13 +266,13 @@ def _card(checkpoint: Checkpoint, level: int, dtype: str, config: Mapping[str, A
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# {made.get("base_model", config.get("model_type", "model"))}, {level} bits, as {dtype}
+# {printable(str(made.get("base_model", config.get("model_type", "model"))))}, {level} bits, as {dtype}
 
 Plain {dtype} weights, exported with dropbydrop from level \
 {level} of a nested checkpoint. They carry {checkpoint.true_bits(level):.3f} bits of information \
 a weight in the decoder matrices; the files are as large as those of any {dtype} model. Whatever \
 runs this architecture reads them.
 
-Made from: `{json.dumps(dict(made.get("calibration", {})), sort_keys=True)}`, preset \
-`{made.get("preset")}`, seed {made.get("seed")}.
+Made from: `{json.dumps(made.get("calibration", {}), sort_keys=True)}`, preset \
+`{printable(str(made.get("preset")))}`, seed {printable(str(made.get("seed")))}.
 """

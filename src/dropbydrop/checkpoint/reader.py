@@ -278,7 +278,7 @@ class Checkpoint:
             for name in (*texts, *self.manifest.tensor_files(prefix)):
                 self._file(name).check()
             self._check_strangers()
-        for name in self.rest:
+        for name in (n for n, info in self.rest.items() if info.dtype != "U8"):
             if problem := value_problem(name, self.read(name)):
                 raise FormatError(
                     f"{self.path / REST_FILE}: {problem}. It was damaged, or made so; fetch it "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dropbydrop.system.console import printable
@@ -89,17 +90,20 @@ def print_info(info: Mapping[str, Any], console: Console) -> None:
     columns = ("bits", "true bits", "whole model", "MB read", "planes here")
     levels = info["levels"].items()
     rows = ((p, *_cells(level), "yes" if level["loadable"] else "no") for p, level in levels)
-    console.print(table(info["path"], columns, rows))
+    console.print(table(escape(info["path"]), columns, rows))
     made, sets = info["provenance"], info["codebook_sets"]
+    tuning = made.get("tuning", ())  # provenance is free-form: whatever it holds is shown as text
+    steps = tuning if isinstance(tuning, list) else []
+    tuned = [step.get("method") if isinstance(step, dict) else step for step in steps]
     named = ", ".join(sets) if len(sets) <= 4 else f"{sets[0]}, … ({len(sets)})"
     planes = "+".join(map(str, info["plane_bits"]))
-    console.print(
+    text = (
         f"{info['kind']} planes of {planes} bits; {info['matrices']} matrices in "
         f"{info['input_groups']} input groups, codebook sets {named}; embeddings "
         f"{info['embeddings']['bits']} bits; from "
         f"{made.get('base_model')}, preset {made.get('preset')}, seed {made.get('seed')}"
-        + "".join(f"; tuned: {done.get('method')}" for done in made.get("tuning", ()))
     )
+    console.print(printable(text + "".join(f"; tuned: {d}" for d in tuned)), markup=False)
 
 
 def print_evaluation(result: Mapping[str, Any], console: Console) -> None:

@@ -299,6 +299,8 @@ def _prepare_bytes(books: CodebookSet) -> tuple[Tensor, ...]:
     lib, count, prepared = library(), lut_entries(books), []
     assert lib is not None
     for table in books.entries:
+        if not bool(torch.isfinite(table).all()):  # rounding them would overflow
+            raise ValueError("codebooks with values that are not finite")
         blob = torch.empty(lib.drop_codebook_bytes(count), dtype=torch.uint8)
         lib.drop_prepare_codebook(table[:count].contiguous().data_ptr(), count, blob.data_ptr())
         prepared.append(blob)

@@ -34,7 +34,7 @@ from dropbydrop.coding.rotation import Rotation
 from dropbydrop.system.native_library import library, members
 
 from .. import registry
-from ..layout import Codebooks, Matrix
+from ..layout import STRIP, Codebooks, Matrix
 from ..registry import TYPES
 
 _library = torch.library.Library("dropbydrop", "DEF")
@@ -163,6 +163,30 @@ class GroupJob:
     keep: tuple[object, ...]
 
 
+def _check_sizes(
+    matrices: Sequence[Matrix], books: Codebooks, rotation: Rotation, prefix: int
+) -> None:
+    """Raise ValueError unless every tensor has the size that its address is read with.
+
+    The reader of checkpoints has looked before (checkpoint/contents.py); from here on nobody does.
+    """
+    d_in, odd = matrices[0].d_in, matrices[0].d_in // rotation.block
+    sizes = [(rotation.signs, d_in), (rotation.odd, odd * odd)]
+    for matrix in matrices:
+        sizes += [(matrix.scales, matrix.rows), (matrix.bias, matrix.rows)]
+        for plane in matrix.planes[:prefix]:
+            padded = -(-matrix.rows // STRIP) * STRIP, -(-d_in // STRIP) * STRIP
+            held = (padded[0], d_in) if books.kind == "bytes" else (matrix.rows, padded[1])
+            sizes.append((plane.data, plane.spec.nbytes(*held)))
+    wrong = [(tuple(t.shape), n) for t, n in sizes if t is not None and t.numel() != n]
+    floats = {t.dtype for t in (rotation.signs, rotation.odd) if t is not None} == {torch.float32}
+    whole = d_in == odd * rotation.block and {matrix.d_in for matrix in matrices} == {d_in}
+    if wrong or not (floats and whole) or len(books.prepared) < prefix:
+        raise ValueError(
+            f"tensors {wrong} of an input group of {d_in} inputs: shape, values needed"
+        )
+
+
 def describe_group(
     matrices: Sequence[Matrix], books: Codebooks, rotation: Rotation, prefix: int, kernel: str
 ) -> GroupJob:
@@ -173,6 +197,7 @@ def describe_group(
     for tensor in tensors:
         if tensor is not None and not (tensor.is_contiguous() and tensor.is_cpu):
             raise ValueError("an input group's tensors must be contiguous and on the CPU")
+    _check_sizes(matrices, books, rotation, prefix)
     plane_addresses, book_addresses = pointers(planes), pointers(books.prepared[:prefix])
     start, step = ctypes.addressof(plane_addresses), 8 * prefix
     described = (_Matrix * len(matrices))()

@@ -101,13 +101,15 @@ class DecodeStep:
         self._keep: list[object] = []
         self._growing = threading.Lock()
         _check(config, inner)
+        if inner.norm.weight.numel() != config.hidden_size:
+            raise _refuse("a final norm of another size than the states")
         first = inner.layers[0].self_attn
         self.rotary = inner.rotary_emb
         self.head_dim = first.head_dim
         self.kv_heads = config.num_key_value_heads
         self.blocks = (_Block * len(inner.layers))()
         for i, layer in enumerate(inner.layers):
-            self.blocks[i] = self._block(layer, group_of)
+            self.blocks[i] = self._block(layer, group_of, config.hidden_size)
         self.hidden = config.hidden_size
         self._decoder = _Decoder(
             _MAGIC,
@@ -144,9 +146,13 @@ class DecodeStep:
             ctypes.string_at(job.address, ctypes.sizeof(ops.GroupStruct))
         )
 
-    def _block(self, layer: Any, group_of: GroupOf) -> _Block:
+    def _block(self, layer: Any, group_of: GroupOf, hidden: int) -> _Block:
         attention, mlp = layer.self_attn, layer.mlp
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        sizes = [(layer.input_layernorm, hidden), (layer.post_attention_layernorm, hidden)]
+        sizes += [(norm, attention.head_dim) for norm in (q_norm, k_norm) if norm is not None]
+        if any(norm.weight.numel() != size for norm, size in sizes):
+            raise _refuse("norms of other sizes than the states")
         return _Block(
             self._floats(layer.input_layernorm.weight),
             self._floats(layer.post_attention_layernorm.weight),
