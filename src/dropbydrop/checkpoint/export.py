@@ -262,11 +262,12 @@ def _write_side_files(folder: AtomicFolder, checkpoint: Checkpoint, level: int, 
 def _card(checkpoint: Checkpoint, level: int, dtype: str, config: Mapping[str, Any]) -> str:
     """README.md of the dense folder. Deterministic."""
     made = checkpoint.quantization.provenance
+    base = printable(str(made.get("base_model", config.get("model_type", "model"))))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# {printable(str(made.get("base_model", config.get("model_type", "model"))))}, {level} bits, as {dtype}
+# {base}, {level} bits, as {dtype}
 
 Plain {dtype} weights, exported with dropbydrop from level \
 {level} of a nested checkpoint. They carry {checkpoint.true_bits(level):.3f} bits of information \
