@@ -31,6 +31,7 @@ from dropbydrop.kernels.layout import plane_bytes
 from dropbydrop.models.model_config import context_length, text_settings
 from dropbydrop.system.errors import DropError
 
+_FIXED_STATE = ("linear_attention", "conv", "mamba")  # kinds of layers that keep no keys
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -133,11 +134,11 @@ def kv_cache(config: Mapping[str, Any], context: int, width: int) -> int:
     dim = int(text.get("head_dim") or text["hidden_size"] // heads)
     kv_heads = int(text.get("num_key_value_heads") or heads)
     window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
-    kinds = text.get("layer_types") or ["sliding_attention" if window else "attention"] * layers
+    kinds = text.get("layer_types") or ["sliding_attention" if window else ""] * layers
     tokens = sum(
         min(context, window) if window and kind == "sliding_attention" else context
         for kind in kinds
-        if "attention" in kind and kind != "linear_attention"  # others keep a state of fixed size
+        if kind not in _FIXED_STATE
     )
     return 2 * tokens * kv_heads * dim * width
 
