@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dropbydrop.system.console import printable
 from dropbydrop.system.errors import DropError
 
 from .options import Json, console, finish
@@ -44,7 +43,7 @@ def run(
     findings = checkpoint.verify(hashes=verify)
     result["findings"] = [str(finding) for finding in findings]
     for finding in findings:
-        shown.print(printable(str(finding)), style="red", markup=False, highlight=False)
+        shown.print(str(finding), style="red", markup=False, highlight=False)
     if not findings:
         shown.print("all files present are intact" if verify else "sizes and headers are right")
     finish(as_json, result)
