@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import dropbydrop
-from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.checkpoint import Checkpoint, QuantizationConfig
 from dropbydrop.checkpoint.export import export
 from dropbydrop.checkpoint.slice import slice_checkpoint
 from dropbydrop.coding.encoder import Effort
@@ -32,7 +35,7 @@ from dropbydrop.runtime.experts import NestedExperts, NestedStack
 from dropbydrop.runtime.int8_modules import NestedEmbedding, NestedHead
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import store_of
-from dropbydrop.system.errors import MissingPlaneError, UnsupportedModelError
+from dropbydrop.system.errors import FormatError, MissingPlaneError, UnsupportedModelError
 from tiny import EXPERTS, VOCAB, save_tiny, tiny_model, tiny_tokenizer
 
 QUICK: dict[str, Any] = {"windows": 3, "seq_len": 32, "progress": False}
@@ -286,6 +289,24 @@ def q_weights(checkpoint: Checkpoint) -> int:
     model = original(checkpoint.path.parent / "source")
     names = set(checkpoint.quantization.modules)
     return sum(p.numel() for n, p in model.named_parameters() if n.removesuffix(".weight") in names)
+
+
+def test_stacks_in_the_config(out: Path) -> None:
+    """The schema and the reader agree on what a stack is."""
+    schema = Path(__file__).parents[2] / "docs" / "format.config.schema.json"
+    valid = jsonschema.Draft202012Validator(json.loads(schema.read_text())).is_valid
+    config = Checkpoint.open(out).quantization.to_dict()
+    assert valid(config)
+    assert QuantizationConfig.from_dict(config).to_dict() == config
+    at = next(i for i, group in enumerate(config["input_groups"]) if "experts" in group)
+    assert config["input_groups"][at]["experts"] == 4
+    for change in ({"experts": 0}, {"layout": "round"}, {"layout": None}):
+        wrong = copy.deepcopy(config)
+        group = wrong["input_groups"][at] | change
+        wrong["input_groups"][at] = {k: v for k, v in group.items() if v is not None}
+        assert not valid(wrong)
+        with pytest.raises(FormatError):
+            QuantizationConfig.from_dict(wrong)
 
 
 def test_a_slice_holds_the_planes_of_experts(out: Path, tmp_path: Path) -> None:

@@ -175,5 +175,6 @@ def place_experts(experts: nn.Module, name: str, store: PlaneStore, prefix: int)
         if bias is not None:
             delattr(experts, f"{leaf}_bias")
         setattr(experts, leaf, NestedStack(store, stored, prefix, bias))
-    experts.__class__ = _nested(type(experts))
+    kind: Any = type(experts)
+    experts.__class__ = _nested(kind)
     cast(Any, experts)._is_hf_initialized = True  # transformers would fill parameters that are gone
