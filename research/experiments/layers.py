@@ -3,20 +3,22 @@
     python research/experiments/layers.py smollm2 --text FILE --out ROWS.jsonl [--anchors FILE]
         [--matrices "15 q,28 down"] [--preset balanced] [--no-aqlm]
 
-Every matrix is encoded once for levels 2, 3, 4; AQLM trains a code of its own for each level, as
-published (baselines/additive.py). Both get the same H, from 32 windows of 1,024 tokens from the
-start of the text (no BOS), and one thread; our input scales are fitted to the matrix alone,
-as AQLM's codebooks are. Two groups of matrices of SmolLM2:
+Every matrix is encoded once for levels 2, 3, 4, in byte planes ("nested") and again in trellis
+planes ("trellis"); AQLM trains a code of its own for each level, as published
+(baselines/additive.py). All get the same H, from 32 windows of 1,024 tokens from the start of the
+text (no BOS), and one thread; our input scales are fitted to the matrix alone, as AQLM's codebooks
+are. Two groups of matrices of SmolLM2:
 
     ordinary   those for which figures of AQLM's published code exist; H weights every token alike,
                as it was there
     outliers   weights of up to 30 sigma, inputs whose first token has up to 4e5 times the energy of
                the median one; H is energy-clipped, as `quantize` does it (models/statistics.py)
 
-Printed for each level: the relative weighted error tr(E H E^T) / tr(W H W^T) of both and its
-ratio; the same ratio under H of the next 32 windows, unclipped, with and without the first token of
-each window; true bits a weight of both; the Gaussian bound by reverse water-filling at our true
-bits and our distance from it; seconds of our one code for all levels beside AQLM's for all levels.
+Printed for each level: the relative weighted error tr(E H E^T) / tr(W H W^T) of byte planes and of
+AQLM, their ratio, and that of trellis planes over byte planes; the same ratios under H of the next
+32 windows, unclipped, with and without the first token of each window; true bits a weight of both;
+the Gaussian bound by reverse water-filling at our true bits and the distance of byte planes from
+it; seconds of our one code for all levels beside AQLM's for all levels.
 
 A line of FILE of --anchors: {"layer", "kind", "M", "rel": [errors after 1..M codebooks]}, of the
 published code under the same H; printed beside AQLM's here. Finished matrices are kept in ROWS,
@@ -39,6 +41,7 @@ from dropbydrop.coding.code import GROUP
 from dropbydrop.coding.codebooks import default_lambdas, universal_set
 from dropbydrop.coding.encoder import EFFORTS, encode_group, group_rotation
 from dropbydrop.coding.objective import weighted_errors
+from dropbydrop.coding.planes import counts_of
 from dropbydrop.data.text_files import text_windows
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.sources import resolve
@@ -96,15 +99,18 @@ def true_bits(level: int, d_out: int, d_in: int, own_codebooks: bool) -> float:
     return level + extra / (d_out * d_in)
 
 
-def nested(weight: Tensor, h: Tensor, seed: int, preset: str) -> tuple[list[Tensor], float]:
-    """Our one code decoded at every level, and its seconds."""
-    books, lambdas = universal_set(LEVELS), default_lambdas(LEVELS)
+def nested(
+    weight: Tensor, h: Tensor, seed: int, preset: str, kind: str
+) -> tuple[list[Tensor], float]:
+    """Our one code in planes of a kind decoded at every level, and its seconds."""
+    books = universal_set(LEVELS, None, kind, EFFORTS[preset].window)
+    lambdas = default_lambdas(LEVELS)
     start = time.perf_counter()
     rotation = group_rotation({"w": weight}, h, seed)
     code = encode_group({"w": weight}, h, rotation, books, LEVELS, lambdas, EFFORTS[preset])["w"]
     seconds = time.perf_counter() - start
     scaled = code.scales.float()[:, None]
-    decoded = books.sums(code.codes, len(weight), LEVELS)
+    decoded = books.sums(code.codes, len(weight), counts_of(books.planes, LEVELS))
     return [rotation.transpose(scaled * q) for q in decoded], seconds
 
 
@@ -121,7 +127,8 @@ def measure(
     """One row: lists have an entry a level."""
     h = stats.clipped if matrix in OUTLIERS else stats.raw
     under = {"own": h, "held_out": stats.held_out, "held_out_later": stats.held_out_later}
-    ours, seconds = nested(weight, h, seed, preset)
+    ours, seconds = nested(weight, h, seed, preset, "bytes")
+    trellis, trellis_seconds = nested(weight, h, seed, preset, "trellis")
     source = GaussianSource.of(weight, h)
     bits = [true_bits(p, *weight.shape, own_codebooks=False) for p in LEVELS]
     row: dict[str, Any] = {
@@ -129,7 +136,9 @@ def measure(
         "group": "outliers" if matrix in OUTLIERS else "ordinary",
         "shape": list(weight.shape),
         "nested": {name: weighted_errors(weight, ours, gram) for name, gram in under.items()},
+        "trellis": {name: weighted_errors(weight, trellis, gram) for name, gram in under.items()},
         "seconds": seconds,
+        "trellis_seconds": trellis_seconds,
         "true_bits": bits,
         "aqlm_true_bits": [true_bits(p, *weight.shape, own_codebooks=True) for p in LEVELS],
         "bound": [source.distortion(b) / source.power for b in bits],
@@ -147,6 +156,10 @@ def tell(row: dict[str, Any], anchors: dict[tuple[str, int], float]) -> None:
         line = (
             f"{row['matrix']:>8} P={p}  ours {e:.6f} ({row['true_bits'][i]:.3f} bits, "
             f"{10 * math.log10(e / row['bound'][i]):.1f} dB above the bound {row['bound'][i]:.6f})"
+        )
+        ratios = [row["trellis"][n][i] / row["nested"][n][i] for n in row["nested"]]
+        line += "  trellis over bytes {:.2f}, held out {:.2f}, without first tokens {:.2f}".format(
+            *ratios
         )
         if "aqlm" in row:
             line += f"  AQLM {row['aqlm']['own'][i]:.6f} ({row['aqlm_true_bits'][i]:.3f} bits)"
@@ -166,6 +179,11 @@ def summary(
     for group in ("ordinary", "outliers"):
         part = [row for row in rows if row["group"] == group]
         result: dict[str, Any] = {"matrices": len(part)}
+        for name in ("own", "held_out", "held_out_later") if part else ():
+            result[f"trellis_over_bytes_{name}"] = [
+                geometric_mean([row["trellis"][name][i] / row["nested"][name][i] for row in part])
+                for i in range(len(LEVELS))
+            ]
         coded = [row for row in part if "aqlm" in row]
         for name in ("own", "held_out", "held_out_later") if coded else ():
             result[name] = [
@@ -230,7 +248,10 @@ def main() -> None:
             tell(row, anchors)
     result = summary(told, anchors)
     for group, means in result.items():
-        print(f"{group}, geometric means of ours over AQLM's at {LEVELS} bits: {means}")
+        print(
+            f"{group}, geometric means of byte planes over AQLM's, and of trellis planes over "
+            f"byte planes, at {LEVELS} bits: {means}"
+        )
     print(json.dumps({"benchmark": "layers", **settings, "means": result, "rows": told}))
 
 
