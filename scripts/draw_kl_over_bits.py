@@ -18,6 +18,8 @@ DATA = Path(__file__).parent.parent / "docs" / "data" / "kl-over-bits.json"
 PICTURE = DATA.parent.parent / "images" / "kl-over-bits.svg"
 STYLE = {"font.size": 10, "svg.hashsalt": "dropbydrop", "axes.spines.top": False}
 SERIES = (  # colours of Okabe and Ito; no series is told from another by its colour alone
+    {"color": "#000000", "marker": "P", "linestyle": "-", "linewidth": 2.4, "zorder": 4},
+    {"color": "#E69F00", "marker": "p", "linestyle": (0, (5, 1))},
     {"color": "#0072B2", "marker": "o", "linestyle": "-", "linewidth": 2.4, "zorder": 3},
     {"color": "#56B4E9", "marker": "D", "linestyle": "--"},
     {"color": "#009E73", "marker": "^", "linestyle": "-."},
@@ -44,7 +46,7 @@ def draw(found: dict, picture: Path) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_yticklabels([f"{kl:g}" for kl in KL])
-        axes.set(xlim=(1.9, 4.5), ylim=(0.045, 25))
+        axes.set(xlim=(1.9, 4.5), ylim=(0.04, 25))
         axes.set_xlabel("true bits a weight of the quantized matrices")
         axes.set_ylabel("KL to the original, nats a token")
         figure.suptitle(
