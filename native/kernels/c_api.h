@@ -84,7 +84,7 @@ typedef struct {
 DROP_API int drop_input_group(int kernel, const DropInputGroup* input, const void* x, int x_type,
                               int64_t n, int64_t x_stride, void* out, int out_type, int threads);
 
-// A few tokens of one sequence through all blocks of a Llama-like decoder (step.cpp). Weights of
+// A few tokens, of one sequence or of several, through all blocks of a Llama-like decoder (step.cpp). Weights of
 // norms are float32; q_norm and k_norm [head_dim] may be null. gate_up holds two matrices of
 // `intermediate` rows. cosines and sines [positions, head_dim].
 typedef struct {
@@ -106,12 +106,19 @@ typedef struct {
   void *keys, *values;  // [kv_heads, capacity, head_dim] of cache_type
 } DropCache;
 
+// Where one token stands: its position, and the caches of its sequence, [blocks], which have room
+// for `capacity` tokens; they are read up to `position` and written there. Tokens of one sequence
+// follow each other and name the same caches; sequences share none.
 typedef struct {
-  const float* x;  // [n, hidden], embedded tokens of positions `position` ..; n at most 16
+  int64_t position, capacity;
+  const DropCache* caches;
+} DropPlace;
+
+typedef struct {
+  const float* x;  // [n, hidden], embedded tokens; n at most 16
   float* out;      // [n, hidden], after the final norm
-  int64_t n, position;
-  const DropCache* caches;  // [count]; read up to `position`, written from there on
-  int64_t cache_type, capacity;
+  int64_t n, cache_type;
+  const DropPlace* places;  // [n]
 } DropTokens;
 
 DROP_API int drop_step(int kernel, const DropDecoder* decoder, const DropTokens* tokens,

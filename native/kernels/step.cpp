@@ -3,7 +3,8 @@
 // Measured before it was written: with every product at memory speed, half of a token's time on a
 // 135M model was spent between the products, compiled or not, in 211 calls from Python and some 300
 // small operators. This is what transformers' LlamaModel computes, nothing else: no sampling, no
-// batching of sequences, no cache management.
+// cache management. The tokens may be of one sequence (drafts that are checked) or of several
+// (requests that are served together): all of them read each weight once.
 //
 // Steps of a block, "|" being a barrier. What is cheap is done by every worker for itself rather
 // than shared and waited for.
@@ -16,6 +17,7 @@
 //
 // Numbers are float32 between products. Each token's result depends on its own history alone, bit
 // for bit: on neither the number of tokens in the call nor of threads.
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 
@@ -40,7 +42,7 @@ class Step {
   void run(const Worker& worker) const {
     for (int64_t i = 0; i < decoder_.count; ++i) {
       const DropBlock& block = decoder_.blocks[i];
-      attention(block, tokens_.caches[i], worker);
+      attention(block, i, worker);
       feed_forward(block, worker);
     }
     const Range mine = share(n_, worker);
@@ -74,7 +76,7 @@ class Step {
         worker);
   }
 
-  void attention(const DropBlock& block, const DropCache& cache, const Worker& worker) const {
+  void attention(const DropBlock& block, int64_t number, const Worker& worker) const {
     const int64_t d = decoder_.head_dim, heads = decoder_.heads, kv_heads = decoder_.kv_heads;
     const int64_t q_size = heads * d, kv_size = kv_heads * d;
     run_input_group(block.qkv, normed(block.input_norm), buffers_.qkv, nullptr, false, worker);
@@ -84,20 +86,22 @@ class Step {
     float* keys = queries + n_ * q_size;
     float* values = keys + n_ * kv_size;
     for (int64_t i = 0; i < n_; ++i) {
-      const float* cosine = decoder_.cosines + (tokens_.position + i) * d;
-      const float* sine = decoder_.sines + (tokens_.position + i) * d;
-      const auto place = [&](float* head, const float* weight) {
+      const DropPlace& place = tokens_.places[i];
+      const DropCache& cache = place.caches[number];
+      const float* cosine = decoder_.cosines + place.position * d;
+      const float* sine = decoder_.sines + place.position * d;
+      const auto turn = [&](float* head, const float* weight) {
         if (weight) kernel_.norm(head, weight, d, eps(), head);
         kernel_.apply_rope(cosine, sine, d, head);
       };
       const Range own = share(heads, worker);
       for (int64_t h = own.first; h < own.last; ++h) {
-        place(queries + i * q_size + h * d, block.q_norm);
+        turn(queries + i * q_size + h * d, block.q_norm);
       }
       const Range own_kv = share(kv_heads, worker);
       for (int64_t h = own_kv.first; h < own_kv.last; ++h) {
-        const int64_t at = (h * tokens_.capacity + tokens_.position + i) * d;
-        place(keys + i * kv_size + h * d, block.k_norm);
+        const int64_t at = (h * place.capacity + place.position) * d;
+        turn(keys + i * kv_size + h * d, block.k_norm);
         kernel_.store(keys + i * kv_size + h * d, d, cache_type(), cache.keys, at);
         kernel_.store(values + i * kv_size + h * d, d, cache_type(), cache.values, at);
       }
@@ -105,15 +109,19 @@ class Step {
     worker.barrier();
 
     const int64_t width = cache_type() == kF32 ? 4 : 2;
-    float* scores = score_scratch.get<float>(tokens_.position + n_);
+    int64_t longest = 0;
+    for (int64_t i = 0; i < n_; ++i) longest = std::max(longest, tokens_.places[i].position + 1);
+    float* scores = score_scratch.get<float>(longest);
     const Range own = share(heads, worker);
     for (int64_t h = own.first; h < own.last; ++h) {
-      const int64_t at = h / (heads / kv_heads) * tokens_.capacity * d * width;
       for (int64_t i = 0; i < n_; ++i) {
+        const DropPlace& place = tokens_.places[i];
+        const DropCache& cache = place.caches[number];
+        const int64_t at = h / (heads / kv_heads) * place.capacity * d * width;
         kernel_.attention({queries + i * q_size + h * d, static_cast<const char*>(cache.keys) + at,
                            static_cast<const char*>(cache.values) + at, cache_type(), d,
-                           tokens_.position + i + 1, static_cast<float>(decoder_.attention_scale),
-                           scores, buffers_.mixed + i * q_size + h * d});
+                           place.position + 1, static_cast<float>(decoder_.attention_scale), scores,
+                           buffers_.mixed + i * q_size + h * d});
       }
     }
     worker.barrier();
@@ -148,10 +156,14 @@ class Step {
 };
 
 bool sound(const DropDecoder& decoder, const DropTokens& tokens) {
-  return decoder.magic == DROP_DECODER_MAGIC && tokens.n > 0 && tokens.n <= kRowsAtOnce &&
-         tokens.position >= 0 && tokens.position + tokens.n <= tokens.capacity &&
-         tokens.position + tokens.n <= decoder.positions && decoder.head_dim % 8 == 0 &&
-         decoder.head_dim <= 256 && decoder.hidden % 8 == 0;
+  if (decoder.magic != DROP_DECODER_MAGIC || tokens.n <= 0 || tokens.n > kRowsAtOnce ||
+      decoder.head_dim % 8 != 0 || decoder.head_dim > 256 || decoder.hidden % 8 != 0) {
+    return false;
+  }
+  return std::all_of(tokens.places, tokens.places + tokens.n, [&](const DropPlace& place) {
+    return place.position >= 0 && place.position < place.capacity &&
+           place.position < decoder.positions;
+  });
 }
 
 }  // namespace

@@ -181,7 +181,7 @@ struct OwnedInput {
 // A decoder of two blocks: neither pieces of a sequence nor threads change a bit. (Its values are
 // compared with transformers in tests/kernels/test_step.py.)
 void check_step(int kernel, const std::string& name, bool trellis, Random& random) {
-  const int64_t hidden = 24, heads = 3, d = 8, size = 72, length = 9, capacity = 10;
+  constexpr int64_t hidden = 24, heads = 3, d = 8, size = 72, length = 9, capacity = 10;
   std::vector<std::unique_ptr<OwnedInput>> inputs;
   std::vector<DropBlock> blocks;
   std::vector<float> ones(static_cast<size_t>(hidden), 1.0f), cosines, sines, x;
@@ -213,29 +213,58 @@ void check_step(int kernel, const std::string& name, bool trellis, Random& rando
                             sines.data(),
                             blocks.data(),
                             2};
+  const auto run = [&](const std::vector<DropPlace>& places, const float* in, float* out,
+                       int threads) {
+    const DropTokens tokens{in, out, static_cast<int64_t>(places.size()), 0, places.data()};
+    return drop_step(kernel, &decoder, &tokens, threads);
+  };
+  struct Sequence {  // keys and values of its own
+    std::vector<float> memory[4];
+    DropCache caches[2];
+    Sequence() {
+      for (auto& part : memory) part.resize(static_cast<size_t>(capacity * d));
+      caches[0] = {memory[0].data(), memory[1].data()};
+      caches[1] = {memory[2].data(), memory[3].data()};
+    }
+  };
   std::vector<float> expected;
   const std::vector<std::vector<int64_t>> pieces = {{1, 1, 1, 1, 1, 1, 1, 1, 1}, {4, 1, 4}, {9}};
   for (int threads = 1; threads <= 3; ++threads) {
     for (const auto& parts : pieces) {
-      std::vector<std::vector<float>> memory(4,
-                                             std::vector<float>(static_cast<size_t>(capacity * d)));
-      const DropCache caches[2] = {{memory[0].data(), memory[1].data()},
-                                   {memory[2].data(), memory[3].data()}};
+      Sequence sequence;
       std::vector<float> out(x.size());
       int64_t at = 0;
       for (int64_t n : parts) {
-        const DropTokens tokens{
-            x.data() + at * hidden, out.data() + at * hidden, n, at, caches, 0, capacity};
-        check(drop_step(kernel, &decoder, &tokens, threads) == 0, name + ": step");
+        std::vector<DropPlace> places;
+        for (int64_t i = 0; i < n; ++i) places.push_back({at + i, capacity, sequence.caches});
+        check(run(places, x.data() + at * hidden, out.data() + at * hidden, threads) == 0,
+              name + ": step");
         at += n;
       }
       for (float value : out) check(std::isfinite(value), name + ": step is not finite");
       if (expected.empty()) expected = out;
       check(out == expected, name + ": step depends on pieces or threads");
     }
+    // The same sequence three times in one call, each some tokens behind the last.
+    Sequence sequences[3];
+    for (int64_t time = 0; time < length + 4; ++time) {
+      std::vector<DropPlace> places;
+      std::vector<float> in, want;
+      for (int64_t s = 0; s < 3; ++s) {
+        const int64_t at = time - 2 * s;
+        if (at < 0 || at >= length) continue;
+        places.push_back({at, capacity, sequences[s].caches});
+        in.insert(in.end(), x.begin() + at * hidden, x.begin() + (at + 1) * hidden);
+        want.insert(want.end(), expected.begin() + at * hidden,
+                    expected.begin() + (at + 1) * hidden);
+      }
+      std::vector<float> out(in.size());
+      check(run(places, in.data(), out.data(), threads) == 0, name + ": step of sequences");
+      check(out == want, name + ": step depends on other sequences");
+    }
   }
-  const DropTokens late{x.data(), expected.data(), 2, capacity - 1, nullptr, 0, capacity};
-  check(drop_step(kernel, &decoder, &late, 1) == -1, name + ": step past the cache");
+  const std::vector<DropPlace> late = {{0, capacity, nullptr}, {capacity, capacity, nullptr}};
+  check(run(late, x.data(), expected.data(), 1) == -1, name + ": step past the cache");
 }
 
 void check_odd_inputs(int kernel, const std::string& name, Random& random) {

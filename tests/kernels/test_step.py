@@ -388,5 +388,66 @@ def test_refuses_a_full_cache():
     model = build("llama")
     step = DecodeStep(model.model, group_of)
     caches = [(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16)) for _ in range(2)]
-    with pytest.raises(ValueError, match="cache of 8"):
-        step(torch.zeros(2, 48), 7, caches)
+    with pytest.raises(ValueError, match=r"\(8, 8\)"):
+        step(torch.zeros(2, 48), [(7, caches), (8, caches)])
+
+
+class TestSeveralSequences:
+    """`decode_together`: one pass over the weights, the same bits as each sequence by itself."""
+
+    def prompted(self, model, lengths, static=True):
+        caches = []
+        for length in lengths:
+            size = 8 + length
+            cache = StaticCache(config=model.config, max_cache_len=size) if static else None
+            cache = cache or DynamicCache(config=model.config)
+            ids = torch.arange(1, length + 1)[None]
+            with torch.no_grad():
+                model(input_ids=ids, past_key_values=cache, use_cache=True)
+            caches.append(cache)
+        return caches
+
+    @both
+    @pytest.mark.parametrize("kind", ["llama", "qwen3"])
+    @pytest.mark.parametrize("static", [True, False])
+    def test_rows_equal_the_sequences_alone(self, kind, code, static):
+        model, lengths = build(kind, code), [5, 12, 1, 9]
+        with native(model) as calls, torch.no_grad():
+            alone = self.prompted(model, lengths, static)
+            want = [[] for _ in lengths]
+            for step in range(3):
+                for logits, cache, at in zip(want, alone, lengths, strict=True):
+                    ids = torch.tensor([[at + step]])
+                    out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+                    logits.append(out.logits[0, -1])
+            caches, before = self.prompted(model, lengths, static), len(calls)
+            for step in range(3):
+                ids = [at + step for at in lengths]
+                got = fused_decode.decode_together(model, ids, caches)
+                for row, logits in zip(got, want, strict=True):
+                    assert torch.equal(row, logits[step])
+            assert calls[before:] == [4, 4, 4]
+            assert [c.get_seq_length() for c in caches] == [at + 3 for at in lengths]
+
+    def test_nothing_is_touched_where_one_cache_does_not_fit(self):
+        model = build("llama")
+        with native(model) as calls, torch.no_grad():
+            caches = self.prompted(model, [4, 6])
+            full = StaticCache(config=model.config, max_cache_len=3)
+            model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=full, use_cache=True)
+            for other in (full, DynamicCache(config=model.config)):
+                done, before = len(calls), caches[0].layers[0].keys.clone()
+                assert fused_decode.decode_together(model, [1, 2], [caches[0], other]) is None
+                assert len(calls) == done
+                assert caches[0].get_seq_length() == 4
+                assert torch.equal(caches[0].layers[0].keys, before)
+
+    def test_a_model_without_the_step_has_no_shared_pass(self):
+        model = build("llama")
+        with torch.no_grad():
+            caches = self.prompted(model, [4, 6])
+            assert fused_decode.decode_together(model, [1, 2], caches) is None
+        with native(model):
+            assert fused_decode.decode_together(model, [1, 2], caches) is None  # gradients
+            with torch.no_grad():
+                assert fused_decode.decode_together(model, [], []) is None

@@ -27,7 +27,7 @@ import copy
 import inspect
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ from dropbydrop.kernels.registry import MAX_GEMV_ROWS, TYPES, log
 from dropbydrop.system.errors import UnsupportedModelError
 
 from .guards import Guards
+from .int8_modules import NestedHead
 
 # Arguments of a decoder's forward that the step can honour.
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values",
@@ -191,13 +192,55 @@ class FusedDecode:
             embedded = inner.embed_tokens(given)
         if embedded.dtype not in TYPES:
             return None
-        out = step(embedded[0], start, pairs)
+        out = step(embedded[0], [(start + i, pairs) for i in range(n)])
         _advance(cache, pairs, n)
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         return BaseModelOutputWithPast(
             last_hidden_state=out[None].to(embedded.dtype), past_key_values=cache
         )
+
+
+def decode_together(model: Any, ids: Sequence[int], caches: Sequence[Any]) -> Tensor | None:
+    """The next token of several sequences in one pass, which reads each weight once.
+
+    Every row is bit for bit what the sequence gets by itself, or with others.
+
+    Args:
+        ids: the token that each sequence continues with; at most MAX_GEMV_ROWS.
+        caches: static or dynamic caches of transformers, each holding at least one token.
+
+    Returns:
+        Logits [n, vocabulary]; None, with no cache touched, where the native step does not serve
+        this model, or a cache, at present.
+    """
+    inner = decoder_of(model)
+    forward = inner.__dict__.get("forward")
+    if not isinstance(forward, FusedDecode) or not 0 < len(ids) <= MAX_GEMV_ROWS:
+        return None
+    state = forward.state()
+    step = state.step
+    if step is None or torch.is_grad_enabled() or inner.training:
+        return None
+    if not state.guards.plain() or torch.is_autocast_enabled("cpu"):
+        return None
+    starts = [_length(cache) for cache in caches]
+    if 0 in starts:
+        return None
+    grown = [_grown(cache, start, 1, step) for cache, start in zip(caches, starts, strict=True)]
+    held = [pairs for pairs in grown if pairs is not None]
+    if len(held) < len(grown) or len({pairs[0][0].dtype for pairs in held}) > 1:
+        return None
+    embedded = inner.embed_tokens(torch.tensor(ids)[:, None])[:, 0]
+    if embedded.dtype not in TYPES:
+        return None
+    out = step(embedded, list(zip(starts, held, strict=True))).to(embedded.dtype)
+    for cache, pairs in zip(caches, held, strict=True):
+        _advance(cache, pairs, 1)
+    head = model.get_output_embeddings()
+    if isinstance(head, NestedHead):  # its rows do not depend on each other; those of torch may
+        return head(out[:, None])[:, 0]
+    return torch.cat([head(row[None, None])[0] for row in out])
 
 
 def _asks_more(config: Any) -> bool:

@@ -1,13 +1,14 @@
 """Decoding a token natively: all blocks of a Llama-like model in one call.
 
     step = DecodeStep(decoder, group_of)      # group_of([q, k, v]) -> their `CpuGroup`
-    states = step(embedded, position, caches)
+    states = step(embedded, [(position, caches)])
 
 With every product at memory speed, half of a token's time on a 135M model is spent between the
 products: 211 calls from Python and some 300 small torch operators a token, compiled or not. This
-replaces them by one native call (native/kernels/step.cpp) for up to 16 tokens of one sequence. It
-computes what the blocks compute, in float32 between the products; q/k/v share one rotation and one
-set of tables, as do gate and up. runtime/fused_decode.py lets a model use it.
+replaces them by one native call (native/kernels/step.cpp) for up to 16 tokens, of one sequence or
+of several: a token's result is the same bit for bit in any company. It computes what the blocks
+compute, in float32 between the products; q/k/v share one rotation and one set of tables, as do gate
+and up. runtime/fused_decode.py lets a model use it.
 
 What is supported is what the blocks actually are, checked on construction: RMS norms, rotary
 positions in the halves convention, grouped-query attention without windows or sinks, a gated SiLU
@@ -40,6 +41,7 @@ _MAGIC = 0x7265646F63656464  # DROP_DECODER_MAGIC
 
 
 GroupOf = Callable[[Sequence[nn.Module]], PreparedGroup]
+Caches = list[tuple[Tensor, Tensor]]  # of a sequence: keys and values of each block
 
 
 class _Block(ctypes.Structure):
@@ -59,12 +61,15 @@ class _Decoder(ctypes.Structure):
     )
 
 
+class _Place(ctypes.Structure):
+    _fields_ = (*members(ctypes.c_int64, "position", "capacity"), ("caches", ctypes.c_void_p))
+
+
 class _Tokens(ctypes.Structure):
     _fields_ = (
         *members(ctypes.c_void_p, "x", "out"),
-        *members(ctypes.c_int64, "n", "position"),
-        ("caches", ctypes.c_void_p),
-        *members(ctypes.c_int64, "cache_type", "capacity"),
+        *members(ctypes.c_int64, "n", "cache_type"),
+        ("places", ctypes.c_void_p),
     )
 
 
@@ -178,16 +183,15 @@ class DecodeStep:
             self._decoder.sines = self._floats(sines[0])
             self._decoder.positions = size
 
-    def __call__(
-        self, embedded: Tensor, position: int, caches: list[tuple[Tensor, Tensor]]
-    ) -> Tensor:
+    def __call__(self, embedded: Tensor, places: Sequence[tuple[int, Caches]]) -> Tensor:
         """Run n tokens through all blocks and the final norm.
 
         Args:
             embedded: [n, hidden], n at most MAX_GEMV_ROWS.
-            position: number of tokens already in the cache.
-            caches: keys and values of each block, [1, kv_heads, capacity, head_dim], contiguous,
-                all of one type; entries from `position` on are written.
+            places: of each token, its position and its sequence's caches, each tensor
+                [1, kv_heads, capacity, head_dim], contiguous, all of one type; the entry at the
+                position is written. Tokens of one sequence follow each other and name the same
+                object.
 
         Returns:
             float32 [n, hidden].
@@ -195,19 +199,25 @@ class DecodeStep:
         n = embedded.shape[0]
         x = embedded.detach().float().contiguous()
         out = torch.empty(n, self.hidden)
-        keys = caches[0][0]
-        addresses = (ctypes.c_void_p * (2 * len(caches)))(
-            *[tensor.data_ptr() for pair in caches for tensor in pair]
+        addresses = {
+            id(caches): (ctypes.c_void_p * (2 * len(caches)))(
+                *[tensor.data_ptr() for pair in caches for tensor in pair]
+            )
+            for _, caches in places
+        }
+        described = (_Place * n)(
+            *[
+                _Place(position, caches[0][0].shape[2], ctypes.addressof(addresses[id(caches)]))
+                for position, caches in places
+            ]
         )
-        self._positions(position + n)
+        self._positions(1 + max(position for position, _ in places))
         tokens = _Tokens(
             x.data_ptr(),
             out.data_ptr(),
             n,
-            position,
-            ctypes.addressof(addresses),
-            TYPES[keys.dtype],
-            keys.shape[2],
+            TYPES[places[0][1][0][0].dtype],
+            ctypes.addressof(described),
         )
         status = ops.native_library().drop_step(
             self.kernel.index,
@@ -216,7 +226,8 @@ class DecodeStep:
             torch.get_num_threads(),
         )
         if status:
-            raise ValueError(f"{n} tokens at position {position} with a cache of {keys.shape[2]}")
+            told = [(place.position, place.capacity) for place in described]
+            raise ValueError(f"{n} tokens at positions in caches of (position, capacity) {told}")
         return out
 
 
