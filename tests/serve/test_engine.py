@@ -18,7 +18,10 @@ import dropbydrop
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.planning.sensitivity import Sensitivity
+from dropbydrop.runtime import fused_decode
 from dropbydrop.serve.job import CHUNK
+from dropbydrop.serve.shed import Costs
+from dropbydrop.system.native_library import library
 
 PROMPTS = [
     "the river",
@@ -89,6 +92,32 @@ def test_eight_clients_with_mixed_levels_get_what_generate_gives(
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(one, [*expected, *expected]))
     ends(server)
+
+
+@pytest.mark.skipif(library() is None, reason="the native library is not built")
+def test_requests_at_one_precision_share_a_pass(
+    server: Running, expected: dict[tuple[str, int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def counted(model: Any, ids: list[int], caches: list[Any]) -> torch.Tensor | None:
+        logits = decode_together(model, ids, caches)
+        sizes.append(len(ids) if logits is not None else 0)
+        return logits
+
+    decode_together = fused_decode.decode_together
+    monkeypatch.setattr(fused_decode, "decode_together", counted)
+
+    def one(prompt: str) -> list[str]:
+        answer = ask(server, prompt=prompt, bits=3, max_tokens=24, temperature=0, logprobs=0)
+        return list(answer["choices"][0]["logprobs"]["tokens"])
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(one, PROMPTS))
+    assert max(sizes) >= 2
+    for prompt, tokens in zip(PROMPTS, answers, strict=True):
+        want = [t for t in expected[prompt, 3] if t != 2]
+        assert tokens == [server.service.text.name(t) for t in want]
 
 
 def test_long_prompts_in_chunks(server: Running, chat_folder: Path) -> None:
@@ -234,7 +263,7 @@ def test_running_requests_are_moved_down_on_the_same_cache(chat_folder: Path) ->
     """The cost of a step is set: three are too many for 4 bits. Two come after 5 tokens."""
     with running(chat_folder, target=20.0) as server:
         engine, met = server.engine, []
-        engine.precisions.costs = lambda: {2: 0.005, 3: 0.015, 4: 0.024}
+        engine.precisions.costs = lambda: Costs({2: 0.005, 3: 0.015, 4: 0.024})
         plain = engine._round
 
         def paused() -> None:
@@ -341,3 +370,17 @@ def test_stopping_ends_open_streams(chat_folder: Path) -> None:
         refused = httpx2.post(server.address + "/v1/completions", json={"prompt": "the"})
         assert refused.status_code == 503
         assert httpx2.get(server.address + "/health").status_code == 503
+
+
+def test_a_worker_that_fails_answers_who_waits(chat_folder: Path) -> None:
+    """What must not happen, an error outside of any request, still leaves nobody waiting."""
+    with running(chat_folder) as server:
+
+        def broken() -> None:
+            raise RuntimeError("on purpose")
+
+        server.engine._round = broken
+        url, body = server.address + "/v1/completions", {"prompt": "the", "max_tokens": 2}
+        for _ in range(2):
+            assert httpx2.post(url, json=body, timeout=30).status_code == 503
+        assert httpx2.get(server.address + "/health", timeout=30).status_code == 503

@@ -9,6 +9,7 @@ from dropbydrop.serve.shed import (
     FLEX,
     HOLD,
     PINNED,
+    Costs,
     Ladder,
     Load,
     level_at,
@@ -19,6 +20,7 @@ from dropbydrop.serve.shed import (
 
 LEVELS = (2, 3, 4)
 SECONDS = {2: 0.010, 3: 0.015, 4: 0.020}
+COSTS = Costs(SECONDS)
 
 
 def many(n: int, may: str = DEFAULT, asked: float = 4) -> list[Load]:
@@ -33,20 +35,20 @@ def test_flex_pays_first() -> None:
 def test_the_highest_level_that_meets_the_target() -> None:
     for n, level in [(1, 4), (2, 4), (3, 3), (4, 2), (5, 2), (9, 2)]:
         ladder = Ladder(LEVELS, target=20.0)  # 50 ms a token
-        ladder.update(many(n), SECONDS, now=0.0)
+        ladder.update(many(n), COSTS, now=0.0)
         assert ladder.rung[1] == level, n
 
 
 def test_without_a_target_nothing_moves() -> None:
     ladder = Ladder(LEVELS, None)
-    ladder.update(many(100), SECONDS, 0.0)
+    ladder.update(many(100), COSTS, 0.0)
     assert ladder.rung == (4, 4)
-    assert ladder.room(many(100), Load(4, DEFAULT), SECONDS)
+    assert ladder.room(many(100), Load(4, DEFAULT), COSTS)
 
 
 def test_pinned_requests_keep_their_precision_and_cost_others() -> None:
     ladder = Ladder(LEVELS, target=20.0)
-    ladder.update(many(2, PINNED) + many(1), SECONDS, 0.0)  # 40 ms are pinned, 10 are left
+    ladder.update(many(2, PINNED) + many(1), COSTS, 0.0)  # 40 ms are pinned, 10 are left
     assert ladder.rung == (2, 2)
     assert level_at(ladder.rung, Load(4, PINNED)) == 4
     assert level_at(ladder.rung, Load(3, FLEX)) == 2
@@ -55,9 +57,9 @@ def test_pinned_requests_keep_their_precision_and_cost_others() -> None:
 
 def test_flex_goes_before_the_others() -> None:
     ladder = Ladder(LEVELS, target=20.0)
-    ladder.update(many(1, FLEX) + many(2), SECONDS, 0.0)
+    ladder.update(many(1, FLEX) + many(2), COSTS, 0.0)
     assert ladder.rung == (2, 4)
-    assert predicted(ladder.rung, many(1, FLEX) + many(2), SECONDS) == pytest.approx(0.050)
+    assert predicted(ladder.rung, many(1, FLEX) + many(2), COSTS) == pytest.approx(0.050)
 
 
 def test_a_request_is_never_raised_above_what_it_asked_for() -> None:
@@ -67,16 +69,16 @@ def test_a_request_is_never_raised_above_what_it_asked_for() -> None:
 
 def test_down_at_once_up_only_after_a_calm_time() -> None:
     ladder = Ladder(LEVELS, target=20.0)
-    ladder.update(many(4), SECONDS, 0.0)
+    ladder.update(many(4), COSTS, 0.0)
     assert ladder.rung == (2, 2)
-    ladder.update(many(1), SECONDS, 1.0)
-    ladder.update(many(1), SECONDS, 1.0 + HOLD / 2)
+    ladder.update(many(1), COSTS, 1.0)
+    ladder.update(many(1), COSTS, 1.0 + HOLD / 2)
     assert ladder.rung == (2, 2)
-    ladder.update(many(3), SECONDS, 1.1 + HOLD / 2)  # 45 ms at 3 bits: above the margin
-    ladder.update(many(1), SECONDS, 1.2 + HOLD / 2)  # so the calm begins anew
-    ladder.update(many(1), SECONDS, 1.1 + HOLD)
+    ladder.update(many(3), COSTS, 1.1 + HOLD / 2)  # 45 ms at 3 bits: above the margin
+    ladder.update(many(1), COSTS, 1.2 + HOLD / 2)  # so the calm begins anew
+    ladder.update(many(1), COSTS, 1.1 + HOLD)
     assert ladder.rung == (2, 2)
-    ladder.update(many(1), SECONDS, 1.3 + 1.5 * HOLD)
+    ladder.update(many(1), COSTS, 1.3 + 1.5 * HOLD)
     assert ladder.rung == (4, 4)
 
 
@@ -84,20 +86,29 @@ def test_no_oscillation_near_the_limit() -> None:
     """3 requests need 60 ms at 4 bits and 45 at 3: it stays at 3 for as long as they are there."""
     ladder, seen = Ladder(LEVELS, target=20.0), set()
     for i in range(200):
-        ladder.update(many(3), SECONDS, i * 0.1)
+        ladder.update(many(3), COSTS, i * 0.1)
         seen.add(ladder.rung)
     assert seen == {(2, 3)}
 
 
 def test_room_counts_with_everybody_at_the_lowest() -> None:
     ladder = Ladder(LEVELS, target=20.0)
-    assert ladder.room([], Load(4, PINNED), {4: 9.0})  # alone even on a slow machine
-    assert ladder.room(many(4), Load(4, DEFAULT), SECONDS)
-    assert not ladder.room(many(5), Load(4, DEFAULT), SECONDS)
-    assert not ladder.room(many(4), Load(4, PINNED), SECONDS)
+    assert ladder.room([], Load(4, PINNED), Costs({4: 9.0}))  # alone even on a slow machine
+    assert ladder.room(many(4), Load(4, DEFAULT), COSTS)
+    assert not ladder.room(many(5), Load(4, DEFAULT), COSTS)
+    assert not ladder.room(many(4), Load(4, PINNED), COSTS)
 
 
 def test_costs_between_levels() -> None:
     assert step_seconds(2.5, SECONDS) == pytest.approx(0.0125)
     assert step_seconds(5, SECONDS) == 0.020
     assert step_seconds(4, {}) == 0.0
+
+
+def test_requests_in_a_pass_share_it() -> None:
+    """Ten requests at 4 bits in one pass cost 20 * (1 + 9 / 4) ms; two passes share nothing."""
+    costs = Costs(SECONDS, row=0.25)
+    assert predicted((4, 4), many(10), costs) == pytest.approx(0.020 * 3.25)
+    mixed = many(2, FLEX) + many(3)
+    assert predicted((2, 4), mixed, costs) == pytest.approx(SECONDS[2] * 1.25 + 0.020 * 1.5)
+    assert predicted((4, 4), many(10), COSTS) == pytest.approx(0.200)

@@ -8,7 +8,8 @@
 One thread runs the model. In a round every running job computes one token, and at most one job a
 chunk of its prompt, so that a long prompt delays a token of the others by one chunk. Products of a
 token are bound by memory, and so take the machine as a whole: threads beside each other would gain
-nothing, and a job alone gets everything.
+nothing, and a job alone gets everything. For the same reason the jobs at one precision share a pass
+over the weights, where the model has the native step.
 
 Jobs wait in one queue, first come first served, until `shed.Ladder` says that there is room, and
 there is memory for their caches. A job that was cancelled is dropped before its next turn, whether
@@ -22,8 +23,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,9 +34,9 @@ import torch
 from dropbydrop.system.errors import DropError
 
 from .caches import KeptCaches
-from .job import Job
+from .job import Job, advance
 from .precisions import Precisions
-from .shed import DEFAULT, PINNED, Ladder, Load, level_at
+from .shed import DEFAULT, PINNED, Costs, Ladder, Load, level_at
 
 log = logging.getLogger("dropbydrop")
 MOST_RUNNING = 16
@@ -153,7 +154,7 @@ class Engine:
             "levels": [
                 {
                     "bits": p,
-                    "seconds_per_token": costs.get(p),
+                    "seconds_per_token": costs.seconds.get(p),
                     "bytes_per_token": self.precisions.bytes_of(p),
                 }
                 for p in self.precisions.levels
@@ -172,7 +173,7 @@ class Engine:
             running.append(job)
         return 0
 
-    def _room(self, running: Sequence[Job], job: Job, costs: Mapping[float, float]) -> bool:
+    def _room(self, running: Sequence[Job], job: Job, costs: Costs) -> bool:
         """Whether a job can run beside these, within the target and the memory for caches."""
         if not running:
             return True
@@ -190,20 +191,28 @@ class Engine:
     # ---- the worker's thread -----------------------------------------------------------------
 
     def _work(self) -> None:
-        with torch.inference_mode():
-            while True:
-                with self._wake:
-                    while not (self._waiting or self._running or self._stopping):
-                        self._wake.wait()
-                    if self._stopping:
-                        break
-                    self._admit()
-                self._round()
+        try:
+            with torch.inference_mode():
+                while self._admitted():
+                    self._round()
+        except Exception:  # of no request: whoever waits must not wait for ever
+            log.exception("the worker failed")
+        with self._wake:
+            self._stopping = True
         for job in [*self._running, *self._waiting]:
             with suppress(Exception):
                 job.fail(503, "the server is shutting down")
         self._running.clear()
         self._waiting.clear()
+
+    def _admitted(self) -> bool:
+        """Wait until there is something to do, and let in what can run; False at the end."""
+        with self._wake:
+            while not (self._waiting or self._running or self._stopping):
+                self._wake.wait()
+            if not self._stopping:
+                self._admit()
+            return not self._stopping
 
     def _admit(self) -> None:
         """Let waiting jobs run while there is room. Called with the lock held."""
@@ -229,37 +238,79 @@ class Engine:
         loads = [job.load for job in self._running]
         self._ladder.update(loads, self.precisions.costs(), time.monotonic())
         reading = next((job for job in self._running if job.prompting), None)
+        generating: dict[float, list[Job]] = {}
         for job in self._running:
             if job.cancelled:
                 job.close()
                 self.counters.cancelled += 1
-            elif job is reading or not job.prompting:
+            elif job is reading:
                 self._turn(job)
+            elif not job.prompting:
+                bits = level_at(self._ladder.rung, job.load)
+                generating.setdefault(bits, []).append(job)
+        for bits, jobs in generating.items():
+            self._step(bits, jobs)
         with self._wake:
             self._running = [job for job in self._running if not job.finished]
         self._recent.append((time.monotonic(), self.counters.tokens - before))
 
+    def _step(self, bits: float, jobs: Sequence[Job]) -> None:
+        """The next token of jobs at one precision, in one pass if the model has that."""
+        shared, start = False, time.perf_counter()
+        if len(jobs) > 1:
+            with self._failures_of(jobs):
+                for job in jobs:
+                    self._set_bits(job, bits)
+                shared = advance(self.precisions.model(bits), jobs)
+        if shared:
+            self.precisions.measured(bits, time.perf_counter() - start, len(jobs))
+        for job in jobs:
+            if job.finished:  # it failed
+                continue
+            if not shared:
+                self._turn(job)
+                continue
+            with self._failures_of([job]):
+                made = len(job.tokens)
+                job.answer(self._kept)
+                self._count(job, made)
+
     def _turn(self, job: Job) -> None:
-        try:
+        """A token of one job, or a chunk of its prompt."""
+        with self._failures_of([job]):
             bits = level_at(self._ladder.rung, job.load)
             model = self.precisions.model(bits)
-            higher = bits < job.bits
-            if job.set_bits(bits):
-                self.counters.moved_down += higher
-                self.counters.moved_up += not higher
+            self._set_bits(job, bits)
             prompting, made, start = job.prompting, len(job.tokens), time.perf_counter()
             job.turn(model, self._kept)
-            seconds = time.perf_counter() - start
             if not prompting:
-                self.precisions.measured(bits, seconds)
-            self.counters.tokens += len(job.tokens) - made
-            if job.finished:
-                self._finished(job)
+                self.precisions.measured(bits, time.perf_counter() - start)
+            self._count(job, made)
+
+    @contextmanager
+    def _failures_of(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """End these jobs, and nothing else, if what is done for them fails."""
+        try:
+            yield
         except DropError as error:  # an average that cannot be planned
-            self._failed(job, 400, str(error))
+            for job in jobs:
+                self._failed(job, 400, str(error))
         except Exception as error:
             log.exception("a request failed")
-            self._failed(job, 500, f"internal error: {type(error).__name__}")
+            for job in jobs:
+                self._failed(job, 500, f"internal error: {type(error).__name__}")
+
+    def _set_bits(self, job: Job, bits: float) -> None:
+        higher = bits < job.bits
+        if job.set_bits(bits):
+            self.counters.moved_down += higher
+            self.counters.moved_up += not higher
+
+    def _count(self, job: Job, made: int) -> None:
+        """Note what a job has got since it had `made` tokens."""
+        self.counters.tokens += len(job.tokens) - made
+        if job.finished:
+            self._finished(job)
 
     def _finished(self, job: Job) -> None:
         self.counters.finished += 1

@@ -1,13 +1,14 @@
 """One continuation in the making: its tokens, its cache, and the events that tell of it.
 
 A job is advanced by `turn`, which computes one chunk of the prompt or one token, so that the worker
-can go from one job to the next. Everything but `cancelled` belongs to the worker's thread.
+can go from one job to the next; `advance` computes a token of several jobs in one pass. Everything
+but `cancelled` belongs to the worker's thread.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,6 +198,10 @@ class Job:
         self._length += len(ids)
         return out.logits[0].float()
 
+    def answer(self, kept: KeptCaches) -> None:
+        """Take the next token, whose logits `advance` has computed. Emits it."""
+        self._choose(kept)
+
     def _read(self, model: Any) -> None:
         """The next chunk of the prompt."""
         chunk = self.prompt[self._length : self._length + CHUNK]
@@ -262,3 +267,21 @@ class Job:
     def close(self) -> None:
         """Free the cache. Nothing is emitted any more."""
         self.finished, self._cache, self._logits = True, None, None
+
+
+def advance(model: Any, jobs: Sequence[Job]) -> bool:
+    """Compute the next logits of jobs that generate at the precision of `model`, in one pass.
+
+    Each gets what `turn` would compute, bit for bit. False, with nothing changed, where the model
+    or a cache does not allow it.
+    """
+    for job in jobs:
+        make_room(job._cache, job._length, 1)
+    last = [job.tokens[-1] for job in jobs]
+    logits = fused_decode.decode_together(model, last, [job._cache for job in jobs])
+    if logits is None:
+        return False
+    for job, row in zip(jobs, logits, strict=True):
+        job._length += 1
+        job._logits = row.float()
+    return True

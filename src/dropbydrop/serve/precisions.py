@@ -26,9 +26,11 @@ from dropbydrop.runtime.views import view
 from dropbydrop.system.errors import PrecisionError
 
 from .caches import new_cache
+from .shed import Costs
 
 _MOST_AVERAGES = 8
 _WARM = 6  # steps at each level before the first request
+_ROWS = 4  # requests of a pass that is measured then
 _NEW = 0.1  # weight of a new measurement
 
 
@@ -56,6 +58,7 @@ class Precisions:
         self._averages: OrderedDict[float, Any] = OrderedDict()
         self._bytes: dict[float, int] = {p: read_bytes(m) for p, m in self._views.items()}
         self._seconds: dict[float, float] = {}
+        self._row = 1.0
         self.base = self._views[chosen[-1]]
         self.cache_bytes = _cache_bytes(self.base)
 
@@ -83,31 +86,47 @@ class Precisions:
         """Bytes that a token reads; 0 for an average that was not used yet."""
         return self._bytes.get(bits, 0)
 
-    def costs(self) -> dict[float, float]:
-        """Measured seconds of a step at each level; averages are not listed."""
-        return dict(self._seconds)
+    def costs(self) -> Costs:
+        """What was measured; averages are not listed."""
+        return Costs(dict(self._seconds), self._row)
 
-    def measured(self, bits: float, seconds: float) -> None:
+    def measured(self, bits: float, seconds: float, requests: int = 1) -> None:
         """Note the duration of a step. One that was interrupted for long counts only a little."""
-        if bits in self._views:
-            old = self._seconds.get(bits, seconds)
+        if bits not in self._views:
+            return
+        old = self._seconds.get(bits, seconds)
+        if requests == 1:
             self._seconds[bits] = old + _NEW * (min(seconds, 4 * old) - old)
+        else:
+            row = (seconds / old - 1) / (requests - 1)
+            self._row += _NEW * (min(max(row, 0.0), 1.0) - self._row)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Run some steps at each level: prepares its matrices, and measures a step."""
+        """Run some steps at each level: prepares its matrices, and measures a step, alone and, at
+        the highest level, of several requests together."""
+        ids = torch.zeros(1, 1, dtype=torch.long)
         for bits, model in self._views.items():
-            cache = new_cache(model.config, fused_decode.native(model), 1, 2 + _WARM)
+            size = 2 + 2 * _WARM
+            caches = [
+                new_cache(model.config, fused_decode.native(model), 1, size) for _ in range(_ROWS)
+            ]
             times = []
             for _ in range(1 + _WARM):
                 start = time.perf_counter()
-                model(
-                    input_ids=torch.zeros(1, 1, dtype=torch.long),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
+                model(input_ids=ids, past_key_values=caches[0], use_cache=True)
                 times.append(time.perf_counter() - start)
             self._seconds[bits] = median(times[1:])
+        for cache in caches[1:]:
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+        times = []
+        for _ in range(_WARM):
+            start = time.perf_counter()
+            if fused_decode.decode_together(model, [0] * _ROWS, caches) is None:
+                return
+            times.append(time.perf_counter() - start)
+        row = (median(times[1:]) / self._seconds[bits] - 1) / (_ROWS - 1)
+        self._row = min(max(row, 0.0), 1.0)
 
 
 def _cache_bytes(model: Any) -> int:

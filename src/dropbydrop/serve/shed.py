@@ -1,10 +1,11 @@
 """Which precision a server can afford: a pure function of measurements.
 
-One worker runs one step for every running request in turn, so a token of any of them takes the sum
-of all their steps. That sum must stay below 1 / `target` seconds. What can be changed is the level
-of requests that allow it, and there is an order in which they pay: first `flex` requests go down,
-level by level, then the others. The pairs (level of flex, level of the others) along this order are
-the rungs of a ladder,
+One worker runs a pass for each precision in use, in turn, so a token of any request takes the sum
+of all passes. A pass of n requests takes the time of one and n - 1 times the share `Costs.row` of
+it, since a weight is read once for all of them. The sum must stay below 1 / `target` seconds. What
+can be changed is the level of requests that allow it, and there is an order in which they pay:
+first `flex` requests go down, level by level, then the others. The pairs (level of flex, level of
+the others) along this order are the rungs of a ladder,
 
     (4, 4)  (3, 4)  (2, 4)  (2, 3)  (2, 2)
 
@@ -18,12 +19,27 @@ server; here every request has a precision of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MARGIN = 0.7
 HOLD = 2.0  # seconds
 PINNED, DEFAULT, FLEX = "pinned", "default", "flex"  # what may happen to a request
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was measured.
+
+    Attributes:
+        seconds: of a step of one request, by level.
+        row: what each further request in a pass adds, as a share of that; 1 where every request
+            has a step of its own.
+    """
+
+    seconds: Mapping[float, float]
+    row: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,11 +68,12 @@ def level_at(rung: tuple[int, int], load: Load) -> float:
     return min(load.asked, rung[0] if load.may == FLEX else rung[1])
 
 
-def predicted(
-    rung: tuple[int, int], loads: Sequence[Load], seconds: Mapping[float, float]
-) -> float:
+def predicted(rung: tuple[int, int], loads: Sequence[Load], costs: Costs) -> float:
     """Seconds a token of each running request takes on a rung."""
-    return sum(step_seconds(level_at(rung, load), seconds) for load in loads)
+    passes = Counter(level_at(rung, load) for load in loads)
+    return sum(
+        step_seconds(bits, costs.seconds) * (1 + costs.row * (n - 1)) for bits, n in passes.items()
+    )
 
 
 def step_seconds(bits: float, seconds: Mapping[float, float]) -> float:
@@ -83,17 +100,16 @@ class Ladder:
     def rung(self) -> tuple[int, int]:
         return self.rungs[self.at]
 
-    def update(self, loads: Sequence[Load], seconds: Mapping[float, float], now: float) -> None:
+    def update(self, loads: Sequence[Load], costs: Costs, now: float) -> None:
         """Move to the rung that the load needs.
 
         Args:
-            seconds: measured seconds of a step at each level.
             now: seconds on any clock that does not go back.
         """
         if self.target is None:
             return
         limit = 1 / self.target
-        times = [predicted(rung, loads, seconds) for rung in self.rungs]
+        times = [predicted(rung, loads, costs) for rung in self.rungs]
         needed = next((i for i, t in enumerate(times) if t <= limit), len(times) - 1)
         if needed >= self.at:
             self.at, self._calm_since = needed, None
@@ -106,11 +122,11 @@ class Ladder:
         elif now - self._calm_since >= HOLD:
             self.at, self._calm_since = calm, None
 
-    def room(self, loads: Sequence[Load], more: Load, seconds: Mapping[float, float]) -> bool:
+    def room(self, loads: Sequence[Load], more: Load, costs: Costs) -> bool:
         """Whether one more request can run within the target, others at the lowest if need be.
 
         An empty server always has room: a slow machine answers one at a time.
         """
         if self.target is None or not loads:
             return True
-        return predicted(self.rungs[-1], [*loads, more], seconds) <= 1 / self.target
+        return predicted(self.rungs[-1], [*loads, more], costs) <= 1 / self.target
