@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 from load_client import PROMPTS, ask, server
 
 AT_ONCE = 8

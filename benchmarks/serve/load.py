@@ -2,11 +2,12 @@
 
     python benchmarks/serve/load.py OUT --seconds 120 --json load.json --picture load.svg
 
-First the capacity is measured: requests one after another at the highest level give tokens a
-second, R. The target is a quarter of it, so four requests at once just meet it there. Then requests
-arrive at random (Poisson, a fixed seed) at a rate that grows from a quarter of the capacity to
-`--times` the capacity, twice: to a server that has all levels and may move `auto` requests down,
-and to one that has only the highest level, under the same target and queue.
+First the highest level is measured: requests one after another give tokens a second, R, and the
+target is a quarter of it; 16 requests at once, as many as run together, give the capacity in
+requests a second. Then requests arrive at random (Poisson, a fixed seed) at a rate that grows from
+a quarter of the capacity to `--times` the capacity, twice: to a server that has all levels and may
+move `auto` requests down, and to one that has only the highest level, under the same target and
+queue.
 
 A request is *within target* if its first token came within `--first` seconds and the others at the
 target or faster. *Turned away* is 429; *lost* is anything else without a whole answer. Every answer
@@ -26,7 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 from load_client import PROMPTS, Answer, ask, server
 
 BINS = 10
@@ -75,16 +76,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-async def capacity(address: str, body: dict[str, Any], count: int = 8) -> tuple[float, float]:
-    """Tokens a second of a request alone, and its seconds in all."""
+async def capacity(address: str, body: dict[str, Any], count: int = 16) -> tuple[float, float]:
+    """Tokens a second of a request alone, and seconds a request where all run at once."""
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(count)]
     async with httpx.AsyncClient(base_url=address, timeout=120) as client:
         start = time.perf_counter()
-        answers = [
-            await ask(client, PROMPTS[i % len(PROMPTS)], start, **body) for i in range(count)
-        ]
+        alone = [await ask(client, prompt, start, **body) for prompt in prompts]
+        start = time.perf_counter()
+        together = await asyncio.gather(*[ask(client, p, start, **body) for p in prompts])
         seconds = (time.perf_counter() - start) / count
-    assert all(answer.failure is None for answer in answers), answers
-    return sorted(answer.rate for answer in answers)[count // 2], seconds
+    assert all(answer.failure is None for answer in [*alone, *together]), together
+    return sorted(answer.rate for answer in alone)[count // 2], seconds
 
 
 def times_of_arrival(seconds: float, low: float, high: float) -> list[float]:
