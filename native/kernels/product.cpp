@@ -184,8 +184,8 @@ void gemv_share(const Products& job, const Worker& worker) {
 
 bool sound(const DropInputGroup& input) {
   if (input.magic != DROP_INPUT_GROUP_MAGIC) return false;
-  if (input.prefix < 1 || input.prefix > kMaxPlanes || input.d_in < kGroup) return false;
-  if (input.kind == DROP_BYTES) return true;
+  if (input.prefix < 1 || input.prefix > kMaxPlanes || input.d_in < 1) return false;
+  if (input.kind == DROP_BYTES) return input.d_in >= kGroup;
   return input.kind == DROP_TRELLIS && trellis_stride(input.d_in) <= kTrellisInputs;
 }
 

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from dropbydrop.cli import plugins
+from dropbydrop.system.version import __version__
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,8 +18,8 @@ def project(folder: Path) -> dict:
 
 def test_both_distributions_have_one_version() -> None:
     core, research = project(ROOT), project(ROOT / "research")
-    assert research["version"] == core["version"]
-    assert f"dropbydrop=={core['version']}" in research["dependencies"]
+    assert research["version"] == __version__
+    assert f"dropbydrop=={__version__}" in research["dependencies"]
     assert research["requires-python"] == core["requires-python"]
     assert research["license"] == core["license"]
 

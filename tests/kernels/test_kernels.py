@@ -221,7 +221,8 @@ class TestProduct:
     @pytest.mark.parametrize("symmetric", [True, False])
     @pytest.mark.parametrize("groups", [1, 2, 8, 127, 129, 300])
     def test_shapes(self, kernel, kind, groups, symmetric):
-        for rows in (1, 63, 64, 65, 192, 300):
+        many = groups > 8 and registry.by_name(kernel).gpu and not torch.cuda.is_available()
+        for rows in (1, 65) if many else (1, 63, 64, 65, 192, 300):  # Triton is interpreted
             case = Case(rows, groups, 2, symmetric, n=3, kind=kind)
             error = (case.run(kernel, 2) - case.exact(2)).norm()
             # The size an output has on average: a few of them can cancel.
@@ -229,7 +230,8 @@ class TestProduct:
             assert error / usual < tolerance(kernel)
 
     def test_outliers(self, kernel, kind):
-        for groups in (51, 72, 128, 200):
+        interpreted = registry.by_name(kernel).gpu and not torch.cuda.is_available()
+        for groups in (51,) if interpreted else (51, 72, 128, 200):
             case = Case(96, groups, 3, n=4, outlier=True, kind=kind)
             rms = case.x.square().mean(1).sqrt()
             assert (case.x.abs().amax(1) / rms > 13).all()
