@@ -134,7 +134,7 @@ def test_spills_to_disk_while_adding(tmp_path: Path) -> None:
     for i in range(50):
         codes = [torch.zeros(1000, 100, dtype=torch.uint8)] * 2
         ck.add_linear(f"m{i}", codes, torch.ones(1000), d_in=800)
-    spilled = sum(p.stat().st_size for p in (tmp_path / ".o.partial").iterdir())
+    spilled = sum(p.stat().st_size for p in (tmp_path / ".o.partial").rglob("*"))
     assert spilled > 0.9 * 50 * 2 * 100_000  # all but the last buffer
     ck.abort()
     assert leftovers(tmp_path) == []
@@ -245,8 +245,24 @@ def test_overwrite_replaces_only_at_the_end(
 
 def test_out_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     spec = StoredGroup("s", ("m",), 8, "u")
-    with pytest.raises(DropError, match="another process"), CheckpointWriter(tmp_path / "o") as ck:
-        write_minimal(ck, spec, before_finish=lambda: write_checkpoint(tmp_path / "o"))
+    mine = tmp_path / "o" / "mine.txt"
+
+    def appears() -> None:
+        mine.parent.mkdir()
+        mine.write_text("kept")
+
+    with pytest.raises(DropError, match="exists"), CheckpointWriter(tmp_path / "o") as ck:
+        write_minimal(ck, spec, before_finish=appears)
+    assert mine.read_text() == "kept"
+    assert leftovers(tmp_path) == []
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    spec = StoredGroup("s", ("m",), 8, "u")
+    with CheckpointWriter(tmp_path / "o") as ck:
+        with pytest.raises(DropError, match="another process is working on"):
+            write_checkpoint(tmp_path / "o")
+        write_minimal(ck, spec)
     assert Checkpoint.open(tmp_path / "o").verify() == []
     assert leftovers(tmp_path) == []
 
