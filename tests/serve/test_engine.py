@@ -264,6 +264,7 @@ def test_running_requests_are_moved_down_on_the_same_cache(chat_folder: Path) ->
     with running(chat_folder, target=20.0) as server:
         engine, met = server.engine, []
         engine.precisions.costs = lambda: Costs({2: 0.005, 3: 0.015, 4: 0.024})
+        engine._note_beside = lambda seconds: None
         plain = engine._round
 
         def paused() -> None:

@@ -112,3 +112,12 @@ def test_requests_in_a_pass_share_it() -> None:
     mixed = many(2, FLEX) + many(3)
     assert predicted((2, 4), mixed, costs) == pytest.approx(SECONDS[2] * 1.25 + 0.020 * 1.5)
     assert predicted((4, 4), many(10), COSTS) == pytest.approx(0.200)
+
+
+def test_what_is_done_between_steps_counts() -> None:
+    """15 ms a round for prompts: two requests of 20 ms no longer meet 20 tokens a second."""
+    ladder = Ladder(LEVELS, 20.0)
+    ladder.update(many(2), COSTS, 0.0)
+    assert ladder.rung == (4, 4)
+    ladder.update(many(2), Costs(SECONDS, beside=0.015), 0.1)
+    assert ladder.rung == (2, 3)

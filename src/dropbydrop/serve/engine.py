@@ -91,6 +91,7 @@ class Engine:
         self._running: list[Job] = []
         self._stopping = False
         self._job_seconds = 1.0
+        self._beside = self._stepping = 0.0  # seconds of rounds; of this round's steps
         self._recent: deque[tuple[float, int]] = deque(maxlen=4096)  # (when, tokens of a round)
         self._started = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="dropbydrop-worker", daemon=True)
@@ -164,9 +165,12 @@ class Engine:
             "uptime": now - self._started,
         }
 
+    def _costs(self) -> Costs:
+        return replace(self.precisions.costs(), beside=self._beside)
+
     def _left_waiting(self, jobs: Sequence[Job]) -> int:
         """How many of these would have to wait."""
-        running, costs = list(self._running), self.precisions.costs()
+        running, costs = list(self._running), self._costs()
         for n, job in enumerate(jobs):
             if not self._room(running, job, costs):
                 return len(jobs) - n
@@ -216,7 +220,7 @@ class Engine:
 
     def _admit(self) -> None:
         """Let waiting jobs run while there is room. Called with the lock held."""
-        costs = self.precisions.costs()
+        costs = self._costs()
         while self._waiting:
             job = self._waiting[0]
             if job.cancelled:
@@ -234,9 +238,9 @@ class Engine:
 
     def _round(self) -> None:
         """One token of every running job, and one chunk of the first prompt that is unread."""
-        before = self.counters.tokens
+        before, start, self._stepping = self.counters.tokens, time.perf_counter(), 0.0
         loads = [job.load for job in self._running]
-        self._ladder.update(loads, self.precisions.costs(), time.monotonic())
+        self._ladder.update(loads, self._costs(), time.monotonic())
         reading = next((job for job in self._running if job.prompting), None)
         generating: dict[float, list[Job]] = {}
         for job in self._running:
@@ -250,9 +254,15 @@ class Engine:
                 generating.setdefault(bits, []).append(job)
         for bits, jobs in generating.items():
             self._step(bits, jobs)
+        if generating:
+            self._note_beside(time.perf_counter() - start - self._stepping)
         with self._wake:
             self._running = [job for job in self._running if not job.finished]
         self._recent.append((time.monotonic(), self.counters.tokens - before))
+
+    def _note_beside(self, seconds: float) -> None:
+        """Seconds of a round that were no steps, for the predictions of the ladder."""
+        self._beside += 0.1 * (seconds - self._beside)
 
     def _step(self, bits: float, jobs: Sequence[Job]) -> None:
         """The next token of jobs at one precision, in one pass if the model has that."""
@@ -263,7 +273,9 @@ class Engine:
                     self._set_bits(job, bits)
                 shared = advance(self.precisions.model(bits), jobs)
         if shared:
-            self.precisions.measured(bits, time.perf_counter() - start, len(jobs))
+            seconds = time.perf_counter() - start
+            self._stepping += seconds
+            self.precisions.measured(bits, seconds, len(jobs))
         for job in jobs:
             if job.finished:  # it failed
                 continue
@@ -284,7 +296,9 @@ class Engine:
             prompting, made, start = job.prompting, len(job.tokens), time.perf_counter()
             job.turn(model, self._kept)
             if not prompting:
-                self.precisions.measured(bits, time.perf_counter() - start)
+                seconds = time.perf_counter() - start
+                self._stepping += seconds
+                self.precisions.measured(bits, seconds)
             self._count(job, made)
 
     @contextmanager

@@ -2,10 +2,11 @@
 
 One worker runs a pass for each precision in use, in turn, so a token of any request takes the sum
 of all passes. A pass of n requests takes the time of one and n - 1 times the share `Costs.row` of
-it, since a weight is read once for all of them. The sum must stay below 1 / `target` seconds. What
-can be changed is the level of requests that allow it, and there is an order in which they pay:
-first `flex` requests go down, level by level, then the others. The pairs (level of flex, level of
-the others) along this order are the rungs of a ladder,
+it, since a weight is read once for all of them. Prompts are read between passes (`Costs.beside`).
+The sum must stay below 1 / `target` seconds. What can be changed is the level of requests that
+allow it, and there is an order in which they pay: first `flex` requests go down, level by level,
+then the others. The pairs (level of flex, level of the others) along this order are the rungs of a
+ladder,
 
     (4, 4)  (3, 4)  (2, 4)  (2, 3)  (2, 2)
 
@@ -36,10 +37,12 @@ class Costs:
         seconds: of a step of one request, by level.
         row: what each further request in a pass adds, as a share of that; 1 where every request
             has a step of its own.
+        beside: seconds of a round that are no steps: prompts that are read, mostly.
     """
 
     seconds: Mapping[float, float]
     row: float = 1.0
+    beside: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,10 @@ def level_at(rung: tuple[int, int], load: Load) -> float:
 def predicted(rung: tuple[int, int], loads: Sequence[Load], costs: Costs) -> float:
     """Seconds a token of each running request takes on a rung."""
     passes = Counter(level_at(rung, load) for load in loads)
-    return sum(
+    steps = sum(
         step_seconds(bits, costs.seconds) * (1 + costs.row * (n - 1)) for bits, n in passes.items()
     )
+    return steps + costs.beside
 
 
 def step_seconds(bits: float, seconds: Mapping[float, float]) -> float:
