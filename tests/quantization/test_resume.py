@@ -171,7 +171,7 @@ def test_killed_before_every_operation_from_the_start(
 ) -> None:
     """A fresh run is killed before its k-th operation; one more run finishes it."""
     out = place / "fresh"
-    chosen = random.Random(0).sample(range(1, 60), 4)
+    chosen = random.Random(0).sample(range(1, 60), 3)
     for kill in chosen:
         process = start(place, out, kill)
         process.join(60)
