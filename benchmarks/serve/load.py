@@ -11,8 +11,8 @@ queue.
 
 A request is *within target* if its first token came within `--first` seconds and the others at the
 target or faster. *Turned away* is 429; *lost* is anything else without a whole answer. Every answer
-is compared with one that is computed here from the same views, token by token, with the same
-switches of precision: *corrupted* are those that differ.
+is then computed again in this process (`replay.py`): *corrupted* are those that differ, and the KL
+divergence to the original tells what lower levels cost.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any
 
 import httpx2 as httpx
 from load_client import PROMPTS, Answer, ask, server
+from replay import Judge, levels
 
 BINS = 10
 
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--times", type=float, default=3.0, help="highest rate, in capacities")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--first", type=float, default=2.0, help="seconds to the first token")
+    parser.add_argument("--reference", default="smollm2", help="the model before it was quantized")
     parser.add_argument("--queue", type=int, default=32, help="requests that may wait")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--picture", type=Path, help="file for the picture")
@@ -67,12 +69,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     common = ("--target-tps", f"{target:.3f}", "--queue", str(args.queue))
     arrivals = times_of_arrival(args.seconds, 0.25 / seconds, most)
-    for name, levels in (("shedding", ()), ("fixed", ("--bits", str(highest)))):
-        with server(args.out, *common, *levels) as (address, _):
-            answers = asyncio.run(load(address, arrivals, {**body, "bits": "auto"}))
-            end = httpx.get(f"{address}/status.json").json()
-        wrong = corrupted(args.out, answers)
-        found["servers"][name] = figures(answers, wrong, found, end["shed"])
+    sheds, all_answers = {}, {}
+    for name, only in (("shedding", ()), ("fixed", ("--bits", str(highest)))):
+        with server(args.out, *common, *only) as (address, _):
+            all_answers[name] = asyncio.run(load(address, arrivals, {**body, "bits": "auto"}))
+            sheds[name] = httpx.get(f"{address}/status.json").json()["shed"]
+    judge = Judge(args.out, args.reference)
+    for name, answers in all_answers.items():
+        verdict = judge.judge(answers)
+        found["servers"][name] = figures(answers, verdict, found, sheds[name])
     return found
 
 
@@ -111,52 +116,8 @@ async def load(address: str, arrivals: list[float], body: dict[str, Any]) -> lis
         return list(await asyncio.gather(*running))
 
 
-def corrupted(out: str, answers: list[Answer]) -> int:
-    """Answers that differ from the same computed here: one request alone, a cache of its own."""
-    import torch
-
-    from dropbydrop.models.sources import load_tokenizer
-    from dropbydrop.runtime.load import load_views
-
-    views = {int(p): model for p, (_, model) in load_views(opened(out)).items()}
-    tokenizer, known, wrong = load_tokenizer(out), {}, 0
-    for answer in answers:
-        if answer.failure is not None:
-            continue
-        key = (answer.prompt, answer.tokens, str(answer.switches))
-        if key not in known:
-            with torch.inference_mode():
-                known[key] = replay(views, tokenizer, answer)
-        wrong += known[key] != answer.text
-    return wrong
-
-
-def opened(out: str) -> Any:
-    from dropbydrop.checkpoint import Checkpoint
-
-    return Checkpoint.open(out)
-
-
-def replay(views: dict[int, Any], tokenizer: Any, answer: Answer) -> str:
-    """The answer, greedy, at the precisions that its switches name."""
-    import torch
-
-    messages = [{"role": "user", "content": answer.prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    new = tokenizer(text, add_special_tokens=False)["input_ids"]
-    cache, made = None, []
-    bits = {int(at): int(level) for at, level in answer.switches}
-    model = views[bits[0]]
-    while len(made) < answer.tokens:
-        model = views[bits[len(made)]] if len(made) in bits else model
-        result = model(torch.tensor([new]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, new = result.past_key_values, [int(result.logits[0, -1].argmax())]
-        made += new
-    return tokenizer.decode(made, skip_special_tokens=True)
-
-
 def figures(
-    answers: list[Answer], wrong: int, setup: dict[str, Any], shed: dict[str, int]
+    answers: list[Answer], verdict: dict[str, Any], setup: dict[str, Any], shed: dict[str, int]
 ) -> dict[str, Any]:
     def good(answer: Answer) -> bool:
         if answer.failure is not None or answer.first is None:
@@ -164,18 +125,14 @@ def figures(
         return answer.first - answer.sent <= setup["first"] and answer.rate >= setup["target"]
 
     whole = [answer for answer in answers if answer.failure is None]
-    levels: Counter[float] = Counter()
-    for answer in whole:
-        ends = [*[at for at, _ in answer.switches[1:]], answer.tokens]
-        for (at, bits), end in zip(answer.switches, ends, strict=True):
-            levels[bits] += int(end - at)
-    tokens = max(1, sum(levels.values()))
+    spent = levels(whole)
+    tokens = max(1, sum(spent.values()))
     away = sum(answer.failure == "turned away" for answer in answers)
     counts = {
         "sent": len(answers), "answered": len(whole), "within_target": sum(map(good, answers)),
-        "turned_away": away, "lost": len(answers) - len(whole) - away, "corrupted": wrong,
-        "share_of_tokens": {f"{b:g}": round(n / tokens, 4) for b, n in sorted(levels.items())},
-        "failures": Counter(a.failure for a in answers if a.failure), "shed": shed,
+        "turned_away": away, "lost": len(answers) - len(whole) - away,
+        "share_of_tokens": {f"{b:g}": round(n / tokens, 4) for b, n in sorted(spent.items())},
+        "failures": Counter(a.failure for a in answers if a.failure), "shed": shed, **verdict,
     }  # fmt: skip
     width, rows = setup["seconds"] / BINS, []
     for i in range(BINS):
