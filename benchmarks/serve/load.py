@@ -74,11 +74,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         with server(args.out, *common, *only) as (address, _):
             all_answers[name] = asyncio.run(load(address, arrivals, {**body, "bits": "auto"}))
             sheds[name] = httpx.get(f"{address}/status.json").json()["shed"]
-    judge = Judge(args.out, args.reference)
+    judge = Judge(args.out, original(args.reference))
     for name, answers in all_answers.items():
         verdict = judge.judge(answers)
         found["servers"][name] = figures(answers, verdict, found, sheds[name])
     return found
+
+
+def original(model: str) -> Any:
+    """The model before it was quantized."""
+    import torch
+
+    from dropbydrop.models.pretrained import read_model
+    from dropbydrop.models.sources import resolve
+
+    return read_model(resolve(model).folder, dtype=torch.float32).eval()
 
 
 async def capacity(address: str, body: dict[str, Any], count: int = 16) -> tuple[float, float]:

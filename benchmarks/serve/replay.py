@@ -25,8 +25,7 @@ from load_client import Answer
 from torch.nn.functional import kl_div, log_softmax
 
 from dropbydrop.checkpoint import Checkpoint
-from dropbydrop.models.pretrained import read_model
-from dropbydrop.models.sources import load_tokenizer, resolve
+from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.runtime.load import load_views
 
 
@@ -48,12 +47,12 @@ class Replay:
 
 
 class Judge:
-    """Replays answers of the checkpoint `out` against its views and the model `reference`."""
+    """Replays answers of the checkpoint `out` against its views; `original`: the model before."""
 
-    def __init__(self, out: str, reference: str) -> None:
+    def __init__(self, out: str, original: Any) -> None:
         views = load_views(Checkpoint.open(out))
         self.views = {int(p): model for p, (_, model) in views.items()}
-        self.original = read_model(resolve(reference).folder, dtype=torch.float32).eval()
+        self.original = original
         self.tokenizer = load_tokenizer(out)
         self.known: dict[tuple[str, int, str], Replay] = {}
         self.sure: dict[tuple[Any, ...], Any] = {}

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("httpx", reason="httpx is not installed")
+pytest.importorskip("httpx2", reason="httpx2 is not installed; openai brings it")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "serve"))
 import load
 from load_client import Answer
+from replay import Judge
 
+from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.models.sources import load_tokenizer
+from dropbydrop.runtime.load import load_views
 from dropbydrop.serve.conversation import Conversation
 from dropbydrop.serve.precisions import Precisions
 from dropbydrop.serve.sampling import Sampling
@@ -40,7 +44,7 @@ def test_counts() -> None:
         Answer("?", 9.5, failure="ReadError"),
     ]
     setup = {"first": 2.0, "target": 10.0, "seconds": 10.0}
-    found = load.figures(answers, 1, setup, {})
+    found = load.figures(answers, {"corrupted": 1}, setup, {})
     counts = found["counts"]
     assert (counts["sent"], counts["answered"], counts["within_target"]) == (5, 3, 1)
     assert (counts["turned_away"], counts["lost"], counts["corrupted"]) == (1, 1, 1)
@@ -48,13 +52,25 @@ def test_counts() -> None:
     assert found["bins"][0] == {"rate": 1.0, "within_target": 1.0, "level": 4.0}
 
 
-def test_damaged_answers_are_found(tmp_path: Path) -> None:
+def test_damaged_answers_are_found_and_lower_levels_priced(tmp_path: Path) -> None:
     out = write_checkpoint(tmp_path / "out", chat=True)
     text = Text(load_tokenizer(out))
-    talk = Conversation(Precisions(out, None), text, Sampling(temperature=0.0))
-    talk._ends = set()  # as ignore_eos
-    said = "".join(talk.answer("the river", 3, 6))
-    good = Answer("the river", 0.0, 0.1, 1.0, said, 6, [[0, 3]])
-    bad = Answer("the river", 0.0, 0.1, 1.0, said[:-1] + "?", 6, [[0, 3]])
+
+    def answer(switches: list[list[float]]) -> Answer:
+        talk = Conversation(Precisions(out, None), text, Sampling(temperature=0.0))
+        talk._ends = set()  # as ignore_eos
+        said = "".join(talk.answer("the river", switches[0][1], 6))
+        return Answer("the river", 0.0, 0.1, 1.0, said, 6, switches)
+
+    good, low = answer([[0, 4]]), answer([[0, 2]])
+    bad = replace(good, text=good.text[:-1] + "?")
     lost = Answer("the river", 0.0, failure="cut off")
-    assert load.corrupted(str(out), [good, bad, good, lost]) == 1
+    judge = Judge(str(out), load_views(Checkpoint.open(out))["4"][1])
+    found = judge.judge([good, bad, good, lost])
+    assert found["corrupted"] == len(found["gaps"]) == 1
+    assert found["gaps"][0] == pytest.approx(judge.replay(good).gaps[-1], abs=1e-5)
+    assert found["tokens"] == 18
+    assert found["kl"] == pytest.approx(0, abs=1e-6)  # the highest level is the original here
+    found = judge.judge([low])
+    assert found["corrupted"] == 0
+    assert found["kl"] > 100 * abs(found["kl_highest"])
