@@ -36,7 +36,7 @@ typedef struct {
   const float* lower;        // [d_in][d_in], H = lower lower^T; null: codes are improved only
   const float* h;            // [d_in][d_in], for sweeps
   int sweeps;
-  uint8_t* codes[DROP_TRELLIS_MAX_PLANES];  // [d_in][ceil(k d_out / 8)] each, in without `lower`; out
+  uint8_t* codes[DROP_TRELLIS_MAX_PLANES];  // [d_in][max(3, ceil(k d_out / 8))] each, in without `lower`; out
   int64_t* changed;          // [sweeps] number of inputs whose codes changed
 } DropTrellis;
 
