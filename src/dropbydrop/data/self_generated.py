@@ -40,10 +40,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dropbydrop.models.chat_template import in_chat_template
 from dropbydrop.models.embeddings import embedded_tokens
 from dropbydrop.models.pretrained import read_model
 from dropbydrop.system.accelerator import multiplies_bfloat16
 from dropbydrop.system.console import progress_bar, quiet_transformers
+from dropbydrop.system.errors import DropError
 
 from .kv_slots import bytes_of_text, cache_with_room, slots_of
 from .text_files import leading_bos
@@ -332,10 +334,8 @@ def chat_parts(tokenizer: Any) -> tuple[list[int], list[int]] | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
-        )
-    except Exception:  # templates are programs of their own; without one, bare text will do
+        text = in_chat_template(tokenizer, [{"role": "user", "content": _MARK}])
+    except DropError:  # bare text will do
         return None
     before, mark, after = text.partition(_MARK)
     if not mark or not before or not after:

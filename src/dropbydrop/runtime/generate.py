@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dropbydrop.data.text_files import check_tokens, refuse_surrogates
+from dropbydrop.models.chat_template import in_chat_template
 from dropbydrop.models.embeddings import embedded_tokens
 from dropbydrop.models.model_config import context_length
 from dropbydrop.system.console import quiet_transformers
-from dropbydrop.system.errors import DropError, first_line
+from dropbydrop.system.errors import DropError
 from dropbydrop.system.settings import check_seed
 
 from . import fused_decode
@@ -103,18 +104,14 @@ def _in_template(tokenizer: Any, prompt: str) -> str:
     """The prompt as a user's message in the chat template.
 
     Raises:
-        DropError: the template, a program of the model's author, refuses or fails.
+        DropError: there is none, or it refuses, fails or does not end.
     """
     try:
-        text: str = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # whatever a template does
+        return in_chat_template(tokenizer, [{"role": "user", "content": prompt}])
+    except DropError as error:
         raise DropError(
-            f"the model's chat template fails ({first_line(error)}); leave --chat away, and write "
-            "the prompt as the model expects it."
+            f"{error} Leave --chat away, and write the prompt as the model expects it."
         ) from error
-    return text
 
 
 def _inputs(model: Any, tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
 from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import load_tokenizer
+from dropbydrop.system.errors import DropError
 
 from .body import ApiError
 from .chats import Chat
@@ -67,9 +66,8 @@ class Service:
             raise ApiError(400, "this model has no chat template; use /v1/completions.", "messages")
         try:
             prompt = self.text.chat(chat.messages, chat.tools)
-        except TemplateError as error:
-            what = f"the chat template refuses them: {str(error)[:300]}"
-            raise ApiError(400, f"messages: {what}", "messages") from None
+        except DropError as error:
+            raise ApiError(400, f"messages: {str(error)[:300]}", "messages") from None
         grammar = None if chat.schema is None else self.grammars.of_schema(chat.schema)
         return self._checked(self.text.encode(prompt, special=False)), prompt, grammar
 

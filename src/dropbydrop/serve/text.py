@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from dropbydrop.models.chat_template import in_chat_template
 from dropbydrop.system.errors import DropError
 
 log = logging.getLogger("dropbydrop")
@@ -81,12 +82,8 @@ class Text:
         return "bytes:" + "".join(f"\\x{b:02x}" for b in self.bytes_of(token))
 
     def chat(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
-        """The prompt for an answer to a chat. The template writes its own special tokens."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=True
-            )
-        )
+        """The prompt for an answer to a chat; raises what `in_chat_template` raises."""
+        return in_chat_template(self.tokenizer, messages, tools)
 
 
 def _usable(template: Any) -> Any:
