@@ -16,7 +16,7 @@ extern "C" {
 
 // Version of the C interface: of the three headers together. Raised by every change that a Python
 // side built for the old one would not survive; the loader refuses another number than its own.
-#define DROP_VERSION 4
+#define DROP_VERSION 5
 DROP_API int drop_version(void);
 
 // Whose threads do the work: "openmp" or "std::thread" (threads.h).

@@ -108,10 +108,13 @@ typedef struct {
 
 // Where one token stands: its position, and the caches of its sequence, [blocks], which have room
 // for `capacity` tokens; they are read up to `position` and written there. Tokens of one sequence
-// follow each other and name the same caches; sequences share none.
+// follow each other and name the same caches; sequences share none. `decoder` is that of the
+// token's own precision, null for the call's: decoders of a call differ in their prefixes, norms and
+// tables of cosines and sines, and name the same planes, codebooks, scales and signs.
 typedef struct {
   int64_t position, capacity;
   const DropCache* caches;
+  const DropDecoder* decoder;
 } DropPlace;
 
 typedef struct {
@@ -121,6 +124,7 @@ typedef struct {
   const DropPlace* places;  // [n]
 } DropTokens;
 
+// -2: decoders of different codes.
 DROP_API int drop_step(int kernel, const DropDecoder* decoder, const DropTokens* tokens,
                        int threads);
 

@@ -192,7 +192,7 @@ int drop_build_lut(int kernel, const float* x, int64_t n, int64_t groups, int64_
   if (!chosen) return -1;
   const auto* books = reinterpret_cast<const Codebook* const*>(codebooks);
   const LutShape shape{groups, prefix, chosen->group_bytes(books[0]->entries == kHalf)};
-  const BuildLutJob job{x, groups * kGroup, books, shape, lut, nullptr};
+  const BuildLutJob job{x, groups * kGroup, books, shape, lut, nullptr, nullptr};
   // The padding at the end is part of the value.
   const int64_t used = shape.steps_offset() + prefix * shape.blocks() * 4;
   for (int64_t i = 0; i < n; ++i) {
@@ -246,7 +246,7 @@ int drop_input_group(int kernel, const DropInputGroup* input, const void* x, int
       products.out_type = static_cast<Scalar>(out_type);
       input_group_share({chosen, input, static_cast<const char*>(x) + first * x_stride * x_width,
                          static_cast<Scalar>(x_type), n - first < chunk ? n - first : chunk,
-                         x_stride, rotated, tables},
+                         x_stride, rotated, tables, nullptr},
                         products, worker);
     }
   };

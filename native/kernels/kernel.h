@@ -56,6 +56,7 @@ struct BuildLutJob {
   LutShape shape;
   uint8_t* lut;        // [n, shape.bytes()]
   Upcoming* upcoming;  // or null
+  const int64_t* prefixes;  // [n], planes that each row reads, or null: all of the shape's
 };
 
 // Several matrices that share one input; their rows are accumulated one after the other.
@@ -68,6 +69,7 @@ struct LutGemvJob {
   PlaneShape plane;
   float* sums;  // [n, sums_stride]: unscaled result of the given strips, from their first row
   int64_t sums_stride;
+  const int64_t* prefixes;  // [n] or null, as in BuildLutJob
 };
 
 // y = sums * scales (+ bias) (+ residual), cast to the type of the output.
@@ -106,6 +108,7 @@ struct TrellisGemvJob {
   int64_t sums_stride;
   const uint8_t* const* next_planes;  // read after these from the first of the tiles next_first ..
   int64_t next_first, next_last;      // next_last on, for prefetching; or null
+  const int64_t* prefixes;            // [n] or null, as in BuildLutJob
 };
 
 struct TrellisDecodeJob {

@@ -95,6 +95,7 @@ static void build_lut(const BuildLutJob& job, int64_t first, int64_t last) {
   for (int64_t unit = first; unit < last; ++unit) {
     const int64_t block = unit % blocks, plane = unit / blocks % shape.prefix;
     const int64_t row = unit / blocks / shape.prefix, start = block * kBlock;
+    if (job.prefixes && plane >= job.prefixes[row]) continue;
     const int64_t count = shape.groups - start < kBlock ? shape.groups - start : kBlock;
     const float* x = job.x + row * job.x_stride + start * kGroup;
     const Codebook& codebook = *job.codebooks[plane];
@@ -189,6 +190,7 @@ static void lut_gemv(const LutGemvJob& job, int64_t first, int64_t last) {
           tile.next = job.planes[m + 1] + job.plane.offset(0, first);
         }
         for (int64_t i = 0; i < job.n; ++i) {
+          if (job.prefixes && m >= job.prefixes[i]) continue;
           const uint8_t* lut = job.lut + i * job.lut_shape.bytes();
           tile.lut = lut + offset;
           memcpy(&tile.half_step, lut + step, 4);

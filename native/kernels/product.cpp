@@ -30,13 +30,15 @@ void gemv_part(const Products& job, const Part& part, const Part& next) {
     const auto* books = reinterpret_cast<const Trellis* const*>(job.codebooks);
     job.kernel->trellis_gemv(
         {job.x, matrix.planes, books, job.prefix, matrix.d_out, sums, stride,
-         next.matrix ? next.matrix->planes : nullptr, next.units.first, next.units.last},
+         next.matrix ? next.matrix->planes : nullptr, next.units.first, next.units.last,
+         job.prefixes},
         units.first, units.last);
   } else {
     const PlaneShape plane{matrix.d_out, job.groups};
     const bool symmetric = job.entries == kHalf;
     const LutShape shape{job.groups, job.prefix, job.kernel->group_bytes(symmetric)};
-    job.kernel->lut_gemv({job.lut, job.n, shape, symmetric, matrix.planes, plane, sums, stride},
+    job.kernel->lut_gemv({job.lut, job.n, shape, symmetric, matrix.planes, plane, sums, stride,
+                          job.prefixes},
                          units.first, units.last);
   }
   const int64_t row = units.first * job.unit(), end = units.last * job.unit();
@@ -110,7 +112,7 @@ void look_up_tables(const InputGroupShare& job, const Products& products, const 
   const Range units = share(job.n * input.prefix * shape.blocks(), worker);
   job.kernel->build_lut(
       {rotated, input.d_in, reinterpret_cast<const Codebook* const*>(input.codebooks), shape,
-       job.tables, &soon},
+       job.tables, &soon, job.prefixes},
       units.first, units.last);
   worker.barrier();
 }
@@ -196,6 +198,7 @@ void input_group_share(const InputGroupShare& job, Products products, const Work
   products.prefix = input.prefix;
   products.matrices = input.matrices;
   products.count = input.count;
+  products.prefixes = job.prefixes;
   if (input.kind == DROP_TRELLIS) {
     products.trellis = true;
     products.codebooks = input.codebooks;

@@ -52,7 +52,8 @@ struct Products {
   char* out;  // matrix after matrix, each [out_rows, d_out]; this call writes n from first_row on
   int64_t out_rows, first_row;
   Scalar out_type;
-  const float* residual;  // null, or added: [out_rows, d_out] of the only matrix; may be `out`
+  const int64_t* prefixes;  // [n], planes that each row reads, at most `prefix`; null: all
+  const float* residual;    // null, or added: [out_rows, d_out] of the only matrix; may be `out`
   bool aligned;           // a worker gets the same rows of all matrices, which have equal heights
 
   int64_t unit() const { return unit_rows(trellis); }
@@ -77,6 +78,7 @@ struct InputGroupShare {
   int64_t n, x_stride;
   float* rotated;
   uint8_t* tables;
+  const int64_t* prefixes;  // as in Products
 };
 void input_group_share(const InputGroupShare& job, Products products, const Worker& worker);
 

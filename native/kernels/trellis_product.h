@@ -217,11 +217,13 @@ DROP_INLINE void tile_product(const TrellisGemvJob& job, int64_t tile, TrellisAh
 template <typename Isa>
 static void tile_products(const TrellisGemvJob& job, int64_t tile, TrellisAhead& ahead,
                           float (*totals)[kTile]) {
-  const TrellisInputs& x = job.x;
+  TrellisInputs x = job.x;
   const size_t n = static_cast<size_t>(x.n);
   TileSums sums[kTrellisRows];
   memset(totals, 0, n * sizeof *totals);
+  const auto reads = [&](int64_t i, int64_t m) { return !job.prefixes || m < job.prefixes[i]; };
   for (int64_t m = 0; m < job.prefix; ++m) {
+    while (!reads(x.n - 1, m)) --x.n;  // one row reads them all
     memset(sums, 0, n * sizeof *sums);
     for (int64_t row = 0; row < kTile && tile * kTile + row < job.d_out; row += kQuad) {
       const int64_t quad = (tile * kTile + row) / kQuad;
@@ -229,6 +231,7 @@ static void tile_products(const TrellisGemvJob& job, int64_t tile, TrellisAhead&
                          row);
     }
     for (int64_t i = 0; i < x.n; ++i) {
+      if (!reads(i, m)) continue;
       add_plane(sums[i], Isa::kOffset * x.sums[i], job.books[m]->scale, totals[i]);
     }
   }

@@ -178,13 +178,15 @@ struct OwnedInput {
   }
 };
 
-// A decoder of two blocks: neither pieces of a sequence nor threads change a bit. (Its values are
-// compared with transformers in tests/kernels/test_step.py.)
+// A decoder of two blocks, and the same at one plane: neither pieces of a sequence nor threads nor
+// tokens of the other precision change a bit. (Its values are compared with transformers in
+// tests/kernels/test_step.py.)
 void check_step(int kernel, const std::string& name, bool trellis, Random& random) {
   constexpr int64_t hidden = 24, heads = 3, d = 8, size = 72, length = 9, capacity = 10;
   std::vector<std::unique_ptr<OwnedInput>> inputs;
   std::vector<DropBlock> blocks;
-  std::vector<float> ones(static_cast<size_t>(hidden), 1.0f), cosines, sines, x;
+  std::vector<float> ones(static_cast<size_t>(hidden), 1.0f), twos(ones.size(), 2.0f), cosines,
+      sines, x;
   const auto input = [&](const std::vector<int64_t>& heights, int64_t width) {
     inputs.emplace_back(new OwnedInput(heights, width, trellis, random));
     return inputs.back()->input;
@@ -213,6 +215,16 @@ void check_step(int kernel, const std::string& name, bool trellis, Random& rando
                             sines.data(),
                             blocks.data(),
                             2};
+  std::vector<DropBlock> first_planes = blocks;
+  for (DropBlock& block : first_planes) {
+    for (DropInputGroup* input : {&block.qkv, &block.output, &block.gate_up, &block.down}) {
+      input->prefix = 1;
+    }
+    block.input_norm = twos.data();
+  }
+  DropDecoder low = decoder;
+  low.blocks = first_planes.data();
+  low.final_norm = twos.data();
   const auto run = [&](const std::vector<DropPlace>& places, const float* in, float* out,
                        int threads) {
     const DropTokens tokens{in, out, static_cast<int64_t>(places.size()), 0, places.data()};
@@ -236,7 +248,7 @@ void check_step(int kernel, const std::string& name, bool trellis, Random& rando
       int64_t at = 0;
       for (int64_t n : parts) {
         std::vector<DropPlace> places;
-        for (int64_t i = 0; i < n; ++i) places.push_back({at + i, capacity, sequence.caches});
+        for (int64_t i = 0; i < n; ++i) places.push_back({at + i, capacity, sequence.caches, nullptr});
         check(run(places, x.data() + at * hidden, out.data() + at * hidden, threads) == 0,
               name + ": step");
         at += n;
@@ -245,26 +257,41 @@ void check_step(int kernel, const std::string& name, bool trellis, Random& rando
       if (expected.empty()) expected = out;
       check(out == expected, name + ": step depends on pieces or threads");
     }
-    // The same sequence three times in one call, each some tokens behind the last.
-    Sequence sequences[3];
-    for (int64_t time = 0; time < length + 4; ++time) {
+    std::vector<float> expected_low(x.size());
+    Sequence alone;
+    for (int64_t at = 0; at < length; ++at) {
+      check(run({{at, capacity, alone.caches, &low}}, x.data() + at * hidden,
+                expected_low.data() + at * hidden, threads) == 0,
+            name + ": step at one plane");
+    }
+    check(expected_low != expected, name + ": one plane is as good as two");
+    // The same sequence four times in one call, each some tokens behind the last, two of them at
+    // one plane.
+    Sequence sequences[4];
+    for (int64_t time = 0; time < length + 6; ++time) {
       std::vector<DropPlace> places;
       std::vector<float> in, want;
-      for (int64_t s = 0; s < 3; ++s) {
+      for (int64_t s = 0; s < 4; ++s) {
         const int64_t at = time - 2 * s;
         if (at < 0 || at >= length) continue;
-        places.push_back({at, capacity, sequences[s].caches});
+        places.push_back({at, capacity, sequences[s].caches, s % 2 ? &low : nullptr});
+        const auto& right = s % 2 ? expected_low : expected;
         in.insert(in.end(), x.begin() + at * hidden, x.begin() + (at + 1) * hidden);
-        want.insert(want.end(), expected.begin() + at * hidden,
-                    expected.begin() + (at + 1) * hidden);
+        want.insert(want.end(), right.begin() + at * hidden, right.begin() + (at + 1) * hidden);
       }
       std::vector<float> out(in.size());
       check(run(places, in.data(), out.data(), threads) == 0, name + ": step of sequences");
       check(out == want, name + ": step depends on other sequences");
     }
   }
-  const std::vector<DropPlace> late = {{0, capacity, nullptr}, {capacity, capacity, nullptr}};
+  const std::vector<DropPlace> late = {{0, capacity, nullptr, nullptr},
+                                       {capacity, capacity, nullptr, nullptr}};
   check(run(late, x.data(), expected.data(), 1) == -1, name + ": step past the cache");
+  Sequence sequence;
+  first_planes[1].down.matrices = blocks[1].output.matrices;
+  const std::vector<DropPlace> other = {{0, capacity, sequence.caches, nullptr},
+                                        {0, capacity, sequence.caches, &low}};
+  check(run(other, x.data(), expected.data(), 1) == -2, name + ": step of two codes");
 }
 
 void check_odd_inputs(int kernel, const std::string& name, Random& random) {

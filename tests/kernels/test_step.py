@@ -20,7 +20,7 @@ from dropbydrop import kernels
 from dropbydrop.coding.planes import KINDS as PLANES
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.kernels import MAX_GEMV_ROWS, CpuGroup, Matrix, PreparedGroup
-from dropbydrop.kernels.cpu.step import DecodeStep
+from dropbydrop.kernels.cpu.step import DecodeStep, Place
 from dropbydrop.runtime import fused_decode
 from dropbydrop.system.errors import KernelError, UnsupportedModelError
 from dropbydrop.system.native_library import library
@@ -389,7 +389,7 @@ def test_refuses_a_full_cache():
     step = DecodeStep(model.model, group_of)
     caches = [(torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 8, 16)) for _ in range(2)]
     with pytest.raises(ValueError, match=r"\(8, 8\)"):
-        step(torch.zeros(2, 48), [(7, caches), (8, caches)])
+        step(torch.zeros(2, 48), [Place(7, caches), Place(8, caches)])
 
 
 class TestSeveralSequences:
@@ -423,7 +423,7 @@ class TestSeveralSequences:
             caches, before = self.prompted(model, lengths, static), len(calls)
             for step in range(3):
                 ids = [at + step for at in lengths]
-                got = fused_decode.decode_together(model, ids, caches)
+                got = fused_decode.decode_together([model] * 4, ids, caches)
                 for row, logits in zip(got, want, strict=True):
                     assert torch.equal(row, logits[step])
             assert calls[before:] == [4, 4, 4]
@@ -437,7 +437,7 @@ class TestSeveralSequences:
             model(input_ids=torch.tensor([[1, 2, 3]]), past_key_values=full, use_cache=True)
             for other in (full, DynamicCache(config=model.config)):
                 done, before = len(calls), caches[0].layers[0].keys.clone()
-                assert fused_decode.decode_together(model, [1, 2], [caches[0], other]) is None
+                assert fused_decode.decode_together([model] * 2, [1, 2], [caches[0], other]) is None
                 assert len(calls) == done
                 assert caches[0].get_seq_length() == 4
                 assert torch.equal(caches[0].layers[0].keys, before)
@@ -446,8 +446,8 @@ class TestSeveralSequences:
         model = build("llama")
         with torch.no_grad():
             caches = self.prompted(model, [4, 6])
-            assert fused_decode.decode_together(model, [1, 2], caches) is None
+            assert fused_decode.decode_together([model] * 2, [1, 2], caches) is None
         with native(model):
-            assert fused_decode.decode_together(model, [1, 2], caches) is None  # gradients
+            assert fused_decode.decode_together([model] * 2, [1, 2], caches) is None  # gradients
             with torch.no_grad():
-                assert fused_decode.decode_together(model, [], []) is None
+                assert fused_decode.decode_together([], [], []) is None

@@ -95,28 +95,36 @@ def test_eight_clients_with_mixed_levels_get_what_generate_gives(
 
 
 @pytest.mark.skipif(library() is None, reason="the native library is not built")
-def test_requests_at_one_precision_share_a_pass(
-    server: Running, expected: dict[tuple[str, int], list[int]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("levels", [(3, 3, 3, 3), (2, 3, 4, 2)])
+def test_requests_share_a_pass(
+    server: Running,
+    expected: dict[tuple[str, int], list[int]],
+    levels: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sizes = []
+    """Each at its own precision."""
+    assert server.service.engine.precisions.costs().mixed
+    sizes, kinds = [], set()
 
-    def counted(model: Any, ids: list[int], caches: list[Any]) -> torch.Tensor | None:
-        logits = decode_together(model, ids, caches)
+    def counted(models: list[Any], ids: list[int], caches: list[Any]) -> torch.Tensor | None:
+        logits = decode_together(models, ids, caches)
         sizes.append(len(ids) if logits is not None else 0)
+        kinds.add(len({id(model) for model in models}))
         return logits
 
     decode_together = fused_decode.decode_together
     monkeypatch.setattr(fused_decode, "decode_together", counted)
 
-    def one(prompt: str) -> list[str]:
-        answer = ask(server, prompt=prompt, bits=3, max_tokens=24, temperature=0, logprobs=0)
+    def one(prompt: str, bits: int) -> list[str]:
+        answer = ask(server, prompt=prompt, bits=bits, max_tokens=24, temperature=0, logprobs=0)
         return list(answer["choices"][0]["logprobs"]["tokens"])
 
     with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(one, PROMPTS))
+        answers = list(pool.map(one, PROMPTS, levels))
     assert max(sizes) >= 2
-    for prompt, tokens in zip(PROMPTS, answers, strict=True):
-        want = [t for t in expected[prompt, 3] if t != 2]
+    assert (max(kinds) > 1) == (len(set(levels)) > 1)
+    for prompt, bits, tokens in zip(PROMPTS, levels, answers, strict=False):
+        want = [t for t in expected[prompt, bits] if t != 2]
         assert tokens == [server.service.text.name(t) for t in want]
 
 

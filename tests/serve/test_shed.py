@@ -12,6 +12,7 @@ from dropbydrop.serve.shed import (
     Costs,
     Ladder,
     Load,
+    Meter,
     level_at,
     predicted,
     rungs,
@@ -112,6 +113,10 @@ def test_requests_in_a_pass_share_it() -> None:
     mixed = many(2, FLEX) + many(3)
     assert predicted((2, 4), mixed, costs) == pytest.approx(SECONDS[2] * 1.25 + 0.020 * 1.5)
     assert predicted((4, 4), many(10), COSTS) == pytest.approx(0.200)
+    shared = Costs(SECONDS, row=0.25, mixed=True)
+    assert predicted((4, 4), many(10), shared) == pytest.approx(0.020 * 3.25)
+    others = 0.25 * (2 * SECONDS[2] + 2 * 0.020)
+    assert predicted((2, 4), mixed, shared) == pytest.approx(0.020 + others)
 
 
 def test_what_is_done_between_steps_counts() -> None:
@@ -121,3 +126,32 @@ def test_what_is_done_between_steps_counts() -> None:
     assert ladder.rung == (4, 4)
     ladder.update(many(2), Costs(SECONDS, beside=0.015), 0.1)
     assert ladder.rung == (2, 3)
+
+
+def test_a_level_that_looked_too_dear_is_tried_again() -> None:
+    """2 bits measured while something else ran: a server must not stay alone with one request."""
+    meter = Meter({2: 0.100, 3: 0.015, 4: 0.020}, row=0.25)
+    assert meter.costs().seconds == {2: 0.015, 3: 0.015, 4: 0.020}
+    assert Ladder(LEVELS, 20.0).room(many(1), many(1)[0], meter.costs())
+
+
+def test_levels_follow_the_one_that_is_used() -> None:
+    meter = Meter(SECONDS, row=0.25)
+    for _ in range(100):  # the machine becomes half as fast
+        meter.note([4], 2 * SECONDS[4])
+    found = meter.costs().seconds
+    assert found == pytest.approx({bits: 2 * s for bits, s in SECONDS.items()}, rel=1e-3)
+    meter.note([4], 1000.0)  # one interruption
+    assert meter.costs().seconds[4] <= 1.31 * found[4]
+    before = meter.costs()
+    meter.note([2.5], 1.0)
+    meter.note([2.5, 4], 1.0)
+    assert meter.costs() == before
+
+
+def test_further_rows_of_a_pass_are_measured_against_their_own_steps() -> None:
+    meter = Meter({2: 0.010, 4: 0.020})
+    for _ in range(100):
+        meter.note([4, 2, 2], 0.020 + 0.25 * 0.020)
+    assert meter.costs().row == pytest.approx(0.25, abs=1e-3)
+    assert meter.costs().seconds == {2: 0.010, 4: 0.020}

@@ -27,7 +27,7 @@ import copy
 import inspect
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,13 @@ import torch
 from torch import Tensor
 
 from dropbydrop.kernels import registry
-from dropbydrop.kernels.cpu.step import MODEL_TYPES, DecodeStep, GroupOf
+from dropbydrop.kernels.cpu.step import (
+    MODEL_TYPES,
+    DecodeStep,
+    GroupOf,
+    MixedCodesError,
+    Place,
+)
 from dropbydrop.kernels.registry import MAX_GEMV_ROWS, TYPES, log
 from dropbydrop.system.errors import UnsupportedModelError
 
@@ -192,7 +198,7 @@ class FusedDecode:
             embedded = inner.embed_tokens(given)
         if embedded.dtype not in TYPES:
             return None
-        out = step(embedded[0], [(start + i, pairs) for i in range(n)])
+        out = step(embedded[0], [Place(start + i, pairs) for i in range(n)])
         _advance(cache, pairs, n)
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -201,46 +207,94 @@ class FusedDecode:
         )
 
 
-def decode_together(model: Any, ids: Sequence[int], caches: Sequence[Any]) -> Tensor | None:
-    """The next token of several sequences in one pass, which reads each weight once.
+def decode_together(
+    models: Sequence[Any], ids: Sequence[int], caches: Sequence[Any]
+) -> Tensor | None:
+    """The next token of several sequences, each at its own precision, in one pass.
 
-    Every row is bit for bit what the sequence gets by itself, or with others.
+    A plane is read once for all rows that need it. Every row is bit for bit what the sequence gets
+    by itself, or with others.
 
     Args:
-        ids: the token that each sequence continues with; at most MAX_GEMV_ROWS.
+        models: the view that each sequence continues with, all of one model.
+        ids: the token that each continues with; at most MAX_GEMV_ROWS.
         caches: static or dynamic caches of transformers, each holding at least one token.
 
     Returns:
         Logits [n, vocabulary]; None, with no cache touched, where the native step does not serve
-        this model, or a cache, at present.
+        these models together, or a cache, at present.
     """
-    inner = decoder_of(model)
-    forward = inner.__dict__.get("forward")
-    if not isinstance(forward, FusedDecode) or not 0 < len(ids) <= MAX_GEMV_ROWS:
+    steps = {id(model): _ready_step(model) for model in models}
+    if None in steps.values() or not 0 < len(ids) <= MAX_GEMV_ROWS or torch.is_grad_enabled():
         return None
-    state = forward.state()
-    step = state.step
-    if step is None or torch.is_grad_enabled() or inner.training:
+    places, held = _places([steps[id(model)] for model in models], caches)
+    embedded = _rows_by_model(models, lambda m: decoder_of(m).embed_tokens, torch.tensor(ids))
+    if places is None or embedded is None or embedded.dtype not in TYPES:
         return None
-    if not state.guards.plain() or torch.is_autocast_enabled("cpu"):
+    # the deepest first: a plane's rows are then the first ones
+    order = sorted(range(len(ids)), key=lambda i: (-places[i].step.planes, id(places[i].step)))
+    try:
+        out = places[order[0]].step(embedded[order], [places[i] for i in order])
+    except MixedCodesError:
         return None
-    starts = [_length(cache) for cache in caches]
-    if 0 in starts:
-        return None
-    grown = [_grown(cache, start, 1, step) for cache, start in zip(caches, starts, strict=True)]
-    held = [pairs for pairs in grown if pairs is not None]
-    if len(held) < len(grown) or len({pairs[0][0].dtype for pairs in held}) > 1:
-        return None
-    embedded = inner.embed_tokens(torch.tensor(ids)[:, None])[:, 0]
-    if embedded.dtype not in TYPES:
-        return None
-    out = step(embedded, list(zip(starts, held, strict=True))).to(embedded.dtype)
     for cache, pairs in zip(caches, held, strict=True):
         _advance(cache, pairs, 1)
-    head = model.get_output_embeddings()
-    if isinstance(head, NestedHead):  # its rows do not depend on each other; those of torch may
-        return head(out[:, None])[:, 0]
-    return torch.cat([head(row[None, None])[0] for row in out])
+    states = torch.empty_like(out)
+    states[order] = out
+    return _rows_by_model(models, lambda m: m.get_output_embeddings(), states.to(embedded.dtype))
+
+
+def _ready_step(model: Any) -> DecodeStep | None:
+    """The native step of a model, if nothing is in its way now."""
+    inner = decoder_of(model)
+    forward = inner.__dict__.get("forward")
+    if not isinstance(forward, FusedDecode) or inner.training:
+        return None
+    state = forward.state()
+    plain = state.step is not None and state.guards.plain()
+    return state.step if plain and not torch.is_autocast_enabled("cpu") else None
+
+
+def _places(
+    steps: Sequence[Any], caches: Sequence[Any]
+) -> tuple[list[Any] | None, list[list[tuple[Tensor, Tensor]]]]:
+    """Where each sequence goes on, and its caches with room for a token; None if one has none."""
+    starts = [_length(cache) for cache in caches]
+    if 0 in starts:
+        return None, []
+    grown = [_grown(c, s, 1, step) for c, s, step in zip(caches, starts, steps, strict=True)]
+    held = [pairs for pairs in grown if pairs is not None]
+    if len(held) < len(grown) or len({pairs[0][0].dtype for pairs in held}) > 1:
+        return None, []
+    return [Place(*place) for place in zip(starts, held, steps, strict=True)], held
+
+
+def _rows_by_model(
+    models: Sequence[Any], module_of: Callable[[Any], Any], x: Tensor
+) -> Tensor | None:
+    """Row i of x [n, ...] through the embedding or the head of model i; None if types differ.
+
+    Views share these modules' tensors, mostly, and then all rows go through the first one's.
+    """
+    modules = {id(model): module_of(model) for model in models}
+    tensors = {
+        key: tuple(t.data_ptr() for t in (*m.parameters(), *m.buffers()))
+        for key, m in modules.items()
+    }
+    parts: dict[Any, list[int]] = {}
+    for i, model in enumerate(models):
+        parts.setdefault((type(modules[id(model)]), tensors[id(model)]), []).append(i)
+    found: list[Tensor | None] = [None] * len(models)
+    for rows in parts.values():
+        module = modules[id(models[rows[0]])]
+        if x.dim() == 1 or isinstance(module, NestedHead):  # rows do not depend on each other
+            made = module(x[rows][:, None])[:, 0]
+        else:  # those of torch may
+            made = torch.cat([module(x[i][None, None])[0] for i in rows])
+        for i, row in zip(rows, made, strict=True):
+            found[i] = row
+    kept = [row for row in found if row is not None]
+    return torch.stack(kept) if len({row.dtype for row in kept}) == 1 else None
 
 
 def _asks_more(config: Any) -> bool:

@@ -8,8 +8,9 @@
 One thread runs the model. In a round every running job computes one token, and at most one job a
 chunk of its prompt, so that a long prompt delays a token of the others by one chunk. Products of a
 token are bound by memory, and so take the machine as a whole: threads beside each other would gain
-nothing, and a job alone gets everything. For the same reason the jobs at one precision share a pass
-over the weights, where the model has the native step.
+nothing, and a job alone gets everything. For the same reason jobs share a pass over the weights,
+each at its own precision, where the model has the native step; where tuned scales keep levels
+apart, those at one precision do.
 
 Jobs wait in one queue, first come first served, until `shed.Ladder` says that there is room, and
 there is memory for their caches. A job that was cancelled is dropped before its next turn, whether
@@ -242,7 +243,8 @@ class Engine:
         loads = [job.load for job in self._running]
         self._ladder.update(loads, self._costs(), time.monotonic())
         reading = next((job for job in self._running if job.prompting), None)
-        generating: dict[float, list[Job]] = {}
+        passes: dict[float, list[tuple[float, Job]]] = {}
+        mixed = self.precisions.costs().mixed
         for job in self._running:
             if job.cancelled:
                 job.close()
@@ -251,10 +253,10 @@ class Engine:
                 self._turn(job)
             elif not job.prompting:
                 bits = level_at(self._ladder.rung, job.load)
-                generating.setdefault(bits, []).append(job)
-        for bits, jobs in generating.items():
-            self._step(bits, jobs)
-        if generating:
+                passes.setdefault(0 if mixed else bits, []).append((bits, job))
+        for rows in passes.values():
+            self._step(rows)
+        if passes:
             self._note_beside(time.perf_counter() - start - self._stepping)
         with self._wake:
             self._running = [job for job in self._running if not job.finished]
@@ -264,25 +266,29 @@ class Engine:
         """Seconds of a round that were no steps, for the predictions of the ladder."""
         self._beside += 0.1 * (seconds - self._beside)
 
-    def _step(self, bits: float, jobs: Sequence[Job]) -> None:
-        """The next token of jobs at one precision, in one pass if the model has that."""
+    def _step(self, rows: Sequence[tuple[float, Job]]) -> None:
+        """The next token of jobs, each with its precision, in one pass if the model has that."""
+        ready: list[tuple[float, Job, Any]] = []
+        for bits, job in rows:
+            with self._failures_of([job]):
+                ready.append((bits, job, self.precisions.model(bits)))
         shared, start = False, time.perf_counter()
-        if len(jobs) > 1:
+        if len(ready) > 1:
+            jobs = [job for _, job, _ in ready]
             with self._failures_of(jobs):
-                for job in jobs:
-                    self._set_bits(job, bits)
-                shared = advance(self.precisions.model(bits), jobs)
+                shared = advance([model for _, _, model in ready], jobs)
         if shared:
             seconds = time.perf_counter() - start
             self._stepping += seconds
-            self.precisions.measured(bits, seconds, len(jobs))
-        for job in jobs:
+            self.precisions.measured([bits for bits, _, _ in ready], seconds)
+        for bits, job, _ in ready:
             if job.finished:  # it failed
                 continue
             if not shared:
                 self._turn(job)
                 continue
             with self._failures_of([job]):
+                self._set_bits(job, bits)
                 made = len(job.tokens)
                 job.answer(self._kept)
                 self._count(job, made)
@@ -298,7 +304,7 @@ class Engine:
             if not prompting:
                 seconds = time.perf_counter() - start
                 self._stepping += seconds
-                self.precisions.measured(bits, seconds)
+                self.precisions.measured([bits], seconds)
             self._count(job, made)
 
     @contextmanager

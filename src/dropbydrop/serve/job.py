@@ -269,8 +269,8 @@ class Job:
         self.finished, self._cache, self._logits = True, None, None
 
 
-def advance(model: Any, jobs: Sequence[Job]) -> bool:
-    """Compute the next logits of jobs that generate at the precision of `model`, in one pass.
+def advance(models: Sequence[Any], jobs: Sequence[Job]) -> bool:
+    """Compute the next logits of jobs that generate, each by its model, in one pass.
 
     Each gets what `turn` would compute, bit for bit. False, with nothing changed, where the model
     or a cache does not allow it.
@@ -278,7 +278,7 @@ def advance(model: Any, jobs: Sequence[Job]) -> bool:
     for job in jobs:
         make_room(job._cache, job._length, 1)
     last = [job.tokens[-1] for job in jobs]
-    logits = fused_decode.decode_together(model, last, [job._cache for job in jobs])
+    logits = fused_decode.decode_together(models, last, [job._cache for job in jobs])
     if logits is None:
         return False
     for job, row in zip(jobs, logits, strict=True):

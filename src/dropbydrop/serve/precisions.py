@@ -10,7 +10,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -26,12 +25,11 @@ from dropbydrop.runtime.views import view
 from dropbydrop.system.errors import PrecisionError
 
 from .caches import new_cache
-from .shed import Costs
+from .shed import Costs, Meter
 
 _MOST_AVERAGES = 8
 _WARM = 6  # steps at each level before the first request
 _ROWS = 4  # requests of a pass that is measured then
-_NEW = 0.1  # weight of a new measurement
 
 
 class Precisions:
@@ -57,8 +55,7 @@ class Precisions:
         self._views: dict[float, Any] = {p: views[str(p)][1] for p in chosen}
         self._averages: OrderedDict[float, Any] = OrderedDict()
         self._bytes: dict[float, int] = {p: read_bytes(m) for p, m in self._views.items()}
-        self._seconds: dict[float, float] = {}
-        self._row = 1.0
+        self._meter = Meter()
         self.base = self._views[chosen[-1]]
         self.cache_bytes = _cache_bytes(self.base)
 
@@ -88,45 +85,47 @@ class Precisions:
 
     def costs(self) -> Costs:
         """What was measured; averages are not listed."""
-        return Costs(dict(self._seconds), self._row)
+        return self._meter.costs()
 
-    def measured(self, bits: float, seconds: float, requests: int = 1) -> None:
-        """Note the duration of a step. One that was interrupted for long counts only a little."""
-        if bits not in self._views:
-            return
-        old = self._seconds.get(bits, seconds)
-        if requests == 1:
-            self._seconds[bits] = old + _NEW * (min(seconds, 4 * old) - old)
-        else:
-            row = (seconds / old - 1) / (requests - 1)
-            self._row += _NEW * (min(max(row, 0.0), 1.0) - self._row)
+    def measured(self, levels: Sequence[float], seconds: float) -> None:
+        """Note the duration of a pass, with the precision of each request in it."""
+        self._meter.note(levels, seconds)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Run some steps at each level: prepares its matrices, and measures a step, alone and, at
-        the highest level, of several requests together."""
-        ids = torch.zeros(1, 1, dtype=torch.long)
-        for bits, model in self._views.items():
-            size = 2 + 2 * _WARM
-            caches = [
-                new_cache(model.config, fused_decode.native(model), 1, size) for _ in range(_ROWS)
-            ]
-            times = []
-            for _ in range(1 + _WARM):
+        the highest level, of several requests together. Tries whether levels can share a pass.
+
+        Levels take turns and the fastest step of each counts, so that other work on the machine,
+        which comes and goes, does not change their order.
+        """
+        ids, size = torch.zeros(1, 1, dtype=torch.long), 2 + 3 * _WARM
+        caches = {
+            bits: new_cache(model.config, fused_decode.native(model), 1, size)
+            for bits, model in self._views.items()
+        }
+        times: dict[float, list[float]] = {bits: [] for bits in caches}
+        for _ in range(1 + _WARM):
+            for bits, model in self._views.items():
                 start = time.perf_counter()
-                model(input_ids=ids, past_key_values=caches[0], use_cache=True)
-                times.append(time.perf_counter() - start)
-            self._seconds[bits] = median(times[1:])
-        for cache in caches[1:]:
+                model(input_ids=ids, past_key_values=caches[bits], use_cache=True)
+                times[bits].append(time.perf_counter() - start)
+        seconds = {bits: min(found[1:]) for bits, found in times.items()}
+        self._meter = Meter(seconds)
+        model = self._views[self.highest]
+        rows = [new_cache(model.config, fused_decode.native(model), 1, size) for _ in range(_ROWS)]
+        for cache in rows:
             model(input_ids=ids, past_key_values=cache, use_cache=True)
-        times = []
+        shared = []
         for _ in range(_WARM):
             start = time.perf_counter()
-            if fused_decode.decode_together(model, [0] * _ROWS, caches) is None:
+            if fused_decode.decode_together([model] * _ROWS, [0] * _ROWS, rows) is None:
                 return
-            times.append(time.perf_counter() - start)
-        row = (median(times[1:]) / self._seconds[bits] - 1) / (_ROWS - 1)
-        self._row = min(max(row, 0.0), 1.0)
+            shared.append(time.perf_counter() - start)
+        row = (min(shared[1:]) / seconds[self.highest] - 1) / (_ROWS - 1)
+        ends = [self._views[p] for p in (self.levels[0], self.highest)]
+        mixed = fused_decode.decode_together(ends, [0, 0], rows[:2]) is not None
+        self._meter = Meter(seconds, min(max(row, 0.0), 1.0), mixed)
 
 
 def _cache_bytes(model: Any) -> int:

@@ -1,12 +1,12 @@
 """Which precision a server can afford: a pure function of measurements.
 
-One worker runs a pass for each precision in use, in turn, so a token of any request takes the sum
-of all passes. A pass of n requests takes the time of one and n - 1 times the share `Costs.row` of
-it, since a weight is read once for all of them. Prompts are read between passes (`Costs.beside`).
-The sum must stay below 1 / `target` seconds. What can be changed is the level of requests that
-allow it, and there is an order in which they pay: first `flex` requests go down, level by level,
-then the others. The pairs (level of flex, level of the others) along this order are the rungs of a
-ladder,
+One worker runs a pass for all requests, or one for each precision in use where they cannot share
+it, so a token of any request takes the sum of all passes. A pass takes the time of its dearest
+request alone, and for each other one the share `Costs.row` of its own time, since a plane is read
+once for all that need it. Prompts are read between passes (`Costs.beside`). The sum must stay below
+1 / `target` seconds. What can be changed is the level of requests that allow it, and there is an
+order in which they pay: first `flex` requests go down, level by level, then the others. The pairs
+(level of flex, level of the others) along this order are the rungs of a ladder,
 
     (4, 4)  (3, 4)  (2, 4)  (2, 3)  (2, 2)
 
@@ -20,12 +20,12 @@ server; here every request has a precision of its own.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MARGIN = 0.7
 HOLD = 2.0  # seconds
+_NEW = 0.1  # weight of a new measurement
 PINNED, DEFAULT, FLEX = "pinned", "default", "flex"  # what may happen to a request
 
 
@@ -35,14 +35,53 @@ class Costs:
 
     Attributes:
         seconds: of a step of one request, by level.
-        row: what each further request in a pass adds, as a share of that; 1 where every request
-            has a step of its own.
+        row: what each further request in a pass adds, as a share of its own step; 1 where every
+            request has one.
+        mixed: whether requests at different precisions share a pass.
         beside: seconds of a round that are no steps: prompts that are read, mostly.
     """
 
     seconds: Mapping[float, float]
     row: float = 1.0
     beside: float = 0.0
+    mixed: bool = False
+
+
+class Meter:
+    """What steps are seen to cost, by a server that uses one level or two of many at a time.
+
+    A level that is not in use is not measured, and one that looks too dear would never be used: so
+    all levels follow the one that is measured, as whatever slows it slows them too, and none is
+    taken to be dearer than a higher one, which reads more.
+    """
+
+    def __init__(
+        self, seconds: Mapping[float, float] | None = None, row: float = 1.0, mixed: bool = False
+    ) -> None:
+        """As in `Costs`, to begin with."""
+        self._seconds, self._row, self._mixed = dict(seconds or {}), row, mixed
+
+    def note(self, levels: Sequence[float], seconds: float) -> None:
+        """Take in the duration of a pass, with the precision of each request in it.
+
+        One that was interrupted for long counts only a little, one with an average not at all.
+        """
+        if any(bits not in self._seconds for bits in levels):
+            return
+        times = [self._seconds[bits] for bits in levels]
+        first = max(times)
+        if len(levels) == 1:
+            change = 1 + _NEW * (min(seconds / first, 4) - 1)
+            self._seconds = {bits: known * change for bits, known in self._seconds.items()}
+        else:
+            row = (seconds - first) / (sum(times) - first)
+            self._row += _NEW * (min(max(row, 0.0), 1.0) - self._row)
+
+    def costs(self) -> Costs:
+        known, least, found = self._seconds, float("inf"), {}
+        for bits in sorted(known, reverse=True):
+            found[bits] = least = min(least, known[bits])
+        return Costs(found, self._row, mixed=self._mixed)
 
 
 @dataclass(frozen=True)
@@ -73,10 +112,12 @@ def level_at(rung: tuple[int, int], load: Load) -> float:
 
 def predicted(rung: tuple[int, int], loads: Sequence[Load], costs: Costs) -> float:
     """Seconds a token of each running request takes on a rung."""
-    passes = Counter(level_at(rung, load) for load in loads)
-    steps = sum(
-        step_seconds(bits, costs.seconds) * (1 + costs.row * (n - 1)) for bits, n in passes.items()
-    )
+    passes: dict[float, list[float]] = {}
+    for load in loads:
+        bits = level_at(rung, load)
+        seconds = step_seconds(bits, costs.seconds)
+        passes.setdefault(0 if costs.mixed else bits, []).append(seconds)
+    steps = sum(max(x) + costs.row * (sum(x) - max(x)) for x in passes.values())
     return steps + costs.beside
 
 

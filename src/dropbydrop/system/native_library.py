@@ -20,7 +20,7 @@ from pathlib import Path
 
 log = logging.getLogger("dropbydrop.native")
 
-VERSION = 4  # drop_version() that this module was written for
+VERSION = 5  # drop_version() that this module was written for
 _FILE = "libdropbydrop." + {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 
 _int, _i64, _ptr, _str = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p

@@ -1,12 +1,14 @@
 """Decoding a token natively: all blocks of a Llama-like model in one call.
 
     step = DecodeStep(decoder, group_of)      # group_of([q, k, v]) -> their `CpuGroup`
-    states = step(embedded, [(position, caches)])
+    states = step(embedded, [Place(position, caches)])
 
 With every product at memory speed, half of a token's time on a 135M model is spent between the
 products: 211 calls from Python and some 300 small torch operators a token, compiled or not. This
 replaces them by one native call (native/kernels/step.cpp) for up to 16 tokens, of one sequence or
-of several: a token's result is the same bit for bit in any company. It computes what the blocks
+of several, at one precision or each at its own: planes are added up, so tokens at P planes take
+part in the first P of a product, and a plane is read once for all that need it. A token's result is
+the same bit for bit in any company. It computes what the blocks
 compute, in float32 between the products; q/k/v share one rotation and one set of tables, as do gate
 and up. runtime/fused_decode.py lets a model use it.
 
@@ -21,7 +23,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +40,30 @@ from .cpu_group import CpuGroup
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # config.model_type
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _MAGIC = 0x7265646F63656464  # DROP_DECODER_MAGIC
+_MIXED = -2  # drop_step: decoders of different codes
 
 
 GroupOf = Callable[[Sequence[nn.Module]], PreparedGroup]
 Caches = list[tuple[Tensor, Tensor]]  # of a sequence: keys and values of each block
+
+
+class Place(NamedTuple):
+    """Where a token stands.
+
+    Attributes:
+        position: in its sequence; written there.
+        caches: of the sequence, each tensor [1, kv_heads, capacity, head_dim], contiguous. Tokens
+            of one sequence follow each other and name the same object.
+        step: that of the token's own precision, None for the one that is called.
+    """
+
+    position: int
+    caches: Caches
+    step: DecodeStep | None = None
+
+
+class MixedCodesError(ValueError):
+    """Tokens of one call whose precisions are no prefixes of the same codes."""
 
 
 class _Block(ctypes.Structure):
@@ -62,7 +84,10 @@ class _Decoder(ctypes.Structure):
 
 
 class _Place(ctypes.Structure):
-    _fields_ = (*members(ctypes.c_int64, "position", "capacity"), ("caches", ctypes.c_void_p))
+    _fields_ = (
+        *members(ctypes.c_int64, "position", "capacity"),
+        *members(ctypes.c_void_p, "caches", "decoder"),
+    )
 
 
 class _Tokens(ctypes.Structure):
@@ -116,6 +141,8 @@ class DecodeStep:
         for i, layer in enumerate(inner.layers):
             self.blocks[i] = self._block(layer, group_of, config.hidden_size)
         self.hidden = config.hidden_size
+        groups = (g for b in self.blocks for g in (b.qkv, b.output, b.gate_up, b.down))
+        self.planes = sum(group.prefix for group in groups)  # that a token reads
         self._decoder = _Decoder(
             _MAGIC,
             self.hidden,
@@ -183,18 +210,18 @@ class DecodeStep:
             self._decoder.sines = self._floats(sines[0])
             self._decoder.positions = size
 
-    def __call__(self, embedded: Tensor, places: Sequence[tuple[int, Caches]]) -> Tensor:
+    def __call__(self, embedded: Tensor, places: Sequence[Place]) -> Tensor:
         """Run n tokens through all blocks and the final norm.
 
         Args:
             embedded: [n, hidden], n at most MAX_GEMV_ROWS.
-            places: of each token, its position and its sequence's caches, each tensor
-                [1, kv_heads, capacity, head_dim], contiguous, all of one type; the entry at the
-                position is written. Tokens of one sequence follow each other and name the same
-                object.
+            places: of each token; all caches are of one type.
 
         Returns:
             float32 [n, hidden].
+
+        Raises:
+            MixedCodesError: steps that are no precisions of the same codes; nothing was written.
         """
         n = embedded.shape[0]
         x = embedded.detach().float().contiguous()
@@ -203,20 +230,26 @@ class DecodeStep:
             id(caches): (ctypes.c_void_p * (2 * len(caches)))(
                 *[tensor.data_ptr() for pair in caches for tensor in pair]
             )
-            for _, caches in places
+            for _, caches, _ in places
         }
         described = (_Place * n)(
             *[
-                _Place(position, caches[0][0].shape[2], ctypes.addressof(addresses[id(caches)]))
-                for position, caches in places
+                _Place(
+                    position,
+                    caches[0][0].shape[2],
+                    ctypes.addressof(addresses[id(caches)]),
+                    None if step is None else ctypes.addressof(step._decoder),
+                )
+                for position, caches, step in places
             ]
         )
-        self._positions(1 + max(position for position, _ in places))
+        for step in {place.step or self for place in places}:
+            step._positions(1 + max(place.position for place in places))
         tokens = _Tokens(
             x.data_ptr(),
             out.data_ptr(),
             n,
-            TYPES[places[0][1][0][0].dtype],
+            TYPES[places[0].caches[0][0].dtype],
             ctypes.addressof(described),
         )
         status = ops.native_library().drop_step(
@@ -225,6 +258,8 @@ class DecodeStep:
             ctypes.byref(tokens),
             torch.get_num_threads(),
         )
+        if status == _MIXED:
+            raise MixedCodesError(f"{n} tokens at precisions that share no codes")
         if status:
             told = [(place.position, place.capacity) for place in described]
             raise ValueError(f"{n} tokens at positions in caches of (position, capacity) {told}")
