@@ -97,19 +97,33 @@ def test_completions_with_the_strict_client(server: Running) -> None:
 
 
 def test_the_asynchronous_client(server: Running) -> None:
-    async def run() -> tuple[str, str]:
+    """Chat, completions and responses, whole and streamed, validated strictly."""
+
+    async def run() -> list[tuple[str, str]]:
         asynchronous = openai.AsyncOpenAI(
             base_url=server.address + "/v1", api_key="none", _strict_response_validation=True
         )
         asked: dict[str, Any] = {"model": NAME, "messages": CHAT, "max_tokens": 8, "temperature": 0}
-        whole = await asynchronous.chat.completions.create(**asked)
-        stream = await asynchronous.chat.completions.create(**asked, stream=True)
-        text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        chats = asynchronous.chat.completions
+        chat = (await chats.create(**asked)).choices[0].message.content or ""
+        stream = await chats.create(**asked, stream=True)
+        chunks = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        asked = {"model": NAME, "prompt": "the old mill", "max_tokens": 8, "temperature": 0}
+        text = (await asynchronous.completions.create(**asked)).choices[0].text
+        # a chunk of a text has no finish_reason before the end, which the strict client refuses
+        lenient = openai.AsyncOpenAI(base_url=server.address + "/v1", api_key="none")
+        texts = await lenient.completions.create(**asked, stream=True)
+        pieces = "".join([chunk.choices[0].text async for chunk in texts])
+        asked = {"model": NAME, "input": CHAT, "max_output_tokens": 8, "temperature": 0}
+        answer = (await asynchronous.responses.create(**asked)).output_text
+        events = await asynchronous.responses.create(**asked, stream=True)
+        deltas = [e.delta async for e in events if e.type == "response.output_text.delta"]
+        await lenient.close()
         await asynchronous.close()
-        return whole.choices[0].message.content or "", text
+        return [(chat, chunks), (text, pieces), (answer, "".join(deltas))]
 
-    whole, streamed = asyncio.run(run())
-    assert whole == streamed != ""
+    for whole, streamed in asyncio.run(run()):
+        assert whole == streamed != ""
 
 
 def test_errors_reach_the_client_as_such(server: Running) -> None:
