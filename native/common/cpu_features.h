@@ -7,6 +7,15 @@
 
 #include <cstdint>
 
+// Whose files of instruction sets are part of this build (CMakeLists.txt).
+#ifndef DROP_PORTABLE
+#if defined(__x86_64__) || defined(_M_X64)
+#define DROP_X86
+#elif defined(__aarch64__)
+#define DROP_ARM64
+#endif
+#endif
+
 namespace drop {
 
 enum CpuFeature : uint32_t {

@@ -8,7 +8,7 @@
 
 namespace drop {
 
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef DROP_X86
 extern const Kernel avx512vbmi_kernel, avx512vbmi_u8_kernel, avx512bw_kernel;
 namespace avx2 {
 extern const Kernel kernel, u8_kernel;
@@ -19,7 +19,7 @@ extern const Kernel kernel, u8_kernel;
 }
 #endif
 #endif
-#if defined(__aarch64__)
+#ifdef DROP_ARM64
 namespace neon {
 extern const Kernel kernel, u8_kernel;
 }
@@ -35,17 +35,17 @@ namespace {
 
 // Best first. Exact ("16-bit") LUTs come before 8-bit ones, which are only used when named.
 const Kernel* const kKernels[] = {
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef DROP_X86
     &avx512vbmi_kernel,    &avx512bw_kernel, &avx2::kernel,
 #endif
-#if defined(__aarch64__)
+#ifdef DROP_ARM64
     &neon::kernel,
 #endif
     &portable_kernel,
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef DROP_X86
     &avx512vbmi_u8_kernel, &avx2::u8_kernel,
 #endif
-#if defined(__aarch64__)
+#ifdef DROP_ARM64
     &neon::u8_kernel,
 #endif
     &portable_u8_kernel,

@@ -14,7 +14,7 @@ namespace {
 
 // Best first.
 const SearchBackend* const kBackends[] = {
-#if defined(__x86_64__)
+#ifdef DROP_X86
     &avx512_search,
     &avx2_search,
 #endif

@@ -9,7 +9,7 @@ namespace {
 
 // Best first.
 const TrellisBackend* const kBackends[] = {
-#if defined(__x86_64__)
+#ifdef DROP_X86
     &avx512_trellis,
     &avx2_trellis,
 #endif

@@ -12,6 +12,10 @@ from dropbydrop.system.errors import KernelError
 G = 8
 
 
+def interpreted(backend):
+    return backend == "triton" and not torch.cuda.is_available()
+
+
 def spectrum(d_in, seed=0):
     """A Gram matrix with a decaying spectrum in a random basis, conditioned, float64."""
     generator = torch.Generator().manual_seed(seed)
@@ -204,13 +208,15 @@ class TestEveryBackend:
     def test_sweeps_never_increase_the_objective_of_any_row(self, case, backend):
         codes, _ = self.run(case, backend, sweeps=0, feedback=case.feedback)
         value = case.value(codes.numpy().astype(int))
-        for _ in range(3):
+        for _ in range(1 if interpreted(backend) else 3):
             codes, _ = self.run(case, backend, sweeps=1, descent=case.descent, codes=codes)
             now = case.value(codes.numpy().astype(int))
             assert (now <= value * (1 + 1e-5)).all()
             value = now
 
     def test_rows_do_not_depend_on_each_other(self, case, backend):
+        if interpreted(backend) and case.beam > 1:
+            pytest.skip("Triton is interpreted: one case is enough")
         both = {"feedback": case.feedback, "descent": case.descent, "sweeps": 1}
         whole, _ = self.run(case, backend, **both)
         alone, _ = search(

@@ -105,7 +105,7 @@ class TestOperators:
         error = (input_group(case.x.to(device("triton")))[0].cpu() - case.exact(2, rotated)).norm()
         assert error < 1e-5 * case.exact(2, rotated).norm()
 
-    @pytest.mark.parametrize("prefix", range(1, 9))
+    @pytest.mark.parametrize("prefix", range(1, 9) if torch.cuda.is_available() else (1, 4, 8))
     def test_few_rows_and_many_agree(self, prefix):
         """The two ways through an input group, at every prefix and in both 16-bit types."""
         case = Case(45, 21, 8, n=20)

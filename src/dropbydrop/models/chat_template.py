@@ -36,5 +36,8 @@ def in_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=True
             )
     except Exception as error:  # whatever a template does
-        raise DropError(f"the model's chat template fails ({first_line(error)}).") from error
+        raise DropError(
+            f"the model's chat template fails ({first_line(error)}); write the prompt as the model "
+            "expects it, without the template."
+        ) from error
     return str(text)

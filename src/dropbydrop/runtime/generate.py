@@ -69,7 +69,7 @@ def generate(
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise DropError("this model has no chat template; leave --chat away.")
-        prompt = _in_template(tokenizer, prompt)
+        prompt = in_chat_template(tokenizer, [{"role": "user", "content": prompt}])
     inputs = _inputs(model, tokenizer, prompt, chat)
     settings: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -98,20 +98,6 @@ def generate(
     text = tokenizer.decode(ids[given:], skip_special_tokens=True)
     drafted = None if speculator is None else asdict(speculator.report)
     return Generated(text, given, ids.numel() - given, seconds, drafted)
-
-
-def _in_template(tokenizer: Any, prompt: str) -> str:
-    """The prompt as a user's message in the chat template.
-
-    Raises:
-        DropError: there is none, or it refuses, fails or does not end.
-    """
-    try:
-        return in_chat_template(tokenizer, [{"role": "user", "content": prompt}])
-    except DropError as error:
-        raise DropError(
-            f"{error} Leave --chat away, and write the prompt as the model expects it."
-        ) from error
 
 
 def _inputs(model: Any, tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
