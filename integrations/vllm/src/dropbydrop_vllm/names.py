@@ -45,12 +45,13 @@ class Names:
             packed: last part of the name of a merged layer -> those that it was merged from.
 
         Raises:
-            UnsupportedModelError: only some of them are quantized, they do not read one input, or
-                they are experts.
+            UnsupportedModelError: only some of them are quantized, or they do not read one
+                input.
         """
         parent, dot, leaf = prefix.rpartition(".")
         parts = [f"{parent}{dot}{part}" for part in packed.get(leaf, [leaf])]
-        found = {part: self._stored[part] for part in parts if part in self._stored}
+        index = self._quantization.group_index
+        found = {part: name for part in parts if (name := self._stored.get(part)) in index}
         if not found:
             return None
         if len(found) < len(parts):
@@ -59,9 +60,7 @@ class Names:
                 f"{sorted(found)} quantized. Serve this model with: dropbydrop serve."
             )
         stored = tuple(found.values())
-        index = self._quantization.group_index
-        groups = {index.get(name) for name in stored}
-        if len(groups) > 1 or None in groups:
+        if len({index[name] for name in stored}) > 1:
             raise UnsupportedModelError(
                 f"vLLM merges {list(stored)} into {prefix}, which do not share an input group in "
                 "the checkpoint. Serve this model with: dropbydrop serve."

@@ -1,0 +1,93 @@
+"""Toy checkpoints, engines on them, and what transformers says to the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+import dropbydrop
+
+# head_dim: vLLM's attention on CPUs has no smaller one; d = 96 = 32 x 3, 160 = 32 x 5
+TOY: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "dtype": "float32",
+}
+NEW = 12  # tokens that every request asks for
+NEAR = 1e-2  # of logprobs
+PROMPTS = [[1, 5, 9, 30, 200 + i, 17 + 11 * i] for i in range(8)]
+
+
+def toy(folder: Path, family: str = "llama", code: str = "bytes", **changes: Any) -> Path:
+    """A checkpoint of a random model of a family, with random codes and the levels 2, 3, 4."""
+    changes = {**TOY, **changes}
+    if "query_pre_attn_scalar" in tiny.FAMILIES[family][1]:
+        changes["query_pre_attn_scalar"] = changes["head_dim"]
+    model = tiny.tiny_model(family, **changes)
+    return tiny.write_checkpoint(folder, model, code=code)
+
+
+@contextmanager
+def engine(folder: Path, bits: int | None = None, **settings: Any) -> Iterator[LLM]:
+    """An engine of vLLM in this process; eager unless told otherwise."""
+    options = {} if bits is None else {"additional_config": {"dropbydrop": {"bits": bits}}}
+    defaults = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "seed": 0}
+    llm = None
+    try:
+        llm = LLM(str(folder), **{**defaults, "enforce_eager": True, **options, **settings})
+        yield llm
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an engine answered to a prompt: tokens, their logprobs, prompt tokens from its cache."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    cached: int
+
+
+def ask(llm: LLM, prompts: Sequence[list[int]] = PROMPTS, new: int = NEW, **extra: Any) -> list[Answer]:
+    """Greedy answers to prompts that are sent together."""
+    sampling = SamplingParams(temperature=0, max_tokens=new, logprobs=1, ignore_eos=True, **extra)
+    inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    answers = []
+    for prompt, result in zip(prompts, llm.generate(inputs, sampling, use_tqdm=False), strict=True):
+        (one,) = result.outputs
+        tokens = list(one.token_ids)
+        logprobs = [seen[token].logprob for seen, token in zip(one.logprobs or [], tokens, strict=True)]
+        answers.append(Answer(list(prompt), tokens, logprobs, result.num_cached_tokens or 0))
+    return answers
+
+
+@torch.inference_mode()
+def check(answers: Sequence[Answer], folder: Path, bits: int) -> None:
+    """Answers are those of transformers with the dense weights of a level, in float32.
+
+    transformers reads the engine's own tokens. Where it would have taken another one, the two were
+    as likely as the precision of the kernels can tell.
+    """
+    model = dropbydrop.load(folder, bits=bits, dtype="float32").dequantize()
+    for answer in answers:
+        ids = torch.tensor([answer.prompt + answer.tokens])
+        found = model(ids).logits[0, len(answer.prompt) - 1 : -1].log_softmax(-1)
+        mine = found.gather(-1, torch.tensor(answer.tokens)[:, None])[:, 0]
+        assert (mine - torch.tensor(answer.logprobs)).abs().max() < NEAR
+        assert (found.max(-1).values - mine).max() < NEAR
