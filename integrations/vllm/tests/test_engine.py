@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
-from engines import NEW, PROMPTS, ask, check, engine, toy
 
+import tiny
 from dropbydrop.system.errors import DropError, MissingPlaneError, PrecisionError
+from engines import NEW, PROMPTS, ask, check, engine, toy
 
 LONG = [[1, *[3 + (7 * i + j) % 370 for j in range(90)]] for i in range(3)]
 

@@ -8,6 +8,7 @@ vLLM calls `register` in each of its processes (entry point `vllm.general_plugin
     layers      linears, embedding and head
     ops         the product as one operator, safe to compile and to capture
     loader      reads the planes of one level, and nothing of the others
+    requests    another level for single requests
 """
 
 __all__ = ["register"]
@@ -17,9 +18,10 @@ def register() -> None:
     """Make vLLM know the format. Called in every process of vLLM; safe to call again."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from . import loader, ops
+    from . import loader, ops, requests
     from .config import DropByDropConfig
 
     register_quantization_config("dropbydrop")(DropByDropConfig)
     ops.register()
     loader.register()
+    requests.register()

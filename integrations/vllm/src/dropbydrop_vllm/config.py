@@ -54,6 +54,12 @@ def asked_bits(options: object, stored: Stored) -> int:
     return stored.check_level(options.get("bits", stored.levels[-1]))
 
 
+def options_of(config: VllmConfig) -> object:
+    """Our part of --additional-config."""
+    given = config.additional_config
+    return given.get(OPTIONS) if isinstance(given, dict) else None
+
+
 def check_engine(config: VllmConfig) -> None:
     """Raise UnsupportedModelError for what these layers cannot do."""
     parallel = config.parallel_config
@@ -131,17 +137,14 @@ class DropByDropConfig(QuantizationConfig):
         if self._codes is None:
             config = get_current_vllm_config()
             check_engine(config)
-            options = config.additional_config
-            bits = asked_bits(
-                options.get(OPTIONS) if isinstance(options, dict) else None, self.stored
-            )
+            bits = asked_bits(options_of(config), self.stored)
             checkpoint = Checkpoint.open(Path(self.folder))
             checkpoint.require(bits)
             self._codes = Codes(PlaneStore(checkpoint), bits)
         return self._codes
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of a layer of vLLM's. Raises UnsupportedModelError: see `names`, and experts."""
+        """The method of a layer. Raises UnsupportedModelError: see `names`, and experts."""
         if isinstance(layer, RoutedExperts):
             raise UnsupportedModelError(
                 f"{prefix} is a mixture of experts, which this plugin does not serve. Use: "

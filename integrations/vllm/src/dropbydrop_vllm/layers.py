@@ -2,9 +2,9 @@
 
 A layer holds no parameters that vLLM would load: its planes are read from the checkpoint when vLLM
 has loaded everything else (`process_weights_after_loading`), straight into the layout that the
-device's kernel reads. Products and decoding are dropbydrop's own (`dropbydrop.kernels`), which also
-decide what runs: look-up tables for few tokens, a decoded matrix for many, Triton or CUDA kernels on
-a GPU.
+kernel of the device reads. Products and decoding are dropbydrop's own (`dropbydrop.kernels`), which
+also decide what runs: look-up tables for few tokens, a decoded matrix for many, Triton or CUDA
+kernels on a GPU.
 """
 
 from __future__ import annotations
@@ -34,14 +34,19 @@ class Codes:
     store: PlaneStore
     bits: int
 
-    def group(self, modules: Sequence[str], device: torch.device) -> kernels.PreparedGroup:
+    def groups(
+        self, modules: Sequence[str], device: torch.device
+    ) -> dict[int, kernels.PreparedGroup]:
         """Matrices of one input group, read from disk and ready for the kernel of a device.
+
+        Level -> what multiplies at it: on a CPU all levels that these planes serve, on the same
+        memory; elsewhere the one.
 
         Raises:
             MissingPlaneError, FormatError: a plane is absent or damaged.
         """
         checkpoint = self.store.checkpoint
-        prefix = checkpoint.quantization.prefix_of(self.bits)
+        stored, prefix = checkpoint.quantization, checkpoint.quantization.prefix_of(self.bits)
         entries = self.store.input_group(modules[0], device)
         books = self.store.derived(
             ("books", entries.codebooks), lambda: kernels.prepare_codebooks(entries.books)
@@ -54,11 +59,14 @@ class Codes:
                     spec,
                     *checkpoint.shapes[module],
                 )
-                for m, spec in enumerate(checkpoint.quantization.planes[:prefix], 1)
+                for m, spec in enumerate(stored.planes[:prefix], 1)
             )
             scales = checkpoint.read(f"{module}.scales").to(device, copy=True)
             matrices.append(kernels.Matrix(planes, scales))
-        return kernels.prepare_group(matrices, books, entries.rotation, prefix)
+        return {
+            level: kernels.prepare_group(matrices, books, entries.rotation, stored.prefix_of(level))
+            for level in (stored.served_by(prefix) if device.type == "cpu" else (self.bits,))
+        }
 
 
 def _device() -> torch.device:
@@ -93,11 +101,11 @@ class NestedLinearMethod(LinearMethodBase):
         key = key_of(self.modules)
         get_current_vllm_config().compilation_config.static_forward_context[key] = layer
         layer.dropbydrop_key, layer.dropbydrop_width = key, asked[0]
-        layer.dropbydrop_device, layer.dropbydrop_group = _device(), None
+        layer.dropbydrop_device, layer.dropbydrop_groups = _device(), None
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        if layer.dropbydrop_group is None:
-            layer.dropbydrop_group = self.codes.group(self.modules, layer.dropbydrop_device)
+        if layer.dropbydrop_groups is None:
+            layer.dropbydrop_groups = self.codes.groups(self.modules, layer.dropbydrop_device)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., d_in] -> [..., rows of all matrices]."""

@@ -1,8 +1,8 @@
 """Reads one level of a checkpoint, and nothing of the others.
 
-vLLM's default loader reads every safetensors file of a folder. Here the tensors of model.safetensors
-that vLLM's own layers hold (norms, biases, 16-bit embeddings) go its way; codes, scales and 8-bit
-rows are read by the layers themselves (`layers`), of the planes of their level only.
+vLLM's default loader reads every safetensors file of a folder. Here the tensors of
+model.safetensors that vLLM's own layers hold (norms, biases, 16-bit embeddings) go its way; codes,
+scales and 8-bit rows are read by the layers themselves (`layers`), of no plane above their level.
 
 The loader of `--load-format auto` is replaced by one that does this for our checkpoints and leaves
 all others to vLLM: there is no seam by which a quantization names its loader.
@@ -29,7 +29,9 @@ def dense_tensors(checkpoint: Checkpoint) -> Iterator[str]:
     """Names in model.safetensors of what vLLM's own layers hold."""
     stored = checkpoint.quantization
     ours = {f"{module}.scales" for module in stored.modules}
-    ours |= {f"{name}.{leaf}" for name in stored.embeddings.modules for leaf in ("rows", "row_scales")}
+    ours |= {
+        f"{name}.{leaf}" for name in stored.embeddings.modules for leaf in ("rows", "row_scales")
+    }
     ours |= {*stored.guards, *stored.codebooks}
     for name in checkpoint.rest:
         if name not in ours and not name.startswith(("input_groups.", "rotations.")):

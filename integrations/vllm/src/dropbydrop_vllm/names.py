@@ -1,8 +1,8 @@
 """Which matrices of a checkpoint a layer of vLLM holds.
 
 vLLM merges linears that read the same input (q, k and v; gate and up) into one layer, and some of
-its models have other names than those of transformers, which a checkpoint uses. An input group of a
-checkpoint is exactly such a merged layer: one rotation, one set of codebooks, rows below each other.
+its models have other names than those of transformers, which a checkpoint uses. An input group of
+a checkpoint is just such a merged layer: one rotation, one set of codebooks, rows below each other.
 """
 
 from __future__ import annotations
