@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
+import tiny
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.system.errors import UnsupportedModelError
 from dropbydrop.system.version import __version__
