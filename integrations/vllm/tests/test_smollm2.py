@@ -1,4 +1,4 @@
-"""SmolLM2 at every level: the same greedy tokens as transformers, and logprobs within 1e-2.
+"""SmolLM2 at every level: the greedy tokens of transformers (up to ties), logprobs within 1e-2.
 
 DROPBYDROP_SMOLLM2 names the checkpoint; `make test-vllm` quantizes one. Without it nothing runs.
 """
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 import dropbydrop
 from engines import NEAR, ask, engine
 
+NEW = 16  # tokens
 TEXTS = (
     "The sea is",
     "Once upon a time there was a small",
@@ -39,21 +40,27 @@ def test_tokens_and_logprobs(bits: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [tokenizer(text).input_ids for text in TEXTS]
     with engine(folder, bits, block_size=32) as llm:
-        answers = ask(llm, prompts, new=16)
+        answers = ask(llm, prompts, new=NEW)
     model = dropbydrop.load(folder, bits=bits, dtype="float32").dequantize()
+    same = 0
     for answer in answers:
         found = model.generate(
             torch.tensor([answer.prompt]),
-            max_new_tokens=16,
-            min_new_tokens=16,
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
         )
         tokens = found.sequences[0, len(answer.prompt) :].tolist()
         logprobs = torch.stack(found.logits)[:, 0].log_softmax(-1)
-        mine = logprobs.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-        assert answer.tokens == tokens
-        worst = float((mine - torch.tensor(answer.logprobs)).abs().max())
-        print(f"{bits} bits: logprobs off by at most {worst:.5f}")
+        # equal as far as the two tokens that differ first are no tie
+        equal = next((i for i, t in enumerate(tokens) if t != answer.tokens[i]), NEW)
+        mine = logprobs.gather(-1, torch.tensor(answer.tokens)[:, None])[:, 0]
+        if equal < NEW:
+            assert logprobs[equal].max() - mine[equal] < NEAR
+        worst = float((mine - torch.tensor(answer.logprobs)).abs()[: equal + 1].max())
+        print(f"{bits} bits: {equal} of {NEW} tokens, logprobs off by at most {worst:.5f}")
         assert worst < NEAR
+        same += equal == NEW
+    assert same >= len(TEXTS) - 1  # and they are rare
