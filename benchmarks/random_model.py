@@ -28,8 +28,9 @@ from dropbydrop.checkpoint import (
     StoredGroup,
 )
 from dropbydrop.coding.codebook_set import SETS, CodebookSet
-from dropbydrop.coding.planes import BytesPlane, PlaneSpec, TrellisPlane, trellis_planes
+from dropbydrop.coding.planes import BytesPlane, PlaneSpec, TrellisPlane, counts_of, trellis_planes
 from dropbydrop.coding.rotation import Rotation
+from dropbydrop.coding.tables import TABLES, rings, table_planes
 
 LEVELS = (2, 3, 4)
 SIZES = {
@@ -127,7 +128,7 @@ def random_checkpoint(
     *,
     code: str = "bytes",
     levels: Sequence[int] = LEVELS,
-    embedding_bits: int = 8,
+    embedding_bits: int | Sequence[int] = 8,
     sign_symmetric: bool = True,
     window: int = 12,
     sizes: Sequence[float] | None = None,
@@ -146,7 +147,7 @@ def random_checkpoint(
         model: its shape and everything but the linears of the blocks.
         code: kind of the planes, "bytes" or "trellis".
         levels: of the checkpoint; its planes are what they need.
-        embedding_bits: of embedding and head.
+        embedding_bits: of embedding and head; one for each level: in planes.
         sign_symmetric: of bytes: codebooks of K/2 stored entries and their negatives, else of K.
         window: of trellis: bits of a window.
         sizes: scale of the codebook of each plane; by default each is half of the last.
@@ -181,22 +182,49 @@ def random_checkpoint(
                 checkpoint.add_linear(module, codes, scales, bias, d_in=d_in)
                 done |= {f"{module}.weight", f"{module}.bias"}
         tables = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
+        embeddings = _embeddings(embedding_bits, tuple(tables), tied, window)
+        if embeddings.by_level:
+            books = random_set(embeddings.planes, seed + 1)
+            checkpoint.add_codebook_set(embeddings.codebooks, books)
+            ends = counts_of(planes, levels)
         for module in tables:
             weight = _values(model.get_submodule(module).weight, generator)
-            checkpoint.add_embedding(module, weight, embedding_bits)
+            if isinstance(embedding_bits, int):
+                checkpoint.add_embedding(module, weight, embedding_bits)
+            else:
+                shape = tuple(weight.shape)
+                codes = [
+                    torch.randint(
+                        0, 256, plane.shape(*rings(shape[0]), shape[1]), dtype=torch.uint8,
+                        generator=generator,
+                    )
+                    for plane in embeddings.planes
+                ]  # fmt: skip
+                turn = group_rotation(1, shape[1], scaled_inputs)
+                scales = weight.square().mean(1).sqrt()
+                checkpoint.add_table(module, codes, scales, turn, embeddings.files(ends))
             done.add(f"{module}.weight")
         for name, parameter in model.named_parameters():
             if name not in done:  # norms
                 checkpoint.add_tensor(name, _values(parameter, generator))
         quantization = QuantizationConfig(
             max(levels), tuple(levels), planes, tuple(input_groups),
-            Embeddings(embedding_bits, tuple(tables), tied), {"base_model": "random", "seed": seed},
+            embeddings, {"base_model": "random", "seed": seed},
         )  # fmt: skip
         config = json.loads(model.config.to_json_string(use_diff=False))
         config["architectures"] = [type(model).__name__]
         config.pop("transformers_version", None)  # so that the bytes depend on us alone
         total = sum(parameter.numel() for parameter in model.parameters())
         return checkpoint.finish(config, quantization, dict(files or {}), total)
+
+
+def _embeddings(
+    bits: int | Sequence[int], modules: tuple[str, ...], tied: bool, window: int
+) -> Embeddings:
+    if isinstance(bits, int):
+        return Embeddings(bits, modules, tied)
+    planes = table_planes(bits, window)
+    return Embeddings(tuple(bits), modules, tied, planes, TABLES)
 
 
 def _values(parameter: Tensor, generator: torch.Generator) -> Tensor:

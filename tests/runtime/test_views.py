@@ -52,6 +52,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "head in 16 bits": ({}, {"embedding_bits": 16}),
     "untied head": ({"tie_word_embeddings": False}, {}),
     "untied head in 16 bits": ({"tie_word_embeddings": False}, {"embedding_bits": 16}),
+    "head in planes": ({}, {"embedding_bits": (4, 5, 5)}),
+    "untied head in planes": ({"tie_word_embeddings": False}, {"embedding_bits": (3, 3, 5)}),
     "biases": ({"attention_bias": True, "mlp_bias": True}, {}),
     "256 entries": ({}, {"sign_symmetric": False}),
     "sharded planes": ({}, {"shard_bytes": 2000}),

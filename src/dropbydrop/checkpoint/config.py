@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 from dropbydrop.coding.code import GROUP
-from dropbydrop.coding.planes import KINDS, PlaneSpec, counts_of
+from dropbydrop.coding.planes import PlaneSpec, counts_of
 from dropbydrop.models.input_groups import InputGroup
 from dropbydrop.system.errors import FormatError, PrecisionError
 
+from .embeddings import Embeddings, parse_plane
 from .fields import FORMAT_VERSION, Fields, check_version, module_names
 from .tensor_files import TensorInfo
 
@@ -50,26 +51,17 @@ def input_scales_name(index: int) -> str:
     return f"input_groups.{index}.input_scales"
 
 
+def table_inputs_name(module: str) -> str:
+    """Signs and scales of the inputs of a table in planes: uint8 [d]."""
+    return f"{module}.input_scales"
+
+
 def odd_name(odd: int) -> str:
     """The orthogonal factor shared by all input groups with this odd factor: float32 [odd, odd]."""
     return f"rotations.odd{odd}"
 
 
 # --------------------------------------------------------------------- quantization_config
-
-
-def parse_plane(data: object, where: str = "plane") -> PlaneSpec:
-    """The spec of a plane (FormatError naming what is unknown)."""
-    given = Fields(data, where)
-    name = given.take("kind", str)
-    if name not in KINDS:
-        raise FormatError(
-            f"{where}: plane of kind {name!r}; this version decodes {' and '.join(KINDS)}. "
-            "Upgrade dropbydrop."
-        )
-    kind = KINDS[name]
-    plain = {f.name: type(f.default) for f in fields(cast(Any, kind))}
-    return kind(**given.exactly(**plain))
 
 
 def _unknown_stack(where: str, experts: int, layout: str) -> FormatError:
@@ -133,29 +125,6 @@ class StoredGroup(InputGroup):
 
 
 @dataclass(frozen=True)
-class Embeddings:
-    """Embedding (and untied head) modules: int8 rows with a scale each, or plain 16-bit weights."""
-
-    bits: int
-    modules: tuple[str, ...]
-    tied: bool
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modules", module_names(self.modules, "embeddings"))
-        if self.bits not in (8, 16):
-            raise FormatError(f"embeddings of {self.bits} bits; this version reads 8 and 16.")
-
-    @staticmethod
-    def from_dict(data: object, where: str = "embeddings") -> Embeddings:
-        """Raises FormatError naming what is unknown."""
-        return Embeddings(**Fields(data, where).exactly(bits=int, modules=list, tied=bool))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return asdict(self) | {"modules": list(self.modules)}
-
-
-@dataclass(frozen=True)
 class QuantizationConfig:
     """The `quantization_config` of config.json.
 
@@ -189,6 +158,8 @@ class QuantizationConfig:
                 "damaged."
             )
         counts_of(self.planes, self.levels)
+        if self.embeddings.by_level:
+            self._check_tables()
         if not self.input_groups:
             raise FormatError("quantization_config lists no input groups: nothing is quantized.")
         for what, names in (
@@ -211,6 +182,19 @@ class QuantizationConfig:
         if both := set(self.modules) & set(self.embeddings.modules):
             raise FormatError(f"{sorted(both)} are listed as quantized linears and as embeddings.")
         self.check_level(self.bits)
+
+    def _check_tables(self) -> None:
+        bits, name = list(self.embeddings.by_level), self.embeddings.codebooks
+        if len(bits) != len(self.levels):
+            raise FormatError(
+                f"embeddings of {bits} bits for the levels {list(self.levels)}: one for each is "
+                "needed. The config is damaged."
+            )
+        if name in (group.codebooks for group in self.input_groups):
+            raise FormatError(
+                f"embeddings and an input group share the codebook set {name!r}. The config is "
+                "damaged."
+            )
 
     def check_level(self, bits: object) -> int:
         """`bits` if it is a level of this checkpoint.
@@ -246,6 +230,20 @@ class QuantizationConfig:
         """The levels that read no more than the first `prefix` planes."""
         return tuple(level for level in self.levels if self._counts[level] <= prefix)
 
+    def table_prefix(self, prefix: int) -> int:
+        """Planes of a table in planes that lie in the first `prefix` plane files."""
+        pairs = zip(self.levels, self.embeddings.counts, strict=False)
+        return max((count for level, count in pairs if self._counts[level] <= prefix), default=0)
+
+    def table_bits(self, prefix: int) -> int:
+        """Bits a weight of these; 0 without tables in planes."""
+        return sum(plane.bits for plane in self.embeddings.planes[: self.table_prefix(prefix)])
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Embedding and head, if they are in planes."""
+        return self.embeddings.modules if self.embeddings.by_level else ()
+
     @cached_property
     def group_index(self) -> dict[str, int]:
         """Quantized module -> index of its input group."""
@@ -265,10 +263,11 @@ class QuantizationConfig:
     @property
     def codebooks(self) -> dict[str, TensorInfo]:
         """Every tensor of the codebook sets: its type and shape."""
+        sets = [(name, self.planes) for name in self.sets]
         return {
             codebook_name(name, m, suffix): TensorInfo(*part)
-            for name in self.sets
-            for m, plane in enumerate(self.planes, 1)
+            for name, planes in [*sets, (self.embeddings.codebooks, self.embeddings.planes)]
+            for m, plane in enumerate(planes, 1)
             for suffix, part in plane.parts.items()
         }
 

@@ -19,7 +19,13 @@ from torch import Tensor
 from dropbydrop.coding.rotation import split_odd
 from dropbydrop.system.errors import FormatError
 
-from .config import RESERVED_PREFIXES, QuantizationConfig, input_scales_name, odd_name
+from .config import (
+    RESERVED_PREFIXES,
+    QuantizationConfig,
+    input_scales_name,
+    odd_name,
+    table_inputs_name,
+)
 from .tensor_files import FLOAT_TYPES, TensorInfo
 
 # Read by transformers, by its tokenizers or by peft wherever they lie in a model folder.
@@ -125,7 +131,13 @@ def _expected(q: QuantizationConfig, rest: Mapping[str, TensorInfo]) -> dict[str
         for module in group.modules
     }
     expected |= {f"{module}.scales": TensorInfo("F16", shape) for module, shape in rows.items()}
-    for module in q.embeddings.modules:
+    for module in q.tables:
+        rows[module], (d,) = sizes(f"{module}.scales", 1), sizes(table_inputs_name(module), 1)
+        expected[f"{module}.scales"] = TensorInfo("F16", rows[module])
+        expected[table_inputs_name(module)] = TensorInfo("U8", (d,))
+        if (odd := split_odd(max(d, 1))[1]) > 1:
+            expected[odd_name(odd)] = TensorInfo("F32", (odd, odd))
+    for module in () if q.tables else q.embeddings.modules:
         eight = q.embeddings.bits == 8
         table = sizes(f"{module}.rows" if eight else f"{module}.weight", 2)
         rows[module] = table[:1]

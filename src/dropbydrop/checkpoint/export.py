@@ -33,8 +33,9 @@ from dropbydrop.system.console import printable, progress_bar
 from dropbydrop.system.errors import DropError
 
 from . import Checkpoint
-from .config import CARD_FILE, CONFIG_FILE, LOG_FILE, RESERVED_PREFIXES
+from .config import CARD_FILE, CONFIG_FILE, LOG_FILE, RESERVED_PREFIXES, table_inputs_name
 from .files import dump_json
+from .tables import dense_table
 from .tensor_files import (
     DTYPE_NAMES,
     DTYPES,
@@ -135,6 +136,11 @@ def _plan(checkpoint: Checkpoint, level: int, dtype: torch.dtype) -> list[Stream
         else:
             parts[module] = _stack(checkpoint, module, prefix, dtype)
             renamed[f"{module}.bias"] = f"{module}_bias"
+    for module in quantization.tables:
+        inputs = table_inputs_name(module)
+        ours |= {f"{module}.scales", inputs}
+        shape = tuple(checkpoint.rest[name].shape[0] for name in (f"{module}.scales", inputs))
+        parts[f"{module}.weight"] = (shape, dtype, _table_rows(checkpoint, module, prefix))
     if quantization.embeddings.bits == 8:
         for module in quantization.embeddings.modules:
             ours |= {f"{module}.rows", f"{module}.row_scales"}
@@ -206,6 +212,13 @@ def _embedding_rows(checkpoint: Checkpoint, module: str) -> Rows:
     def rows(low: int, high: int) -> Tensor:
         scales = checkpoint.read(f"{module}.row_scales")[low:high]
         return checkpoint.read(f"{module}.rows")[low:high].float() * scales.float()[:, None]
+
+    return rows
+
+
+def _table_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Rows:
+    def rows(low: int, high: int) -> Tensor:
+        return dense_table(checkpoint, module, prefix, slice(low, high))
 
     return rows
 

@@ -48,6 +48,7 @@ from .contents import (
 from .fields import parse_json
 from .files import Manifest, dump_json, read_json, read_small
 from .findings import Finding, file_findings
+from .tables import plane_tensors
 from .tensor_files import TensorInfo
 
 
@@ -215,8 +216,11 @@ class Checkpoint:
         """
         if module not in self.shapes or not 1 <= m <= len(self.manifest.planes):
             raise KeyError(f"plane {m} of {module}")
+        return self.read_plane(m, codes_name(module, m))
+
+    def read_plane(self, m: int, name: str) -> Tensor:
+        """A tensor that plane m must hold; raises as `require`."""
         self._check_plane(m)
-        name = codes_name(module, m)
         for file in map(self._file, self.manifest.planes[m - 1]):
             if name in file.header.tensors:
                 return file.tensor(name)
@@ -237,12 +241,13 @@ class Checkpoint:
         Raises:
             FormatError: values that no codebook has (`open` has looked at all sets).
         """
-        planes = self.quantization.planes
+        q = self.quantization
+        planes = q.embeddings.planes if name == q.embeddings.codebooks else q.planes
         parts = tuple(
             {suffix: self.read(codebook_name(name, m, suffix)).clone() for suffix in plane.parts}
             for m, plane in enumerate(planes, 1)
         )
-        books = SETS[self.quantization.kind](planes, parts)
+        books = SETS[planes[0].kind](planes, parts)
         if problems := list(books.problems()):
             raise FormatError(
                 f"{self.path / REST_FILE}: codebook set {name!r} is damaged: "
@@ -346,7 +351,8 @@ class Checkpoint:
                 f"{' …' if len(problems) > 4 else ''}. Files of two checkpoints mixed, or damaged; "
                 "fetch it again."
             )
-        for name in self.quantization.sets:
+        q = self.quantization
+        for name in (*q.sets, *([q.embeddings.codebooks] if q.tables else [])):
             self.read_set(name)
 
     def _check_plane(self, m: int) -> None:
@@ -362,11 +368,7 @@ class Checkpoint:
                 )
         headers = [self._file(name).header for name in self.manifest.planes[m - 1]]
         found = {n: info for header in headers for n, info in header.tensors.items()}
-        plane = self.quantization.planes[m - 1]
-        expected = {
-            codes_name(module, m): TensorInfo("U8", plane.shape(*matrix))
-            for module, matrix in self.shapes.items()
-        }
+        expected = plane_tensors(self.quantization, self.shapes, self.rest, m)
         if found != expected or sum(len(header.tensors) for header in headers) != len(found):
             name = min(set(found) ^ set(expected), default=None)
             if name is None:

@@ -46,12 +46,15 @@ from .config import (
     codes_name,
     input_scales_name,
     odd_name,
+    table_inputs_name,
 )
 from .fields import plain_name
-from .files import REFUSED_SUFFIXES, Manifest, check_replaceable, dump_json, plane_file
+from .files import REFUSED_SUFFIXES, check_replaceable, plane_file
 from .int8_rows import half, quantize_rows
+from .publish import publish
 from .staging import StagingFile
-from .tensor_files import into_shards, stream_tensors, wide_first
+from .tables import plane_tensors
+from .tensor_files import TensorInfo, into_shards, stream_tensors, wide_first
 
 SHARD_BYTES = 5_000_000_000  # as the Hub's tools
 
@@ -194,10 +197,7 @@ class CheckpointWriter:
         if group.d_in != rotation.d_in or not rotation.full:
             raise ValueError(f"{group.name}: the rotation does not match its description")
         self._add(input_scales_name(len(self._input_groups)), rotation.packed())
-        if rotation.odd is not None:
-            name = odd_name(rotation.odd.shape[0])
-            if name not in self._rest.tensors:
-                self._add(name, rotation.odd.to(torch.float32))
+        self._add_odd(rotation)
         self._input_groups.append(group)
 
     def add_embedding(self, module: str, weight: Tensor, bits: int) -> None:
@@ -215,6 +215,33 @@ class CheckpointWriter:
         else:
             kept = weight if weight.dtype == torch.bfloat16 else half(weight, module)
             self._add(f"{module}.weight", kept)
+
+    def add_table(
+        self,
+        module: str,
+        codes: Sequence[Tensor],
+        scales: Tensor,
+        rotation: Rotation,
+        files: Sequence[int],
+    ) -> None:
+        """Add an embedding or untied head in planes; matrices must have been added before.
+
+        Args:
+            codes: its planes, uint8 [rings, bytes, d]. scales: [vocab].
+            files: the number of the plane file that holds each plane (`Embeddings.files`).
+        """
+        for k, (plane, m) in enumerate(zip(codes, files, strict=True), 1):
+            with self._folder.disk_errors():
+                self._planes[m - 1].add(codes_name(module, k), plane)
+        self._add(f"{module}.scales", half(scales, module))
+        self._add(table_inputs_name(module), rotation.packed())
+        self._add_odd(rotation)
+
+    def _add_odd(self, rotation: Rotation) -> None:
+        if rotation.odd is not None:
+            name = odd_name(rotation.odd.shape[0])
+            if name not in self._rest.tensors:
+                self._add(name, rotation.odd.to(torch.float32))
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Add any other parameter (norms, ...) under its Hugging Face name, in its own dtype."""
@@ -298,17 +325,21 @@ class CheckpointWriter:
         if problems:
             raise ValueError("; ".join(problems))
 
+    def _infos(self) -> dict[str, TensorInfo]:
+        """Tensors of model.safetensors added so far."""
+        return {name: staged.info for name, staged in self._rest.tensors.items()}
+
     def _contradictions(self, quantization: QuantizationConfig) -> Iterator[str]:
         """Staged codes and codebooks that the planes of the config do not describe."""
         if len(self._planes) != len(quantization.planes):
             yield f"{len(self._planes)} planes added, the config has {len(quantization.planes)}"
-        for plane, staging in zip(quantization.planes, self._planes, strict=False):
+        for m, staging in enumerate(self._planes[: len(quantization.planes)], 1):
+            planned = plane_tensors(quantization, self._linears, self._infos(), m)
             for name, staged in staging.tensors.items():
-                shape = plane.shape(*self._linears[name.rpartition(".codes.")[0]])
-                if staged.info.shape != shape:
-                    yield f"{name} is {staged.info}, its plane says {list(shape)}"
+                if staged.info != (plan := planned.get(name)):
+                    yield f"{name} is {staged.info}, its plane says {plan or 'nothing'}"
         expected = quantization.codebooks
-        found = {n: s.info for n, s in self._rest.tensors.items() if n.startswith("codebooks.")}
+        found = {n: info for n, info in self._infos().items() if n.startswith("codebooks.")}
         for name in sorted(set(expected) | set(found)):
             if (here := found.get(name)) != (plan := expected.get(name)):
                 yield f"{name} is {here or 'missing'}, expected {plan or 'no such codebook'}"
@@ -316,7 +347,8 @@ class CheckpointWriter:
     def _assemble_plane(self, m: int, quantization: QuantizationConfig) -> tuple[str, ...]:
         staging = self._planes[m - 1]
         staging.file.close()
-        order = [staging.streamed(codes_name(module, m)) for module in quantization.modules]
+        shapes = {module: self._linears[module] for module in quantization.modules}
+        order = map(staging.streamed, plane_tensors(quantization, shapes, self._infos(), m))
         shards = into_shards(order, self._shard_bytes)
         names = tuple(plane_file(m, i, len(shards)) for i in range(1, len(shards) + 1))
         for name, shard in zip(names, shards, strict=True):
@@ -355,28 +387,3 @@ class CheckpointWriter:
         self.abort()
         if kind is None and not self._folder.published:
             raise RuntimeError("the checkpoint was not finished: call finish() inside the block")
-
-
-def publish(
-    folder: AtomicFolder,
-    config: Mapping[str, Any],
-    quantization: QuantizationConfig,
-    planes: tuple[tuple[str, ...], ...],
-    parameters: tuple[int, int],
-    before_publish: Callable[[str], None] | None = None,
-) -> None:
-    """Write config.json and the manifest of everything in `folder`, and rename it to its OUT.
-
-    Args:
-        planes: planes[m - 1] are the file names of plane m.
-        parameters: of the quantized linears, and of the original model.
-        before_publish: called with the manifest's SHA-256 when all but the rename is done.
-    """
-    whole = {**config, "quantization_config": quantization.to_dict()}
-    folder.write(CONFIG_FILE, [dump_json(whole)])
-    manifest = Manifest(dict(folder.files), planes, (REST_FILE,), *parameters).to_dict()
-    Manifest.from_dict(manifest)  # never write what the reader would refuse
-    folder.write(MANIFEST_FILE, [dump_json(manifest)])
-    if before_publish is not None:
-        before_publish(folder.files[MANIFEST_FILE].sha256)
-    folder.publish()

@@ -108,7 +108,10 @@ def estimate(
             shared += info.nbytes
         elif module in checkpoint.shapes and leaf == "scales":
             scales += info.nbytes
-        elif module in q.embeddings.modules and leaf in ("rows", "row_scales"):
+        elif module in q.tables and leaf == "input_scales":
+            shared += info.nbytes
+            embeddings += checkpoint.rest[f"{module}.scales"].shape[0] * info.nbytes  # int8 rows
+        elif module in q.embeddings.modules and leaf in ("rows", "row_scales", "scales"):
             embeddings += info.nbytes
         elif module in q.embeddings.modules:
             embeddings += count * width

@@ -25,6 +25,7 @@ import torch
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.fields import Fields, check_version
 from dropbydrop.checkpoint.files import dump_json, read_json
+from dropbydrop.checkpoint.tables import table_bytes
 from dropbydrop.system.atomic_folder import write_whole
 from dropbydrop.system.errors import FormatError
 from dropbydrop.system.file_errors import file_errors
@@ -101,6 +102,13 @@ class Plan:
         count = checkpoint.quantization.prefix_of
         return {name: count(level) for name, level in self.levels_by_module(checkpoint).items()}
 
+    def table_prefix(self, checkpoint: Checkpoint) -> int:
+        """Plane files that embedding and head read, where they are in planes: those of the highest
+        level that is not above the average, so that a table grows with the matrices."""
+        bits = self.average_bits(checkpoint)
+        below = [level for level in checkpoint.levels if level <= bits]
+        return checkpoint.quantization.prefix_of(below[-1] if below else checkpoint.levels[0])
+
     def average_bits(self, checkpoint: Checkpoint) -> float:
         """The levels, averaged over all weights of the quantized matrices."""
         return average(self.levels_by_module(checkpoint), checkpoint)
@@ -108,21 +116,24 @@ class Plan:
     def true_bits(self, checkpoint: Checkpoint) -> float:
         """Bits a weight of the quantized linears, everything counted (`Checkpoint.true_bits`)."""
         weights = checkpoint.manifest.quantized_parameters
-        return checkpoint.true_bits(self.highest) - 8 * self._unread(checkpoint) / weights
+        return checkpoint.true_bits(self.highest) - 8 * self._unread(checkpoint, False) / weights
 
     def bytes_read(self, checkpoint: Checkpoint) -> int:
         """Bytes that loading by this plan reads: `Checkpoint.bytes_at` less the codes left out."""
         return checkpoint.bytes_at(self.highest) - self._unread(checkpoint)
 
-    def _unread(self, checkpoint: Checkpoint) -> int:
+    def _unread(self, checkpoint: Checkpoint, tables: bool = True) -> int:
         """Bytes of codes that the highest level of the plan reads and the plan does not."""
         planes = checkpoint.quantization.planes
         all_of_it = checkpoint.quantization.prefix_of(self.highest)
-        return sum(
+        matrices = sum(
             plane.nbytes(*checkpoint.shapes[module])
             for module, count in self.planes_by_module(checkpoint).items()
             for plane in planes[count:all_of_it]
         )
+        first = self.table_prefix(checkpoint) if tables else all_of_it
+        own = range(first + 1, all_of_it + 1)
+        return matrices + sum(table_bytes(checkpoint, m) for m in own)
 
     def memory(
         self, checkpoint: Checkpoint, dtype: torch.dtype | str | None = None, context: int = 0

@@ -69,7 +69,11 @@ class QuantizeConfig(Settings):
         choices=("universal", "learned"),
     )
     seed: int = setting(0, "Seed of rotations and calibration.")
-    head_bits: int = setting(8, "Bits of embedding and head: 8 or 16.", choices=(8, 16))
+    head_bits: int = setting(
+        8,
+        "Bits of embedding and head: 8 or 16, or in planes: 3, 4 or 5 at most, P + 2 at level P.",
+        choices=(3, 4, 5, 8, 16),
+    )
     windows: int | None = setting(None, "Number of calibration windows [from the preset].")
     seq_len: int = setting(SEQ_LEN, "Tokens of a calibration window.")
     device: str = setting("auto", "Device: auto (a GPU if there is one), cpu, cuda, cuda:1.")
@@ -89,3 +93,8 @@ class QuantizeConfig(Settings):
                 "are universal; `dropbydrop tune` trains them for a checkpoint. Leave --codebooks "
                 "out, or take --code bytes."
             )
+
+    @property
+    def head_in_planes(self) -> bool:
+        """Whether embedding and head are coded in planes."""
+        return self.head_bits < 8

@@ -22,6 +22,7 @@ from dropbydrop.checkpoint import CheckpointWriter, Embeddings, StoredGroup
 from dropbydrop.coding.codebook_set import CodebookSet
 from dropbydrop.coding.codebooks import UNIVERSAL, default_lambdas
 from dropbydrop.coding.encoder import Effort, Encoded, encode_group, group_rotation, learn_group
+from dropbydrop.coding.planes import counts_of
 from dropbydrop.coding.rotation import Rotation, odd_factor, split_odd
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.experts import bias_of, layout_of, leaves_of, weight_of
@@ -30,6 +31,7 @@ from dropbydrop.models.statistics import BlockStatistics
 from dropbydrop.system.distributed import Ranks, assign_by_cost
 
 from .config import QuantizeConfig
+from .encode_tables import TableWriter
 from .log import RunLog
 
 
@@ -263,20 +265,29 @@ class BlockEncoder:
             {"name": name, "bits": bits, "values": tensor.numel(), "reason": reason}
         )
 
-    def write_rest(self, head_bits: int) -> Embeddings:
-        """Write embedding, head and what else lies outside of the blocks."""
-        runner = self.runner
+    def write_rest(self, gram: Tensor | None) -> Embeddings:
+        """Write embedding, head and what else lies outside of the blocks.
+
+        Args:
+            gram: H of the head's inputs, where there is a head that is coded in planes.
+        """
+        runner, config = self.runner, self.config
         modules = [*runner.embedding_modules, *([] if runner.tied else runner.head_modules)]
+        ends = counts_of(self.books.planes, self.levels)
+        tables = TableWriter(self.writer, config, ends, self.effort, runner.device)
         for module in modules:
             weight = runner.read(f"{module}.weight")
-            self.writer.add_embedding(module, weight, head_bits)
+            multiplied = module in runner.head_modules or runner.tied
+            seed = config.seed * 1_000_003 + self._input_groups
+            self._input_groups += 1
+            found = tables.add(module, weight, gram if multiplied else None, seed)
             self.log.parameters += weight.numel()
             role = "head" if module in runner.head_modules else "embedding"
             reason = f"{role}{' and tied head' if runner.tied else ''}; --head-bits chooses"
             self.log.kept.append(
-                {"name": module, "bits": head_bits, "values": weight.numel(), "reason": reason}
+                {"name": module, "values": weight.numel(), "reason": reason, **found}
             )
         for name in runner.outer_names():
             if name.removesuffix(".weight") not in modules:
                 self._keep(name, "outside of the decoder blocks")
-        return Embeddings(head_bits, tuple(modules), runner.tied)
+        return tables.described(tuple(modules), runner.tied)

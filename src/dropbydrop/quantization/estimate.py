@@ -40,7 +40,9 @@ from torch import Tensor, nn
 from dropbydrop.checkpoint import CheckpointWriter
 from dropbydrop.coding.codebooks import UNIVERSAL, default_lambdas
 from dropbydrop.coding.encoder import encode_group, group_rotation, learn_group
+from dropbydrop.coding.planes import counts_of
 from dropbydrop.coding.rotation import split_odd
+from dropbydrop.coding.tables import rings, table_bits
 from dropbydrop.data.calibration import SELF
 from dropbydrop.data.self_generated import Writing, writing_seconds
 from dropbydrop.models.experts import routers, stack_names, weight_of
@@ -122,7 +124,7 @@ def estimate(
     seconds = {
         "calibrate": first.calibrate,
         "activations": first.activations,
-        "encode": first.encode + training,
+        "encode": first.encode + training + first.tables,
         "write": _seconds_a_byte(place.parent) * written,
     }
     seconds["total"] = sum(seconds.values())
@@ -131,7 +133,8 @@ def estimate(
     if resume:  # raw files are kept to the end, and two generations of hidden states
         most = 2 * total + 2 * hidden
     _reset_peak()  # at the end the embedding is read and narrowed
-    at_the_end = peak_memory() + (4 + config.head_bits // 8) * embedding
+    width = 10 if config.head_in_planes else 4 + config.head_bits // 8  # bytes a value
+    at_the_end = peak_memory() + width * embedding
     return Estimate(
         seconds,
         max(first.peak(), at_the_end) / 2**30,
@@ -154,6 +157,7 @@ class FirstBlock:
 
     Attributes:
         calibrate, activations, encode: seconds of the phases, of all blocks.
+        tables: seconds to encode embedding and head, where they are in planes.
     """
 
     def __init__(self, job: Job) -> None:
@@ -183,6 +187,13 @@ class FirstBlock:
         like_it = sum(weights) / weights[0]  # the model in blocks like the first
         self.activations = like_it * (constant + batch * job.windows_asked / step)
         self.encode = like_it * encode
+        # every weight like one of the blocks: a table has a bit or two more
+        self.tables = 0.0
+        if config.head_in_planes:
+            model = runner.model
+            names = {*runner.embedding_modules, *([] if runner.tied else runner.head_modules)}
+            values = sum(model.get_parameter(f"{name}.weight").numel() for name in names)
+            self.tables = encode * values / weights[0]
         runner.release(0)
 
     def _text(self) -> Tensor:
@@ -271,11 +282,28 @@ def _sizes(job: Job, groups: list[InputGroup]) -> tuple[list[int], int, int]:
     total += sum(4 * odd * odd for odd in {split_odd(g.d_in)[1] for g in groups})
     sets = 1 if config.codebooks == UNIVERSAL else runner.num_blocks * len(groups)
     total += sets * sum(plane.codebook_bytes + 130 for plane in planes)
-    total += sum(p.numel() + 2 * len(p) if config.head_bits == 8 else 2 * p.numel() for p in outer)
+    for table in outer:
+        each, rest = _table_sizes(job, tuple(table.shape))
+        sizes = [size + more for size, more in zip(sizes, each, strict=True)]
+        total += sum(each) + rest
     # headers, log and config: about so many characters a tensor, matrix and input group
     total += (130 * (len(planes) + 1) + 300) * len(shapes) + 250 * runner.num_blocks * len(groups)
     total += sum(file.stat().st_size for file in side_files(job.source.folder))
     return sizes, total, max(p.numel() for p in outer)
+
+
+def _table_sizes(job: Job, shape: tuple[int, int]) -> tuple[list[int], int]:
+    """Bytes of an embedding or head in every plane file, and in model.safetensors."""
+    config, (vocab, d) = job.config, shape
+    each = [0] * len(job.planes)
+    if not config.head_in_planes:
+        return each, vocab * d + 2 * vocab if config.head_bits == 8 else 2 * vocab * d
+    bits = table_bits(config.levels, config.head_bits)
+    count, length = rings(vocab)
+    ends = counts_of(job.planes, config.levels)
+    for end, low, high in zip(ends, (0, *bits), bits, strict=False):
+        each[end - 1] += (high - low) * count * length * d // 8
+    return each, 2 * vocab + d
 
 
 def _seconds_a_byte(folder: Path) -> float:

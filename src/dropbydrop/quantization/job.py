@@ -243,10 +243,10 @@ def check_model(runner: BlockRunner, head_bits: int) -> None:
     """
     for module in runner.embedding_modules:
         embedding = runner.model.get_submodule(module)
-        if head_bits == 8 and output_scale(embedding) is None:
+        if head_bits != 16 and output_scale(embedding) is None:
             raise UnsupportedModelError(
                 f"{module} is a {type(embedding).__name__}, which may compute more than a look-up, "
-                "so its rows cannot be stored in 8 bits; quantize this model with --head-bits 16."
+                "so its rows cannot be coded; quantize this model with --head-bits 16."
             )
     blocks = runner.blocks
     for name in stack_names(blocks):

@@ -5,8 +5,9 @@ Steps:
     2. block by block: load its weights, run the windows through it, collecting the Gram matrix of
        every input group and the block's output in one pass; encode its matrices; write them; free
        everything (encode_blocks.py). Activations are those of the unquantized model;
-    3. write what stays (embeddings and head in 8 or 16 bits, norms and biases as they are),
-       config, log, model card, manifest; rename the folder into place.
+    3. write embedding and head, in planes under the H of the final norm's outputs or in 8 or 16
+       bits, what stays as it is (norms and biases), config, log, model card, manifest; rename the
+       folder into place.
 In memory at a time: the hidden states of the windows, one block, its Gram matrices; with a GPU, in
 the GPU's memory. Several processes (torchrun) share the windows and the matrices
 (system/distributed.py).
@@ -34,6 +35,7 @@ from dropbydrop.checkpoint.journal import Journal
 from dropbydrop.coding.codebook_set import set_of
 from dropbydrop.coding.codebooks import UNIVERSAL
 from dropbydrop.data.calibration import Calibration
+from dropbydrop.models.head_statistics import head_gram
 from dropbydrop.models.model_config import text_settings
 from dropbydrop.models.sources import side_files
 from dropbydrop.models.weight_checks import dtype_of
@@ -174,13 +176,18 @@ def _carry_out(
                 encoder.encode_block(i, block, statistics)
                 runner.release(i)
             del statistics
-            more = kept and i + 1 < runner.num_blocks
+            more = kept and (i + 1 < runner.num_blocks or job.config.head_in_planes)
             _commit(journal, encoder, {"block": i}, partition.gather(hidden) if more else None)
             bar.advance(task)
+    gram = None
+    if job.config.head_in_planes:
+        assert hidden is not None
+        with log.timed("activations"):
+            gram = head_gram(runner, hidden, partition)
     del hidden
     if ranks.root:
         with phase("writing the checkpoint", progress), log.timed("write"):
-            _finish(job, encoder, calibration, journal)
+            _finish(job, encoder, calibration, journal, gram)
     return log
 
 
@@ -216,7 +223,7 @@ def _go_on(
         encoder.log.restore([step["run"] for step in journal.steps])
         calibration = journal.steps[0]["calibration"]
     hidden: Tensor | None = None
-    if steps - 1 < runner.num_blocks:
+    if steps - 1 < runner.num_blocks or job.config.head_in_planes:
         whole = None if journal is None else journal.hidden()
         hidden = partition.scatter(whole).to(runner.device)
     return hidden, partition, calibration
@@ -232,12 +239,16 @@ def _commit(
 
 
 def _finish(
-    job: Job, encoder: BlockEncoder, calibration: dict[str, Any], journal: Journal | None
+    job: Job,
+    encoder: BlockEncoder,
+    calibration: dict[str, Any],
+    journal: Journal | None,
+    gram: Tensor | None,
 ) -> None:
     """Write what stays, config, log, model card and manifest; publish."""
     levels, log, folder = job.config.levels, encoder.log, job.source.folder
     job.runner.release_outer()  # large vocabularies: what is written is read once more
-    embeddings = encoder.write_rest(job.config.head_bits)
+    embeddings = encoder.write_rest(gram)
     provenance = {
         "base_model": job.source.name,
         **{k: v for k, v in job.config.to_dict().items() if k not in ("device", "backend")},

@@ -28,6 +28,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from dropbydrop.checkpoint import Embeddings
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.embeddings import embedded_tokens
 from dropbydrop.runtime.hf import place_modules
@@ -116,7 +117,7 @@ def _try_running(runner: BlockRunner, head_bits: int) -> dict[str, tuple[int, in
             runner.release(i)
         for name in tried[kind]:
             shapes[prefix + name] = linears[name].out_features, linears[name].in_features
-    if head_bits == 8:
+    if head_bits != 16:
         plain = runner.logits(hidden)
         with _hidden(runner.model, [*runner.embedding_modules, *runner.head_modules]):
             _check_same(runner.embed(ids), hidden)
@@ -161,7 +162,8 @@ def _try_building(
         },
         quantization=SimpleNamespace(
             planes=planes,
-            embeddings=SimpleNamespace(bits=head_bits, modules=tuple(rows), tied=runner.tied),
+            # tables in planes become modules with eight-bit rows
+            embeddings=Embeddings(min(16, max(8, head_bits)), tuple(rows), runner.tied),
         ),
     )
     place_modules(model, described, len(planes), runner.dtype)

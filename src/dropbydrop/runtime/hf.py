@@ -38,7 +38,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dropbydrop.checkpoint import Checkpoint, QuantizationConfig
-from dropbydrop.checkpoint.config import CONFIG_FILE, FORMAT, REST_FILE
+from dropbydrop.checkpoint.config import CONFIG_FILE, FORMAT, REST_FILE, table_inputs_name
 from dropbydrop.checkpoint.contents import check_model_config
 from dropbydrop.checkpoint.files import read_json
 from dropbydrop.checkpoint.tensor_files import DTYPES
@@ -52,6 +52,7 @@ from .fused_groups import multiply_together
 from .int8_modules import NestedEmbedding, NestedHead
 from .modules import NestedLinear, NestedModule, group_of, refuse_change
 from .plane_store import PlaneStore
+from .tables import TableSource
 
 logger = logging.get_logger(__name__)
 
@@ -154,6 +155,9 @@ class DropByDropQuantizer(HfQuantizer):
         files.extend(str(p) for m in range(1, prefix + 1) for p in checkpoint.plane_paths(m))
         quiet = [f"^{re.escape(name)}$" for name in checkpoint.quantization.guards]
         quiet.append(r"^(codebooks|input_groups|rotations)\.")
+        for table in checkpoint.quantization.tables:  # read by `settle`
+            leaf = re.escape(table.rpartition(".")[2])
+            quiet.append(rf"(^|\.){leaf}\.(codes\.\d+|input_scales)$")
         already = model._keys_to_ignore_on_load_unexpected  # in the first 5.x None or a list
         model._keys_to_ignore_on_load_unexpected = (
             {*already, *quiet} if isinstance(already, set) else [*(already or ()), *quiet]
@@ -176,9 +180,7 @@ class DropByDropQuantizer(HfQuantizer):
             one.codes.settle()
             one.store.add(one.name, one.codes.held())
             _ = one.input_group  # read now, whatever happens to the folder later
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        if isinstance(head, NestedHead) and head.tied:
-            head.row_scales = embedding.row_scales.to(head.rows.device)
+        _settle_tables(model)
         attach(model, group_of)
         multiply_together(model)
         return model
@@ -233,24 +235,30 @@ def place_modules(model: Any, checkpoint: Checkpoint, prefix: int, dtype: Any) -
         _, experts = _find(model, names, owner)
         if experts is not None:
             place_experts(experts, owner, store, prefix)
-    if spec.bits != 8:
+    if spec.bits == 16:
         return
     for stored in spec.modules:
         name, old = _find(model, names, stored)
         if old is None:
             continue
-        rows = checkpoint.rest[f"{stored}.rows"].shape
+        source = TableSource(store, stored, prefix) if spec.by_level else None
+        if source is None:
+            rows = checkpoint.rest[f"{stored}.rows"].shape
+        else:
+            parts = f"{stored}.scales", table_inputs_name(stored)
+            rows = tuple(checkpoint.rest[part].shape[0] for part in parts)
         scale = output_scale(old)
         if scale is not None and tuple(cast(nn.Embedding, old).weight.shape) == rows:
             dtype = dtype or torch.get_default_dtype()
             kind = cast("type[nn.Embedding]", type(old))
-            model.set_submodule(name, NestedEmbedding(rows[0], rows[1], dtype, scale, kind))
+            table = NestedEmbedding(rows[0], rows[1], dtype, scale, kind, source)
+            model.set_submodule(name, table)
         elif type(old) is nn.Linear and tuple(old.weight.shape) == rows:
-            model.set_submodule(name, NestedHead(rows[0], rows[1], old.bias, tied=False))
+            model.set_submodule(name, NestedHead(rows[0], rows[1], old.bias, False, source))
         else:
             raise UnsupportedModelError(
-                f"{stored} has 8-bit rows {list(rows)}, but is {old} in {type(model).__name__}; "
-                "quantize this model with --head-bits 16."
+                f"{stored} has rows {list(rows)} in the checkpoint, but is {old} in "
+                f"{type(model).__name__}; quantize this model with --head-bits 16."
             )
     if spec.tied:
         _tie_head(model)
@@ -288,11 +296,23 @@ def _tie_head(model: Any) -> None:
             f"the checkpoint ties {target} to {source}, but {type(model).__name__} does not "
             "(tie_word_embeddings in config.json). Fetch config.json again."
         )
-    rows = embedding.rows.shape
-    model.set_submodule(target, NestedHead(rows[0], rows[1], head.bias, tied=True))
-    tied[f"{target}.rows"] = f"{source}.rows"
+    vocab, dim, planes = embedding.num_embeddings, embedding.embedding_dim, embedding.source
+    model.set_submodule(target, NestedHead(vocab, dim, head.bias, tied=True, source=planes))
+    if planes is None:  # else `_settle_tables` gives both the same rows
+        tied[f"{target}.rows"] = f"{source}.rows"
     # all_tied_weights_keys serves the loader, _tied_weights_keys later calls of tie_weights().
     model.all_tied_weights_keys, model._tied_weights_keys = tied, dict(tied)
+
+
+def _settle_tables(model: Any) -> None:
+    """Rows of tables in planes; and what a tied head shares with the embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    for module in (embedding, head):
+        if isinstance(module, (NestedEmbedding, NestedHead)) and module.source is not None:
+            own = embedding if isinstance(module, NestedHead) and module.tied else module
+            module.settle(own.scales.device)
+    if isinstance(head, NestedHead) and head.tied and head.source is None:
+        head.row_scales = embedding.row_scales.to(head.rows.device)
 
 
 def _find(model: Any, names: ModuleNames, stored: str) -> tuple[str, nn.Module | None]:

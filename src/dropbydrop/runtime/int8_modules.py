@@ -4,11 +4,15 @@
 
 An embedding widens the rows that are looked up; a head multiplies by the integers themselves
 (kernels/int8_head.py) and makes no dense copy. A tied head shares the rows of the embedding.
+
+Tables in planes have such rows too, made from their planes after loading (tables.py), in rotated
+coordinates: w = (rows * row_scales) Q. A look-up rotates its rows back, a head rotates its input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,28 +22,53 @@ from torch.nn import functional as F
 from dropbydrop import kernels
 
 from .modules import FixedScales
+from .tables import TableRows, TableSource
 
 
 class _Int8Rows(FixedScales):
     """rows int8 [vocab, d] and row_scales float16 [vocab], on the meta device until they are read.
 
-    `persistent`: whether the row scales are saved.
+    `persistent`: whether the row scales are saved. With a `source` both are made from planes by
+    `settle`; what transformers reads is `scales`, float16 [vocab].
     """
 
     rows: Tensor
     row_scales: Tensor
-    _fixed = ("row_scales",)
+    scales: Tensor
+    _fixed = ("row_scales", "scales")
 
-    def __init__(self, vocab: int, dim: int, persistent: bool = True) -> None:
+    def __init__(
+        self, vocab: int, dim: int, persistent: bool = True, source: TableSource | None = None
+    ) -> None:
         super().__init__()
-        rows = torch.empty(vocab, dim, dtype=torch.int8, device="meta")
-        self.register_parameter("rows", nn.Parameter(rows, requires_grad=False))
+        self.source, self._table = source, cast("TableRows | None", None)
         scales = torch.empty(vocab, dtype=torch.float16, device="meta") if persistent else None
-        self.register_buffer("row_scales", scales, persistent=persistent)
+        if source is None:
+            rows = torch.empty(vocab, dim, dtype=torch.int8, device="meta")
+            self.register_parameter("rows", nn.Parameter(rows, requires_grad=False))
+            self.register_buffer("row_scales", scales, persistent=persistent)
+        else:
+            self.register_parameter("rows", None)
+            self.register_buffer("row_scales", None, persistent=False)
+            self.register_buffer("scales", scales, persistent=persistent)
+
+    def settle(self, device: torch.device, prefix: int | None = None) -> None:
+        """Make the rows of a table in planes, of a fresh module; with `prefix` those of a view."""
+        assert self.source is not None
+        self.source = self.source if prefix is None else replace(self.source, prefix=prefix)
+        self._table = table = self.source.read(device)
+        self._parameters["rows"] = nn.Parameter(table.rows, requires_grad=False)
+        self._buffers["row_scales"] = table.row_scales
+
+    def unrotated(self, wide: Tensor) -> Tensor:
+        """Rows of W' [..., d] -> rows of W, in the type of `wide`."""
+        if self.source is None:
+            return wide
+        return self.source.rotation(wide.device).transpose(wide)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """w [vocab, d]."""
-        return (self.rows.float() * self.row_scales.float()[:, None]).to(dtype)
+        return self.unrotated(self.rows.float() * self.row_scales.float()[:, None]).to(dtype)
 
 
 class RowView:
@@ -74,8 +103,9 @@ class NestedEmbedding(_Int8Rows):
         dtype: torch.dtype,
         scale: float = 1.0,
         kind: type[nn.Embedding] = nn.Embedding,
+        source: TableSource | None = None,
     ) -> None:
-        super().__init__(vocab, dim)
+        super().__init__(vocab, dim, source=source)
         self.num_embeddings, self.embedding_dim, self.dtype = vocab, dim, dtype
         self.scale, self._kind = scale, kind
         self._factor = _rounded(scale, dtype)
@@ -84,7 +114,7 @@ class NestedEmbedding(_Int8Rows):
         """ids [...] -> [..., d]."""
         scales = F.embedding(ids, self.row_scales[:, None])  # [..., 1]
         wide = F.embedding(ids, self.rows).float() * scales.float()  # [..., d]
-        out = wide.to(self.dtype)
+        out = self.unrotated(wide).to(self.dtype)
         return out if self._factor == 1.0 else out * self._factor
 
     @property
@@ -92,7 +122,8 @@ class NestedEmbedding(_Int8Rows):
         """Rows of w in the type of the output, those that are asked for."""
 
         def widen(ids: Tensor) -> Tensor:
-            return (self.rows[ids].float() * self.row_scales[ids].float()[..., None]).to(self.dtype)
+            wide = self.rows[ids].float() * self.row_scales[ids].float()[..., None]
+            return self.unrotated(wide).to(self.dtype)
 
         return RowView(self.rows.shape, widen, self.rows)
 
@@ -124,13 +155,22 @@ class NestedHead(_Int8Rows):
 
     bias: nn.Parameter | None
 
-    def __init__(self, vocab: int, dim: int, bias: Tensor | None, tied: bool) -> None:
-        super().__init__(vocab, dim, persistent=not tied)
+    def __init__(
+        self,
+        vocab: int,
+        dim: int,
+        bias: Tensor | None,
+        tied: bool,
+        source: TableSource | None = None,
+    ) -> None:
+        super().__init__(vocab, dim, persistent=not tied, source=source)
         self.out_features, self.in_features, self.tied = vocab, dim, tied
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> logits [..., vocab], in the dtype of x."""
+        if self.source is not None:
+            x = kernels.rotate(x, self.source.rotation(x.device)).to(x.dtype)
         return kernels.rows_linear(x, self.rows, self.row_scales, self.bias)
 
     def extra_repr(self) -> str:

@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -64,6 +65,7 @@ class PlaneStore:
         self._modules: dict[str, torch.device] = {}
         self._held: dict[str, int] = {}  # module -> planes in memory
         self._derived: dict[Hashable, Any] = {}
+        self._shared: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
         self.upgrade: Any = None  # an upgrades.Upgrade, when one was started
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlaneStore:
@@ -160,6 +162,14 @@ class PlaneStore:
                 if value is None:
                     value = self._derived[key] = build()
         return value
+
+    def shared(self, key: Hashable, build: Callable[[], Any]) -> Any:
+        """As `derived`, but kept only while somebody holds it: for what one precision needs."""
+        with self._lock:
+            value = self._shared.get(key)
+            if value is None:
+                value = self._shared[key] = build()
+            return value
 
     def _make_group(self, index: int, device: torch.device) -> GroupEntries:
         spec = self.checkpoint.quantization.input_groups[index]

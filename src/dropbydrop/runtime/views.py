@@ -20,6 +20,7 @@ from dropbydrop.planning.precision import Precision
 from dropbydrop.system.errors import DropError, MissingPlaneError
 
 from .hf import DropByDropConfig
+from .int8_modules import NestedEmbedding, NestedHead
 from .modules import NestedModule
 from .plane_store import PlaneStore
 
@@ -72,6 +73,8 @@ def view(
     for module in made.modules():
         if isinstance(module, NestedModule):
             module._set_prefix(prefixes[module.name])
+        elif isinstance(module, (NestedEmbedding, NestedHead)) and module.source is not None:
+            module.settle(module.rows.device, resolved.table_prefix(store.checkpoint))
     for config in {id(m.config): m.config for m in made.modules() if hasattr(m, "config")}.values():
         if isinstance(getattr(config, "quantization_config", None), DropByDropConfig):
             config.quantization_config = config.quantization_config.with_bits(resolved.highest)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import RESERVED_PREFIXES, codebook_name
+from dropbydrop.checkpoint.tables import dense_table
 from dropbydrop.coding.code import expand_codebook
 from dropbydrop.coding.codebook_set import CodebookSet, TrellisSet
 from dropbydrop.coding.planes import BytesPlane
@@ -47,6 +48,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 
 class StoredWeights(WeightFiles):
     """A checkpoint in the place of a model's files: embeddings dense, all else as it is stored.
+    Embeddings in planes are those of all planes, for every level.
 
     Quantized matrices are listed, so that the runner finds nothing missing; they cannot be read
     here.
@@ -55,7 +57,7 @@ class StoredWeights(WeightFiles):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.folder, self.checkpoint = checkpoint.path, checkpoint
         eight = checkpoint.quantization.embeddings
-        self._rows = set(eight.modules) if eight.bits == 8 else set()
+        self._rows = set(eight.modules) if eight.bits != 16 else set()
         weights = [*checkpoint.quantization.modules, *self._rows]
         self._names = dict.fromkeys([*checkpoint.rest, *(f"{module}.weight" for module in weights)])
 
@@ -67,7 +69,9 @@ class StoredWeights(WeightFiles):
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         module = name.removesuffix(".weight")
-        if module in self._rows:
+        if module in self.checkpoint.quantization.tables:
+            tensor = dense_table(self.checkpoint, module, len(self.checkpoint.manifest.planes))
+        elif module in self._rows:
             scales = self.checkpoint.read(f"{module}.row_scales").float()
             tensor = self.checkpoint.read(f"{module}.rows").float() * scales[:, None]
         else:
@@ -345,7 +349,7 @@ class Student:
             return self.runner.apply_head(hidden, values).float()
 
 
-_ROWS = ("weight", "rows", "row_scales")
+_ROWS = ("weight", "rows", "row_scales", "scales", "input_scales")
 
 
 def refuse_experts(runner: BlockRunner) -> None:

@@ -24,6 +24,7 @@ from dropbydrop.checkpoint.config import (
     REST_FILE,
     codebook_name,
 )
+from dropbydrop.checkpoint.publish import publish
 from dropbydrop.checkpoint.tensor_files import (
     StreamedTensor,
     TensorInfo,
@@ -31,7 +32,6 @@ from dropbydrop.checkpoint.tensor_files import (
     stream_tensors,
     wide_first,
 )
-from dropbydrop.checkpoint.writer import publish
 from dropbydrop.system.atomic_folder import AtomicFolder
 from dropbydrop.system.errors import FormatError
 
@@ -105,7 +105,9 @@ def _rest(
     checkpoint: Checkpoint, quantization: QuantizationConfig, tensors: Mapping[str, Tensor]
 ) -> list[StreamedTensor]:
     """The tensors of model.safetensors: tuned ones, and the others as they were."""
-    sources = {n: n for n in checkpoint.rest if not n.startswith("codebooks.")}
+    tables = checkpoint.quantization.embeddings.codebooks
+    own = f"codebooks.{tables}." if tables else "codebooks.."  # no set has an empty name
+    sources = {n: n for n in checkpoint.rest if n.startswith(own) or not n.startswith("codebooks.")}
     for input_group, old in zip(
         quantization.input_groups, checkpoint.quantization.input_groups, strict=True
     ):

@@ -1,0 +1,94 @@
+"""Tables in planes (coding/tables.py) on disk: what each plane file holds of them, and reading it.
+
+The plane files of a level hold what its tables have beyond those of the level below, so a level
+reads a prefix of a table as it reads a prefix of the matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dropbydrop.coding.rotation import Rotation, split_odd
+from dropbydrop.coding.tables import rings
+
+from .config import QuantizationConfig, codes_name, odd_name, table_inputs_name
+from .tensor_files import TensorInfo
+
+if TYPE_CHECKING:
+    from .reader import Checkpoint
+
+
+def plane_tensors(
+    q: QuantizationConfig,
+    matrices: Mapping[str, tuple[int, ...]],
+    rest: Mapping[str, TensorInfo],
+    m: int,
+) -> dict[str, TensorInfo]:
+    """Every tensor of plane file m, in the order of a writer.
+
+    Args:
+        matrices: quantized module -> its shape.
+        rest: header of model.safetensors, which knows the sizes of tables.
+    """
+    plane = q.planes[m - 1]
+    found = {codes_name(n, m): TensorInfo("U8", plane.shape(*s)) for n, s in matrices.items()}
+    for module in q.tables:
+        vocab, d = rest[f"{module}.scales"].shape[0], rest[table_inputs_name(module)].shape[0]
+        for k in range(q.table_prefix(m - 1) + 1, q.table_prefix(m) + 1):
+            shape = q.embeddings.planes[k - 1].shape(*rings(vocab), d)
+            found[codes_name(module, k)] = TensorInfo("U8", shape)
+    return found
+
+
+def table_bytes(checkpoint: Checkpoint, m: int) -> int:
+    """Bytes of tables in plane file m."""
+    planned = plane_tensors(checkpoint.quantization, {}, checkpoint.rest, m)
+    return sum(info.nbytes for info in planned.values())
+
+
+def read_table(checkpoint: Checkpoint, module: str, prefix: int) -> list[Tensor]:
+    """Codes of a table in the first `prefix` plane files: uint8 [rings, bytes, d] each.
+
+    Raises:
+        MissingPlaneError, FormatError: as `Checkpoint.require`.
+    """
+    q = checkpoint.quantization
+    return [
+        checkpoint.read_plane(m, codes_name(module, k))
+        for m in range(1, prefix + 1)
+        for k in range(q.table_prefix(m - 1) + 1, q.table_prefix(m) + 1)
+    ]
+
+
+def read_table_rotation(checkpoint: Checkpoint, module: str) -> Rotation:
+    """The rotation of a table's columns, in memory."""
+    packed = checkpoint.read(table_inputs_name(module))
+    odd = split_odd(len(packed))[1]
+    factor = checkpoint.read(odd_name(odd)).clone() if odd > 1 else None
+    return Rotation.from_stored(len(packed), packed, factor)
+
+
+def dense_table(
+    checkpoint: Checkpoint, module: str, prefix: int, rows: slice = slice(None)
+) -> Tensor:
+    """Rows of W in the original space, from the first `prefix` planes: float32 [n, d].
+
+    The reference: decodes without kernels.
+    """
+    books = checkpoint.read_set(checkpoint.quantization.embeddings.codebooks)
+    codes = read_table(checkpoint, module, prefix)
+    scales = checkpoint.read(f"{module}.scales")
+    length = rings(len(scales))[1]  # rows of a ring
+    first, last, _ = rows.indices(len(scales))
+    parts = []
+    for ring in range(first // length, -(-last // length)):
+        low = ring * length
+        inside = slice(max(first - low, 0), min(last - low, length))
+        (sums,) = books.sums([plane[ring] for plane in codes], length, [len(codes)], inside)
+        kept = scales[low + inside.start : low + inside.stop].float()
+        parts.append(sums * kept[:, None])
+    return read_table_rotation(checkpoint, module).transpose(torch.cat(parts))
