@@ -1,6 +1,7 @@
 """The nested checkpoint on disk; docs/format.md is its specification.
 
-config.py, fields.py            quantization_config, parsed strictly
+config.py, embeddings.py, fields.py   quantization_config, parsed strictly
+tables.py                       embedding and head in planes
 files.py, tensor_files.py       the manifest; safetensors files
 writer.py, staging.py           one folder, all of it or nothing
 reader.py, contents.py          what is there, what may be there, its tensors
@@ -10,7 +11,8 @@ slice.py, pull.py, origins.py   a precision out of a folder, a server, the Hub
 export.py                       one level as a dense model
 """
 
-from .config import Embeddings, QuantizationConfig, StoredGroup
+from .config import QuantizationConfig, StoredGroup
+from .embeddings import Embeddings
 from .files import Manifest
 from .findings import Finding
 from .reader import Checkpoint

@@ -100,10 +100,15 @@ def print_info(info: Mapping[str, Any], console: Console) -> None:
     text = (
         f"{info['kind']} planes of {planes} bits; {info['matrices']} matrices in "
         f"{info['input_groups']} input groups, codebook sets {named}; embeddings "
-        f"{info['embeddings']['bits']} bits; from "
+        f"{_bits_of(info['embeddings']['bits'])} bits; from "
         f"{made.get('base_model')}, preset {made.get('preset')}, seed {made.get('seed')}"
     )
     console.print(printable(text + "".join(f"; tuned: {d}" for d in tuned)), markup=False)
+
+
+def _bits_of(bits: int | list[int]) -> str:
+    """Bits of embedding and head: one number, or one for each level."""
+    return "/".join(map(str, bits)) if isinstance(bits, list) else str(bits)
 
 
 def print_evaluation(result: Mapping[str, Any], console: Console) -> None:

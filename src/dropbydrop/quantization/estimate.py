@@ -292,7 +292,7 @@ def _sizes(job: Job, groups: list[InputGroup]) -> tuple[list[int], int, int]:
     return sizes, total, max(p.numel() for p in outer)
 
 
-def _table_sizes(job: Job, shape: tuple[int, int]) -> tuple[list[int], int]:
+def _table_sizes(job: Job, shape: tuple[int, ...]) -> tuple[list[int], int]:
     """Bytes of an embedding or head in every plane file, and in model.safetensors."""
     config, (vocab, d) = job.config, shape
     each = [0] * len(job.planes)

@@ -46,6 +46,8 @@ def model_card(
         "bytes": "additive codebooks, a byte a plane for 8 weights",
         "trellis": "additive trellis codes, a stream of bits a plane for every input",
     }[quantization.kind]
+    by_level = "/".join(map(str, quantization.embeddings.by_level))
+    bits = f"{by_level}, by level," if by_level else quantization.embeddings.bits
     made = quantization.provenance
     calibration = made.get("calibration", {})
     source = "text that the model wrote"
@@ -81,7 +83,7 @@ Stock transformers cannot read the codes and stops with a size mismatch. After \
 
 - preset `{made.get("preset")}`, seed {made.get("seed")}
 - calibration: {source}, {calibration.get("windows")} windows of {calibration.get("seq_len")} tokens
-- embeddings and head: {quantization.embeddings.bits} bits
+- embeddings and head: {bits} bits
 
 | bits | mean relative weighted error of a matrix |
 |---|---|
