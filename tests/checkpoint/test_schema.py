@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dropbydrop.checkpoint import Manifest, QuantizationConfig
 from dropbydrop.checkpoint.config import parse_plane
 from dropbydrop.coding.planes import WINDOWS, BytesPlane, TrellisPlane
-from dropbydrop.system.errors import DropError
+from dropbydrop.system.errors import DropError, FormatError
 from tiny import write_checkpoint
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -83,6 +83,58 @@ def test_damaged_configs(written: tuple[dict[str, Any], dict[str, Any]], change:
     change(data)
     assert not CONFIG.is_valid(data)
     with pytest.raises(DropError):
+        QuantizationConfig.from_dict(data)
+
+
+@pytest.fixture(scope="module")
+def with_tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """quantization_config of a checkpoint with embedding and head in planes."""
+    out = write_checkpoint(tmp_path_factory.mktemp("tables") / "out", embedding_bits=(3, 5, 5))
+    config: dict[str, Any] = json.loads((out / "config.json").read_text())["quantization_config"]
+    CONFIG.validate(config)
+    assert QuantizationConfig.from_dict(config).to_dict() == config
+    return config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: e.update(bits=[]),
+        lambda e: e.update(bits=["3", 5, 5]),
+        lambda e: e.update(bits=[3, True, 5]),
+        lambda e: e.update(bits=8),
+        lambda e: e.update(planes=[]),
+        lambda e: e["planes"][0].update(kind="hexagons"),
+        lambda e: e["planes"].__setitem__(0, OTHER_KIND["trellis"]),
+        lambda e: e.pop("codebooks"),
+        lambda e: e.update(codebooks="a/b"),
+        lambda e: e.update(surprise=1),
+    ],
+)
+def test_damaged_tables(with_tables: dict[str, Any], change: Change) -> None:
+    data = copy.deepcopy(with_tables)
+    change(data["embeddings"])
+    assert not CONFIG.is_valid(data)
+    with pytest.raises(DropError):
+        QuantizationConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: e.update(bits=[5, 5]),  # of three levels
+        lambda e: e.update(bits=[5, 3, 5]),
+        lambda e: e.update(bits=[3, 4, 4]),  # not all planes
+        lambda e: e.update(bits=[1, 5, 5]),
+        lambda e: e.update(codebooks="universal"),
+        lambda e: e.update(planes=e["planes"][:-1]),
+    ],
+)
+def test_tables_that_contradict_the_rest(with_tables: dict[str, Any], change: Change) -> None:
+    """What the schema cannot say."""
+    data = copy.deepcopy(with_tables)
+    change(data["embeddings"])
+    with pytest.raises(FormatError):
         QuantizationConfig.from_dict(data)
 
 

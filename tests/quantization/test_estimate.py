@@ -108,7 +108,7 @@ def test_extrapolation(place: Path, monkeypatch: pytest.MonkeyPatch, windows: in
 
 
 @pytest.mark.parametrize("name", ["model", "untied"])
-@pytest.mark.parametrize("head_bits", [8, 16])
+@pytest.mark.parametrize("head_bits", [5, 8, 16])
 def test_bytes(place: Path, tmp_path: Path, name: str, head_bits: int) -> None:
     found = estimate(job(place, name, head_bits=head_bits, windows=3), tmp_path / "out")
     made = pipeline.quantize(

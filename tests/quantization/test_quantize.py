@@ -221,7 +221,7 @@ def test_the_command_line(folder, made, capsys):
         (["quantize", "{m}", "{new}", "--bits", "two"], "whole numbers"),
         (["quantize", "{m}", "{new}", "--bits", "2,9"], "1 to 8"),
         (["quantize", "{m}", "{new}", "--preset", "heroic"], "heroic"),
-        (["quantize", "{m}", "{new}", "--head-bits", "4"], "8, 16"),
+        (["quantize", "{m}", "{new}", "--head-bits", "6"], "8, 16"),
         (["quantize", "{r}/nowhere", "{new}"], "nowhere"),
         (["quantize", "{m}", "{new}", "--calibration", "{r}/none.txt"], "none.txt"),
         (["quantize", "{m}", "{new}", "--calibration", "{r}/text.txt", "--windows", "9999"],

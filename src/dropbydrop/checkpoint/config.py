@@ -17,7 +17,7 @@ from dropbydrop.coding.planes import PlaneSpec, counts_of
 from dropbydrop.models.input_groups import InputGroup
 from dropbydrop.system.errors import FormatError, PrecisionError
 
-from .embeddings import Embeddings, parse_plane
+from .embeddings import MAX_PLANES, Embeddings, parse_plane
 from .fields import FORMAT_VERSION, Fields, check_version, module_names
 from .tensor_files import TensorInfo
 
@@ -28,7 +28,6 @@ REST_FILE = "model.safetensors"
 CARD_FILE = "README.md"  # the model card
 LOG_FILE = "quantize-log.jsonl"  # one line a matrix
 RESERVED_PREFIXES = ("codebooks.", "input_groups.", "rotations.")  # of our tensors alone
-MAX_PLANES = 64  # kMaxPlanes of the native kernels
 LAYOUTS = ("fused", "fused-transposed")  # of stacks of experts in the original model
 SIGNPOST = "call_dropbydrop_register_before_loading"  # an empty tensor: tells what to do
 

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from dropbydrop.coding.rotation import split_odd
+from dropbydrop.coding.tables import rings
 from dropbydrop.system.errors import FormatError
 
 from .config import (
     RESERVED_PREFIXES,
     QuantizationConfig,
+    codes_name,
     input_scales_name,
     odd_name,
     table_inputs_name,
@@ -153,6 +155,28 @@ def _expected(q: QuantizationConfig, rest: Mapping[str, TensorInfo]) -> dict[str
             kind = bias.dtype if bias.dtype in FLOAT_TYPES else "F16"
             expected[f"{module}.bias"] = TensorInfo(kind, shape)
     return expected
+
+
+def plane_tensors(
+    q: QuantizationConfig,
+    matrices: Mapping[str, tuple[int, ...]],
+    rest: Mapping[str, TensorInfo],
+    m: int,
+) -> dict[str, TensorInfo]:
+    """Every tensor of plane file m, in the order of a writer.
+
+    Args:
+        matrices: quantized module -> its shape.
+        rest: header of model.safetensors, which knows the sizes of tables.
+    """
+    plane = q.planes[m - 1]
+    found = {codes_name(n, m): TensorInfo("U8", plane.shape(*s)) for n, s in matrices.items()}
+    for module in q.tables:
+        vocab, d = rest[f"{module}.scales"].shape[0], rest[table_inputs_name(module)].shape[0]
+        for k in range(q.table_prefix(m - 1) + 1, q.table_prefix(m) + 1):
+            shape = q.embeddings.planes[k - 1].shape(*rings(vocab), d)
+            found[codes_name(module, k)] = TensorInfo("U8", shape)
+    return found
 
 
 def value_problem(name: str, tensor: Tensor) -> str | None:

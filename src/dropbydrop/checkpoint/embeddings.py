@@ -12,6 +12,8 @@ from dropbydrop.system.errors import FormatError
 
 from .fields import Fields, module_names
 
+MAX_PLANES = 64  # kMaxPlanes of the native kernels
+
 
 def parse_plane(data: object, where: str = "plane") -> PlaneSpec:
     """The spec of a plane (FormatError naming what is unknown)."""
@@ -57,15 +59,18 @@ class Embeddings:
         object.__setattr__(self, "bits", tuple(self.bits))
         object.__setattr__(self, "planes", tuple(self.planes))
         module_names([self.codebooks], "embeddings")
+        if len(self.planes) > MAX_PLANES:
+            raise FormatError(f"embeddings of {len(self.planes)} planes. The config is damaged.")
         if any(not isinstance(plane, TrellisPlane) for plane in self.planes):
             raise FormatError(
                 "embeddings in planes of another kind than trellis are unknown to this version. "
                 "Upgrade dropbydrop."
             )
-        if list(self.by_level) != sorted(self.by_level):
+        whole = all(type(bits) is int for bits in self.by_level)
+        if not whole or list(self.by_level) != sorted(self.by_level):
             raise FormatError(
-                f"embeddings of {list(self.by_level)} bits: no level may have fewer than the one "
-                "below. The config is damaged."
+                f"embeddings of {list(self.by_level)} bits: whole numbers are needed, none smaller "
+                "than that of the level below. The config is damaged."
             )
         counts_of(self.planes, sorted(set(self.by_level)))
 

@@ -42,13 +42,13 @@ from .contents import (
     check_model_config,
     is_document,
     is_read_by_others,
+    plane_tensors,
     rest_problems,
     value_problem,
 )
 from .fields import parse_json
 from .files import Manifest, dump_json, read_json, read_small
 from .findings import Finding, file_findings
-from .tables import plane_tensors
 from .tensor_files import TensorInfo
 
 

@@ -6,42 +6,15 @@ reads a prefix of a table as it reads a prefix of the matrices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from dropbydrop.coding.rotation import Rotation, split_odd
 from dropbydrop.coding.tables import rings
 
-from .config import QuantizationConfig, codes_name, odd_name, table_inputs_name
-from .tensor_files import TensorInfo
-
-if TYPE_CHECKING:
-    from .reader import Checkpoint
-
-
-def plane_tensors(
-    q: QuantizationConfig,
-    matrices: Mapping[str, tuple[int, ...]],
-    rest: Mapping[str, TensorInfo],
-    m: int,
-) -> dict[str, TensorInfo]:
-    """Every tensor of plane file m, in the order of a writer.
-
-    Args:
-        matrices: quantized module -> its shape.
-        rest: header of model.safetensors, which knows the sizes of tables.
-    """
-    plane = q.planes[m - 1]
-    found = {codes_name(n, m): TensorInfo("U8", plane.shape(*s)) for n, s in matrices.items()}
-    for module in q.tables:
-        vocab, d = rest[f"{module}.scales"].shape[0], rest[table_inputs_name(module)].shape[0]
-        for k in range(q.table_prefix(m - 1) + 1, q.table_prefix(m) + 1):
-            shape = q.embeddings.planes[k - 1].shape(*rings(vocab), d)
-            found[codes_name(module, k)] = TensorInfo("U8", shape)
-    return found
+from .config import codes_name, odd_name, table_inputs_name
+from .contents import plane_tensors
+from .reader import Checkpoint
 
 
 def table_bytes(checkpoint: Checkpoint, m: int) -> int:

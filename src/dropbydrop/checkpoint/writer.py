@@ -48,12 +48,12 @@ from .config import (
     odd_name,
     table_inputs_name,
 )
+from .contents import plane_tensors
 from .fields import plain_name
 from .files import REFUSED_SUFFIXES, check_replaceable, plane_file
 from .int8_rows import half, quantize_rows
 from .publish import publish
 from .staging import StagingFile
-from .tables import plane_tensors
 from .tensor_files import TensorInfo, into_shards, stream_tensors, wide_first
 
 SHARD_BYTES = 5_000_000_000  # as the Hub's tools

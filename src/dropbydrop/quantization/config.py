@@ -71,7 +71,8 @@ class QuantizeConfig(Settings):
     seed: int = setting(0, "Seed of rotations and calibration.")
     head_bits: int = setting(
         8,
-        "Bits of embedding and head: 8 or 16, or in planes: 3, 4 or 5 at most, P + 2 at level P.",
+        "Bits of embedding and head: 8 or 16; with 3, 4 or 5 they are in planes, and level P reads "
+        "P + 2 bits, at most so many.",
         choices=(3, 4, 5, 8, 16),
     )
     windows: int | None = setting(None, "Number of calibration windows [from the preset].")

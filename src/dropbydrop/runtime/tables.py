@@ -91,6 +91,7 @@ class TableSource:
             lambda: kernels.prepare_codebooks(checkpoint.read_set(spec.codebooks)),
         )
         scales = checkpoint.read(f"{self.name}.scales")
+        kernel = _decoder(device.type)
         count, length = rings(len(scales))
         d = codes[0].shape[-1]
         rows = torch.empty(len(scales), d, dtype=torch.int8)
@@ -100,9 +101,19 @@ class TableSource:
             own = torch.zeros(length, dtype=torch.float16)
             own[: part.stop - part.start] = scales[part]
             held = tuple(
-                kernels.Plane.stored(plane[ring].contiguous(), spec, length, d)
+                kernels.Plane.stored(plane[ring].to(device), spec, length, d)
                 for plane, spec in zip(codes, planes, strict=True)
             )
-            weight = kernels.decode_dense(kernels.Matrix(held, own, None), books, len(held))
+            matrix = kernels.Matrix(held, own.to(device), None)
+            weight = kernels.decode_dense(matrix, books, len(held), kernel=kernel)
             rows[part], row_scales[part] = quantize_rows(weight[: part.stop - part.start])
         return TableRows(rows.to(device), row_scales.to(device))
+
+
+def _decoder(device: str) -> str:
+    """The best kernel here that reads trellis planes, whichever was named for the matrices."""
+    return next(
+        kernel.name
+        for kernel in kernels.available()
+        if kernel.device in ("any", device) and kernel.reads("trellis")
+    )
