@@ -105,7 +105,7 @@ def test_rows_of_a_model_are_those_of_the_planes(out: Path) -> None:
         name = EMBEDDING if head.tied else "lm_head"
         for module, stored in ((embedding, EMBEDDING), (head, name)):
             prefix = checkpoint.quantization.prefix_of(level)
-            rotation = module.source.rotation(torch.device("cpu"))
+            rotation = module.source.turns(torch.device("cpu")).forward
             exact = rotation.apply_weight(dense_table(checkpoint, stored, prefix))
             held = module.rows.float() * module.row_scales.float()[:, None]
             assert ((held - exact).abs() <= 0.51 * module.row_scales.float()[:, None]).all()

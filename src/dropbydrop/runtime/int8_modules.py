@@ -64,7 +64,7 @@ class _Int8Rows(FixedScales):
         """Rows of W' [..., d] -> rows of W, in the type of `wide`."""
         if self.source is None:
             return wide
-        return self.source.rotation(wide.device).transpose(wide)
+        return self.source.turns(wide.device).transpose(wide)
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """w [vocab, d]."""
@@ -170,7 +170,7 @@ class NestedHead(_Int8Rows):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> logits [..., vocab], in the dtype of x."""
         if self.source is not None:
-            x = kernels.rotate(x, self.source.rotation(x.device)).to(x.dtype)
+            x = self.source.turns(x.device).apply(x).to(x.dtype)
         return kernels.rows_linear(x, self.rows, self.row_scales, self.bias)
 
     def extra_repr(self) -> str:

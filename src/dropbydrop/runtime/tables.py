@@ -13,7 +13,7 @@ which stay open: the first view at another precision takes as long as decoding i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,29 @@ class TableRows:
         return self
 
 
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """Q, and Q^T by the same kernel: the Hadamard part is symmetric and commutes with the odd
+    factor, so Q^T x = signs * (a rotation by the transposed factor without signs) x."""
+
+    forward: Rotation
+    backward: Rotation
+
+    @staticmethod
+    def of(rotation: Rotation) -> Turns:
+        """Both of a rotation."""
+        odd = None if rotation.odd is None else rotation.odd.T.contiguous()
+        return Turns(rotation, replace(rotation, signs=torch.ones_like(rotation.signs), odd=odd))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x [..., d] -> Q x, in float32 (float64 stays)."""
+        return kernels.rotate(x, self.forward)
+
+    def transpose(self, x: Tensor) -> Tensor:
+        """x [..., d] -> Q^T x, likewise: rows of W' to rows of W."""
+        return kernels.rotate(x, self.backward) * self.forward.signs
+
+
 @dataclass(frozen=True)
 class TableSource:
     """Where the rows of a table come from.
@@ -61,13 +84,12 @@ class TableSource:
     def __deepcopy__(self, memo: dict[int, Any]) -> TableSource:
         return self
 
-    def rotation(self, device: torch.device) -> Rotation:
-        """Q on a device."""
-
-        def build() -> Rotation:
-            return read_table_rotation(self.store.checkpoint, self.name).to(device)
-
-        found: Rotation = self.store.derived(("table rotation", self.name, device), build)
+    def turns(self, device: torch.device) -> Turns:
+        """Q and its transpose on a device."""
+        found: Turns = self.store.derived(
+            ("table rotation", self.name, device),
+            lambda: Turns.of(read_table_rotation(self.store.checkpoint, self.name).to(device)),
+        )
         return found
 
     def read(self, device: torch.device) -> TableRows:

@@ -54,7 +54,9 @@ def rotate(x: Tensor, rotation: Rotation, kernel: str | None = None) -> Tensor:
     if backend != "native" or x.dtype not in TYPES or trained:
         return rotation.apply(x if x.dtype == torch.float64 else x.float())
     flat = x.reshape(-1, x.shape[-1]).contiguous()  # [n, d]
-    out = torch.ops.dropbydrop.rotate(flat, rotation.signs, rotation.odd, rotation.block, name)
+    # the dispatcher takes several times as long as the rotation of a row
+    run = torch.ops.dropbydrop.rotate if torch.compiler.is_compiling() else ops.rotate
+    out = run(flat, rotation.signs, rotation.odd, rotation.block, name)
     return out.view(x.shape)
 
 
