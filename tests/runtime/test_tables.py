@@ -23,6 +23,7 @@ from dropbydrop.planning.plan import Plan
 from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline
 from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError
+from dropbydrop.tuning.pipeline import tune
 from tiny import VOCAB, save_tiny, tiny_llama, write_checkpoint
 
 BITS = (3, 4, 5)
@@ -246,6 +247,25 @@ def test_quantize(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(
         model.get_input_embeddings()(IDS), original.get_input_embeddings()(IDS), rtol=0, atol=2.0
     )
+
+
+def test_tuning_leaves_tables_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "EFFORTS", dict.fromkeys(jobs.EFFORTS, Effort(2, 1, 0)))
+    save_tiny(tmp_path / "model", "llama-tied", num_hidden_layers=1)
+    windows = Calibration(torch.randint(3, 300, (3, 32)), {})
+    made = {"calibration": windows, "head_bits": 5, "progress": False}
+    out = pipeline.quantize(tmp_path / "model", tmp_path / "out", **made).out
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(str(i * 7919 % 1000) for i in range(600)))
+    asked = {"model": tmp_path / "model", "calibration": text, "windows": 2, "seq_len": 32}
+    tune(out, tmp_path / "tuned", **asked, device="cpu", progress=False)
+    before, after = Checkpoint.open(out), Checkpoint.open(tmp_path / "tuned")
+    assert after.verify() == []
+    for level in (2, 3, 4):
+        prefix = before.quantization.prefix_of(level)
+        one, two = (dense_table(c, EMBEDDING, prefix) for c in (before, after))
+        assert torch.equal(one, two)
+    dropbydrop.load(after.path, bits=2)
 
 
 def original_of(folder: Path) -> Any:

@@ -61,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             windows=4,
             seq_len=64,
             progress=False,
-            head_bits={"qwen2": 16, "gemma2": 5}.get(family, 8),
+            head_bits=16 if family == "qwen2" else 8,
         )
     jobs.EFFORTS = before
     return root
