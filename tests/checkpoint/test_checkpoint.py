@@ -301,8 +301,8 @@ def write_minimal(ck: CheckpointWriter, spec: StoredGroup, **changes: Any) -> Pa
         ({"set": "v"}, r"codebooks.u.1 is missing, expected F16 \[128, 8\]"),
         ({"books": 2}, r"codebooks.u.2 is F16 \[128, 8\], expected no such codebook"),
         ({"book": (256, 8)}, r"codebooks.u.1 is F16 \[256, 8\], expected F16 \[128, 8\]"),
-        ({"codes": (3, 1)}, r"m.codes.1 is U8 \[3, 1\], its plane says \[4, 1\]"),
-        ({"codes": (4, 2)}, r"m.codes.1 is U8 \[4, 2\], its plane says \[4, 1\]"),
+        ({"codes": (3, 1)}, r"m.codes.1 is U8 \[3, 1\], its plane says U8 \[4, 1\]"),
+        ({"codes": (4, 2)}, r"m.codes.1 is U8 \[4, 2\], its plane says U8 \[4, 1\]"),
         ({"planes": 2}, "2 planes added, the config has 1"),
         (
             {"described": StoredGroup("t", ("m",), 8, "u")},
