@@ -63,9 +63,11 @@ def together(models: list[Any], static: bool) -> list[list[torch.Tensor]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def views(tmp_path_factory: pytest.TempPathFactory, code: str) -> dict[float, Any]:
-    out = tiny.write_checkpoint(tmp_path_factory.mktemp("views") / code, code=code)
+@pytest.fixture(scope="module", params=[8, (3, 4, 5)], ids=["8-bit-head", "head-in-planes"])
+def views(request: Any, tmp_path_factory: pytest.TempPathFactory, code: str) -> dict[float, Any]:
+    """By bits; with a head in planes, each level has one of its own."""
+    out = tmp_path_factory.mktemp("views") / code
+    tiny.write_checkpoint(out, code=code, embedding_bits=request.param)
     found: dict[float, Any] = {
         int(bits): model for bits, (_, model) in load_views(Checkpoint.open(out)).items()
     }
