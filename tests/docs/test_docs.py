@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 TEXTS = [*PAGES, *sorted(ROOT.glob("*.md")), ROOT / "research" / "README.md"]
+TEXTS.append(ROOT / "integrations" / "vllm" / "README.md")
 HISTORY = {DOCS / "log.md", ROOT / "CHANGELOG.md"}  # as things were called in their day
 FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -58,7 +59,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 PATH = re.compile(
-    r"\b(?:benchmarks|native|research|scripts|tests)/[\w/]+\.(?:py|sh|cpp|h|md|txt)\b"
+    r"\b(?:integrations/vllm/)?"
+    r"(?:benchmarks|native|research|scripts|tests)/[\w/]+\.(?:py|sh|cpp|h|md|txt)\b"
 )
 
 

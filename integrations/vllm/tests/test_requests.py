@@ -41,9 +41,9 @@ def test_prefixes_of_levels_are_apart(folder: Path) -> None:
             check([answer], folder, bits or 4)
 
 
-@pytest.mark.parametrize("bits", [4, 5, "2", 2.5])
-def test_what_is_not_held_is_refused(folder: Path, bits: object) -> None:
+def test_what_is_not_held_is_refused(folder: Path) -> None:
     with engine(folder, 3) as llm:
-        with pytest.raises(VLLMValidationError, match="it has 2, 3"):
-            ask(llm, PROMPTS[:1], bits=[bits])
+        for bits in (4, 5, "2", 2.5):
+            with pytest.raises(VLLMValidationError, match="it has 2, 3"):
+                ask(llm, PROMPTS[:1], bits=[bits])
         check(ask(llm, PROMPTS[:1], bits=[2]), folder, 2)
