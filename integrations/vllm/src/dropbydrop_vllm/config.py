@@ -113,8 +113,19 @@ class DropByDropConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DropByDropConfig:
-        """Raises FormatError: unknown version, unknown keys, contradictions."""
-        return cls(Stored.from_dict(dict(config)))
+        """The config of a checkpoint.
+
+        Raises:
+            FormatError: unknown version, unknown keys, contradictions.
+            UnsupportedModelError: embedding and head are in planes.
+        """
+        stored = Stored.from_dict(dict(config))
+        if stored.tables:
+            raise UnsupportedModelError(
+                f"{', '.join(stored.tables)} are in planes, which this plugin does not read yet. "
+                "Quantize with --head-bits 8, or serve with: dropbydrop serve."
+            )
+        return cls(stored)
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
