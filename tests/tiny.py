@@ -306,37 +306,54 @@ def copy_of(folder: Path, to: Path, **config: object) -> Path:
     return to
 
 
-def write_gguf(file: Path) -> None:
-    """A two-layer Llama with random float32 weights, and the tiny tokenizer."""
+def gguf_writer(file: Path, arch: str, sizes: Mapping[str, int], vocab: int = VOCAB) -> Any:
+    """A writer of a GGUF that has the tiny tokenizer; its tensors are for the caller.
+
+    sizes: d, ff, heads, kv, layers.
+    """
     import gguf
 
-    d, ff, heads, kv, vocab, layers = 48, 80, 3, 1, VOCAB, 2
     raw = json.loads(tiny_tokenizer().backend_tokenizer.to_str())["model"]
     vocabulary = sorted(raw["vocab"], key=raw["vocab"].get)
-    tokens = vocabulary + [f"<unused{i}>" for i in range(vocab - len(vocabulary))]
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, arch)
     writer.add_context_length(128)
-    writer.add_embedding_length(d)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(ff)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv)
+    writer.add_embedding_length(sizes["d"])
+    writer.add_block_count(sizes["layers"])
+    writer.add_feed_forward_length(sizes["ff"])
+    writer.add_head_count(sizes["heads"])
+    writer.add_head_count_kv(sizes["kv"])
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(vocab)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
+    writer.add_token_list(vocabulary + [f"<unused{i}>" for i in range(vocab - len(vocabulary))])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in raw["merges"]])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    return writer
+
+
+def close_gguf(writer: Any) -> None:
+    """Write all that the writer was given."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_gguf(file: Path) -> None:
+    """A two-layer Llama with random float32 weights, and the tiny tokenizer."""
+    d, ff, heads, kv, layers = 48, 80, 3, 1, 2
+    sizes = {"d": d, "ff": ff, "heads": heads, "kv": kv, "layers": layers}
+    writer = gguf_writer(file, "llama", sizes)
     rng = np.random.default_rng(0)
 
     def add(name: str, *shape: int) -> None:
         writer.add_tensor(name, rng.standard_normal(shape, dtype=np.float32) * 0.2)
 
-    add("token_embd.weight", vocab, d)
+    add("token_embd.weight", VOCAB, d)
     add("output_norm.weight", d)
-    add("output.weight", vocab, d)
+    add("output.weight", VOCAB, d)
     for i in range(layers):
         for norm in ("attn_norm", "ffn_norm"):
             add(f"blk.{i}.{norm}.weight", d)
@@ -347,10 +364,7 @@ def write_gguf(file: Path) -> None:
         for name in ("ffn_gate", "ffn_up"):
             add(f"blk.{i}.{name}.weight", ff, d)
         add(f"blk.{i}.ffn_down.weight", d, ff)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close_gguf(writer)
 
 
 def write_checkpoint(

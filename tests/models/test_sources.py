@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
-from dropbydrop.models import packaged, sources, weight_files
+from dropbydrop.models import gguf_files, packaged, weight_files
 from dropbydrop.models.sources import convert_gguf, resolve
 from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError
 from tiny import copy_of, write_gguf
@@ -141,7 +141,7 @@ def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(plain(ids).logits, direct(ids).logits)
     assert source.tokenizer()("the river").input_ids == tiny.tiny_tokenizer()("the river").input_ids
 
-    monkeypatch.setattr(sources, "_write_dequantized", lambda *a: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf_files, "_write_dequantized", lambda *a: pytest.fail("converted again"))
     assert resolve(file).folder == source.folder
 
 
@@ -157,7 +157,7 @@ def test_interrupted_conversion_leaves_nothing(
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sources, "_write_dequantized", interrupted)
+    monkeypatch.setattr(gguf_files, "_write_dequantized", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert_gguf(file)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -228,7 +228,7 @@ def test_a_damaged_conversion_is_made_again(
         made.append(folder)
         (folder / "model.safetensors").write_bytes(b"weights")
 
-    monkeypatch.setattr(sources, "_write_dequantized", written)
+    monkeypatch.setattr(gguf_files, "_write_dequantized", written)
     monkeypatch.setenv("DROPBYDROP_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "a.gguf"
     file.write_bytes(b"GGUF")

@@ -10,32 +10,20 @@
 
 Only safetensors and GGUF are read: no pickles (`.bin`, `.pt`), no code from model folders. A folder
 that is already quantized is refused: its weights are codes, not a model to start from.
-A conversion is written to a temporary folder and renamed, so an interrupted one leaves nothing; one
-that is damaged later (its digest differs) is made again.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import importlib.util
-import io
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dropbydrop.system.atomic_folder import remove, replacing
-from dropbydrop.system.cache import cache_dir
-from dropbydrop.system.console import phase, quiet_transformers
-from dropbydrop.system.digest import file_digest, model_digest
+from dropbydrop.system.console import quiet_transformers
 from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError, first_line
-from dropbydrop.system.file_errors import file_errors
 
+from .gguf_files import convert_gguf
 from .packaged import PACKAGED, packaged_gguf
 from .weight_files import INDEX, SINGLE
 
@@ -53,9 +41,6 @@ _NOT_SIDE = {  # what is written anew, and what of training or of an earlier che
     "requirements.txt",
 }
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY", "COPYING")
-_GGUF = "model.gguf"
-_DIGEST = "dropbydrop.sha256"  # of a converted folder: what it must still be when it is used
-_OTHER_CACHE = "DROPBYDROP_CACHE names another folder for what is converted once."
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -218,91 +203,6 @@ def side_files(folder: Path) -> list[Path]:
         if (wanted or licence) and not hidden and file.is_file():
             found.append(file)
     return found
-
-
-# ---- GGUF ----------------------------------------------------------------------------------
-
-
-def convert_gguf(file: Path) -> Path:
-    """Dequantize a GGUF to a cached float32 folder; returns the folder.
-
-    Raises:
-        FormatError: not a GGUF that transformers reads.
-        DropError: the `gguf` package is missing.
-    """
-    target = cache_dir() / f"gguf-{file.stat().st_size}-{file_digest(file)}"
-    if _intact(target):
-        return target
-    if importlib.util.find_spec("gguf") is None:
-        raise DropError("reading .gguf files needs the gguf package: pip install 'gguf>=0.10'")
-    with phase(f"dequantizing {file.name}"), file_errors(target, _OTHER_CACHE):
-        remove(target)  # damaged
-        try:
-            with replacing(target, folder=True) as partial:
-                _write_dequantized(file, partial)
-                _default_modes(partial)
-                (partial / _DIGEST).write_text(model_digest(partial))
-        except OSError:
-            if not _intact(target):  # otherwise another process was faster: use its result
-                raise
-    return target
-
-
-def _intact(folder: Path) -> bool:
-    """Whether a cached folder holds what was written into it; it is read whole."""
-    try:
-        return (folder / _DIGEST).read_text() == model_digest(folder)
-    except (OSError, ValueError):
-        return False
-
-
-def _write_dequantized(file: Path, folder: Path) -> None:
-    """Load a GGUF with transformers and save it as a plain float32 folder."""
-    import torch
-
-    from .pretrained import read_model, read_tokenizer
-
-    model: Any
-    # the GGUF reader draws a progress bar of its own that no setting turns off
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()), _alone(file) as place:
-        try:
-            model = read_model(place, gguf_file=_GGUF, dtype=torch.float32)
-            tokenizer = read_tokenizer(place, gguf_file=_GGUF)
-        except Exception as error:  # of a reader that checks little: any kind
-            raise FormatError(
-                f"transformers cannot read {file}: {first_line(error)}. Give another GGUF, or "
-                "the model's Hugging Face folder."
-            ) from error
-        # The weights are plain float32 now; what remembers the GGUF must not reach the config.
-        model.hf_quantizer = None
-        model.is_quantized = False
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    del model  # 4 bytes a weight, in cycles of modules, stay until they are looked for
-    gc.collect()
-
-
-@contextlib.contextmanager
-def _alone(file: Path) -> Iterator[Path]:
-    """A folder with nothing but `file`, called model.gguf. transformers would mix what else lies
-    beside a GGUF (the config of a tokenizer, and code that it names) into the model."""
-    with tempfile.TemporaryDirectory(prefix="dropbydrop-") as name:
-        link = Path(name) / _GGUF
-        try:
-            link.symlink_to(file.resolve())
-        except OSError:  # a system without symbolic links
-            shutil.copyfile(file, link)
-        yield Path(name)
-
-
-def _default_modes(folder: Path) -> None:
-    """Give files the modes that the umask asks for; safetensors writes them as 0600."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)
 
 
 # ---- hub -----------------------------------------------------------------------------------
