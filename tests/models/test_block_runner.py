@@ -202,6 +202,20 @@ def test_recorded_arguments_do_not_pile_up(llama: Path, ids: Tensor) -> None:
     assert len(runner._block_inputs._calls) <= 2
 
 
+def test_blocks_need_nothing_outside_once_the_windows_are_embedded(
+    folder: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a large vocabulary is not in memory while blocks are quantized."""
+    runner = open_runner(folder)
+    hidden = runner.embed(ids)
+    expected = runner.forward_block(0, runner.block(0), hidden)
+    runner.release_outer()
+    assert runner.model.get_input_embeddings().weight.is_meta
+    monkeypatch.setattr(BlockRunner, "_load", lambda *_: pytest.fail("read again"))
+    for _ in range(2):
+        assert torch.equal(runner.forward_block(0, runner.block(0), hidden), expected)
+
+
 def test_only_the_blocks_in_use_are_in_memory(llama: Path, ids: Tensor) -> None:
     runner = open_runner(llama)
     assert all(p.is_meta for p in runner.model.parameters())

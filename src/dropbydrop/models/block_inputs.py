@@ -80,7 +80,10 @@ class BlockInputs:
         """ids [b, T] -> state before the first block, [b, T, D]."""
         state = self.state
         ids = ids.to(self._device)
-        return state.pack(self._run(ids)[0][0][1], ids)
+        records, _ = self._run(ids)
+        if not state.ids:  # blocks are called so for all tokens: no run for this shape again
+            self._keep(ids.shape[0], ids.shape[1], records)
+        return state.pack(records[0][1], ids)
 
     def logits(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """State after the last block [b, T, D] -> logits [b, T, vocab].
@@ -109,10 +112,15 @@ class BlockInputs:
             with torch.no_grad():
                 return self._run(ids)[0][i][2]
         if (b, t) not in self._calls:
-            while len(self._calls) >= _KEPT_SHAPES:
-                del self._calls[next(iter(self._calls))]
-            self._calls[b, t] = [call for _, _, call in self._probe(b, t, seed=0)]
+            self._keep(b, t, self._probe(b, t, seed=0))
         return self._calls[b, t][i]
+
+    def _keep(self, b: int, t: int, records: list[_Record]) -> None:
+        """Remember what blocks receive beside [b, t] tokens."""
+        self._calls.pop((b, t), None)
+        while len(self._calls) >= _KEPT_SHAPES:
+            del self._calls[next(iter(self._calls))]
+        self._calls[b, t] = [call for _, _, call in records]
 
     @contextmanager
     def _stubs(self, records: list[_Record], last: Tensor | None) -> Iterator[None]:

@@ -201,6 +201,7 @@ def _begin(
         ids = ranks.broadcast(None if text is None else text.ids.cpu())
     partition = ranks.partition(runner.shards(*ids.shape))
     hidden = runner.embed(ids[partition.windows(ranks.rank)].to(runner.device))
+    runner.release_outer()  # a large vocabulary takes more than the blocks; read again at the end
     calibration: dict[str, Any] = {}
     if text is not None:
         calibration = dict(text.description)
@@ -247,7 +248,7 @@ def _finish(
 ) -> None:
     """Write what stays, config, log, model card and manifest; publish."""
     levels, log, folder = job.config.levels, encoder.log, job.source.folder
-    job.runner.release_outer()  # large vocabularies: what is written is read once more
+    job.runner.release_outer()  # what a block may have asked for again
     embeddings = encoder.write_rest(gram)
     provenance = {
         "base_model": job.source.name,
