@@ -15,6 +15,9 @@ levels in, decoded weights with their true bytes out (suite.py). None of them kn
     rtn            round to nearest, one code a level   rtn.py         }
     matryoshka     nested integers                      matryoshka.py /
     any-precision  nested tables, from 3 bits           any_precision.py
+    llama-k        llama.cpp's Q2_K, Q3_K_M, Q4_K_M     llama.py      \\
+    llama-iq       its IQ2_S, IQ3_S, IQ4_XS             llama.py       } need llama-cpp-python
+    llama-k-folded, llama-iq-folded   the same without types that a shape forces   llama.py
 
 None is fine-tuned. Each file says where it departs from its publication.
 """
@@ -28,6 +31,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dropbydrop.quantization.config import MAX_BITS
 from dropbydrop.system.errors import DropError
 from dropbydrop.system.native_library import built_libraries
 from dropbydrop_research.sources import files_of
@@ -39,14 +43,15 @@ from . import (
     dedicated,
     drop,
     gptq,
+    llama,
     matryoshka,
     paper,
     paper_weights,
     rtn,
 )
-from .suite import Level, Suite
+from .suite import Level, ModelShape, Suite
 
-__all__ = ["METHODS", "Level", "Method", "Problem", "Suite", "choose"]
+__all__ = ["METHODS", "Level", "Method", "ModelShape", "Problem", "Suite", "choose"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,14 @@ class Problem:
         gram: H = E[x x^T] of the input, float32 [d_in, d_in].
         seed: of whatever the method draws.
         preset: search effort of this package's own methods.
+        model: what the matrices are of; None where a test has no model.
     """
 
     weights: Mapping[str, Tensor]
     gram: Tensor
     seed: int = 0
     preset: str = "balanced"
+    model: ModelShape | None = None
 
 
 Encode = Callable[[Problem, Sequence[int]], dict[str, Suite]]
@@ -77,6 +84,14 @@ def _no_preparation(levels: Sequence[int]) -> None:
     pass
 
 
+def _nothing() -> None:
+    pass
+
+
+def _no_files() -> list[Path]:
+    return []
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the comparison.
@@ -86,10 +101,12 @@ class Method:
         nested: one checkpoint for all levels.
         encode: (problem, levels) -> module -> its suite.
         code: files of this package, relative to it, that the result depends on.
-        lowest: the lowest level that the method has.
+        lowest, highest: the levels that the method has.
         shared: (level, widths of inputs) -> bytes stored once a checkpoint.
         prepare: called with the levels before the first problem; not part of quantizing a model.
         uses_preset: the result depends on the search effort.
+        require: raises a DropError that says what to install, where another package is missing.
+        binaries: libraries of that package that the result depends on.
     """
 
     name: str
@@ -98,17 +115,20 @@ class Method:
     encode: Encode
     code: tuple[str, ...]
     lowest: int = 1
+    highest: int = MAX_BITS
     shared: Callable[[int, Collection[int]], int] = _no_bytes
     prepare: Callable[[Sequence[int]], None] = _no_preparation
     uses_preset: bool = False
+    require: Callable[[], None] = _nothing
+    binaries: Callable[[], list[Path]] = _no_files
 
     def serves(self, levels: Sequence[int]) -> list[int]:
         """Those of `levels` that the method has."""
-        return [p for p in levels if p >= self.lowest]
+        return [p for p in levels if self.lowest <= p <= self.highest]
 
     def sources(self) -> list[Path]:
-        """The files of `code`, folders walked."""
-        found = files_of("baselines/suite.py", *self.code)
+        """The files of `code`, folders walked, and libraries."""
+        found = files_of("baselines/suite.py", *self.code) + self.binaries()
         return found + built_libraries() if "coding" in self.code else found
 
 
@@ -131,6 +151,22 @@ def _grouped(method: Callable[..., dict[str, Suite]], **options: str) -> Encode:
     return lambda problem, levels: method(
         problem.weights, problem.gram, levels, problem.preset, problem.seed, **options
     )
+
+
+def _llama(name: str, title: str, family: str, folded: bool = False) -> Method:
+    """A method of llama.py."""
+
+    def encode(problem: Problem, levels: Sequence[int]) -> dict[str, Suite]:
+        assert problem.model is not None, "types depend on the model"
+        return llama.llama(
+            problem.weights, problem.gram, levels, problem.model, family, folded=folded
+        )
+
+    levels = llama.MIXTURES[family]
+    return Method(
+        name, title, False, encode, ("baselines/llama.py",), lowest=min(levels),
+        highest=max(levels), require=llama.require, binaries=llama.binaries,
+    )  # fmt: skip
 
 
 _ENCODER = ("baselines/drop.py", "coding", "system/native_library.py")
@@ -169,6 +205,10 @@ METHODS: dict[str, Method] = {
                ("baselines/any_precision.py",), lowest=any_precision.LOWEST),
         Method("matryoshka", "nested integers (MatGPTQ)", True, _each(matryoshka.matryoshka),
                (*_SCALAR, "baselines/matryoshka.py")),
+        _llama("llama-k", "llama.cpp, K types", "k"),
+        _llama("llama-iq", "llama.cpp, IQ types", "iq"),
+        _llama("llama-k-folded", "llama.cpp, K types, folded rows", "k", folded=True),
+        _llama("llama-iq-folded", "llama.cpp, IQ types, folded rows", "iq", folded=True),
     )
 }  # fmt: skip
 
@@ -177,15 +217,20 @@ def choose(names: Sequence[str], levels: Sequence[int]) -> list[Method]:
     """Methods by name, without repeats.
 
     Raises:
-        DropError: an unknown name, or a method that has none of the levels.
+        DropError: an unknown name, a method that has none of the levels, or one that needs a
+            package that is not installed.
     """
     if unknown := [name for name in names if name not in METHODS]:
         raise DropError(f"--methods {','.join(unknown)}: choose from {', '.join(METHODS)}.")
     chosen = [METHODS[name] for name in dict.fromkeys(names)]
     for method in chosen:
         if not method.serves(levels):
+            has = f"starts at {method.lowest} bits"
+            if method.highest < MAX_BITS:
+                has = f"has {method.lowest} to {method.highest} bits"
             raise DropError(
-                f"{method.name} starts at {method.lowest} bits and has none of the levels "
-                f"{','.join(map(str, levels))}; ask for a higher one, or leave the method out."
+                f"{method.name} {has} and none of the levels {','.join(map(str, levels))}; ask for "
+                "others, or leave the method out."
             )
+        method.require()
     return chosen

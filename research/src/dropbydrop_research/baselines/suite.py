@@ -19,16 +19,37 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class ModelShape:
+    """What methods that treat matrices by their place need to know of the model.
+
+    Attributes:
+        family: model_type of its text config, as GGUF files call it where they know it.
+        blocks, blocks_name: number of decoder blocks, and the name of their list ("model.layers").
+        heads, kv_heads: attention heads, and those of keys and values.
+        modules: every matrix that can be coded: its name and [d_out, d_in].
+    """
+
+    family: str
+    blocks: int
+    blocks_name: str
+    heads: int
+    kv_heads: int
+    modules: tuple[tuple[str, tuple[int, int]], ...]
+
+
+@dataclass(frozen=True)
 class Level:
     """One matrix at one level.
 
     Attributes:
         weight: decoded, float32 [d_out, d_in], in the space of the original.
         bytes: what has to be read to run this level.
+        kind: what the matrix was made into, where a method has several things to make of one.
     """
 
     weight: Tensor
     bytes: int
+    kind: str = ""
 
     @property
     def true_bits(self) -> float:

@@ -97,6 +97,11 @@ def print_comparison(result: Mapping[str, Any], out: Console) -> None:
             ", ".join(map(str, method["lacks"])) or "none",
         )
     out.print(cost)
+    for name, method in result["methods"].items():
+        for p, row in method["bits"].items():
+            if "kinds" in row:
+                parts = ", ".join(f"{share:.0%} {kind}" for kind, share in row["kinds"].items())
+                out.print(f"{name} at {p} bits: {parts}")
     for method, prices in (result["price_of_nesting"] or {}).items():
         for p, price in prices.items():
             bits = "" if price["bits"] is None else f", {price['bits']:.2f} bits"

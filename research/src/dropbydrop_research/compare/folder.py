@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,6 +53,7 @@ class Record:
         bytes: level -> bytes read at that level; `files`: bytes of each checkpoint.
         values: weights coded; `widths`: d_in of the input groups.
         errors: level -> sum over matrices of the relative weighted error; `matrices`: how many.
+        kinds: level -> what the method made of how many weights; empty where it makes one thing.
     """
 
     seconds: float
@@ -63,12 +64,13 @@ class Record:
     widths: list[int]
     errors: dict[int, float]
     matrices: int
+    kinds: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @staticmethod
     def from_json(text: str) -> Record:
         """Inverse of `to_json`; JSON turns the levels into strings."""
         raw = json.loads(text)
-        for name in ("bytes", "errors"):
+        for name in ("bytes", "errors", "kinds"):
             raw[name] = {int(p): value for p, value in raw[name].items()}
         return Record(**raw)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from dropbydrop.data.calibration import Calibration, file_of, load_windows
 from dropbydrop.data.text_files import text_windows
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.input_groups import codable
 from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.quantization.config import SEQ_LEN
@@ -20,7 +22,7 @@ from dropbydrop.quantization.job import check_model
 from dropbydrop.system.digest import digest, model_digest
 from dropbydrop.system.errors import CalibrationError, DropError
 from dropbydrop.system.memory import map_large_allocations
-from dropbydrop_research.baselines import Method, choose
+from dropbydrop_research.baselines import Method, ModelShape, choose
 from dropbydrop_research.sources import files_of
 
 from .config import CompareConfig
@@ -52,6 +54,26 @@ class Job:
     def levels(self) -> tuple[int, ...]:
         """Levels of the comparison, ascending."""
         return self.config.levels
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """What methods may know of the model beside its matrices."""
+        runner = self.runner
+        text = runner.model.config.get_text_config()
+        heads = int(getattr(text, "num_attention_heads", None) or 1)
+        linears = {
+            name: linear
+            for i, block in enumerate(runner.blocks)
+            for name, linear in codable(block, runner.block_prefix(i)).items()
+        }
+        return ModelShape(
+            str(text.model_type).removesuffix("_text"),
+            runner.num_blocks,
+            runner.blocks_name,
+            heads,
+            int(getattr(text, "num_key_value_heads", None) or heads),
+            tuple((name, (m.out_features, m.in_features)) for name, m in linears.items()),
+        )
 
     def calibration(self) -> Calibration:
         """The calibration windows, as `quantize` draws them.

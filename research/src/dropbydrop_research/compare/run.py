@@ -15,6 +15,8 @@ What is counted:
     disk       all checkpoints needed to serve every level, each with its uncoded parameters
     seconds    encoding all levels, without the calibration pass, which all share and which is
                reported once
+    kinds      of methods that make several things of one level: which, and of what share of the
+               weights
     peak       resident memory of the process while it encodes (host memory; where the system
                cannot reset its mark, the largest so far)
 """
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -39,7 +42,7 @@ from dropbydrop.models.pretrained import read_model
 from dropbydrop.system.console import progress_bar, quiet_transformers
 from dropbydrop.system.digest import digest
 from dropbydrop.system.memory import peak_memory
-from dropbydrop_research.baselines import Method, Problem, Suite
+from dropbydrop_research.baselines import Level, Method, Problem, Suite
 from dropbydrop_research.sources import files_of
 
 from .folder import RESULT, BlockGrams, Folder, Record
@@ -169,6 +172,7 @@ def _encode_block(
             h.to(device),
             job.config.seed * 1_000_003 + number + k,  # as `quantize` draws it
             job.config.preset,
+            job.shape,
         )
         spent, resident, coded = measured(partial(method.encode, problem, levels), device)
         seconds, peak = seconds + spent, max(peak, resident)
@@ -188,8 +192,18 @@ def _encode_block(
         sorted({h.shape[0] for _, h in grams}),
         errors,
         len(suites),
+        {p: kinds for p in levels if (kinds := _kinds([suite.levels[p] for suite in suites]))},
     )
     return weights, record
+
+
+def _kinds(matrices: Sequence[Level]) -> dict[str, int]:
+    """What a method made of how many weights."""
+    found: Counter[str] = Counter()
+    for matrix in matrices:
+        if matrix.kind:
+            found[matrix.kind] += matrix.weight.numel()
+    return dict(found)
 
 
 def measured(
@@ -270,6 +284,7 @@ def _weigh(
             "true_bits_whole": 8 * (size + rest) / parameters,
             "bytes": size + rest,
             "rel_error": sum(r.errors[p] for r in records) / sum(r.matrices for r in records),
+            **_shares([record.kinds.get(p, {}) for record in records], values),
             **evaluated[str(p)],
         }
     files = [sum(sizes) for sizes in zip(*(record.files for record in records), strict=True)]
@@ -284,6 +299,14 @@ def _weigh(
         "peak_gib": max(record.peak for record in records) / 2**30,
         "bits": rows,
     }
+
+
+def _shares(blocks: Sequence[Mapping[str, int]], values: int) -> dict[str, dict[str, float]]:
+    """{"kinds": {what: share of all weights}}, the most first; nothing where there is one kind."""
+    total: Counter[str] = Counter()
+    for kinds in blocks:
+        total.update(kinds)
+    return {"kinds": {k: n / values for k, n in total.most_common()}} if total else {}
 
 
 def _parameters(runner: BlockRunner) -> int:
