@@ -37,4 +37,7 @@ step errors "$here/cpu/matvec.py" --errors --shapes 4096x4096
 step decode-1gb "$here/cpu/decode.py" --size 1gb --folder "$folder" $peers
 # shellcheck disable=SC2086
 step decode-smollm2 "$here/cpu/decode.py" --size smollm2 --folder "$folder" --rounds 9 --eager $file
+# shellcheck disable=SC2086
+step decode-planes "$here/cpu/decode.py" --size smollm2 --code bytes,trellis --folder "$folder" \
+  --torch "" --prefill 0 --tokens 8 --rounds 60 $file
 step memory-1gb "$here/cpu/memory.py" "$folder/random-1gb"

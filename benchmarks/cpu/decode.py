@@ -10,7 +10,7 @@
 Random models have random codes or weights (random_model.py): speed does not depend on them;
 embedding and head are eight-bit rows. Greedy, --tokens tokens from position --prompt on. All rows
 are measured in turn, --rounds times, so that a busy machine slows them alike; figures are the best
-round. Rows:
+round. On a machine that is shared take many short rounds (--tokens 8 --rounds 60). Rows:
 
     P bits       `dropbydrop.load`, a static cache, the native step; with the kind of the planes
                  when there are several checkpoints
@@ -21,7 +21,9 @@ round. Rows:
 Ours run in --dtype, which decides how prompts are multiplied; the native step is float32 inside.
 Columns: "MB" are bytes read for a token, "bits" the same times 8 over the parameters of blocks and
 head; for GGUF files, file bytes without embedding rows that a token does not read. "prefill" are
-tokens a second of a prompt of --prefill tokens. "stream" is a plain sequential read, GB/s.
+tokens a second of a prompt of --prefill tokens. "stream" is a plain sequential read, GB/s. With
+llama.cpp in the run, "times" is the speed of decoding over that of its first row: of the best
+rounds, and behind it the median over the rounds, each against the same round.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -58,6 +61,7 @@ class Row:
     decode: Callable[[], float]  # seconds of a token
     prefill: Callable[[], float] | None  # seconds of the whole prompt
     read: int = 0
+    peer: bool = False  # another program, to compare with
     tokens: list[float] = field(default_factory=list)
     prompts: list[float] = field(default_factory=list)
 
@@ -152,7 +156,7 @@ def llama_rows(args: argparse.Namespace, folder: Path) -> list[Row]:
     for name, path in files.items():
         llama = LlamaCpp(path, counts)
         llama.read -= unread_bytes(path)
-        rows.append(Row(name, llama.decode, llama.prefill, llama.read))
+        rows.append(Row(name, llama.decode, llama.prefill, llama.read, peer=True))
     return rows
 
 
@@ -192,22 +196,41 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     rows += dense_rows(args) + llama_rows(args, folder)
     read, speeds = bench.stream(args.threads), []
     for number in range(args.rounds):
+        speeds.append(read())
         for row in rows:
-            speeds.append(read())
             row.tokens.append(row.decode())
             if args.prefill and row.prefill and number < args.prefill_rounds:
                 row.prompts.append(row.prefill())
     weights, speed = weights_of(args.size, args.model), max(speeds)
     print(f"stream {speed / 1e9:.1f} GB/s; prompt {args.prompt}, {args.tokens} tokens")
-    print(f"{'':24}{'tokens/s':>10}{'MB':>9}{'bits':>7}{'stream':>8}{'prefill':>9}")
+    print(f"{'':24}{'tokens/s':>10}{'MB':>9}{'bits':>7}{'stream':>8}{'prefill':>9}{'times':>12}")
     results = [row.record(args.prefill, weights, speed) for row in rows]
+    add_ratios(results, next((row.name for row in rows if row.peer), None))
     for row in results:
         prompt = "" if row["prefill_per_second"] is None else f"{row['prefill_per_second']:.0f}"
         print(
             f"{row['name']:24}{row['tokens_per_second']:10.1f}{row['megabytes']:9.1f}"
-            f"{row['true_bits']:7.2f}{row['of_stream']:8.0%}{prompt:>9}"
+            f"{row['true_bits']:7.2f}{row['of_stream']:8.0%}{prompt:>9}{ratios(row):>12}"
         )
     return results
+
+
+def add_ratios(results: list[dict[str, Any]], peer: str | None) -> None:
+    """Give each row its speed over that of the row called `peer`, of the same run."""
+    for row in results if peer else []:
+        other = next(r for r in results if r["name"] == peer)["seconds"]
+        each = [b / a for a, b in zip(row["seconds"], other, strict=True)]
+        row["times"] = {
+            "of": peer,
+            "best": min(other) / min(row["seconds"]),
+            "median": median(each),
+        }
+
+
+def ratios(row: dict[str, Any]) -> str:
+    """ "best (median)"; nothing without a peer."""
+    times = row.get("times")
+    return f"{times['best']:.2f} ({times['median']:.2f})" if times else ""
 
 
 def main() -> int:

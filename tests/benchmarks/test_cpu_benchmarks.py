@@ -74,6 +74,20 @@ def test_decode(run: Any, tmp_path: Path) -> None:
 
 
 @native
+def test_speeds_over_the_peer_are_of_one_run(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    decode = importlib.import_module("decode")
+    rows = [
+        {"name": "ours", "seconds": [1.0, 3.0, 2.0]},
+        {"name": "it", "seconds": [2.0, 3.0, 8.0]},
+    ]
+    decode.add_ratios(rows, None)
+    assert decode.ratios(rows[0]) == ""
+    decode.add_ratios(rows, "it")
+    assert rows[0]["times"] == {"of": "it", "best": 2.0, "median": 2.0}
+    assert decode.ratios(rows[1]) == "1.00 (1.00)"
+
+
 def test_matvec(run: Any) -> None:
     small = ["--shapes", "64x64", "--rounds", 1, "--megabytes", 1]
     assert {row["shape"][0] for row in run("matvec", *small)["results"]} == {64}
