@@ -23,7 +23,14 @@ ROOTS = {
 }
 # Rooms whose code decides no value: errors, and where files, memory and libraries are.
 NEUTRAL = ("system", "__init__.py")
-SHARED = {"trellis": "drop", "trellis-dedicated": "dedicated"}  # methods of another one's module
+SHARED = {  # methods of another one's module
+    "trellis": "drop",
+    "trellis-dedicated": "dedicated",
+    "llama-k": "llama",
+    "llama-iq": "llama",
+    "llama-k-folded": "llama",
+    "llama-iq-folded": "llama",
+}
 
 
 def imported(path: Path, package: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ from dropbydrop.coding.objective import weighted_errors
 from dropbydrop.system.errors import DropError
 from dropbydrop_research import baselines
 from dropbydrop_research.baselines import METHODS, Problem, choose
+from dropbydrop_research.compare.config import ALL
 from problems import SHORT, matrix_and_gram
 
 
@@ -26,7 +27,7 @@ def quick_set(
     return BytesSet.of(universal.train(levels, lambdas, samples=2048, rounds=1, beam=2))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL)  # the others have test_llama.py
 def test_every_method_serves_an_input_group(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines.drop, "universal_set", quick_set)
     for module in (baselines.aqlm, baselines.aqlm_drop, baselines.paper):

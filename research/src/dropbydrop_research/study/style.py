@@ -40,6 +40,10 @@ SERIES: tuple[dict[str, Any], ...] = (
     {"color": OLIVE, "marker": "<", "linestyle": ":"},
     {"color": INDIGO, "marker": ">", "linestyle": "--"},
     {"color": WINE, "marker": "p", "linestyle": "-."},
+    {"color": BLUE, "marker": "d", "linestyle": "--"},
+    {"color": VERMILLION, "marker": "H", "linestyle": ":"},
+    {"color": GREEN, "marker": "8", "linestyle": "-"},
+    {"color": PURPLE, "marker": "1", "linestyle": "-."},
 )
 """Keyword arguments of successive series; use `series(i)`."""
 
