@@ -9,6 +9,7 @@ of the mutant. Loads run in a child, whose end by a signal is a failure of the m
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from rich.console import Console
 
 import mutants
@@ -44,16 +46,28 @@ class Campaign:
             self.failures.append(f"mutant {number} ({'; '.join(made.changes)}): {outcome}")
 
 
-def differs(folder: Path) -> bool:
-    """Whether a file that decides the model is not what the manifest says (by SHA-256 alone)."""
+def differs(folder: Path, sha256: bool = False) -> bool:
+    """Whether a file that decides the model is not what the manifest says.
+
+    By the XXH128 of its chunks, which is what loading compares; with `sha256`, or where a manifest
+    has no other, by SHA-256. A manifest whose SHA-256 alone is damaged describes the right file:
+    loading takes it, and `verify` must tell.
+    """
     from dropbydrop.checkpoint.contents import is_document
     from dropbydrop.checkpoint.files import Manifest, read_json
-    from dropbydrop.system.digest import file_digest
+    from dropbydrop.system.digest import CHUNK
 
     manifest = Manifest.from_dict(read_json(folder / "manifest.json"))
     for name, entry in manifest.files.items():
         path = folder / name
-        if path.exists() and not is_document(name) and file_digest(path) != entry.sha256:
+        if not path.exists() or is_document(name):
+            continue
+        data = path.read_bytes()
+        chunks = range(0, len(data), CHUNK)
+        if sha256 or entry.xxh128 is None:
+            if hashlib.sha256(data).hexdigest() != entry.sha256:
+                return True
+        elif [xxhash.xxh128_hexdigest(data[i : i + CHUNK]) for i in chunks] != list(entry.xxh128):
             return True
     return False
 
@@ -74,7 +88,7 @@ def opened(folder: Path) -> str:
             shown = describe(checkpoint)
             json.dumps(shown)
             print_info(shown, Console(file=io.StringIO()))
-            checkpoint.verify()
+            findings = checkpoint.verify()
             checkpoint.check_contents(len(checkpoint.manifest.planes))
             outcome = "opened" if verify else "opened without hashes"
             for read in (known_sensitivity, lambda c: Plan.load(folder / "plan.json").check(c)):
@@ -84,6 +98,8 @@ def opened(folder: Path) -> str:
                     outcome += ", sidecar refused"
             if verify and differs(folder):
                 return "! a file that differs from the manifest was accepted"
+            if not findings and differs(folder, sha256=True):
+                return "! verify calls a folder intact that is not"
             return outcome
         except DropError:
             continue

@@ -134,12 +134,14 @@ class Mutant:
 
 
 def make_corpus(folder: Path) -> list[Files]:
-    """Both kinds of planes; embeddings of 8 and 16 bits, tied and not, with and without biases."""
+    """Both kinds of planes; embeddings of 8 and 16 bits and in planes, tied and not; biases."""
     models = {
         "tied": tiny_llama(**SMALL),
         "untied": tiny_llama(**SMALL, tie_word_embeddings=False),
         "biases": tiny_model("qwen2", **SMALL),
+        "tables": tiny_llama(**SMALL),
     }
+    bits: dict[str, int | tuple[int, ...]] = {"untied": 16, "tables": (3, 4, 5)}
     folder.mkdir(parents=True, exist_ok=True)
     corpus = []
     for code in ("bytes", "trellis"):
@@ -147,7 +149,7 @@ def make_corpus(folder: Path) -> list[Files]:
             out = folder / f"{code}-{name}"
             log = equal_errors(model)
             write_checkpoint(
-                out, model, code=code, embedding_bits=16 if name == "untied" else 8, extra_files=log
+                out, model, code=code, embedding_bits=bits.get(name, 8), extra_files=log
             )
             opened = Checkpoint.open(out)
             losses = {g.name: {2: 2.0, 3: 1.0, 4: 0.0} for g in opened.quantization.input_groups}
