@@ -87,11 +87,13 @@ class DropByDropConfig(QuantizationConfig):
         stored: the validated description of the checkpoint.
         folder: where it is; known after `maybe_update_config`.
         names: which of its matrices a layer holds.
+        rows_read: embeddings whose 8-bit rows a layer reads.
     """
 
     def __init__(self, stored: Stored) -> None:
         super().__init__()
         self.stored, self.folder, self.names = stored, "", Names(stored)
+        self.rows_read: set[str] = set()
         self._codes: Codes | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,4 +185,8 @@ class DropByDropConfig(QuantizationConfig):
             found = spec.modules[0] if spec.tied else self.names.embedding(prefix)
         else:
             found = self.names.embedding(prefix)
-        return found if spec.bits == 8 else None
+        if found is None or spec.bits != 8:
+            return None
+        if not (isinstance(layer, ParallelLMHead) and spec.tied):  # it becomes the embedding
+            self.rows_read.add(found)
+        return found

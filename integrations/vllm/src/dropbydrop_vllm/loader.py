@@ -38,14 +38,20 @@ def dense_tensors(checkpoint: Checkpoint) -> Iterator[str]:
             yield name
 
 
+def dense_tables(config: DropByDropConfig) -> list[str]:
+    """Embeddings with 8-bit rows that vLLM asked no method for, as in Gemma: it gets dense ones."""
+    spec = config.stored.embeddings
+    return [name for name in spec.modules if spec.bits == 8 and name not in config.rows_read]
+
+
 class Loader(DefaultModelLoader):
     """See the module's note."""
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Raises FormatError: damaged files, tensors that the model lacks or needs."""
-        config = get_current_vllm_config().quant_config
         if model_config.quantization != "dropbydrop":
             return super().load_weights(model, model_config)
+        config = get_current_vllm_config().quant_config
         assert isinstance(config, DropByDropConfig)
         checkpoint = config.codes.store.checkpoint
         checkpoint.check_contents(checkpoint.quantization.prefix_of(config.codes.bits))
@@ -58,6 +64,11 @@ class Loader(DefaultModelLoader):
         def weights() -> Iterator[tuple[str, Tensor]]:
             for name in dense_tensors(checkpoint):
                 yield name, checkpoint.read(name)
+            for name in dense_tables(config):
+                rows, scales = (
+                    checkpoint.read(f"{name}.{leaf}") for leaf in ("rows", "row_scales")
+                )
+                yield f"{name}.weight", rows.float() * scales.float()[:, None]
 
         try:
             loaded = model.load_weights(weights())
