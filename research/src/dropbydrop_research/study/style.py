@@ -25,7 +25,7 @@ BLUE, VERMILLION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
 BROWN = "#6B4226"  # for a ninth series; dark enough to be told from the others
 OLIVE = "#6B7A00"
 INDIGO = "#332288"
-WINE = "#882255"
+WINE, TEAL, ROSE, FOREST, SAND = "#882255", "#44AA99", "#CC6677", "#117733", "#A68A3C"
 
 SERIES: tuple[dict[str, Any], ...] = (
     {"color": BLUE, "marker": "o", "linestyle": "-"},
@@ -40,10 +40,10 @@ SERIES: tuple[dict[str, Any], ...] = (
     {"color": OLIVE, "marker": "<", "linestyle": ":"},
     {"color": INDIGO, "marker": ">", "linestyle": "--"},
     {"color": WINE, "marker": "p", "linestyle": "-."},
-    {"color": BLUE, "marker": "d", "linestyle": "--"},
-    {"color": VERMILLION, "marker": "H", "linestyle": ":"},
-    {"color": GREEN, "marker": "8", "linestyle": "-"},
-    {"color": PURPLE, "marker": "1", "linestyle": "-."},
+    {"color": TEAL, "marker": "d", "linestyle": "--"},
+    {"color": ROSE, "marker": "H", "linestyle": ":"},
+    {"color": FOREST, "marker": "8", "linestyle": "-"},
+    {"color": SAND, "marker": "1", "linestyle": "-."},
 )
 """Keyword arguments of successive series; use `series(i)`."""
 
