@@ -45,12 +45,11 @@ def gram_ref(xs: list[Tensor], clip: float, weights: Tensor | None = None) -> Te
     d = xs[0].shape[-1]
     total, count = torch.zeros(d, d, dtype=torch.float64), 0
     for w, window in enumerate(xs):
-        energies = [float(x.double() @ x.double()) for x in window]
+        own = [1.0] * len(window) if weights is None else weights[w].tolist()
+        energies = [v * float(x.double() @ x.double()) for v, x in zip(own, window, strict=True)]
         median = sorted(energies)[(len(energies) - 1) // 2]
         for t, x in enumerate(window):
-            scale = min(1.0, clip * median / energies[t])
-            if weights is not None:
-                scale *= float(weights[w, t])
+            scale = own[t] * min(1.0, clip * median / energies[t])
             total += scale * torch.outer(x.double(), x.double())
             count += 1
     return total / count
@@ -140,7 +139,7 @@ def test_sites_of_separate_and_fused_projections(tmp_path: Path, ids: Tensor) ->
         assert [input_group.name for input_group in input_groups] == names
 
 
-def test_token_weights_multiply_the_clip(llama: Path, ids: Tensor) -> None:
+def test_token_weights_count_before_the_clip(llama: Path, ids: Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     inputs = linear_inputs(model, ids)
     weights = torch.rand(N, T, generator=torch.Generator().manual_seed(0)) * 2

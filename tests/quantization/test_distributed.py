@@ -133,8 +133,8 @@ class TestTwoProcesses:
         assert first.returncode == second.returncode == 0, first.stderr + second.stderr
         assert files(place / "torn-one") == files(place / "one")
 
-    def test_trellis_planes_are_collected_and_resumed(self, place):
-        code = "--code", "trellis"
+    def test_trellis_planes_and_weights_of_tokens_are_shared_and_resumed(self, place):
+        code = "--code", "trellis", "--preset", "balanced"  # which weighs tokens by gradients
         (done,) = start(place, "trellis", 1, *code)
         assert done.returncode == 0, done.stderr
         first, second = start(place, "trellis-two", 2, *code, "--resume", "--fail-at=1,1")

@@ -205,10 +205,24 @@ def test_the_command(
     captured = capsys.readouterr()
     result = json.loads(captured.out.splitlines()[-1])
     assert result["dry_run"] is True
-    assert set(result["seconds"]) == {"calibrate", "activations", "encode", "write", "total"}
+    phases = {"calibrate", "gradients", "activations", "encode", "write", "total"}
+    assert set(result["seconds"]) == phases
     assert result["bytes_out"] > 0
     assert "free" in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_gradients_are_counted(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time of the pass, and disk for the inputs of all blocks."""
+    plain = estimate(job(place), tmp_path / "out")
+    monkeypatch.setattr(jobs, "EFFORTS", {"fast": Effort(2, 1, 0, guided=True)})
+    guided = estimate(job(place), tmp_path / "out")
+    assert guided.seconds["gradients"] > plain.seconds["gradients"] == 0
+    states = 16 * 64 * 48 * 5  # windows, tokens, values of a state, blocks
+    assert guided.bytes_most > max(2 * states, plain.bytes_most)
+    assert "gradients" in str(guided)
 
 
 @pytest.mark.slow

@@ -68,6 +68,13 @@ def print_report(report: Report, checkpoint: Checkpoint, console: Console) -> No
         values = sum(e["values"] for e in entries)
         example = entries[0]["name"] + (f" and {len(entries) - 1} more" if entries[1:] else "")
         console.print(f"kept in {bits} bits: {example} ({values:,} values): {reason}")
+    if report.unguided:
+        console.print(f"tokens count alike: {report.unguided}")
+    elif report.plain:
+        console.print(
+            f"tokens count by gradients of the loss, except for {report.plain[0]} and "
+            f"{len(report.plain) - 1} more, where they count alike: not every token passes them"
+        )
     if report.starved:
         stacks, few = len(report.starved), sum(report.starved.values())
         console.print(
@@ -78,10 +85,10 @@ def print_report(report: Report, checkpoint: Checkpoint, console: Console) -> No
         )
     s = report.seconds
     console.print(
-        f"{s['total']:.0f} s (calibration text {s['calibrate']:.0f}, activations "
-        f"{s['activations']:.0f}, search {s['encode']:.0f} on {report.backend}, writing "
-        f"{s['write']:.0f}); peak memory {report.peak_gib:.2f} GiB, model in float32 "
-        f"{report.model_gib:.2f} GiB"
+        f"{s['total']:.0f} s (calibration text {s['calibrate']:.0f}, gradients "
+        f"{s['gradients']:.0f}, activations {s['activations']:.0f}, search {s['encode']:.0f} on "
+        f"{report.backend}, writing {s['write']:.0f}); peak memory {report.peak_gib:.2f} GiB, "
+        f"model in float32 {report.model_gib:.2f} GiB"
     )
 
 

@@ -47,7 +47,14 @@ from .embeddings import embedding_name, head_name
 from .experts import stack_names, walk_experts, weight_of
 from .input_groups import InputGroup, codable
 from .key_names import KeyNames
-from .statistics import CLIP, BlockStatistics, InputRecorder, check_uncovered
+from .statistics import (
+    CLIP,
+    BlockStatistics,
+    InputRecorder,
+    TokenWeights,
+    check_uncovered,
+    weights_of,
+)
 from .structure import build_model, find_blocks, towers
 from .weight_files import WeightFiles
 
@@ -305,7 +312,7 @@ class BlockRunner:
         hidden: Tensor,
         *,
         clip: float = CLIP,
-        weights: Tensor | None = None,
+        weights: TokenWeights = None,
         out: Tensor | None = None,
         partition: Partition | None = None,
     ) -> BlockStatistics:
@@ -315,7 +322,8 @@ class BlockRunner:
             hidden: [n, T, D], input of the block.
             clip: tokens count at most as much as `clip` times the median token of their window
                 (see statistics.py); infinity switches it off.
-            weights: [n, T], importance of each token, multiplied into the clip weights.
+            weights: [n, T], importance of each token, before it is clipped; or that of each input
+                group, by its first module.
             out: where to write the output [n, T, D]; may be `hidden` itself.
             partition: of this process in a run of several; `hidden` has its windows alone.
 
@@ -335,8 +343,7 @@ class BlockRunner:
                 for shard in own.shards:
                     for part in shard:
                         x = hidden[part].to(self.device)
-                        token_weights = None if weights is None else weights[part]
-                        recorder.batch((x.shape[0], x.shape[1]), token_weights)
+                        recorder.batch((x.shape[0], x.shape[1]), weights_of(weights, part))
                         to[part] = self._run(i, block, x).to(to)
                         recorder.end()
                     recorder.fold(keep=own.ranks.size > 1)

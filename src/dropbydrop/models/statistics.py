@@ -13,7 +13,8 @@ Input groups (input_groups.py) are found at run time, by watching the calls, not
    the median being that of ||x||^2 over the tokens of the same window. A few tokens (the first one
    above all) carry up to 4e5 times the energy of the median token; unclipped, they make H nearly
    rank one and every other direction is drowned by its damping. `torch.median` is the lower one
-   for even lengths. Where the median is 0 nothing is clipped.
+   for even lengths. Where the median is 0 nothing is clipped. A caller's weights v_t (gradients of
+   the loss, token_gradients.py) multiply ||x_t||^2 before it is clipped, and w_t after.
 
 Layout: H is float32 [d_in, d_in], symmetric. Only the lower block triangle is computed (a third
 less work) and mirrored at the end. Sums run in float32: 1e5 tokens leave a relative error near
@@ -32,7 +33,7 @@ names and the reasons.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import Token
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 CLIP = 20.0
 MAX_UNCOVERED = 0.05  # share of a block's matrices that may stay outside of called linears
 _COLUMNS = 256  # width of the column blocks of a Gram product
+# [n, T] for all input groups, or by an input group's first module (others have none)
+TokenWeights = Tensor | Mapping[str, Tensor] | None
 
 
 @dataclass
@@ -66,6 +69,7 @@ class BlockStatistics:
         tokens: the number of tokens each H averages over.
         hidden: the block's output, [n, T, d].
         routed: input group name -> tokens that each expert saw, [E]; of the down of experts.
+        guided: input groups whose tokens have weights of the caller.
     """
 
     input_groups: list[InputGroup]
@@ -74,6 +78,7 @@ class BlockStatistics:
     tokens: int
     hidden: Tensor
     routed: dict[str, Tensor] = field(default_factory=dict)
+    guided: set[str] = field(default_factory=set)
 
 
 def token_weights(energy: Tensor, clip: float) -> Tensor:
@@ -84,6 +89,21 @@ def token_weights(energy: Tensor, clip: float) -> Tensor:
     median = energy.median(dim=-1, keepdim=True).values  # [b, 1]
     limit = torch.where(median > 0, clip * median, torch.inf)
     return (limit / energy.clamp_min(torch.finfo(energy.dtype).tiny)).clamp(max=1.0)
+
+
+def weighted(energy: Tensor, clip: float, given: Tensor | None) -> Tensor:
+    """Weights of tokens of these energies: those `given`, clipped. All [.., T]."""
+    if given is None:
+        return token_weights(energy, clip)
+    given = given.to(energy)
+    return given * token_weights(energy * given, clip)
+
+
+def weights_of(weights: TokenWeights, windows: slice) -> TokenWeights:
+    """Those of some windows."""
+    if isinstance(weights, Mapping):
+        return {name: w[windows] for name, w in weights.items()}
+    return None if weights is None else weights[windows]
 
 
 def add_gram(total: Tensor, y: Tensor) -> None:
@@ -163,7 +183,7 @@ class InputRecorder:
     _seen: set[str] = field(default_factory=set)
     _left: dict[str, str] = field(default_factory=dict)  # module that has no group -> the reason
     _shape: tuple[int, int] = (0, 0)
-    _weights: Tensor | None = None
+    _weights: TokenWeights = None
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     _experts: dict[nn.Module, str] = field(default_factory=dict)  # module -> full name
     _token: Token[experts.Watcher | None] | None = None
@@ -189,9 +209,14 @@ class InputRecorder:
         if self._token is not None:
             experts.watching.reset(self._token)
 
-    def batch(self, shape: tuple[int, int], weights: Tensor | None = None) -> None:
-        """Announce a forward over [b, T] tokens, `weights` [b, T] multiplying the clip weights."""
+    def batch(self, shape: tuple[int, int], weights: TokenWeights = None) -> None:
+        """Announce a forward over [b, T] tokens, `weights` [b, T] as in the module's note."""
         self._shape, self._weights = shape, weights
+
+    def _weights_of(self, entry: _Entry) -> Tensor | None:
+        """The caller's weights [b, T] for an input group."""
+        given = self._weights
+        return given.get(entry.modules[0]) if isinstance(given, Mapping) else given
 
     def end(self) -> None:
         """The forward is over: let go of its inputs."""
@@ -254,8 +279,9 @@ class InputRecorder:
         h = h.detach().to(torch.float32)
         energy = torch.linalg.vector_norm(h, dim=-1).square()  # [t]
         weights = token_weights(energy, self.clip)
-        if tokens is not None and self._weights is not None:
-            weights = weights * self._weights.reshape(-1)[tokens].to(weights)
+        given = self._weights_of(entry)
+        if tokens is not None and given is not None:
+            weights = weighted(energy, self.clip, given.reshape(-1)[tokens])
         gram = entry.gram.of(2 * count, d, d, device=h.device)
         add_gram(gram[e if tokens is not None else count + e], h * weights.sqrt()[:, None])
         counts = entry.counts.of(count + 1, device=h.device)
@@ -273,9 +299,7 @@ class InputRecorder:
         energy = torch.linalg.vector_norm(x, dim=-1).square()  # [b, T]
         median = energy.median(dim=-1).values.clamp_min(torch.finfo(energy.dtype).tiny)  # [b]
         entry.ratio = max(entry.ratio, float((energy.amax(-1) / median).max()))
-        weights = token_weights(energy, self.clip)
-        if self._weights is not None:
-            weights = weights * self._weights.to(weights)
+        weights = weighted(energy, self.clip, self._weights_of(entry))
         add_gram(gram, (x * weights.sqrt()[..., None]).view(-1, d))  # [b * T, d_in]
 
     def _kept(self) -> list[tuple[_Entry, list[str]]]:
@@ -338,7 +362,9 @@ class InputRecorder:
                     "calibration text. Use dtype float32, or check the model's weights."
                 )
             ratio[input_group.name] = most
-        return BlockStatistics(input_groups, grams, ratio, tokens, hidden, routed)
+        given = self._weights if isinstance(self._weights, Mapping) else {}
+        guided = {group.name for group in input_groups if group.modules[0] in given}
+        return BlockStatistics(input_groups, grams, ratio, tokens, hidden, routed, guided)
 
 
 def check_uncovered(

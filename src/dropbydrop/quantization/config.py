@@ -43,7 +43,8 @@ class QuantizeConfig(Settings):
     Attributes:
         levels: ascending; they are supervised and can be asked for later.
         code: kind of the planes (coding/planes.py).
-        preset: calibration tokens and search effort.
+        preset: calibration tokens, search effort, and whether tokens count by gradients of the
+            loss (all but `fast`).
         device: under torchrun each process takes the one of its number.
         backend: one of `coding.kinds.backends`.
 

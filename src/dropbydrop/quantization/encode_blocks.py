@@ -249,6 +249,7 @@ class BlockEncoder:
             "rel_error": dict(zip(map(str, self.levels), errors, strict=True)),
             "max_over_rms": round(float(weight.abs().max()) / max(rms, 1e-30), 2),
             "token_energy_over_median": round(statistics.energy_ratio[group.name], 1),
+            "guided": group.name in statistics.guided,  # tokens count by gradients of the loss
             "seconds": round(sum(seconds for _, seconds in results), 3),
         }
         if (counts := statistics.routed.get(group.name)) is not None:

@@ -4,6 +4,7 @@ Disk follows from shapes. Blocks of a model are alike, so the first is timed and
 extrapolated by their weights:
 
     calibrate    a text is read and cut for real; writing one is timed by its module
+    gradients    a batch through block 0 and the head, forward and back
     activations  `collect_statistics` on one batch of windows and on two: cost of a batch, and the
                  constant part (loading, mirroring the Gram matrices)
     encode       for each input group, `encode_group` with its real Gram matrix and rows of its
@@ -49,6 +50,7 @@ from dropbydrop.models.experts import routers, stack_names, weight_of
 from dropbydrop.models.input_groups import InputGroup
 from dropbydrop.models.sources import side_files
 from dropbydrop.models.statistics import BlockStatistics
+from dropbydrop.models.token_gradients import TokenGradients
 from dropbydrop.system.memory import peak_memory
 
 from .job import Job
@@ -89,11 +91,11 @@ class Estimate:
     def __str__(self) -> str:
         s = {phase: _duration(value) for phase, value in self.seconds.items()}
         text = (
-            f"about {s['total']} (calibration text {s['calibrate']}, activations "
-            f"{s['activations']}, search {s['encode']}, writing {s['write']}); peak memory about "
-            f"{self.peak_gib:.2f} GiB; checkpoint {self.bytes_out / 1e6:.1f} MB, at most "
-            f"{self.bytes_most / 1e6:.1f} MB on disk while running, "
-            f"{self.bytes_free / 1e9:.1f} GB free"
+            f"about {s['total']} (calibration text {s['calibrate']}, gradients "
+            f"{s['gradients']}, activations {s['activations']}, search {s['encode']}, writing "
+            f"{s['write']}); peak memory about {self.peak_gib:.2f} GiB; checkpoint "
+            f"{self.bytes_out / 1e6:.1f} MB, at most {self.bytes_most / 1e6:.1f} MB on disk "
+            f"while running, {self.bytes_free / 1e9:.1f} GB free"
         )
         if self.bytes_most > self.bytes_free:
             text += ". The disk is too small: free some space or choose another folder"
@@ -123,6 +125,7 @@ def estimate(
     written = 1.3 * total + (hidden * runner.num_blocks if resume else 0)  # 1.3: and reading back
     seconds = {
         "calibrate": first.calibrate,
+        "gradients": first.gradients,
         "activations": first.activations,
         "encode": first.encode + training + first.tables,
         "write": _seconds_a_byte(place.parent) * written,
@@ -132,6 +135,8 @@ def estimate(
     most = total + max(*sizes, total - sum(sizes))
     if resume:  # raw files are kept to the end, and two generations of hidden states
         most = 2 * total + 2 * hidden
+    if not job.unguided:  # the inputs of all blocks, until their gradients are known
+        most = max(most, hidden * (1 + first.share * runner.num_blocks) + 2 * hidden * resume)
     _reset_peak()  # at the end the embedding is read and narrowed
     width = 10 if config.head_in_planes else 4 + config.head_bits // 8  # bytes a value
     at_the_end = peak_memory() + width * embedding
@@ -156,7 +161,8 @@ class FirstBlock:
     """Block 0, timed on one or two batches of windows and on some of its rows.
 
     Attributes:
-        calibrate, activations, encode: seconds of the phases, of all blocks.
+        calibrate, gradients, activations, encode: seconds of the phases, of all blocks.
+        share: bytes of a state on its way to gradients, over those of the walk.
         tables: seconds to encode embedding and head, where they are in planes.
     """
 
@@ -185,7 +191,11 @@ class FirstBlock:
         encode = sum(self._encode(block, statistics, g) for g in statistics.input_groups)
         weights = runner.linear_sizes()
         like_it = sum(weights) / weights[0]  # the model in blocks like the first
-        self.activations = like_it * (constant + batch * job.windows_asked / step)
+        batches = job.windows_asked / step
+        self.activations = like_it * (constant + batch * batches)
+        self.gradients, self.share = 0.0, 0.0
+        if not job.unguided:
+            self._time_gradients(block, hidden[:step], like_it, loading, batches)
         self.encode = like_it * encode
         # every weight like one of the blocks: a table has a bit or two more
         self.tables = 0.0
@@ -195,6 +205,22 @@ class FirstBlock:
             values = sum(model.get_parameter(f"{name}.weight").numel() for name in names)
             self.tables = encode * values / weights[0]
         runner.release(0)
+
+    def _time_gradients(
+        self, block: nn.Module, x: Tensor, like_it: float, loading: float, batches: float
+    ) -> None:
+        """What weights of tokens take (guidance.py), from one batch x [b, T, D] of block 0."""
+        gradients = TokenGradients(self.job.runner, self.job.config.seed)
+        gradients.forward(0, x)  # warms up
+        _reset_peak()
+        forth, y = _clock(lambda: gradients.forward(0, x))
+        head, back = _clock(lambda: gradients.head(y, 0))
+        through, _ = _clock(lambda: gradients.block(0, block, x, back))
+        self.gradients = like_it * (2 * loading + batches * (forth + through)) + batches * head
+        self.share = gradients.dtype.itemsize / x.element_size()
+        # a gradient in the place of the state, and a block's input beside it
+        beside = int(self.share * _hidden_bytes(self.job))
+        self._working = max(self._working, peak_memory() + beside)
 
     def _text(self) -> Tensor:
         """Windows [n, T] to time on, and the seconds of all of them."""

@@ -40,7 +40,7 @@ from dropbydrop.system.errors import (
 from dropbydrop.system.memory import map_large_allocations
 
 from .config import SEQ_LEN, WINDOWS, QuantizeConfig
-from .trial import try_model
+from .trial import try_gradients, try_model
 
 _SAMPLE = "One model, 1234 words: naïve façades — été, дом, 日本語!\n\tfor (i = 0; i < n; i++)"
 
@@ -53,6 +53,7 @@ class Job:
         config: complete settings: nothing in them is left open.
         effort: search effort of the preset.
         ready: windows that the caller made; None: they are drawn as `config.calibration` says.
+        unguided: why tokens do not count by gradients of the loss; "" if they do. The root's.
     """
 
     config: QuantizeConfig
@@ -60,6 +61,7 @@ class Job:
     runner: BlockRunner
     effort: Effort
     ready: Calibration | None = None
+    unguided: str = ""
 
     def windows(self, progress: bool = True) -> Calibration:
         """The calibration windows; `progress`: show how the model writes them.
@@ -150,7 +152,13 @@ def prepare(model: str | Path, config: QuantizeConfig, *, ready: Calibration | N
     if rank_of_process() == 0:  # for all
         check_values(runner, config.head_bits)
         try_model(runner, complete, job.planes)
+        return replace(job, unguided=_unguided(job))
     return job
+
+
+def _unguided(job: Job) -> str:
+    """See `Job`."""
+    return try_gradients(job.runner) if job.effort.guided else f"preset {job.config.preset}"
 
 
 def _backend(config: QuantizeConfig, device: torch.device) -> str:

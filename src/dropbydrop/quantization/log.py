@@ -24,6 +24,8 @@ class Report:
         device_gib: peak memory on a GPU; 0 without one.
         errors: mean over matrices of the relative weighted error at each level.
         kept: parameters left in 8 or 16 bits (or as they were): name, bits, reason.
+        unguided: why tokens do not count by gradients of the loss; "" if they do. `plain` are the
+            matrices whose tokens do not, of a run where others' do.
         starved: stack of experts -> how many of them calibration gave fewer tokens than they have
             inputs; what they compute for other tokens counts more for them (models/experts.py).
         resumed: blocks taken over from an interrupted run; seconds count their work too, except
@@ -39,9 +41,15 @@ class Report:
     errors: dict[int, float]
     matrices: int
     kept: list[dict[str, Any]]
+    unguided: str
     backend: str
     resumed: int
     log: list[dict[str, Any]] = field(repr=False)
+
+    @property
+    def plain(self) -> list[str]:
+        """See the class."""
+        return [m["module"] for m in self.log if not (self.unguided or m.get("guided"))]
 
     @property
     def starved(self) -> dict[str, int]:
@@ -64,6 +72,8 @@ class Report:
             "mean_relative_error": {str(p): e for p, e in self.errors.items()},
             "matrices": self.matrices,
             "kept": self.kept,
+            "token_weights": self.unguided or "gradients",
+            **({"without_gradients": self.plain} if self.plain else {}),
             **({"starved_experts": self.starved} if self.starved else {}),
             "backend": self.backend,
             "resumed_blocks": self.resumed,
@@ -77,6 +87,7 @@ class RunLog:
     Attributes:
         matrices: one entry a matrix: module, shape, relative errors, outliers, seconds.
         kept: parameters that are not coded: name, bits, values, reason.
+        unguided: see `Report`.
         parameters: parameters of the original model, met so far (tied ones once).
         seconds: wall-clock time by phase.
     """
@@ -85,8 +96,11 @@ class RunLog:
     matrices: list[dict[str, Any]] = field(default_factory=list)
     kept: list[dict[str, Any]] = field(default_factory=list)
     parameters: int = 0
+    unguided: str = ""
     seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("calibrate", "activations", "encode", "write"), 0.0)
+        default_factory=lambda: dict.fromkeys(
+            ("calibrate", "gradients", "activations", "encode", "write"), 0.0
+        )
     )
     _marked: tuple[int, int] = (0, 0)
 

@@ -2,10 +2,11 @@
 
 Steps:
     1. resolve the model, draw the calibration windows (written by the model itself by default);
-    2. block by block: load its weights, run the windows through it, collecting the Gram matrix of
+    2. where the preset says so, weights of the tokens from gradients of the loss (guidance.py);
+    3. block by block: load its weights, run the windows through it, collecting the Gram matrix of
        every input group and the block's output in one pass; encode its matrices; write them; free
        everything (encode_blocks.py). Activations are those of the unquantized model;
-    3. write embedding and head, in planes under the H of the final norm's outputs or in 8 or 16
+    4. write embedding and head, in planes under the H of the final norm's outputs or in 8 or 16
        bits, what stays as it is (norms and biases), config, log, model card, manifest; rename the
        folder into place.
 In memory at a time: the hidden states of the windows, one block, its Gram matrices; with a GPU, in
@@ -49,6 +50,7 @@ from dropbydrop.system.version import __version__
 from .config import QuantizeConfig
 from .encode_blocks import BlockEncoder
 from .fingerprint import fingerprint
+from .guidance import Guidance, JournalStore, LocalStore
 from .job import Job, prepare
 from .log import Report, RunLog
 from .model_card import license_of, model_card
@@ -112,10 +114,10 @@ def quantize(
             lambda: prepare(model, config, ready=ready if isinstance(ready, Calibration) else None)
         )
         if not ranks.root:
-            return _report(job, place, _carry_out(job, None, None, False, ranks), 0, started)
+            return _report(job, place, _carry_out(job, place, None, None, False, ranks), 0, started)
         if not resume:
             with CheckpointWriter(place, overwrite=overwrite) as writer:
-                log = _carry_out(job, writer, None, progress, ranks)
+                log = _carry_out(job, place, writer, None, progress, ranks)
             return _report(job, place, log, 0, started)
         log, resumed = _resume(job, ranks, place, overwrite, progress)
         return _report(job, place, log, resumed, started)
@@ -129,20 +131,25 @@ def _resume(
         resumed = sum("block" in step for step in journal.steps)
         if (published := journal.published()) is not None:
             ranks.broadcast(_DONE)
-            log = RunLog(job.config.levels)
+            log = RunLog(job.config.levels, unguided=job.unguided)
             log.restore([*(step["run"] for step in journal.steps), published["run"]])
             return log, resumed
         records = [step["writer"] for step in journal.steps]
         with CheckpointWriter(
             place, overwrite=overwrite, work=journal.path, records=records
         ) as writer:
-            return _carry_out(job, writer, journal, progress, ranks), resumed
+            return _carry_out(job, place, writer, journal, progress, ranks), resumed
 
 
 def _carry_out(
-    job: Job, writer: CheckpointWriter | None, journal: Journal | None, progress: bool, ranks: Ranks
+    job: Job,
+    place: Path,
+    writer: CheckpointWriter | None,
+    journal: Journal | None,
+    progress: bool,
+    ranks: Ranks,
 ) -> RunLog:
-    """Steps 1 to 3 of the module's note, from where the journal ends; the root has the writer."""
+    """Steps 1 to 4 of the module's note, from where the journal ends; the root has the writer."""
     runner = job.runner
     steps = ranks.broadcast(0 if journal is None else len(journal.steps))
     if steps == _DONE:  # the root found the checkpoint in place
@@ -158,19 +165,27 @@ def _carry_out(
     encoder = BlockEncoder(runner, writer, job.config, job.effort, universal, ranks)
     log = encoder.log
     log.seconds["encode"] += trained
+    log.unguided = ranks.broadcast(job.unguided)
     if steps == 0:
         hidden, partition, calibration = _begin(job, encoder, journal, kept, progress)
     else:
         hidden, partition, calibration = _go_on(job, encoder, journal, steps)
-    first = max(0, steps - 1)
+    guidance, first = None, max(0, steps - 1)
+    if not log.unguided:
+        store = JournalStore(journal, partition) if kept else LocalStore(place)
+        guidance = Guidance(runner, partition, store, job.config.seed)
+        if first < guidance.steps:
+            hidden = _guide(guidance, first, hidden, journal, encoder, progress)
+        first = max(0, first - guidance.steps)
     with progress_bar(progress) as bar:
         task = bar.add_task("quantize", total=runner.num_blocks, completed=first)
         for i in range(first, runner.num_blocks):
             assert hidden is not None
             with log.timed("activations"):
                 block = runner.block(i)
+                weights = None if guidance is None else guidance.weights(i)
                 statistics = runner.collect_statistics(
-                    i, block, hidden, out=hidden, partition=partition
+                    i, block, hidden, weights=weights, out=hidden, partition=partition
                 )
             with log.timed("encode"):
                 encoder.encode_block(i, block, statistics)
@@ -224,10 +239,36 @@ def _go_on(
         encoder.log.restore([step["run"] for step in journal.steps])
         calibration = journal.steps[0]["calibration"]
     hidden: Tensor | None = None
-    if steps - 1 < runner.num_blocks or job.config.head_in_planes:
+    there = ranks.broadcast(journal is not None and "hidden" in journal.steps[-1])
+    if there:
         whole = None if journal is None else journal.hidden()
         hidden = partition.scatter(whole).to(runner.device)
     return hidden, partition, calibration
+
+
+def _guide(
+    guidance: Guidance,
+    done: int,
+    hidden: Tensor | None,
+    journal: Journal | None,
+    encoder: BlockEncoder,
+    progress: bool,
+) -> Tensor:
+    """The pass for gradients, from where the journal ends; the state before the first block."""
+    log, partition = encoder.log, guidance.partition
+    with progress_bar(progress) as bar:
+        task = bar.add_task("gradients", total=guidance.steps, completed=done)
+        mark = time.perf_counter()
+
+        def commit(step: dict[str, Any], state: Tensor | None) -> None:
+            nonlocal mark
+            log.seconds["gradients"] += time.perf_counter() - mark
+            whole = state if guidance.kept else None
+            _commit(journal, encoder, step, None if whole is None else partition.gather(whole))
+            bar.advance(task)
+            mark = time.perf_counter()
+
+        return guidance.run(done, hidden, commit).to(guidance.runner.device)
 
 
 def _commit(
@@ -255,6 +296,7 @@ def _finish(
         **{k: v for k, v in job.config.to_dict().items() if k not in ("device", "backend")},
         "calibration": calibration,
         "lambdas": dict(zip(map(str, levels), encoder.lambdas, strict=True)),
+        "token_weights": log.unguided or "gradients",
         "version": __version__,
     }
     quantization = QuantizationConfig(
@@ -293,6 +335,7 @@ def _report(job: Job, out: Path, log: RunLog, resumed: int, started: float) -> R
         errors=log.mean_errors(),
         matrices=len(log.matrices),
         kept=log.kept,
+        unguided=log.unguided,
         backend=str(job.config.backend),
         resumed=resumed,
         log=log.matrices,

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from dropbydrop.checkpoint import Embeddings
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.embeddings import embedded_tokens
+from dropbydrop.models.token_gradients import TokenGradients
 from dropbydrop.runtime.hf import place_modules
 from dropbydrop.runtime.int8_modules import RowView
 from dropbydrop.system.console import quiet_transformers
@@ -94,6 +95,39 @@ def _told(model: nn.Module, what: str) -> Iterator[None]:
             "called. With --head-bits 16 embedding and head stay as they are, which helps some; "
             "else use another model."
         ) from error
+
+
+def try_gradients(runner: BlockRunner) -> str:
+    """Why tokens cannot be weighted by gradients of the loss; "" where they can.
+
+    Each kind of block runs a few tokens back and forth, the head too; `runner` is left as it is.
+    """
+    again = BlockRunner.open(
+        runner.files.folder, runner.dtype, runner.device, runner.batch_tokens, runner.files
+    )
+    gradients, tried = TokenGradients(again), set[Any]()
+    try:
+        hidden = again.embed((torch.arange(_TOKENS) * 7 % embedded_tokens(again.model))[None])
+        gradients.head(hidden, 0)
+        for i, block in enumerate(again.blocks):
+            kind = type(block), tuple(type(m) for m in block.modules())
+            if kind not in tried:
+                tried.add(kind)
+                loaded, ones = again.block(i), torch.ones_like(hidden)
+                back, squares = gradients.block(i, loaded, hidden, ones)
+                again.release(i)
+                if not squares or not all(map(_finite, (back, *squares.values()))):
+                    return f"gradients of {again.block_prefix(i)} are not finite, or of no matrix"
+    except Exception as error:  # whatever its code raises
+        return f"{type(again.model).__name__} has no backward pass ({first_line(error)})"
+    finally:
+        del again
+        gc.collect()
+    return ""
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())
 
 
 def _try_running(runner: BlockRunner, head_bits: int) -> dict[str, tuple[int, int]]:
