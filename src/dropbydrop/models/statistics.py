@@ -93,10 +93,8 @@ def token_weights(energy: Tensor, clip: float) -> Tensor:
 
 def weighted(energy: Tensor, clip: float, given: Tensor | None) -> Tensor:
     """Weights of tokens of these energies: those `given`, clipped. All [.., T]."""
-    if given is None:
-        return token_weights(energy, clip)
-    given = given.to(energy)
-    return given * token_weights(energy * given, clip)
+    own = torch.ones_like(energy) if given is None else given.to(energy)
+    return own * token_weights(energy * own, clip)
 
 
 def weights_of(weights: TokenWeights, windows: slice) -> TokenWeights:
@@ -278,10 +276,9 @@ class InputRecorder:
             return
         h = h.detach().to(torch.float32)
         energy = torch.linalg.vector_norm(h, dim=-1).square()  # [t]
-        weights = token_weights(energy, self.clip)
-        given = self._weights_of(entry)
-        if tokens is not None and given is not None:
-            weights = weighted(energy, self.clip, given.reshape(-1)[tokens])
+        given = None if tokens is None else self._weights_of(entry)
+        chosen = None if given is None else given.reshape(-1)[tokens]
+        weights = weighted(energy, self.clip, chosen)
         gram = entry.gram.of(2 * count, d, d, device=h.device)
         add_gram(gram[e if tokens is not None else count + e], h * weights.sqrt()[:, None])
         counts = entry.counts.of(count + 1, device=h.device)

@@ -170,12 +170,11 @@ def _carry_out(
         hidden, partition, calibration = _begin(job, encoder, journal, kept, progress)
     else:
         hidden, partition, calibration = _go_on(job, encoder, journal, steps)
-    guidance, first = None, max(0, steps - 1)
+    first, guidance = max(0, steps - 1), None
     if not log.unguided:
         store = JournalStore(journal, partition) if kept else LocalStore(place)
         guidance = Guidance(runner, partition, store, job.config.seed)
-        if first < guidance.steps:
-            hidden = _guide(guidance, first, hidden, journal, encoder, progress)
+        hidden = _guide(guidance, first, hidden, journal, encoder, progress)
         first = max(0, first - guidance.steps)
     with progress_bar(progress) as bar:
         task = bar.add_task("quantize", total=runner.num_blocks, completed=first)
@@ -183,9 +182,9 @@ def _carry_out(
             assert hidden is not None
             with log.timed("activations"):
                 block = runner.block(i)
-                weights = None if guidance is None else guidance.weights(i)
+                given = None if guidance is None else guidance.weights(i)
                 statistics = runner.collect_statistics(
-                    i, block, hidden, weights=weights, out=hidden, partition=partition
+                    i, block, hidden, weights=given, out=hidden, partition=partition
                 )
             with log.timed("encode"):
                 encoder.encode_block(i, block, statistics)
@@ -253,8 +252,10 @@ def _guide(
     journal: Journal | None,
     encoder: BlockEncoder,
     progress: bool,
-) -> Tensor:
+) -> Tensor | None:
     """The pass for gradients, from where the journal ends; the state before the first block."""
+    if done >= guidance.steps:
+        return hidden
     log, partition = encoder.log, guidance.partition
     with progress_bar(progress) as bar:
         task = bar.add_task("gradients", total=guidance.steps, completed=done)
