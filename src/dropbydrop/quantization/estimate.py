@@ -136,7 +136,8 @@ def estimate(
     if resume:  # raw files are kept to the end, and two generations of hidden states
         most = 2 * total + 2 * hidden
     if not job.unguided:  # the inputs of all blocks, until their gradients are known
-        most = max(most, hidden * (1 + first.share * runner.num_blocks) + 2 * hidden * resume)
+        inputs = math.ceil(first.share * runner.num_blocks * hidden)
+        most = max(most, hidden * (3 if resume else 1) + inputs)
     _reset_peak()  # at the end the embedding is read and narrowed
     width = 10 if config.head_in_planes else 4 + config.head_bits // 8  # bytes a value
     at_the_end = peak_memory() + width * embedding
