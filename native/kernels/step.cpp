@@ -237,6 +237,7 @@ bool read_together(const DropDecoder& decoder, const DropTokens& tokens, Reading
     if (alike) continue;
     for (int64_t i = 0; i < tokens.n; ++i) {
       const DropInputGroup& group = group_at(places[i]);
+      if (!sound(group)) return false;  // before its pointers are followed
       prefixes[i] = group.prefix;
       if (group.prefix > readings[at].group->prefix) readings[at].group = &group;
     }

@@ -393,7 +393,7 @@ def test_sidecar(out: Path, code: str, known: Sensitivity, tmp_path: Path) -> No
             Sensitivity.load(Checkpoint.open(broken))
 
 
-def test_the_log_serves_without_a_sidecar(tmp_path: Path) -> None:
+def test_the_log_serves_without_a_sidecar(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     modules = Checkpoint.open(write_checkpoint(tmp_path / "a")).quantization.modules
     log = "".join(
         json.dumps({"module": m, "rel_error": {"2": 0.1 + i, "3": 0.05 + i / 2, "4": 0.01}}) + "\n"
@@ -406,8 +406,16 @@ def test_the_log_serves_without_a_sidecar(tmp_path: Path) -> None:
     input_group = checkpoint.quantization.input_groups[0]
     assert found.losses[input_group.name][2] == pytest.approx(sum(0.09 + i for i in range(3)))
     assert found.losses[input_group.name][4] == 0
+    make_plan(checkpoint, avg_bits=2.5, sensitivity=found)  # who gives it knows what it is
+    assert "nothing was measured" not in caplog.text
     model = dropbydrop.load(out, avg_bits=2.5)
     assert 2.3 < dropbydrop.precision(model) <= 2.5
+    assert "nothing was measured" in caplog.text
+    found.save(out)
+    caplog.clear()
+    dropbydrop.load(out, avg_bits=2.5)
+    assert "nothing was measured" not in caplog.text
+    (out / SIDECAR).unlink()
     (out / "quantize-log.jsonl").write_text(log[:50])
     assert from_log(checkpoint) is None
 

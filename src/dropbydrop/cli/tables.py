@@ -71,9 +71,10 @@ def print_report(report: Report, checkpoint: Checkpoint, console: Console) -> No
     if report.unguided:
         console.print(f"tokens count alike: {report.unguided}")
     elif report.plain:
+        more = f" and {len(report.plain) - 1} more" if report.plain[1:] else ""
         console.print(
-            f"tokens count by gradients of the loss, except for {report.plain[0]} and "
-            f"{len(report.plain) - 1} more, where they count alike: not every token passes them"
+            f"tokens count by gradients of the loss, except for {report.plain[0]}{more}, where "
+            "they count alike: not every token passes them"
         )
     if report.starved:
         stacks, few = len(report.starved), sum(report.starved.values())

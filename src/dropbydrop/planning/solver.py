@@ -17,6 +17,7 @@ activations; b is what the planes of level p take as they are held).
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -31,6 +32,7 @@ from .memory import default_context, parse_bytes
 from .plan import Plan
 from .sensitivity import Sensitivity, known_sensitivity
 
+log = logging.getLogger("dropbydrop")
 _MAX_UNITS = 1 << 16
 
 
@@ -63,6 +65,12 @@ def make_plan(
         raise PrecisionError("give one budget: average bits, or memory.")
     levels = levels_here(checkpoint, planes)
     known = sensitivity or known_sensitivity(checkpoint)
+    if sensitivity is None and known.kind == "log":
+        log.warning(
+            f"{checkpoint.path}: nothing was measured, so this budget is spent by the relative "
+            "errors of the quantization log, which can be worse than a mixture of two levels. "
+            f"Measure once: dropbydrop plan {checkpoint.path} --measure --avg-bits 2.6"
+        )
     if avg_bits is not None:
         check_average(avg_bits, levels, checkpoint.levels)
         costs = _code_bytes(checkpoint, levels)
