@@ -46,6 +46,7 @@ class ModelBench(Bench):
         only = None if args.kernels is None else args.kernels.split(",")
         super().__init__(args.device, sizes, megabytes, codes, only)
         self.model, self.text, self._work = args.model, args.text, args.work
+        self.code = codes[0]  # of the model's checkpoint: bytes, unless --code names another
         self.windows, self.seq_len = (2, 32) if args.smoke else (16, 2048)
         self.preset, self.calibration = ("fast", 2) if args.smoke else ("best", None)
 
@@ -236,7 +237,7 @@ def smollm2(b: ModelBench) -> dict[str, Any]:
     folder = b.folder("best")
     report = run(
         b.model, folder, LEVELS, preset=b.preset, windows=b.calibration, device=str(b.device),
-        overwrite=True, progress=False,
+        code=b.code, overwrite=True, progress=False,
     )  # fmt: skip
     return {"model": b.model, "report": report.to_dict()} | levels_of(b, folder, b.text)
 

@@ -167,7 +167,7 @@ def mix(
     out = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, weights.dtype))
     for e, tokens, places in routed(index, experts.num_experts):
         y = down(e, activated(experts, up(e, tokens)), tokens)
-        if experts.has_post_expert_norm:
+        if getattr(experts, "has_post_expert_norm", False):  # not told by transformers up to 5.17
             y = experts.post_expert_norm(y)
         out.index_add_(0, tokens, (y * weights[tokens, places, None]).to(out.dtype))
     return out.to(x.dtype)

@@ -45,10 +45,12 @@ def _triton() -> Any:
     return triton_kernels
 
 
-@lru_cache(maxsize=1)
+_TRITON_INSTALLED = find_spec("triton") is not None  # here: a compiled graph cannot look for it
+
+
 def has_triton() -> bool:
     """Whether Triton is installed; the CUDA kernels do not need it, the others here do."""
-    return find_spec("triton") is not None
+    return _TRITON_INSTALLED
 
 
 def operator(schema: str) -> Callable[[Callable], Callable]:
