@@ -47,6 +47,10 @@ def logits(model: Any) -> Tensor:
         return model(IDS).logits
 
 
+def planes_at(checkpoint: Checkpoint, level: int) -> int:
+    return checkpoint.quantization.table_prefix(checkpoint.quantization.prefix_of(level))
+
+
 def naive_table(checkpoint: Checkpoint, module: str, bits: int) -> Tensor:
     """W, weight by weight, from the tensors as docs/format.md describes them: float64."""
     spec, books = checkpoint.quantization.embeddings, checkpoint.read_set("tables")
@@ -86,14 +90,12 @@ def test_decoding_against_a_naive_decoder(out: Path) -> None:
     checkpoint = Checkpoint.open(out)
     for module in checkpoint.quantization.tables:
         for level, bits in zip((2, 3, 4), BITS, strict=True):
-            prefix = checkpoint.quantization.prefix_of(level)
-            dense = dense_table(checkpoint, module, prefix)
+            dense = dense_table(checkpoint, module, planes_at(checkpoint, level))
             rows = slice(0, None, 37)
             naive = naive_table(checkpoint, module, bits)
             torch.testing.assert_close(dense[rows].double(), naive[rows], rtol=1e-5, atol=1e-6)
-            some = dense_table(
-                checkpoint, module, checkpoint.quantization.prefix_of(level), slice(100, 300)
-            )
+            count = planes_at(checkpoint, level)
+            some = dense_table(checkpoint, module, count, slice(100, 300))
             assert torch.equal(some, dense[100:300])
 
 
@@ -105,9 +107,9 @@ def test_rows_of_a_model_are_those_of_the_planes(out: Path) -> None:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         name = EMBEDDING if head.tied else "lm_head"
         for module, stored in ((embedding, EMBEDDING), (head, name)):
-            prefix = checkpoint.quantization.prefix_of(level)
             rotation = module.source.turns(torch.device("cpu")).forward
-            exact = rotation.apply_weight(dense_table(checkpoint, stored, prefix))
+            dense = dense_table(checkpoint, stored, planes_at(checkpoint, level))
+            exact = rotation.apply_weight(dense)
             held = module.rows.float() * module.row_scales.float()[:, None]
             assert ((held - exact).abs() <= 0.51 * module.row_scales.float()[:, None]).all()
         looked_up = embedding(IDS)
@@ -190,7 +192,7 @@ def test_export_and_dequantize(out: Path, tmp_path: Path) -> None:
     export(out, tmp_path / "dense", 3, dtype="float32", progress=False)
     ours = dropbydrop.load(out, bits=3)
     checkpoint = Checkpoint.open(out)
-    dense = dense_table(checkpoint, EMBEDDING, checkpoint.quantization.prefix_of(3))
+    dense = dense_table(checkpoint, EMBEDDING, planes_at(checkpoint, 3))
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
@@ -241,7 +243,7 @@ def test_quantize(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) 
     assert checkpoint.verify() == []
     original = original_of(tmp_path / "model")
     weight = original.get_input_embeddings().weight
-    dense = dense_table(checkpoint, EMBEDDING, checkpoint.quantization.prefix_of(2))
+    dense = dense_table(checkpoint, EMBEDDING, planes_at(checkpoint, 2))
     assert ((dense - weight).square().sum() / weight.square().sum()) < 0.03
     model = dropbydrop.load(report.out, bits=2)
     torch.testing.assert_close(
@@ -262,8 +264,8 @@ def test_tuning_leaves_tables_as_they_are(tmp_path: Path, monkeypatch: pytest.Mo
     before, after = Checkpoint.open(out), Checkpoint.open(tmp_path / "tuned")
     assert after.verify() == []
     for level in (2, 3, 4):
-        prefix = before.quantization.prefix_of(level)
-        one, two = (dense_table(c, EMBEDDING, prefix) for c in (before, after))
+        count = planes_at(before, level)
+        one, two = (dense_table(c, EMBEDDING, count) for c in (before, after))
         assert torch.equal(one, two)
     dropbydrop.load(after.path, bits=2)
 

@@ -239,6 +239,11 @@ class QuantizationConfig:
         return sum(plane.bits for plane in self.embeddings.planes[: self.table_prefix(prefix)])
 
     @property
+    def table_files(self) -> tuple[int, ...]:
+        """The number of the plane file that holds each plane of a table in planes."""
+        return self.embeddings.files([self._counts[level] for level in self.levels])
+
+    @property
     def tables(self) -> tuple[str, ...]:
         """Embedding and head, if they are in planes."""
         return self.embeddings.modules if self.embeddings.by_level else ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, cast
 
 from dropbydrop.coding.planes import KINDS, PlaneSpec, TrellisPlane, counts_of
@@ -85,6 +86,12 @@ class Embeddings:
         known = sorted(set(self.by_level))
         by_bits = dict(zip(known, counts_of(self.planes, known), strict=True)) if known else {}
         return tuple(by_bits[bits] for bits in self.by_level)
+
+    @property
+    def choices(self) -> dict[int, int]:
+        """Bits a weight -> planes, of all prefixes of a table in planes; else none."""
+        sums = accumulate(plane.bits for plane in self.planes)
+        return {bits: count for count, bits in enumerate(sums, 1)}
 
     def files(self, ends: Sequence[int]) -> tuple[int, ...]:
         """The number of the plane file that holds each plane of a table: that of the lowest level

@@ -218,7 +218,8 @@ def _embedding_rows(checkpoint: Checkpoint, module: str) -> Rows:
 
 def _table_rows(checkpoint: Checkpoint, module: str, prefix: int) -> Rows:
     def rows(low: int, high: int) -> Tensor:
-        return dense_table(checkpoint, module, prefix, slice(low, high))
+        count = checkpoint.quantization.table_prefix(prefix)
+        return dense_table(checkpoint, module, count, slice(low, high))
 
     return rows
 

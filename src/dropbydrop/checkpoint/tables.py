@@ -15,26 +15,27 @@ from dropbydrop.coding.tables import rings
 from .config import codes_name, odd_name, table_inputs_name
 from .contents import plane_tensors
 from .reader import Checkpoint
+from .tensor_files import TensorInfo
 
 
-def table_bytes(checkpoint: Checkpoint, m: int) -> int:
-    """Bytes of tables in plane file m."""
-    planned = plane_tensors(checkpoint.quantization, {}, checkpoint.rest, m)
-    return sum(info.nbytes for info in planned.values())
+def table_bytes(checkpoint: Checkpoint, count: int) -> int:
+    """Bytes of the first `count` planes of all tables."""
+    q = checkpoint.quantization
+    planned: dict[str, TensorInfo] = {}
+    for m in range(1, len(q.planes) + 1):
+        planned |= plane_tensors(q, {}, checkpoint.rest, m)
+    read = [codes_name(module, k) for module in q.tables for k in range(1, count + 1)]
+    return sum(planned[name].nbytes for name in read)
 
 
-def read_table(checkpoint: Checkpoint, module: str, prefix: int) -> list[Tensor]:
-    """Codes of a table in the first `prefix` plane files: uint8 [rings, bytes, d] each.
+def read_table(checkpoint: Checkpoint, module: str, count: int) -> list[Tensor]:
+    """Codes of the first `count` planes of a table: uint8 [rings, bytes, d] each.
 
     Raises:
         MissingPlaneError, FormatError: as `Checkpoint.require`.
     """
-    q = checkpoint.quantization
-    return [
-        checkpoint.read_plane(m, codes_name(module, k))
-        for m in range(1, prefix + 1)
-        for k in range(q.table_prefix(m - 1) + 1, q.table_prefix(m) + 1)
-    ]
+    files = checkpoint.quantization.table_files
+    return [checkpoint.read_plane(files[k - 1], codes_name(module, k)) for k in range(1, count + 1)]
 
 
 def read_table_rotation(checkpoint: Checkpoint, module: str) -> Rotation:
@@ -46,14 +47,14 @@ def read_table_rotation(checkpoint: Checkpoint, module: str) -> Rotation:
 
 
 def dense_table(
-    checkpoint: Checkpoint, module: str, prefix: int, rows: slice = slice(None)
+    checkpoint: Checkpoint, module: str, count: int, rows: slice = slice(None)
 ) -> Tensor:
-    """Rows of W in the original space, from the first `prefix` planes: float32 [n, d].
+    """Rows of W in the original space, from the first `count` planes: float32 [n, d].
 
     The reference: decodes without kernels.
     """
     books = checkpoint.read_set(checkpoint.quantization.embeddings.codebooks)
-    codes = read_table(checkpoint, module, prefix)
+    codes = read_table(checkpoint, module, count)
     scales = checkpoint.read(f"{module}.scales")
     length = rings(len(scales))[1]  # rows of a ring
     first, last, _ = rows.indices(len(scales))

@@ -62,7 +62,7 @@ def run(
         **made.to_dict(),
         "average_bits": made.average_bits(checkpoint),
         "memory": made.memory(checkpoint, dtype, tokens).to_dict(),
-        "predicted_loss": sum(known.losses[name][p] for name, p in made.levels.items()),
+        "predicted_loss": known.predicted(made, checkpoint),
         "sensitivity": known.kind,
     }
     if save is not None:

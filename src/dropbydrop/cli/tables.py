@@ -215,6 +215,8 @@ def print_plan(
         rows.setdefault(block, {})[column] = result["prefixes"][group.name]
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     title = f"level of each input group, {result['average_bits']:.3f} bits"
+    if "table" in result:
+        title += f"; embedding and head with {result['table']}"
     blocks = ((block, *(str(row.get(c, "")) for c in columns)) for block, row in rows.items())
     console.print(table(title, ("block", *columns), blocks))
     kinds = ((k.replace("_", " "), f"{size / 1e6:.2f}") for k, size in result["memory"].items())

@@ -21,19 +21,24 @@ one backward pass a token.
        but their sum is set to what was measured:
        losses[s][P] = form[s][P] * KL[P] / sum_s form[s][P].
 
-About 8 forward passes a window in all.
+About 8 forward passes a window in all. Embedding and head in planes take another forward pass for
+each number of bits that they can be read with and each level: what is measured is how much the
+level's KL grows.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from dropbydrop.planning.plan import Plan, table_choices
 from dropbydrop.planning.sensitivity import Sensitivity
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import precision, store_of, view
@@ -89,16 +94,26 @@ def measure(
             for (name, p), inner in probe.inner_products(window[None], generator).items():
                 losses[name][p] += 0.5 * float(inner.double().square().sum()) / ids.numel()
             bar.advance(task)
-    kl = dict.fromkeys(levels, 0.0)
-    if lower:
+    tables = {
+        (bits, p): view(model, plan=replace(Plan.uniform(checkpoint, p), table=bits))
+        for p in levels
+        for bits in list(table_choices(checkpoint, p))[:-1]
+    }
+    kl, fewer = dict.fromkeys(levels, 0.0), defaultdict[int, dict[int, float]](dict)
+    if lower or tables:
         named = {str(p): low for p, low in views.items()}
+        named |= {f"{p}, table {bits}": low for (bits, p), low in tables.items()}
         figures = evaluate(named, view(model, levels[-1]), ids, progress=progress)["bits"]
         kl |= {p: max(0.0, figures[str(p)]["kl"]) for p in lower}
+        for bits, p in tables:
+            fewer[bits][p] = max(0.0, figures[f"{p}, table {bits}"]["kl"] - kl[p])
     for p in lower:
         _set_sum(losses, p, kl[p])
+    if tables:  # all that there are cost nothing where they are read
+        fewer[max(table_choices(checkpoint, levels[-1]))] = {}
     about = {"windows": ids.shape[0], "seq_len": ids.shape[1], "seed": seed}
     description = {**(description or {}), **about}
-    return Sensitivity(checkpoint.fingerprint, losses, "measured", kl, description)
+    return Sensitivity(checkpoint.fingerprint, losses, "measured", kl, description, fewer)
 
 
 def _set_sum(losses: Mapping[str, dict[int, float]], p: int, kl: float) -> None:

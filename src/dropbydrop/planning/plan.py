@@ -42,16 +42,19 @@ class Plan:
     Attributes:
         checkpoint: fingerprint.
         levels: one for every input group of the checkpoint ("prefixes" in the JSON form).
+        table: bits a weight of embedding and head where they are in planes; None: those of the
+            highest level that is not above the average, so that a table grows with the matrices.
     """
 
     checkpoint: str
     levels: Mapping[str, int]
+    table: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", MappingProxyType(dict(self.levels)))
 
     def __hash__(self) -> int:
-        return hash((self.checkpoint, tuple(sorted(self.levels.items()))))
+        return hash((self.checkpoint, tuple(sorted(self.levels.items())), self.table))
 
     @staticmethod
     def uniform(checkpoint: Checkpoint, bits: int) -> Plan:
@@ -74,7 +77,8 @@ class Plan:
         """This plan, if it is one for `checkpoint`.
 
         Raises:
-            FormatError: made for another checkpoint, or not one level for each of its input groups.
+            FormatError: made for another checkpoint, not one level for each of its input groups, or
+                bits of a table that the planes of its highest level do not hold.
         """
         if self.checkpoint != checkpoint.fingerprint:
             raise FormatError(
@@ -90,6 +94,13 @@ class Plan:
             )
         for level in self.levels.values():
             checkpoint.quantization.check_level(level)
+        choices = table_choices(checkpoint, self.highest)
+        if self.table is not None and self.table not in choices:
+            raise FormatError(
+                f"the plan reads embedding and head with {self.table} bits; the planes of level "
+                f"{self.highest} hold {sorted(choices) or 'none of them'}. It was edited; make it "
+                "again."
+            )
         return self
 
     def levels_by_module(self, checkpoint: Checkpoint) -> dict[str, int]:
@@ -102,12 +113,12 @@ class Plan:
         count = checkpoint.quantization.prefix_of
         return {name: count(level) for name, level in self.levels_by_module(checkpoint).items()}
 
-    def table_prefix(self, checkpoint: Checkpoint) -> int:
-        """Plane files that embedding and head read, where they are in planes: those of the highest
-        level that is not above the average, so that a table grows with the matrices."""
-        bits = self.average_bits(checkpoint)
-        below = [level for level in checkpoint.levels if level <= bits]
-        return checkpoint.quantization.prefix_of(below[-1] if below else checkpoint.levels[0])
+    def table_planes(self, checkpoint: Checkpoint) -> int:
+        """Planes that embedding and head read, where they are in planes; else 0."""
+        q = checkpoint.quantization
+        if self.table is not None:
+            return q.embeddings.choices[self.table]
+        return usual_table(checkpoint, self.average_bits(checkpoint))
 
     def average_bits(self, checkpoint: Checkpoint) -> float:
         """The levels, averaged over all weights of the quantized matrices."""
@@ -131,9 +142,10 @@ class Plan:
             for module, count in self.planes_by_module(checkpoint).items()
             for plane in planes[count:all_of_it]
         )
-        first = self.table_prefix(checkpoint) if tables else all_of_it
-        own = range(first + 1, all_of_it + 1)
-        return matrices + sum(table_bytes(checkpoint, m) for m in own)
+        if not tables or not checkpoint.quantization.tables:
+            return matrices
+        most = table_bytes(checkpoint, checkpoint.quantization.table_prefix(all_of_it))
+        return matrices + most - table_bytes(checkpoint, self.table_planes(checkpoint))
 
     def memory(
         self, checkpoint: Checkpoint, dtype: torch.dtype | str | None = None, context: int = 0
@@ -148,6 +160,7 @@ class Plan:
             "format_version": 1,
             "checkpoint": self.checkpoint,
             "prefixes": dict(self.levels),
+            **({} if self.table is None else {"table": self.table}),
         }
 
     @staticmethod
@@ -161,7 +174,8 @@ class Plan:
         if fields.data.pop("format", None) != PLAN_FORMAT:
             raise FormatError(f"{where} is no plan. Write one: dropbydrop plan OUT --save FILE")
         check_version(fields.data.pop("format_version", None), where)
-        plan = Plan(fields.take("checkpoint", str), fields.take("prefixes", dict))
+        table = fields.take("table", int) if "table" in fields.data else None
+        plan = Plan(fields.take("checkpoint", str), fields.take("prefixes", dict), table)
         fields.done()
         if not plan.levels or any(type(p) is not int for p in plan.levels.values()):
             raise FormatError(f"{where}: prefixes must be whole numbers. Damaged; make it again.")
@@ -193,6 +207,20 @@ class Plan:
     def __repr__(self) -> str:
         counts = Counter(self.levels.values())
         return f"Plan({json.dumps(dict(sorted(counts.items())))} input groups at these levels)"
+
+
+def usual_table(checkpoint: Checkpoint, average_bits: float) -> int:
+    """Planes of tables in planes of the highest level that is not above an average."""
+    below = [level for level in checkpoint.levels if level <= average_bits]
+    lowest = below[-1] if below else checkpoint.levels[0]
+    return checkpoint.quantization.table_prefix(checkpoint.quantization.prefix_of(lowest))
+
+
+def table_choices(checkpoint: Checkpoint, level: int) -> dict[int, int]:
+    """Bits -> planes of tables in planes, of all that the plane files of a level hold."""
+    q = checkpoint.quantization
+    most = q.table_prefix(q.prefix_of(level))
+    return {bits: count for bits, count in q.embeddings.choices.items() if count <= most}
 
 
 def average(levels: Mapping[str, int], checkpoint: Checkpoint) -> float:

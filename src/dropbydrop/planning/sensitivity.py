@@ -1,5 +1,9 @@
 """What it costs to run an input group at a lower level: KL to the full model, in nats a token.
 
+Embedding and head in planes are no input group: an error of theirs and those of the matrices add
+up in amplitude, so the same table costs more at a lower level. What fewer bits of them cost is
+measured at every level, and interpolated between two.
+
 Measured losses are a sidecar, sensitivity.json, beside the checkpoint and not in its manifest; it
 carries the checkpoint's fingerprint and is refused by any other. They are measured in
 evaluation/sensitivity_probe.py. Without a sidecar, the log of the quantization serves: every
@@ -16,12 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import LOG_FILE
 from dropbydrop.checkpoint.fields import Fields, check_version
 from dropbydrop.checkpoint.files import dump_json, read_json
 from dropbydrop.system.atomic_folder import write_whole
 from dropbydrop.system.errors import DropError, FormatError
+
+from .plan import Plan
 
 SIDECAR = "sensitivity.json"
 SIDECAR_FORMAT = "dropbydrop-sensitivity"
@@ -38,6 +46,8 @@ class Sensitivity:
         kind: "measured" or "log".
         kl: level -> measured KL of the uniform level (empty from a log).
         description: what it was measured on.
+        tables: bits of embedding and head in planes -> level -> what it costs to read so few of
+            them where the matrices are at that level; none where the level has no more.
     """
 
     checkpoint: str
@@ -45,6 +55,20 @@ class Sensitivity:
     kind: str
     kl: Mapping[int, float] = field(default_factory=dict)
     description: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+
+    def of_table(self, bits: int, average_bits: float) -> float:
+        """What `bits` of embedding and head cost at an average between two levels."""
+        row = self.tables[bits]
+        levels = sorted(next(iter(self.losses.values())))
+        return float(np.interp(average_bits, levels, [row.get(p, 0.0) for p in levels]))
+
+    def predicted(self, plan: Plan, checkpoint: Checkpoint) -> float:
+        """Loss of a plan: the sum over its input groups, and the table's."""
+        matrices = sum(self.losses[name][p] for name, p in plan.levels.items())
+        if plan.table is None or plan.table not in self.tables:
+            return matrices
+        return matrices + self.of_table(plan.table, plan.average_bits(checkpoint))
 
     def save(self, folder: Path) -> Path:
         """Write the sidecar into the checkpoint's folder.
@@ -60,6 +84,10 @@ class Sensitivity:
             "kl": {str(p): v for p, v in self.kl.items()},
             "description": dict(self.description),
         }
+        if self.tables:
+            data["tables"] = {
+                str(b): {str(p): v for p, v in row.items()} for b, row in self.tables.items()
+            }
         target = folder / SIDECAR
         try:
             write_whole(target, dump_json(data))
@@ -94,16 +122,22 @@ class Sensitivity:
                 for input_group, row in fields.take("losses", dict).items()
             }
             kl = {int(p): float(v) for p, v in fields.take("kl", dict).items()}
+            tables = {
+                int(bits): {int(p): float(v) for p, v in row.items()}
+                for bits, row in fields.data.pop("tables", {}).items()
+            }
         except (TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{path} is damaged ({error}). {again}") from error
-        result = Sensitivity(found, losses, "measured", kl, fields.take("description", dict))
+        about = fields.take("description", dict)
+        result = Sensitivity(found, losses, "measured", kl, about, tables)
         fields.done()
         input_groups = {input_group.name for input_group in checkpoint.quantization.input_groups}
         rows_fit = all(set(row) == set(checkpoint.levels) for row in losses.values())
-        values = [v for row in losses.values() for v in row.values()]
+        values = [v for row in (*losses.values(), *tables.values()) for v in row.values()]
+        known = set(tables) <= set(checkpoint.quantization.embeddings.choices)
         if (
             set(losses) != input_groups
-            or not rows_fit
+            or not (rows_fit and known)
             or not all(0 <= v < math.inf for v in values)
         ):
             raise FormatError(

@@ -12,6 +12,13 @@ optimum.
 Budgets are average bits (sum_s p_s * weights_s / sum_s weights_s, so that the uniform plan at level
 P has average P; b counts p_s bits a weight) or bytes (memory.py: weights of every kind, cache,
 activations; b is what the planes of level p take as they are held).
+
+Embedding and head in planes are a tenth to a half of a small model. Where it was measured what
+fewer bits of them cost, an average is a budget of bytes for both: what the matrices would take at
+it and the tables at the level below it. Every number of bits that the tables can be read with is
+tried, the matrices get the rest, and the least sum of losses wins: 2 bits on average may be 2.3 of
+matrices and a smaller table. Memory holds tables in eight-bit rows whatever they are read with
+(runtime/tables.py), so a budget of memory leaves them alone.
 """
 
 from __future__ import annotations
@@ -25,11 +32,12 @@ import numpy as np
 import torch
 
 from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.checkpoint.tables import table_bytes
 from dropbydrop.kernels.layout import plane_bytes
 from dropbydrop.system.errors import MissingPlaneError, PrecisionError
 
 from .memory import default_context, parse_bytes
-from .plan import Plan
+from .plan import Plan, table_choices, usual_table
 from .sensitivity import Sensitivity, known_sensitivity
 
 log = logging.getLogger("dropbydrop")
@@ -82,8 +90,22 @@ def make_plan(
         costs = _held_bytes(checkpoint, levels)
     names = [input_group.name for input_group in checkpoint.quantization.input_groups]
     losses = [known.losses[name] for name in names]
-    chosen = allocate(losses, costs, levels, budget)
-    return Plan(checkpoint.fingerprint, dict(zip(names, chosen, strict=True)))
+
+    def within(most: int, table: int | None) -> Plan:
+        chosen = allocate(losses, costs, levels, most)
+        return Plan(checkpoint.fingerprint, dict(zip(names, chosen, strict=True)), table)
+
+    if avg_bits is None or not known.tables:
+        return within(budget, None)
+    usual = table_bytes(checkpoint, usual_table(checkpoint, avg_bits))
+    plans = []
+    for bits, count in table_choices(checkpoint, levels[-1]).items():
+        most = budget + usual - table_bytes(checkpoint, count)
+        if bits in known.tables and most >= sum(row[0] for row in costs):
+            plan = within(most, bits)
+            if bits in table_choices(checkpoint, plan.highest):
+                plans.append(plan)
+    return min(plans, key=lambda plan: known.predicted(plan, checkpoint))
 
 
 def _bytes_for_codes(

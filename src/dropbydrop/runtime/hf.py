@@ -241,7 +241,10 @@ def place_modules(model: Any, checkpoint: Checkpoint, prefix: int, dtype: Any) -
         name, old = _find(model, names, stored)
         if old is None:
             continue
-        source = TableSource(store, stored, prefix) if spec.by_level else None
+        source = None
+        if spec.by_level:
+            count = checkpoint.quantization.table_prefix(prefix)
+            source = TableSource(store, stored, count)
         if source is None:
             rows = checkpoint.rest[f"{stored}.rows"].shape
         else:

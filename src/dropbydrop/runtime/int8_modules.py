@@ -52,10 +52,10 @@ class _Int8Rows(FixedScales):
             self.register_buffer("row_scales", None, persistent=False)
             self.register_buffer("scales", scales, persistent=persistent)
 
-    def settle(self, device: torch.device, prefix: int | None = None) -> None:
-        """Make the rows of a table in planes, of a fresh module; with `prefix` those of a view."""
+    def settle(self, device: torch.device, count: int | None = None) -> None:
+        """Make the rows of a table in planes, of a fresh module; with `count` planes, of a view."""
         assert self.source is not None
-        self.source = self.source if prefix is None else replace(self.source, prefix=prefix)
+        self.source = self.source if count is None else replace(self.source, count=count)
         self._table = table = self.source.read(device)
         self._parameters["rows"] = nn.Parameter(table.rows, requires_grad=False)
         self._buffers["row_scales"] = table.row_scales

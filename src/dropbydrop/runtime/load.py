@@ -85,7 +85,7 @@ def load(
         resolved = (asked or Precision(checkpoint.quantization.bits)).resolve(checkpoint)
     checkpoint.require(resolved.highest)
     model = _load_level(checkpoint, resolved.lowest, dtype, device)
-    if resolved.lowest < resolved.highest:
+    if resolved.lowest < resolved.highest or resolved.table is not None:
         store_of(model).fill(resolved.planes_by_module(checkpoint))
         model = view(model, plan=resolved)
     if upgrade:

@@ -74,12 +74,12 @@ class TableSource:
     Attributes:
         store: of the model and its views.
         name: the module in the checkpoint.
-        prefix: plane files in use.
+        count: its planes in use.
     """
 
     store: PlaneStore
     name: str
-    prefix: int
+    count: int
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TableSource:
         return self
@@ -98,15 +98,14 @@ class TableSource:
         Raises:
             MissingPlaneError, FormatError: as `Checkpoint.require`.
         """
-        count = self.store.checkpoint.quantization.table_prefix(self.prefix)
-        key = ("table", self.name, count, device)
+        key = ("table", self.name, self.count, device)
         found: TableRows = self.store.shared(key, lambda: self._build(device))
         return found
 
     def _build(self, device: torch.device) -> TableRows:
         checkpoint = self.store.checkpoint
         spec = checkpoint.quantization.embeddings
-        codes = read_table(checkpoint, self.name, self.prefix)
+        codes = read_table(checkpoint, self.name, self.count)
         planes = spec.planes[: len(codes)]
         books = self.store.derived(
             ("books", spec.codebooks),

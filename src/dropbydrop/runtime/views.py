@@ -11,6 +11,7 @@ it was made from, or with its `PlaneStore`. Nothing that exists is changed by ma
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -74,7 +75,7 @@ def view(
         if isinstance(module, NestedModule):
             module._set_prefix(prefixes[module.name])
         elif isinstance(module, (NestedEmbedding, NestedHead)) and module.source is not None:
-            module.settle(module.rows.device, resolved.table_prefix(store.checkpoint))
+            module.settle(module.rows.device, resolved.table_planes(store.checkpoint))
     for config in {id(m.config): m.config for m in made.modules() if hasattr(m, "config")}.values():
         if isinstance(getattr(config, "quantization_config", None), DropByDropConfig):
             config.quantization_config = config.quantization_config.with_bits(resolved.highest)
@@ -126,7 +127,12 @@ def plan_of(model: Any) -> Plan:
     # a model without some of the modules (a bare decoder) still has a level for the others
     levels = {s.name: next((found[m] for m in s.modules if m in found), 0) for s in input_groups}
     rest = max(levels.values())
-    return Plan(checkpoint.fingerprint, {name: p or rest for name, p in levels.items()})
+    plan = Plan(checkpoint.fingerprint, {name: p or rest for name, p in levels.items()})
+    for table in (m for m in model.modules() if isinstance(m, (NestedEmbedding, NestedHead))):
+        if table.source is not None and table.source.count != plan.table_planes(checkpoint):
+            bits = {n: bits for bits, n in checkpoint.quantization.embeddings.choices.items()}
+            return replace(plan, table=bits[table.source.count])
+    return plan
 
 
 def _levels(model: Any) -> dict[str, int]:

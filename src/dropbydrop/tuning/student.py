@@ -70,7 +70,9 @@ class StoredWeights(WeightFiles):
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         module = name.removesuffix(".weight")
         if module in self.checkpoint.quantization.tables:
-            tensor = dense_table(self.checkpoint, module, len(self.checkpoint.manifest.planes))
+            tensor = dense_table(
+                self.checkpoint, module, len(self.checkpoint.quantization.embeddings.planes)
+            )
         elif module in self._rows:
             scales = self.checkpoint.read(f"{module}.row_scales").float()
             tensor = self.checkpoint.read(f"{module}.rows").float() * scales[:, None]
