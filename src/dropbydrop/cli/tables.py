@@ -61,9 +61,9 @@ def print_report(report: Report, checkpoint: Checkpoint, console: Console) -> No
         (str(p), *_cells(sizes_of(checkpoint, p)), f"{report.errors[p]:.5f}") for p in report.levels
     )
     console.print(table(title, columns, rows))
-    groups: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in report.kept:
-        groups.setdefault((entry["bits"], entry["reason"]), []).append(entry)
+        groups.setdefault((_bits_of(entry["bits"]), entry["reason"]), []).append(entry)
     for (bits, reason), entries in groups.items():
         values = sum(e["values"] for e in entries)
         example = entries[0]["name"] + (f" and {len(entries) - 1} more" if entries[1:] else "")
