@@ -1,8 +1,7 @@
 """What it costs to run an input group at a lower level: KL to the full model, in nats a token.
 
-Embedding and head in planes are no input group: an error of theirs and those of the matrices add
-up in amplitude, so the same table costs more at a lower level. What fewer bits of them cost is
-measured at every level, and interpolated between two.
+Embedding and head in planes are no input group, and can be read with bits of their own: what fewer
+of them cost is measured at every level, and interpolated between two.
 
 Measured losses are a sidecar, sensitivity.json, beside the checkpoint and not in its manifest; it
 carries the checkpoint's fingerprint and is refused by any other. They are measured in
