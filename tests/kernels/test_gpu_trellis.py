@@ -358,21 +358,24 @@ def test_compiles_for_devices(architecture):
 class TestDevice:
     """On the device itself, bit for bit."""
 
-    def test_products(self):
+    @pytest.mark.parametrize(("window", "limit"), [(12, LIMIT), (17, LIMIT), (12, 99 << 10)])
+    def test_products(self, window, limit, monkeypatch):
+        """By pairs, with folded bits, by labels."""
+        monkeypatch.setattr(trellis, "shared_memory", lambda device: limit)
         for bits, d, rows in (
             ((2, 1, 1), 2048, (1000, 70, 33)),
             ((1,), 45, (5,)),
             ((2, 2), 130, (40,)),
         ):
-            books = random_set(bits)
+            books = random_set(bits, window)
+            tables = trellis_tables.prepare(books, "cuda")
             for n in (1, 2, 3, 9, 16):
                 x, planes, scales, bias = case(n, rows, d, books)
                 inputs = trellis.rotate_rows(x.cuda(), identity(d).to("cuda"), rows)
                 held = [[codes.cuda() for codes in own] for own in planes]
                 got = trellis.product(
-                    inputs, held, rows, trellis_tables.prepare(books, "cuda"), scales.cuda(),
-                    bias.cuda(), torch.float32,
-                )  # fmt: skip
+                    inputs, held, rows, tables, scales.cuda(), bias.cuda(), torch.float32
+                )
                 firsts = np.cumsum([0, *rows])
                 for codes, a, b in zip(planes, firsts, firsts[1:], strict=False):
                     want = reference(x, codes, books, scales[a:b], bias[a:b])
