@@ -6,10 +6,13 @@
     python benchmarks/gpu.py --smoke --device cpu   # tiny shapes, any device: that it runs at all
 
 Steps, in this order, each written to the state file when it is done and not repeated:
+    tests      the tests marked gpu, in at most 170 seconds; which failed
     copy       bytes read and written by a copy of 1 GiB, a second. The ceiling of the shares is
                this or the fastest bfloat16 product of `matvec`, which only reads, if that is more
     matvec     one row of x times W under a CUDA graph: rotation and product from P planes, against
                torch's bfloat16 product of the same shape in the same run
+    counters   where NVIDIA's ncu is on the PATH: instructions, turns of shared memory and traffic
+               of one product of each kind, in at most 40 seconds
     prefill    decoding to a dense matrix, against a product of 2,048 rows with it
     decode     a token of a 7B-shaped decoder (own minimal blocks, all of them, random weights)
                under a CUDA graph, from planes, in bfloat16, and without the products
@@ -48,17 +51,31 @@ from typing import Any
 import torch
 
 from dropbydrop.coding.planes import KINDS
-from gpu.models import ModelBench, Unavailable, generate, quantize, search, smollm2, tuned
+from gpu.device import counters, tests
+from gpu.models import ModelBench, generate, quantize, search, smollm2, tuned
 from gpu.products import copy, decode, matvec, prefill
-from gpu.timing import Bench
+from gpu.timing import Bench, Unavailable
 
 STEPS: dict[str, Callable[[Any], dict[str, Any]]] = {
     step.__name__: step
-    for step in (copy, matvec, prefill, decode, search, quantize, generate, smollm2, tuned)
+    for step in (
+        tests,
+        copy,
+        matvec,
+        counters,
+        prefill,
+        decode,
+        search,
+        quantize,
+        generate,
+        smollm2,
+        tuned,
+    )
 }
 # Seconds foreseen on an H200, compiling included. Guesses, for the budget alone.
 SECONDS = {
-    "copy": 5, "matvec": 30, "prefill": 10, "decode": 30, "search": 30, "quantize": 100,
+    "tests": 180, "copy": 5, "matvec": 10, "counters": 45, "prefill": 5, "decode": 10,
+    "search": 35, "quantize": 100,
     "generate": 150, "smollm2": 270, "tuned": 120,
 }  # fmt: skip
 _STARTED = "DROPBYDROP_BENCHMARK_STARTED"  # when, for a script that started itself again

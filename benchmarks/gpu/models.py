@@ -26,11 +26,7 @@ from dropbydrop.quantization.config import QuantizeConfig
 from dropbydrop.quantization.encode_blocks import BlockEncoder
 from random_model import LEVELS, llama_shape, random_checkpoint, random_llama
 
-from .timing import REAL, SMOKE, Bench
-
-
-class Unavailable(Exception):
-    """A step cannot run here, for a reason that is no failure of it."""
+from .timing import REAL, SMOKE, Bench, Unavailable
 
 
 class Measured(Exception):

@@ -19,6 +19,10 @@ from dropbydrop.kernels import Codebooks, Matrix, Plane
 from random_model import LEVELS, random_planes, random_set
 
 
+class Unavailable(Exception):
+    """A step cannot run here, for a reason that is no failure of it."""
+
+
 class Way(NamedTuple):
     """A kind of planes, and a kernel that multiplies by them."""
 

@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from gpu import device
 from gpu.timing import REAL
 from tiny import save_tiny
 
@@ -143,6 +146,68 @@ def test_the_best_kernel_counts(bench):
     assert found["prefill 8x8, share of the product"] == {"value": 0.1}
     assert found["decode 2 bits, times bf16"] == {"value": 3.6, "kernel": "b"}
     assert bench.targets({"matvec": {"error": "none"}}) == {}
+
+
+def fake(folder, name, script, monkeypatch):
+    """A program on the PATH."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_counters_are_optional(bench, tmp_path, monkeypatch):
+    """No ncu; one that fails, prints nothing, takes too long; and one that does as it should."""
+    argv = ["--smoke", "--device", "cpu", "--only", "counters"]
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    assert "no ncu" in bench.main(argv)["counters"]["skipped"]
+    monkeypatch.undo()
+    fake(tmp_path, "ncu", "echo ERR_NVGPUCTRPERM; exit 1", monkeypatch)
+    assert "ERR_NVGPUCTRPERM" in bench.main(argv)["counters"]["error"]
+    fake(tmp_path, "ncu", "echo ==PROF== nothing", monkeypatch)
+    assert "ended with 0" in bench.main(argv)["counters"]["error"]
+    fake(tmp_path, "ncu", "exec sleep 30", monkeypatch)
+    monkeypatch.setattr(device, "COUNTERS_SECONDS", 0.2)
+    assert "not done" in bench.main(argv)["counters"]["error"]
+    rows = ["ID,Kernel Name,Metric Name,Metric Value", "0,product,a.sum,1", "0,product,b.sum,2"]
+    rows = ["==PROF== text", *(",".join(f'"{x}"' for x in row.split(",")) for row in rows)]
+    (tmp_path / "printed").write_text("\n".join([*rows, '"1","product","a.sum","3,000"']))
+    fake(tmp_path, "ncu", f"cat {tmp_path / 'printed'}", monkeypatch)
+    monkeypatch.setattr(device, "COUNTERS_SECONDS", 40)
+    found = bench.main(argv)["counters"]
+    assert found["launches"] == [
+        {"kernel": "product", "a.sum": "1", "b.sum": "2"},
+        {"kernel": "product", "a.sum": "3,000"},
+    ]
+    assert ["bytes", bench.main(["--plan", *argv])["machine"]["kernels"][0], 2] in found["ways"]
+
+
+def test_the_tests_step_counts_what_ran(bench, tmp_path, monkeypatch):
+    (tmp_path / "tests" / "kernels").mkdir(parents=True)
+    for name in ("coding", "runtime"):
+        (tmp_path / "tests" / name).mkdir()
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    lines = ["import pytest, time", "@pytest.mark.gpu", "def test_good(): pass", "@pytest.mark.gpu",
+             "@pytest.mark.parametrize('n', [1, 2])", "def test_bad(n): assert n == 1",
+             "def test_other(): assert False"]  # fmt: skip
+    (tmp_path / "tests" / "kernels" / "test_it.py").write_text("\n".join(lines))
+    monkeypatch.setattr(device, "ROOT", tmp_path)
+    found = device.tests(SimpleNamespace(cuda=True))
+    assert found == {"passed": 2, "failed": ["tests/kernels/test_it.py::test_bad[2]"]}
+    (tmp_path / "tests" / "kernels" / "test_it.py").write_text("import nothing_there")
+    with pytest.raises(RuntimeError, match="nothing_there"):
+        device.tests(SimpleNamespace(cuda=True))
+    argv = ["--smoke", "--device", "cpu", "--only", "tests"]
+    assert "CUDA" in bench.main(argv)["tests"]["skipped"]
+
+
+def test_one_call_of_ten_minutes_reaches_the_block(bench):
+    """What comes before the steps of models fits, and one of these after it."""
+    assert (
+        sum(bench.SECONDS.values())
+        - sum(bench.SECONDS[name] for name in ("generate", "smollm2", "tuned"))
+        < 9.5 * 60
+    )
+    assert list(bench.SECONDS) == list(bench.STEPS)
 
 
 def test_wrong_steps_are_refused(bench, capsys):

@@ -103,6 +103,15 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned select) {
   std::memcpy(&a, to, 4);
   return a;
 }
+// Of four bytes that SELECT names, 255 where the highest bit is set, else 0.
+template <unsigned SELECT> unsigned signs(unsigned word) {
+  unsigned found = 0;
+  for (int i = 0; i < 4; i++) {
+    const unsigned which = (SELECT >> (4 * i)) & 7;
+    if (which < 4 && (word >> (8 * which + 7)) & 1) found |= 255u << (8 * i);
+  }
+  return found;
+}
 // Two 16-bit integers times the bytes of b from `first` on.
 inline int dot2(int a, int b, int c, int first) {
   int16_t u[2];

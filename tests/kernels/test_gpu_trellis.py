@@ -15,10 +15,11 @@ from cuda_on_cpu import check_resources, compiled
 from torch import Tensor
 
 from dropbydrop.coding.codebook_set import TrellisSet
+from dropbydrop.coding.codebooks import universal_set
 from dropbydrop.coding.planes import TrellisPlane
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.kernels import Matrix, Plane, prepare_codebooks, registry
-from dropbydrop.kernels.cuda import CudaGroup, int8, nvrtc, trellis
+from dropbydrop.kernels.cuda import CudaGroup, int8, nvrtc, trellis, trellis_tables
 
 GLUE = """
 #include "cuda_on_cpu.h"
@@ -35,13 +36,13 @@ extern "C" void host_rotate(const void *x, const float *signs, const float *fact
   });
 }
 extern "C" void host_product(Matrices all, Planes planes, const uint2 *tables, const u32 *values,
-                             const float *scales, const float *rotated, const u32 *largest,
-                             const float *row_scales, const float *bias, long long *parts,
-                             u32 *arrived, void *out, int type, int n, int d, int width, int spans,
-                             int splits, int chunk, int grid) {
+                             const uint4 *pairs, const u32 *folds, const float *scales,
+                             const float *rotated, const u32 *largest, const float *row_scales,
+                             const float *bias, long long *parts, u32 *arrived, void *out, int type,
+                             int n, int d, int width, int spans, int splits, int chunk, int grid) {
   run(grid, (n + N - 1) / N, THREADS, [&] {
-    product(all, planes, tables, values, scales, rotated, largest, row_scales, bias, parts, arrived,
-            out, type, n, d, width, spans, splits, chunk);
+    product(all, planes, tables, values, pairs, folds, scales, rotated, largest, row_scales, bias,
+            parts, arrived, out, type, n, d, width, spans, splits, chunk);
   });
 }
 """
@@ -97,6 +98,10 @@ def random_codes(books: TrellisSet, d_out: int, d_in: int) -> list[Tensor]:
     ]
 
 
+def plan_of(n: int, d: int, books: TrellisSet, limit: int = LIMIT) -> trellis.Plan:
+    return trellis.plan(n, d, limit, trellis_tables.prepare(books, "cpu").extra)
+
+
 def reference(x: Tensor, codes: list[Tensor], books: TrellisSet, scales: Tensor, bias: Tensor):
     """float32 [n, d_out] for x float32 [n, d_in], rotated, in the arithmetic of trellis.cu."""
     one = np.float32(1)
@@ -127,7 +132,7 @@ def identity(d: int) -> Rotation:
 
 def on_host(library, inputs, planes, rows, books, scales, bias, dtype, cut, blocks=2) -> Tensor:
     out = torch.full((inputs.rotated.shape[0], sum(rows)), 7.0, dtype=dtype)
-    tables = trellis.prepare(books, "cpu")
+    tables = trellis_tables.prepare(books, "cpu")
     parts, *arguments = trellis.product_arguments(
         inputs, planes, rows, tables, scales, bias, out, cut
     )
@@ -160,11 +165,16 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("limit", [LIMIT, 99 << 10])
 @pytest.mark.parametrize(("n", "rows", "d", "bits", "window"), SHAPES)
-def test_products_are_exact(build, n, rows, d, bits, window):
+def test_products_are_exact(build, n, rows, d, bits, window, limit):
+    """By pairs of rows, or by labels where shared memory is small."""
     books = random_set(bits, window)
     x, planes, scales, bias = case(n, rows, d, books)
-    library = build(trellis.plan(n, d, LIMIT))
+    chosen = plan_of(n, d, books, limit)
+    assert (max(0, max(bits) + window - 16) if limit == LIMIT else -1) == chosen.EXTRA
+    assert chosen.shared <= limit
+    library = build(chosen)
     inputs = rotate_on_host(library, x, identity(d), rows)
     assert torch.equal(inputs.rotated[:, :d], x)
     firsts = np.cumsum([0, *rows])
@@ -191,7 +201,7 @@ def test_a_row_does_not_depend_on_company(build):
     x, planes, scales, _ = case(16, rows, d, books)
 
     def product(n: int) -> Tensor:
-        library = build(trellis.plan(n, d, LIMIT))
+        library = build(plan_of(n, d, books))
         inputs = rotate_on_host(library, x[:n], identity(d), rows)
         cut = trellis.splits(trellis.tiles_of(rows), d, 2, 4)
         return on_host(library, inputs, planes, rows, books, scales, None, torch.float32, cut)
@@ -207,7 +217,7 @@ def test_an_input_group_from_end_to_end(build, monkeypatch):
 
     class OnHost:
         def __init__(self, name, plan):
-            self.name, self.library = name, build(plan or trellis.plan(1, 4, LIMIT))
+            self.name, self.library = name, build(plan or trellis.plan(1, 4, LIMIT, (0,)))
 
         def resident(self, threads, shared):
             return 2
@@ -248,7 +258,7 @@ def test_an_input_group_from_end_to_end(build, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rotation(build, dtype):
-    library = build(trellis.plan(1, 4, LIMIT))
+    library = build(trellis.plan(1, 4, LIMIT, (0,)))
     for d in (8, 24, 136, 576, 1024, 4096, 344 * 8):
         rotation = Rotation.make(d, seed=d).scale(torch.rand(d) + 0.5)
         x = torch.randn(2, d, generator=torch.Generator().manual_seed(d)).to(dtype)
@@ -263,7 +273,7 @@ def test_rotation(build, dtype):
 def test_nan_infinity_and_zeros_reach_the_result(build):
     books, rows, d = random_set((2,)), (5,), 256
     x, planes, scales, bias = case(4, rows, d, books)
-    library = build(trellis.plan(4, d, LIMIT))
+    library = build(plan_of(4, d, books))
     x[1, 200], x[2, 3], x[3] = float("nan"), float("inf"), 0
     inputs = rotate_on_host(library, x, identity(d), rows)
     got = on_host(library, inputs, planes, rows, books, scales, bias, torch.float32, (1, d))
@@ -282,13 +292,15 @@ def test_decoding_is_exact(tmp_path, bits, window):
         if key not in libraries:
             name = f"dense-{len(libraries)}"
             libraries[key] = compiled(tmp_path, DENSE, name, defines | {"THREADS": 64})
-        codes, tables = random_codes(books, d_out, d), trellis.prepare(books, "cpu")
+        codes, tables = random_codes(books, d_out, d), trellis_tables.prepare(books, "cpu")
         scales = torch.rand(d_out) + 0.5
         for kind in (torch.float32, torch.float16):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 out = torch.full((d_out, d), 7.0, dtype=dtype)
                 rough = scales.to(kind)
-                libraries[key].host_decode(*trellis.dense_arguments(codes, tables, rough, out), 2)
+                libraries[key].host_decode(
+                    *trellis.dense_arguments(codes, bits, tables.tensors, rough, out), 2
+                )
                 assert torch.equal(out, books.decode(codes, rough, len(bits), dtype))
 
 
@@ -301,19 +313,36 @@ def test_work_is_cut_for_the_device():
                 assert (count - 1) * chunk < d <= count * chunk
                 assert chunk % 128 == 0
                 assert 63 * trellis.MOST_STEPS * chunk // 32 < 2**31
-    assert trellis.splits(8192, 8192, 88, 12)[0] == 1  # enough tiles
-    assert trellis.splits(256, 4096, 264, 12)[0] == 8  # eight warps of every block
-    assert trellis.splits(16, 8192, 264, 12)[0] > 8
-    assert trellis.plan(1, 64, 99 << 10).RESIDENT == 1
+    assert trellis.splits(8192, 8192, 44, 32)[0] == 1  # enough tiles
+    assert trellis.splits(256, 4096, 132, 32)[0] == 8  # half of the warps of every block
+    assert trellis.splits(16, 8192, 132, 32)[0] > 8
     assert trellis.table_bytes(128) <= 99 << 10
+
+
+def test_pairs_need_bits_that_fold():
+    """A bit that changes the labels as no younger one does keeps a plane to its labels."""
+    books = random_set((2, 1), 17)
+    assert trellis_tables.prepare(books, "cpu").extra == (3, 2)
+    books.parts[1][".taps"][:-1] = 0
+    extra = trellis_tables.prepare(books, "cpu").extra
+    assert extra == (3, -1)
+    assert trellis.plan(1, 64, LIMIT, extra[:1]).EXTRA == 3
+    assert trellis.plan(1, 64, LIMIT, extra).EXTRA == -1
+
+
+def test_universal_sets_have_pairs():
+    for window in (12, 14, 16):
+        books = universal_set((2, 3, 4), None, "trellis", window)
+        extra = trellis_tables.prepare(books, "cpu").extra
+        assert extra == tuple(max(0, plane.window + plane.bits - 16) for plane in books.planes)
 
 
 @pytest.mark.skipif(bool(nvrtc.missing()), reason=f"cannot compile: {nvrtc.missing()}")
 @pytest.mark.parametrize("architecture", ["compute_80", "sm_90"])
 def test_compiles_for_devices(architecture):
     for n in (1, 2, 16):
-        for d in (64, 45):
-            defines = trellis.plan(n, d, LIMIT).defines()
+        for d, extra in ((64, 0), (45, 3), (64, 2), (64, -1)):
+            defines = trellis.plan(n, d, LIMIT, (extra,)).defines()
             image = nvrtc.compile_source(trellis.SOURCE, "trellis", defines, architecture)
             assert b"product" in image
             assert b"rotate_floats" in image
@@ -329,21 +358,24 @@ def test_compiles_for_devices(architecture):
 class TestDevice:
     """On the device itself, bit for bit."""
 
-    def test_products(self):
+    @pytest.mark.parametrize(("window", "limit"), [(12, LIMIT), (17, LIMIT), (12, 99 << 10)])
+    def test_products(self, window, limit, monkeypatch):
+        """By pairs, with folded bits, by labels."""
+        monkeypatch.setattr(trellis, "shared_memory", lambda device: limit)
         for bits, d, rows in (
             ((2, 1, 1), 2048, (1000, 70, 33)),
             ((1,), 45, (5,)),
             ((2, 2), 130, (40,)),
         ):
-            books = random_set(bits)
+            books = random_set(bits, window)
+            tables = trellis_tables.prepare(books, "cuda")
             for n in (1, 2, 3, 9, 16):
                 x, planes, scales, bias = case(n, rows, d, books)
                 inputs = trellis.rotate_rows(x.cuda(), identity(d).to("cuda"), rows)
                 held = [[codes.cuda() for codes in own] for own in planes]
                 got = trellis.product(
-                    inputs, held, rows, trellis.prepare(books, "cuda"), scales.cuda(), bias.cuda(),
-                    torch.float32,
-                )  # fmt: skip
+                    inputs, held, rows, tables, scales.cuda(), bias.cuda(), torch.float32
+                )
                 firsts = np.cumsum([0, *rows])
                 for codes, a, b in zip(planes, firsts, firsts[1:], strict=False):
                     want = reference(x, codes, books, scales[a:b], bias[a:b])
@@ -357,7 +389,7 @@ class TestDevice:
         ):
             books = random_set(bits)
             codes, scales = random_codes(books, rows, d), torch.rand(rows) + 0.5
-            tables, held = trellis.prepare(books, "cuda"), [plane.cuda() for plane in codes]
+            tables, held = trellis_tables.prepare(books, "cuda"), [plane.cuda() for plane in codes]
             for prefix in range(1, len(bits) + 1):
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     got = torch.ops.dropbydrop.gpu_trellis_decode(

@@ -26,7 +26,8 @@ class Viterbi:
 
     Attributes:
         plane, values: the spec, and float32 [K] by label.
-        labels: uint8 [2^L], of every state.
+        labels, table: of every state, its label uint8 [2^L] and its value float32 [2^L].
+        SEGMENT, WARM_UP: as for `segments_of`.
     """
 
     SEGMENT = SEGMENT
@@ -36,6 +37,7 @@ class Viterbi:
         self.plane = plane
         self.values = values
         self.labels = state_labels(plane, taps)
+        self.table = values[self.labels.long()]
         self._back = values  # of the last `forward`
 
     def forward(self, x: Tensor, s: Tensor, start: int | None = None) -> Tensor:
@@ -101,33 +103,35 @@ class Plane:
         starts = torch.tensor([warm for warm, _, _ in segments], device=device)
         rows = starts[:, None] + torch.arange(length, device=device)  # [G, T]
         self.ends = torch.tensor([last - warm - 1 for warm, _, last in segments], device=device)
-        inside = torch.arange(length, device=device) <= self.ends[:, None]
+        at = torch.arange(length, device=device)
         self.index = rows % self.rows
         weights = torch.nn.functional.pad(problem.row_weights, (0, max(0, self.rows - d_out)))
-        self.weights = torch.where(inside, weights[self.index], 0.0)
-        self.own = inside & (torch.arange(length, device=device) >= self.warm)
+        self.weights = torch.where(at <= self.ends[:, None], weights[self.index], 0.0)
+        own = ((at <= self.ends[:, None]) & (at >= self.warm)).flatten().nonzero()[:, 0]
+        self.place = own[self.index.flatten()[own].argsort()]  # of each row of the ring in [G * T]
+        self.last = torch.full_like(self.ends, length - 1)
+        self.shifts = torch.arange(plane.bits - 1, -1, -1, device=device)
 
     def search(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The ring for targets x [rows]: (values [rows], newest bits uint8 [k rows])."""
-        batch, whole = x[self.index], self.index.shape[1] - 1
+        batch = x[self.index]
         best = self.viterbi.forward(batch, self.weights)
-        _, before = self.viterbi.trace(torch.full_like(self.ends, whole), best, self.warm)
-        start = before[0]
+        _, before = self.viterbi.trace(self.last, best, self.warm)
+        start = before[:1]
         for _ in range(len(before)):  # once, unless a segment's paths never meet
-            ends = torch.cat([before[1:], start[None]])
+            ends = torch.cat([before[1:], start])
             states, new = self.viterbi.trace(self.ends, ends, self.warm)
-            if torch.equal(new[1:], before[1:]):
+            changed = (new != before).tolist()  # all that the host waits for
+            if not any(changed[1:]):
                 break
-            before = new
-        if new[0] != start:  # a short ring: the first segment again, from what closes the ring
+            before = torch.cat([start, new[1:]])
+        if changed[0]:  # a short ring: the first segment again, from what closes the ring
             bounds = slice(self.warm, None)
             self.viterbi.forward(batch[:, bounds], self.weights[:, bounds], int(start))
             states[0, bounds] = self.viterbi.trace(self.ends - self.warm, ends, 0)[0][0]
-        ring = torch.zeros(self.rows, dtype=torch.int64, device=x.device)
-        ring[self.index[self.own]] = states[self.own]
-        value = self.viterbi.values[self.viterbi.labels[ring].long()]
-        shifts = torch.arange(self.plane.bits - 1, -1, -1, device=x.device)
-        return value, ((ring[:, None] >> shifts) & 1).flatten().to(torch.uint8)
+        ring = states.flatten()[self.place]
+        new_bits = (ring[:, None] >> self.shifts) & 1
+        return self.viterbi.table[ring], new_bits.flatten().to(torch.uint8)
 
 
 class Search:
@@ -148,6 +152,7 @@ class Search:
             for plane in self.planes
         ]
         self.lambdas = torch.tensor(problem.lambdas, device=device)
+        self.pulls = torch.tensor(problem.pulls, device=device)  # [M, levels]
 
     def sums(self, values: Sequence[Tensor]) -> Tensor:
         """Partial sums of planes at the supervised prefixes: [levels, rows]."""
@@ -166,8 +171,8 @@ class Search:
         """
         bits: list[Tensor] = []
         values: list[Tensor] = []
-        for plane, pulls in zip(self.planes, self.problem.pulls, strict=True):
-            x = torch.tensor(pulls, device=target.device) @ target - sum(values)
+        for plane, pulled in zip(self.planes, self.pulls @ target, strict=True):
+            x = pulled - sum(values)
             value, stream = plane.search(x[: plane.rows])
             values.append(torch.nn.functional.pad(value, (0, self.rows - plane.rows)))
             bits.append(stream)

@@ -4,7 +4,7 @@ All 2^L path metrics of a sequence are one tensor of the program, in registers; 
 minimum over the first axis of [2^k, 2^(L-k)] and a reshape. Of all that a forward pass finds, one
 byte for each 2^(L-k) states and row goes to memory: which of the 2^k older states it came from.
 Rows follow each other, so that a pass takes as long for one sequence as for a hundred: segments are
-shorter here than on the CPU.
+shorter here than on the CPU. Even shorter ones want longer warm-ups and gain little (docs/log.md).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class TritonViterbi(Viterbi):
         self._back = torch.empty(count, rows, stays, dtype=torch.uint8, device=x.device)
         best = torch.empty(count, dtype=torch.int64, device=x.device)
         forward[(count,)](
-            x.contiguous(), s.contiguous(), self.values[self.labels.long()], self._back, best,
+            x.contiguous(), s.contiguous(), self.table, self._back, best,
             rows, -1 if start is None else start,
             STATES=states, BRANCHES=1 << self.plane.bits, num_warps=warps(states),
         )  # fmt: skip

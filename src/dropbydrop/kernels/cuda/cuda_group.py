@@ -39,7 +39,7 @@ from .. import registry
 from ..layout import Codebooks, Matrix
 from ..prepared_group import PreparedGroup
 from ..registry import TYPES
-from . import int8, ops, trellis
+from . import int8, ops, trellis, trellis_tables
 from .ops import fake, operator
 
 _numbers = itertools.count()  # never given twice: a compiled graph cannot reach another input group
@@ -101,10 +101,10 @@ def takes(kernel: str, rotation: Rotation, prefix: int) -> bool:
 
 def tables_on(books: Codebooks, device: torch.device, prefix: int) -> Tensor | trellis.Tables:
     """Codebooks as the kernels of their kind read them: of `ops.device_entries` [P, 256, 8], or of
-    `trellis.prepare`. Made once for all that share the set."""
+    `trellis_tables.prepare`. Made once for all that share the set."""
     if books.kind == "trellis":
         tables: trellis.Tables = books.derived(
-            ("trellis", device), lambda: trellis.prepare(books.set, device)
+            ("trellis", device), lambda: trellis_tables.prepare(books.set, device)
         )
         return tables
     stacked: Tensor = books.derived(

@@ -14,11 +14,14 @@
 // warp that is the last of a tile (`arrived`) adds those of all chunks and planes and writes y.
 //
 // A block of threads serves one plane, so one plane's tables must fit into its shared memory. It is
-// persistent. On devices from 9.0 on `product` may start while `rotate_floats` runs: it fills the
-// tables, then waits.
+// persistent, and alone on its multiprocessor. Its warps take neighbouring tiles, which lie in few
+// pages of memory: a multiprocessor remembers where some 16 pages are. Each block begins elsewhere
+// in its chunks, else all would read the same columns of a matrix, a power of two apart, at a time.
+// On devices from 9.0 on `product` may start while `rotate_floats` runs: it fills the tables, then
+// waits.
 //
-// Compile-time constants: N rows of x in a pass, THREADS, RESIDENT (blocks of a multiprocessor: a
-// bound on registers), and those of labels.cu.
+// Compile-time constants: N rows of x in a pass, THREADS, EXTRA (bits that `each_pair` folds, -1 for
+// `each_row`), and those of labels.cu.
 
 constexpr int MOST = 4;  // matrices of an input group; more take further launches
 // Where the matrices of a group are. Their rows and tiles are counted one after the other.
@@ -113,28 +116,66 @@ __device__ inline Place place_of(const Matrices &all, int tile, int m) {
   return at;
 }
 
+// Where a plane's values are: in shared memory, and what `each_pair` folds.
+struct Held {
+  const u8 *tables;
+  u32 folds[FOLDS];
+};
+
+// sums += the products of 4 inputs of a tile's rows.
+template <int K>
+__device__ inline void add_products(const Held &held, const u32 (&codes)[TILE * K / 8 + 2],
+                                    const u32 (&inputs)[N][2], int (&sums)[N][TILE]) {
+  if constexpr (EXTRA >= 0) {
+    each_pair<K, EXTRA>(held.tables, held.folds, codes, [&](int r, const u32 (&found)[4]) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {  // two inputs of two rows
+        const int both = (int)__byte_perm(found[2 * h], found[2 * h + 1], 0x5140);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+          sums[i][r] = __dp2a_lo((int)inputs[i][h], both, sums[i][r]);
+          sums[i][r + 1] = __dp2a_hi((int)inputs[i][h], both, sums[i][r + 1]);
+        }
+      }
+    });
+  } else {
+    const int lane = threadIdx.x & 31;
+    const u32 copy = K == 2 ? lane * 4 % STRIDE : lane * 8 % STRIDE;
+    each_row<K>(held.tables, copy, codes, [&](int r, const u32 (&found)[4]) {
+      const u32 four = __byte_perm(__byte_perm(found[0], found[1], 0x0040),
+                                   __byte_perm(found[2], found[3], 0x0040), 0x5410);
+#pragma unroll
+      for (int i = 0; i < N; i++)
+        sums[i][r] = __dp2a_hi((int)inputs[i][1], (int)four,
+                               __dp2a_lo((int)inputs[i][0], (int)four, sums[i][r]));
+    });
+  }
+}
+
 // Sums of a tile over a chunk of inputs; those of row r, summed over lanes, are for lane r.
 template <int K>
-__device__ inline void sums_of(const Job &job, const u8 *tables, const Place &place, int split,
+__device__ inline void sums_of(const Job &job, const Held &held, const Place &place, int split,
                                long long (&total)[N]) {
   constexpr int words = TILE * K / 8 + 2;
   const int lane = threadIdx.x & 31;
-  const u32 copy = K == 2 ? lane * 4 % STRIDE : lane * 8 % STRIDE;
   u32 offsets[words], next[words];
   offsets_of<K>(place.tile, place.rows, job.d, offsets);
-  const int start = split * job.chunk + lane * 4;
+  const int first = split * job.chunk + lane * 4;
   const int stop = (split + 1) * job.chunk < job.d ? (split + 1) * job.chunk : job.d;
+  const int pieces = (stop - split * job.chunk + 127) / 128;
+  int at = first + blockIdx.x % pieces * 128;
   int sums[N][TILE];
   for (int i = 0; i < N; i++)
     for (int r = 0; r < TILE; r++) sums[i][r] = 0;
 #pragma unroll
-  for (int t = 0; t < words; t++) next[t] = load_codes(place.codes + offsets[t], start, job.d);
-  for (int at = start; at - lane * 4 < stop; at += 128) {
+  for (int t = 0; t < words; t++) next[t] = load_codes(place.codes + offsets[t], at, job.d);
+  for (int left = pieces; left; left--) {
     u32 now[words], inputs[N][2];
+    const int after = at + 128 - lane * 4 < stop ? at + 128 : first;
 #pragma unroll
     for (int t = 0; t < words; t++) {
       now[t] = next[t];
-      next[t] = load_codes(place.codes + offsets[t], at + 128, at + 128 - lane * 4 < stop ? job.d : 0);
+      next[t] = load_codes(place.codes + offsets[t], after, left > 1 ? job.d : 0);
     }
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -143,14 +184,8 @@ __device__ inline void sums_of(const Job &job, const u8 *tables, const Place &pl
       inputs[i][0] = rounded(__uint_as_float(x.x), __uint_as_float(x.y), job.inverse[i]);
       inputs[i][1] = rounded(__uint_as_float(x.z), __uint_as_float(x.w), job.inverse[i]);
     }
-    each_row<K>(tables, copy, now, [&](int r, const u32 (&found)[4]) {
-      const u32 four = __byte_perm(__byte_perm(found[0], found[1], 0x0040),
-                                   __byte_perm(found[2], found[3], 0x0040), 0x5410);
-#pragma unroll
-      for (int i = 0; i < N; i++)
-        sums[i][r] = __dp2a_hi((int)inputs[i][1], (int)four,
-                               __dp2a_lo((int)inputs[i][0], (int)four, sums[i][r]));
-    });
+    add_products<K>(held, now, inputs, sums);
+    at = after;
   }
 #pragma unroll
   for (int i = 0; i < N; i++)
@@ -163,27 +198,36 @@ __device__ inline void sums_of(const Job &job, const u8 *tables, const Place &pl
 }
 
 // y [n, rows of all matrices] of a type; row_scales and bias (or null) float32 of all rows; scales,
-// tables and values of each plane; parts int64 [n, splits, P, rows], which need not be cleared.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+// tables, values, pairs and folds of each plane; parts int64 [n, splits, P, rows], which need not be
+// cleared.
+extern "C" __global__ void __launch_bounds__(THREADS)
 product(const Matrices all, const Planes planes, const uint2 *tables, const u32 *values,
-        const float *scales, const float *rotated, const u32 *largest, const float *row_scales,
-        const float *bias, long long *parts, u32 *arrived, void *out, int type, int n, int d,
-        int width, int spans, int splits, int chunk) {
+        const uint4 *pairs, const u32 *folds, const float *scales, const float *rotated, const u32 *largest,
+        const float *row_scales, const float *bias, long long *parts, u32 *arrived, void *out,
+        int type, int n, int d, int width, int spans, int splits, int chunk) {
   extern __shared__ uint4 shared[];
   const int P = planes.count, m = blockIdx.x % P, first_x = blockIdx.y * N;
-  const int lane = threadIdx.x & 31, bits = planes.bits[m];
-  const int warp = threadIdx.x / 32 * (gridDim.x / P) + blockIdx.x / P;
+  const int lane = threadIdx.x & 31, bits = planes.bits[m], block = blockIdx.x / P;
   int tiles = 0, rows = 0;
   for (int i = 0; i < MOST; i++) {
     tiles += (all.rows[i] + TILE - 1) / TILE;
     rows += all.rows[i];
   }
-  if (warp < tiles * splits && lane < TILE * bits / 8 + 2) {
+  // Units are tiles of the first chunk, then of the second ..; a block takes some in a row.
+  const int units = tiles * splits, blocks = gridDim.x / P, each = (units + blocks - 1) / blocks;
+  const int end = (block + 1) * each < units ? (block + 1) * each : units;
+  const int warp = block * each + threadIdx.x / 32;
+  if (warp < end && lane < TILE * bits / 8 + 2) {
     const Place at = place_of(all, warp % tiles, m);
     const int byte = bits == 2 ? byte_of<2>(at.tile, lane, at.rows) : byte_of<1>(at.tile, lane, at.rows);
     prefetch(at.codes + (long long)byte * d + warp / tiles * chunk);
   }
-  fill(shared, tables + m * TABLES, values + m * 16);
+  Held held = {(const u8 *)shared, {}};
+  if (EXTRA >= 0)
+    fill_pairs(shared, pairs + m * (PAIRS / 8));
+  else
+    fill(shared, tables + m * TABLES, values + m * 16);
+  for (int e = 0; e < EXTRA; e++) held.folds[e] = folds[m * FOLDS + e];
   wait_for_inputs();
   Job job = {rotated + (long long)first_x * width, n - first_x, d, width, chunk};
   u32 most[N];
@@ -194,14 +238,14 @@ product(const Matrices all, const Planes planes, const uint2 *tables, const u32 
   }
   __syncthreads();
 
-  for (int unit = warp; unit < tiles * splits; unit += gridDim.x / P * (THREADS / 32)) {
+  for (int unit = warp; unit < end; unit += THREADS / 32) {
     const int whole = unit % tiles, split = unit / tiles;
     const Place place = place_of(all, whole, m);
     long long total[N];
     if (bits == 2)
-      sums_of<2>(job, (const u8 *)shared, place, split, total);
+      sums_of<2>(job, held, place, split, total);
     else
-      sums_of<1>(job, (const u8 *)shared, place, split, total);
+      sums_of<1>(job, held, place, split, total);
     const int row = place.first + place.tile * TILE + lane % TILE;
     const bool inside = place.tile * TILE + lane % TILE < place.rows;
     if (lane < TILE && inside)

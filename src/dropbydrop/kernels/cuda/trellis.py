@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropbydrop.coding.codebook_set import CodebookSet, labels
 from dropbydrop.coding.rotation import Rotation
 
 from ..registry import MAX_GEMV_ROWS, TYPES
 from .int8 import MOST, check_rotation, shared_memory, spans
 from .nvrtc import Function, pointer, source
 from .ops import fake, operator
+from .trellis_tables import PAIR_BYTES, Tables
 
 NAME = "cuda-i16"
 SOURCE = source("rotate.cu", "labels.cu", "trellis.cu")
@@ -40,55 +40,6 @@ _LONGEST = 1 << 15  # inputs whose sums in a lane fit 32 bits: 63 * MOST_STEPS *
 _ENTRIES = 3 * 256  # of the tables of a plane
 _VALUES = 64  # bytes
 _OVERHEAD = 2  # of a unit of work, in pieces: its sums are brought together
-_FEW = 8
-_MULTIPROCESSOR = 1 << 10  # bytes of shared memory that a block takes beside its own
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Codebooks of planes 1..M as the kernels read them, on one device.
-
-    Attributes:
-        bits: of each plane.
-        labels: int32 [M, 3 * 256, 2], labels of the rows of a byte, by this byte, the one before
-            and the one before that.
-        values: int8 [M, 64]. scales: float32 [M].
-    """
-
-    bits: tuple[int, ...]
-    labels: Tensor
-    values: Tensor
-    scales: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All that is on the device."""
-        return self.labels, self.values, self.scales
-
-
-def prepare(books: CodebookSet, device: torch.device | str) -> Tables:
-    """The tables of a `TrellisSet`, on a device."""
-    bits = tuple(spec.bits for spec in books.planes)
-    words = [_label_words(p[".taps"].cpu(), k) for p, k in zip(books.parts, bits, strict=True)]
-    return Tables(
-        bits,
-        torch.stack(words).to(device),
-        torch.stack([part[""] for part in books.parts]).to(device),
-        torch.cat([part[".scale"] for part in books.parts]).float().to(device),
-    )
-
-
-def _label_words(taps: Tensor, bits: int) -> Tensor:
-    """int32 [3 * 256, 2]: labels that each value of a byte gives to the rows of its own byte, of
-    the next one, and of the one after; a byte a label, rows of 2 bits twice."""
-    per_byte, every = 8 // bits, torch.arange(256, dtype=torch.uint8, device=taps.device)
-    tables = []
-    for age in range(3):
-        ring = torch.zeros(3, 256, dtype=torch.uint8, device=taps.device)
-        ring[2 - age] = every
-        rows = labels(ring, taps, bits, 3 * per_byte)[2 * per_byte :]  # [8 / k, 256]
-        tables.append(rows.T.contiguous().view(torch.int32).expand(256, 2))
-    return torch.cat(tables).contiguous()
 
 
 @dataclass(frozen=True)
@@ -97,8 +48,13 @@ class Plan:
 
     N: int
     THREADS: int
-    RESIDENT: int
+    EXTRA: int
     VECTOR: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory of a block."""
+        return table_bytes(128) if self.EXTRA < 0 else PAIR_BYTES
 
     def defines(self) -> dict[str, int]:
         """For the compiler."""
@@ -110,11 +66,13 @@ def table_bytes(stride: int) -> int:
     return _ENTRIES * stride + _VALUES
 
 
-def plan(n: int, d: int, limit: int) -> Plan:
-    """How a product with n rows of x of d inputs runs; `limit` of a block's shared memory."""
+def plan(n: int, d: int, limit: int, extra: Sequence[int]) -> Plan:
+    """How a product with n rows of x of d inputs runs; `limit` of a block's shared memory; extra:
+    of `Tables`, of the planes that are read."""
     few = 1 if n == 1 else 2 if n == 2 else 4
-    resident = 2 if limit >= 2 * (table_bytes(128) + _MULTIPROCESSOR) else 1
-    return Plan(few, {1: 384, 2: 256, 4: 192}[few], resident, vector_of(d))
+    older = max(extra) if min(extra) >= 0 and limit >= PAIR_BYTES else -1
+    threads = {1: 768 if older else 1024, 2: 512, 4: 384}[few]  # as registers allow
+    return Plan(few, threads, older, vector_of(d))
 
 
 def vector_of(d: int) -> int:
@@ -124,13 +82,13 @@ def vector_of(d: int) -> int:
 
 def splits(tiles: int, d: int, blocks: int, warps: int) -> tuple[int, int]:
     """How a plane's `blocks` of `warps` warps cut `tiles` tiles of d inputs: (chunks of these,
-    inputs of a chunk). Units of work go round the blocks, then round their warps; a multiprocessor
-    is as fast with _FEW warps of a block as with all, with fewer it waits for memory."""
-    pieces = -(-d // PIECE)
+    inputs of a chunk). Each block takes as many units of work, which go round its warps; it is as
+    fast with half of its warps as with all, with fewer it waits for memory."""
+    pieces, few = -(-d // PIECE), -(-warps // 2)
 
     def cost(count: int) -> int:
         turns, rest = divmod(-(-tiles * count // blocks), warps)
-        busy = turns * warps + (max(rest, _FEW) if rest else 0)
+        busy = turns * warps + (max(rest, few) if rest else 0)
         return busy * (-(-pieces // count) + _OVERHEAD)
 
     least, most = -(-d // _LONGEST), max(1, pieces // 2)
@@ -244,8 +202,8 @@ def product_arguments(
     parts = torch.empty(n, cut[0], prefix, sum(rows), dtype=torch.int64, device=out.device)
     arrived = inputs.arrived[first_counter:]
     tensors = (
-        tables.labels, tables.values, tables.scales, inputs.rotated, inputs.largest,
-        scales, bias, parts, arrived, out,
+        tables.labels, tables.values, tables.pairs, tables.folds, tables.scales,
+        inputs.rotated, inputs.largest, scales, bias, parts, arrived, out,
     )  # fmt: skip
     sizes = (TYPES[out.dtype], n, inputs.d, inputs.rotated.shape[1], inputs.largest.shape[1], *cut)
     kinds = _Planes.of(tables.bits[:prefix])
@@ -275,10 +233,10 @@ def product(
     """
     n, device = inputs.rotated.shape[0], inputs.rotated.device
     properties = torch.cuda.get_device_properties(device)
-    chosen = plan(n, inputs.d, shared_memory(device))
+    prefix = len(planes[0])
+    chosen = plan(n, inputs.d, shared_memory(device), tables.extra[:prefix])
     _check(planes, chosen.VECTOR, n, dtype)
-    function, prefix = _function("product", chosen, device.index), len(planes[0])
-    shared = table_bytes(128)
+    function, shared = _function("product", chosen, device.index), chosen.shared
     resident = properties.multi_processor_count * function.resident(chosen.THREADS, shared)
     turns = -(-n // chosen.N)
     blocks = max(1, resident // (turns * prefix))  # of a plane and a pass
@@ -314,12 +272,15 @@ def dense_defines(planes: int, vector: int, limit: int) -> dict[str, int]:
 
 
 def dense_arguments(
-    planes: Sequence[Tensor], tables: Tables, scales: Tensor, out: Tensor
+    planes: Sequence[Tensor],
+    bits: Sequence[int],
+    tables: Sequence[Tensor],
+    scales: Tensor,
+    out: Tensor,
 ) -> list[Any]:
-    """The arguments of `decode` in trellis_dense.cu, in its order."""
+    """The arguments of `decode` in trellis_dense.cu, in its order; tables: `Tables.tensors`."""
     at = _Codes((ctypes.c_void_p * 8)(*[plane.data_ptr() for plane in planes]))
-    kinds = _Planes.of(tables.bits[: len(planes)])
-    tensors = (tables.labels, tables.values, tables.scales, scales, out)
+    kinds, tensors = _Planes.of(bits[: len(planes)]), (*tables, scales, out)
     sizes = (TYPES[scales.dtype], TYPES[out.dtype], *out.shape)
     return [at, kinds, *map(pointer, tensors), *map(ctypes.c_int, sizes)]
 
@@ -348,7 +309,7 @@ def decode(
     """Planes 1..P as stored, `Tables`, row scales [d_out] -> the weight [d_out, d_in] in rotated
     coordinates, float32, bfloat16, float16. Bit for bit what `CodebookSet.decode` gives.
     """
-    tables, scales = Tables(tuple(bits), labels, values, plane_scales), scales.contiguous()
+    scales = scales.contiguous()
     device, rows, d = scales.device, len(scales), planes[0].shape[1]
     out = torch.empty(rows, d, dtype=dtype, device=device)
     properties, limit = torch.cuda.get_device_properties(device), shared_memory(device)
@@ -358,7 +319,8 @@ def decode(
     resident = properties.multi_processor_count * function.resident(threads, shared)
     units = tiles_of([rows]) * -(-d // PIECE)
     blocks = min(resident, -(-units // (threads // 32)))
-    arguments = dense_arguments(planes, tables, scales, out)
+    tables = labels, values, plane_scales
+    arguments = dense_arguments(planes, bits, tables, scales, out)
     function.launch((blocks, 1), threads, shared, arguments)
     return out
 
