@@ -354,7 +354,7 @@ def test_hot_experts_get_the_planes(out: Path, checkpoint: Checkpoint) -> None:
     coarse = solver.make_plan(checkpoint, 2.6, sensitivity=per_stack)
     assert all(isinstance(level, int) for level in coarse.levels.values())
     fine = solver.make_plan(checkpoint, 2.6, sensitivity=known)
-    assert known.predicted(fine, checkpoint) <= known.predicted(coarse.levels)
+    assert known.predicted(fine, checkpoint) <= known.predicted(coarse, checkpoint)
     held = fine.memory(checkpoint, torch.float32, 64).total
     by_memory = solver.make_plan(
         checkpoint, memory=held, context=64, dtype=torch.float32, sensitivity=known
