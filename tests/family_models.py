@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -134,7 +138,8 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
             **_VISION,
             "num_key_value_heads": 2,
             "head_dim": 8,
-            "pooling_kernel_size": 1,
+            "image_size": 32,
+            "pooling_kernel_size": 2,
             "position_embedding_size": 16,
         },
         {**_IMAGE, "audio_config": None},
@@ -189,6 +194,8 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
     ),
     "smolvlm": ("llama", {}, _VISION, {**_IMAGE, "scale_factor": 2}),
 }
+# Gemma 4 without inputs for each layer and without keys that layers share (26B-A4B's dense kin)
+WRAPPERS["gemma4_dense"] = ("gemma4_text", _GEMMA4, *WRAPPERS["gemma4"][2:])
 # families whose keys are not the names of their parameters
 RENAMED = ["gemma3", "gpt_neox", "lfm3", "mixtral", "nemotron_h", "olmo_hybrid", "qwen3_moe"]
 DENSE = [name for name in (*TEXT, *WRAPPERS) if name not in ("mixtral", "qwen3_moe")]
@@ -212,13 +219,23 @@ def fill(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def require(kind: str) -> None:
+    """Skip the test that asks for a type of models that this transformers does not have."""
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+
+
 def config_of(family: str) -> Any:
     if family in TEXT:
         kind, more = TEXT[family]
+        require(kind)
         return AutoConfig.for_model(kind, **{**SMALL, **more})
     kind, text, vision, more = WRAPPERS[family]
+    require(kind)
     inner = AutoConfig.for_model(kind, **{**SMALL, **text}).to_dict()
-    return AutoConfig.for_model(family, text_config=inner, vision_config=vision, **more)
+    wrapper = family.removesuffix("_dense")
+    require(wrapper)
+    return AutoConfig.for_model(wrapper, text_config=inner, vision_config=vision, **more)
 
 
 def build(family: str) -> PreTrainedModel:
@@ -226,6 +243,37 @@ def build(family: str) -> PreTrainedModel:
     auto = AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM
     model: PreTrainedModel = auto.from_config(config_of(family), dtype=torch.float32)
     return fill(model)
+
+
+def image_inputs(family: str) -> dict[str, Tensor]:
+    """20 tokens with one image among them, as the processor of a wrapper would give them.
+
+    What stands for the image in the tokens, and in which form its pixels come: patches in rows with
+    a grid (Qwen) or with coordinates (Gemma 4), else a picture of 16 x 16 pixels.
+    """
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 90, (1, 20), generator=generator)
+    pixels = torch.randn(1, 3, 16, 16, generator=generator)
+    given = {"input_ids": ids, "pixel_values": pixels}
+    tokens = 1 if family.startswith(("qwen", "internvl", "smolvlm")) else 4
+    ids[0, 2 : 2 + tokens] = 95
+    if family.startswith("qwen"):
+        ids[0, 1] = 93  # the image begins
+        given["pixel_values"] = torch.randn(4, 3 * 2 * 8 * 8, generator=generator)
+        given["image_grid_thw"] = torch.tensor([[1, 2, 2]])
+    elif family.startswith("gemma4"):
+        given["pixel_values"] = torch.rand(1, 16, 3 * 8 * 8, generator=generator)
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(-1)
+        given["image_position_ids"] = places[None]
+    elif family == "mistral3":
+        given["image_sizes"] = torch.tensor([[16, 16]])
+    elif family == "smolvlm":
+        given["pixel_values"] = pixels[None]  # of one text, one picture
+    if family == "gemma3":
+        given["token_type_ids"] = (ids == 95).long()
+    elif family.startswith(("qwen", "gemma4")):
+        given["mm_token_type_ids"] = (ids == 95).long()
+    return given
 
 
 def save(folder: Path, family: str) -> PreTrainedModel:

@@ -128,7 +128,7 @@ def main() -> None:
         line = between(checkpoint.levels, plan.average_bits(checkpoint), at_levels)
         row = figures_of(plan, checkpoint, figures["bits"][name], kls[name], line)
         row["uniform"] = chosen[name].bits is not None
-        row["predicted_to_highest"] = sum(known.losses[g][p] for g, p in plan.levels.items())
+        row["predicted_to_highest"] = known.predicted(plan, checkpoint)
         rows.append(row)
         low, high = row["saved_interval"]
         shown = "" if row["uniform"] else f"{row['saved']:8.1%}  {low:.1%} to {high:.1%}"

@@ -13,6 +13,8 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -22,7 +24,6 @@ from dropbydrop.checkpoint import Checkpoint, QuantizationConfig
 from dropbydrop.checkpoint.export import export
 from dropbydrop.checkpoint.slice import slice_checkpoint
 from dropbydrop.coding.encoder import Effort
-from dropbydrop.evaluation.sensitivity_probe import measure
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.experts import FORCED, is_experts, stacks
 from dropbydrop.models.statistics import CLIP, token_weights
@@ -40,6 +41,7 @@ from tiny import EXPERTS, VOCAB, save_tiny, tiny_model, tiny_tokenizer
 
 QUICK: dict[str, Any] = {"windows": 3, "seq_len": 32, "progress": False}
 IDS = torch.randint(5, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3))
+OLD = Version(transformers.__version__) < Version("5.17")
 TRELLIS = {"qwen3-moe", "gpt-oss", "nemotron-h"}  # the kinds of layout; the others in bytes
 
 
@@ -107,6 +109,10 @@ def test_every_family(tmp_path: Path, text: Path, family: str) -> None:
     (c) An export is the level as an ordinary model."""
     source = save_tiny(tmp_path / "source", family)
     own = original(source)
+    if OLD and not any(map(is_experts, own.modules())):  # Granite's, up to 5.8 at least
+        with pytest.raises(UnsupportedModelError, match="in no linear layer"):
+            BlockRunner.open(source)
+        pytest.skip(f"transformers {transformers.__version__} has code of its own for {family}")
     runner = BlockRunner.open(source)
     hidden = runner.embed(IDS)
     for i in range(runner.num_blocks):
@@ -360,12 +366,10 @@ def test_a_dry_run_knows_the_size(tmp_path: Path, text: Path) -> None:
 # ------------------------------------------------------------------------------------ refused
 
 
-def test_what_experts_cannot_have_is_refused_by_name(tmp_path: Path, text: Path, out: Path) -> None:
+def test_what_experts_cannot_have_is_refused_by_name(tmp_path: Path, text: Path) -> None:
     source = save_tiny(tmp_path / "source", "mixtral")
     with pytest.raises(UnsupportedModelError, match="--codebooks learned with a mixture"):
         quantize(source, tmp_path / "no", calibration=text, codebooks="learned", **QUICK)
-    with pytest.raises(UnsupportedModelError, match="sensitivities of experts"):
-        measure(dropbydrop.load(out), IDS, progress=False)
     narrow = save_tiny(tmp_path / "narrow", "qwen3-moe", moe_intermediate_size=36)
     with pytest.raises(UnsupportedModelError, match=r"experts\.down_proj has 36 inputs.*of 8"):
         quantize(narrow, tmp_path / "no", calibration=text, **QUICK)

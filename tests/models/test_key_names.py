@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accelerate import init_empty_weights
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.core_model_loading import Chunk, WeightConverter
@@ -98,7 +100,10 @@ def test_a_folder_of_the_base_model_lacks_its_prefix(tmp_path: Path) -> None:
 
 
 def test_modules_of_a_wrapper_in_its_text_decoder() -> None:
-    names = ModuleNames(on_meta(family_models.config_of("qwen3_5")))  # the class of text alone
+    config = family_models.config_of("qwen3_5")
+    if Version(transformers.__version__) < Version("5.17"):
+        pytest.skip(f"transformers {transformers.__version__} builds no text class of a wrapper")
+    names = ModuleNames(on_meta(config))  # the class of text alone
     here = "model.layers.0.mlp.down_proj"
     assert names.find("model.language_model.layers.0.mlp.down_proj") == here
     assert names.find(here) == here

@@ -62,3 +62,22 @@ def test_a_model_made_on_the_device(
             assert same(logits(there, n, DEVICE), logits(here, n, "cpu"), share), (bits, n)
     tokens = whole.generate(IDS[:, :9].to(DEVICE), max_new_tokens=4, do_sample=False)
     assert tokens.shape == (1, 13)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
+def test_levels_of_experts_on_the_device(
+    tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan with a level for each expert: planes that some lack come to the device in pieces."""
+    monkeypatch.setattr(jobs, "EFFORTS", dict.fromkeys(jobs.EFFORTS, Effort(2, 1, 0)))
+    windows = Calibration(torch.randint(3, 300, (3, 32)), {})
+    source = save_tiny(tmp_path / "source", "qwen3-moe")
+    made = quantize(source, tmp_path / "out", calibration=windows, code=code, progress=False)
+    here = dropbydrop.load(made.out, avg_bits=2.6)
+    plan = dropbydrop.plan_of(here)
+    assert any(not isinstance(level, int) for level in plan.levels.values())
+    there = dropbydrop.load(made.out, plan=plan, device=DEVICE)
+    assert dropbydrop.plan_of(there) == plan
+    for n, share in ((40, 1e-3), (3, 0.15 if code == "bytes" else 1e-2)):
+        assert same(logits(there, n, DEVICE), logits(here, n, "cpu"), share), n

@@ -28,7 +28,7 @@ from torch import Tensor
 from dropbydrop.system.digest import CHUNK, FileEntry, chunk_digest
 from dropbydrop.system.errors import FormatError
 
-from .tensor_files import DTYPES, Header, read_header
+from .tensor_files import DTYPES, Header, TensorInfo, read_header
 
 _WHOLE = -1  # the number of the one "chunk" of a manifest without XXH128
 
@@ -91,13 +91,20 @@ class CheckedFile:
         self.unchanged()
         return found
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, row: int | None = None) -> Tensor:
         """A tensor, on the mapping (KeyError if there is none of this name).
+
+        Args:
+            row: only this index of its first dimension; no other bytes are read, but for the rest
+                of the chunks that it lies in, which are compared as a whole.
 
         Raises:
             FormatError: its bytes are not those of the manifest.
         """
         info, start = self.header.tensors[name], self.header.starts[name]
+        if row is not None:
+            info = TensorInfo(info.dtype, info.shape[1:])
+            start += row * info.nbytes
         self.check(start, start + info.nbytes)
         if _identity(os.fstat(self._file.fileno())) != _identity(self._seen):
             raise self._changed()

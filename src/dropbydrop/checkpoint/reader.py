@@ -207,8 +207,8 @@ class Checkpoint:
         for m in range(1, prefix + 1):
             self._check_plane(m)
 
-    def read_codes(self, module: str, m: int) -> Tensor:
-        """Codes of plane m of a quantized module: uint8, of the shape that the plane gives it.
+    def read_codes(self, module: str, m: int, expert: int | None = None) -> Tensor:
+        """Codes of plane m of a quantized module, or of one expert of a stack: uint8.
 
         Raises:
             MissingPlaneError, FormatError: as `require`.
@@ -216,14 +216,14 @@ class Checkpoint:
         """
         if module not in self.shapes or not 1 <= m <= len(self.manifest.planes):
             raise KeyError(f"plane {m} of {module}")
-        return self.read_plane(m, codes_name(module, m))
+        return self.read_plane(m, codes_name(module, m), expert)
 
-    def read_plane(self, m: int, name: str) -> Tensor:
-        """A tensor that plane m must hold; raises as `require`."""
+    def read_plane(self, m: int, name: str, row: int | None = None) -> Tensor:
+        """A tensor that plane m must hold, or a row of it; raises as `require`."""
         self._check_plane(m)
         for file in map(self._file, self.manifest.planes[m - 1]):
             if name in file.header.tensors:
-                return file.tensor(name)
+                return file.tensor(name, row)
         raise AssertionError(name)  # _check_plane has seen it
 
     def read(self, name: str) -> Tensor:

@@ -207,17 +207,17 @@ def print_plan(
     result: Mapping[str, Any], checkpoint: Checkpoint, known: Sensitivity, console: Console
 ) -> None:
     """The map of levels, a row a block, and the memory of every kind."""
-    rows: dict[str, dict[str, int]] = {}
+    rows: dict[str, dict[str, str]] = {}
     for group in checkpoint.quantization.input_groups:
         match = re.fullmatch(r"(.*?\.\d+)\.(.+)", group.modules[0])
         block = match[1] if match else group.modules[0]
         column = "/".join(m.rpartition(".")[2].removesuffix("_proj") for m in group.modules)
-        rows.setdefault(block, {})[column] = result["prefixes"][group.name]
+        rows.setdefault(block, {})[column] = _level_cell(result["prefixes"][group.name])
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     title = f"level of each input group, {result['average_bits']:.3f} bits"
     if "table" in result:
         title += f"; embedding and head with {result['table']}"
-    blocks = ((block, *(str(row.get(c, "")) for c in columns)) for block, row in rows.items())
+    blocks = ((block, *(row.get(c, "") for c in columns)) for block, row in rows.items())
     console.print(table(title, ("block", *columns), blocks))
     kinds = ((k.replace("_", " "), f"{size / 1e6:.2f}") for k, size in result["memory"].items())
     console.print(table("memory", ("kind", "MB"), kinds))
@@ -227,6 +227,13 @@ def print_plan(
     console.print(
         f"predicted loss {result['predicted_loss']:.4f} ({unit}); uniform levels: {uniform}"
     )
+
+
+def _level_cell(level: int | Sequence[int]) -> str:
+    """3, or of experts 2-4 with their mean."""
+    if isinstance(level, int):
+        return str(level)
+    return f"{min(level)}-{max(level)}, {sum(level) / len(level):.2f}"
 
 
 def print_tuning(

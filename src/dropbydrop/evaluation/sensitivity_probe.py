@@ -21,6 +21,10 @@ one backward pass a token.
        but their sum is set to what was measured:
        losses[s][P] = form[s][P] * KL[P] / sum_s form[s][P].
 
+Experts are measured one by one, each by the tokens that are routed to it; the weight that the
+router gave its output is in g. The loss of a stack is the sum: that errors of two experts of one
+token help or hinder each other is left out, too. An expert that no token met costs nothing.
+
 About 8 forward passes a window in all. Embedding and head in planes take another forward pass for
 each number of bits that they can be read with and each level: what is measured is how much the
 level's KL grows.
@@ -40,10 +44,11 @@ from torch import Tensor
 
 from dropbydrop.planning.plan import Plan, table_choices
 from dropbydrop.planning.sensitivity import Sensitivity
+from dropbydrop.runtime.experts import NestedStack
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import precision, store_of, view
 from dropbydrop.system.console import phase, progress_bar, quiet_transformers
-from dropbydrop.system.errors import CalibrationError, PrecisionError, UnsupportedModelError
+from dropbydrop.system.errors import CalibrationError, PrecisionError
 
 from .perplexity import evaluate
 
@@ -66,7 +71,6 @@ def measure(
     Raises:
         PrecisionError: the model is not at its checkpoint's highest level.
         CalibrationError: no windows, or a pass that gave values that are not finite.
-        UnsupportedModelError: a mixture of experts.
     """
     checkpoint = store_of(model).checkpoint
     levels = checkpoint.levels
@@ -78,21 +82,24 @@ def measure(
         )
     if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise CalibrationError(f"ids of shape {list(ids.shape)}: give 1 or more windows [n, T].")
-    if any(input_group.experts for input_group in checkpoint.quantization.input_groups):
-        raise UnsupportedModelError(
-            "sensitivities of experts are not measured yet; plan with the errors that quantize has "
-            "logged, which is what `dropbydrop plan` does without measured ones."
-        )
-    names = [input_group.name for input_group in checkpoint.quantization.input_groups]
-    losses = {name: dict.fromkeys(levels, 0.0) for name in names}
+    groups = checkpoint.quantization.input_groups
+    losses = {group.name: dict.fromkeys(levels, 0.0) for group in groups}
+    experts = {
+        group.name: [dict.fromkeys(levels, 0.0) for _ in range(group.experts)]
+        for group in groups
+        if group.experts
+    }
     views = {p: view(model, p) for p in lower}
     probe = _Probe(view(model, levels[-1]), views)
     generator = torch.Generator().manual_seed(seed)
     with progress_bar(progress) as bar:
         task = bar.add_task("sensitivity", total=ids.shape[0])
         for window in ids:
-            for (name, p), inner in probe.inner_products(window[None], generator).items():
-                losses[name][p] += 0.5 * float(inner.double().square().sum()) / ids.numel()
+            for (name, p, e), inner in probe.inner_products(window[None], generator).items():
+                loss = 0.5 * float(inner.double().square().sum()) / ids.numel()
+                losses[name][p] += loss
+                if e is not None:
+                    experts[name][e][p] += loss
             bar.advance(task)
     tables = {
         (bits, p): view(model, plan=replace(Plan.uniform(checkpoint, p), table=bits))
@@ -108,22 +115,24 @@ def measure(
         for bits, p in tables:
             fewer[bits][p] = max(0.0, figures[f"{p}, table {bits}"]["kl"] - kl[p])
     for p in lower:
-        _set_sum(losses, p, kl[p])
+        _set_sum(losses, [row for rows in experts.values() for row in rows], p, kl[p])
     if tables:  # all that there are cost nothing where they are read
         fewer[max(table_choices(checkpoint, levels[-1]))] = {}
     about = {"windows": ids.shape[0], "seq_len": ids.shape[1], "seed": seed}
     description = {**(description or {}), **about}
-    return Sensitivity(checkpoint.fingerprint, losses, "measured", kl, description, fewer)
+    return Sensitivity(checkpoint.fingerprint, losses, "measured", kl, description, fewer, experts)
 
 
-def _set_sum(losses: Mapping[str, dict[int, float]], p: int, kl: float) -> None:
-    """Scale the losses of level p so that their sum is `kl`; zero stays what it is."""
+def _set_sum(
+    losses: Mapping[str, dict[int, float]], parts: list[dict[int, float]], p: int, kl: float
+) -> None:
+    """Scale the losses of level p so that their sum is `kl`, and their parts; zero stays zero."""
     total = sum(row[p] for row in losses.values())
     if not math.isfinite(total) or not math.isfinite(kl):
         raise CalibrationError(
             f"level {p} gave values that are not finite; measure in float32, on other text."
         )
-    for row in losses.values():
+    for row in (*losses.values(), *parts):
         row[p] *= kl / total if total > 0 and kl > 0 else 1.0
 
 
@@ -132,18 +141,20 @@ class _Probe:
 
     def __init__(self, view: Any, lower: Mapping[int, Any]) -> None:
         self.view = view.requires_grad_(False)
-        self.inner: dict[tuple[str, int], Tensor] = {}
-        modules = {p: _linears(model) for p, model in lower.items()}
-        for name, module in _linears(view).items():
+        self.inner: dict[_Key, Tensor] = {}
+        modules = {p: _coded(model) for p, model in lower.items()}
+        for name, module in _coded(view).items():
             others = {p: modules[p][name] for p in lower}
             product = _Product(module, others, self.inner)
             # of this private view's module alone
-            cast(Any, module).forward = partial(_Recorded.apply, product)
+            if isinstance(module, NestedStack):
+                cast(Any, module).multiply_rotated = partial(_Recorded.apply, product)
+            else:
+                cast(Any, module).forward = partial(_Recorded.apply, product, None)
 
-    def inner_products(
-        self, ids: Tensor, generator: torch.Generator
-    ) -> dict[tuple[str, int], Tensor]:
-        """(input group, level) -> g_t . dW x_t for every token: [T]. ids [1, T]."""
+    def inner_products(self, ids: Tensor, generator: torch.Generator) -> dict[_Key, Tensor]:
+        """(input group, level, expert) -> g_t . dW x_t for every token [T], or for those that the
+        expert gets. ids [1, T]."""
         self.inner.clear()
         ids = ids.to(self.view.device)
         embedding = self.view.get_input_embeddings()
@@ -159,44 +170,62 @@ class _Probe:
         return dict(self.inner)
 
 
-def _linears(model: Any) -> dict[str, NestedLinear]:
-    return {m.name: m for m in model.modules() if isinstance(m, NestedLinear)}
+_Key = tuple[str, int, int | None]  # input group, level, expert of a stack
+_Coded = NestedLinear | NestedStack
+
+
+def _coded(model: Any) -> dict[str, _Coded]:
+    return {m.name: m for m in model.modules() if isinstance(m, _Coded)}
 
 
 class _Product:
-    """y = W x of one matrix, with a backward pass of our own."""
+    """y = W x of one matrix or one expert's, with a backward pass of our own."""
 
     def __init__(
-        self,
-        module: NestedLinear,
-        lower: Mapping[int, NestedLinear],
-        inner: dict[tuple[str, int], Tensor],
+        self, module: _Coded, lower: Mapping[int, _Coded], inner: dict[_Key, Tensor]
     ) -> None:
         self.module, self.lower, self.inner = module, lower, inner
 
-    def backward(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Gradient of x [1, T, d_in] from that of y [1, T, d_out]; adds to the inner products."""
+    def forward(self, expert: int | None, x: Tensor) -> Tensor:
+        """y [..., d_out] of x [..., d_in], which is rotated where it is an expert's."""
+        if isinstance(self.module, NestedStack):
+            return NestedStack.multiply_rotated(self.module, cast(int, expert), x)
+        return NestedLinear.forward(self.module, x)
+
+    def backward(self, expert: int | None, x: Tensor, gradient: Tensor) -> Tensor:
+        """Gradient of x [..., d_in] from that of y [..., d_out]; adds to the inner products."""
         input_group = self.module.input_group
         g = gradient.float().flatten(0, -2)  # [T, d_out]
-        rotated = input_group.rotation.apply(x.float().flatten(0, -2))  # [T, d_in]
-        full = g @ self.module.rotated_weight()  # [T, d_in]
+        rotated = x.float().flatten(0, -2)  # [T, d_in]
+        if expert is None:
+            rotated = input_group.rotation.apply(rotated)
+        full = g @ _rotated_weight(self.module, expert)  # [T, d_in]
         for p, module in self.lower.items():
-            inner = ((g @ module.rotated_weight() - full) * rotated).sum(-1)  # [T]
-            old = self.inner.get((input_group.name, p))
-            self.inner[input_group.name, p] = inner if old is None else old + inner
-        return input_group.rotation.transpose(full).view(x.shape).to(x.dtype)
+            inner = ((g @ _rotated_weight(module, expert) - full) * rotated).sum(-1)  # [T]
+            key = input_group.name, p, expert
+            old = self.inner.get(key)
+            self.inner[key] = inner if old is None else old + inner
+        back = full if expert is not None else input_group.rotation.transpose(full)
+        return back.view(x.shape).to(x.dtype)
+
+
+def _rotated_weight(module: _Coded, expert: int | None) -> Tensor:
+    """W' [d_out, d_in] of a matrix, or of one expert of a stack."""
+    if isinstance(module, NestedStack):
+        return module.group((cast(int, expert),)).weight()
+    return module.rotated_weight()
 
 
 class _Recorded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, product: _Product, x: Tensor) -> Tensor:
+    def forward(ctx: Any, product: _Product, expert: int | None, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.product = product
-        return type(product.module).forward(product.module, x)
+        ctx.product, ctx.expert = product, expert
+        return product.forward(expert, x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.product.backward(ctx.saved_tensors[0], gradients[0])
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, ctx.product.backward(ctx.expert, ctx.saved_tensors[0], gradients[0])
 
 
 def self_windows(model: Any, windows: int, seq_len: int, seed: int = 0) -> Tensor:

@@ -31,6 +31,8 @@ from dropbydrop.kernels.layout import plane_bytes
 from dropbydrop.models.model_config import context_length, text_settings
 from dropbydrop.system.errors import DropError
 
+from .levels import Level, matrices
+
 _FIXED_STATE = ("linear_attention", "conv", "mamba")  # kinds of layers that keep no keys
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -84,11 +86,12 @@ def parse_bytes(text: str | int) -> int:
 
 def estimate(
     checkpoint: Checkpoint,
-    prefixes: Mapping[str, int],
+    prefixes: Mapping[str, Level],
     dtype: torch.dtype | str | None = None,
     context: int = 0,
 ) -> Memory:
-    """Memory of a model with `prefixes` (module -> planes) and `context` tokens of one sequence.
+    """Memory of a model with `prefixes` (module -> planes, of a stack perhaps of each expert) and
+    `context` tokens of one sequence.
 
     Args:
         dtype: of the activations; by default the one in the config.
@@ -97,8 +100,9 @@ def estimate(
     q, width = checkpoint.quantization, kind.itemsize
     codes = sum(
         plane_bytes(plane, *matrix)
-        for module, matrix in checkpoint.shapes.items()
-        for plane in q.planes[: prefixes[module]]
+        for module, shape in checkpoint.shapes.items()
+        for matrix, count in matrices(shape, prefixes[module])
+        for plane in q.planes[:count]
     )
     scales = embeddings = other = shared = 0
     for name, info in checkpoint.rest.items():

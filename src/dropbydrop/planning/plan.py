@@ -4,6 +4,10 @@ A plan is an immutable map from input groups to levels. The matrices of an input
 gate/up) read one input and are fused by many runtimes, so they share one level. Each entry is one
 of the checkpoint's levels: only those were supervised. What it reads is counted in planes.
 
+A stack of experts may have a level for each of them: experts that many tokens are routed to get
+more planes, and the upper planes of the others are not read. Experts are multiplied one by one, so
+nothing is fused that this would take apart.
+
 A plan carries the fingerprint of its checkpoint (`Checkpoint.fingerprint`) and is refused by any
 other. Which plan fits a budget is decided in solver.py, what one takes in memory in memory.py.
 """
@@ -30,6 +34,7 @@ from dropbydrop.system.atomic_folder import write_whole
 from dropbydrop.system.errors import FormatError
 from dropbydrop.system.file_errors import file_errors
 
+from .levels import Level, canonical, each, mapped, matrices
 from .memory import Memory, estimate
 
 PLAN_FORMAT = "dropbydrop-plan"
@@ -41,20 +46,22 @@ class Plan:
 
     Attributes:
         checkpoint: fingerprint.
-        levels: one for every input group of the checkpoint ("prefixes" in the JSON form).
+        levels: one for every input group of the checkpoint ("prefixes" in the JSON form), of a
+            stack of experts also E of them.
         table: bits a weight of embedding and head where they are in planes; None: those of the
             highest level that is not above the average, so that a table grows with the matrices.
     """
 
     checkpoint: str
-    levels: Mapping[str, int]
+    levels: Mapping[str, Level]
     table: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", MappingProxyType(dict(self.levels)))
+        levels = {name: canonical(level) for name, level in self.levels.items()}
+        object.__setattr__(self, "levels", MappingProxyType(levels))
 
     def __hash__(self) -> int:
-        return hash((self.checkpoint, tuple(sorted(self.levels.items())), self.table))
+        return hash((self.checkpoint, frozenset(self.levels.items()), self.table))
 
     @staticmethod
     def uniform(checkpoint: Checkpoint, bits: int) -> Plan:
@@ -66,12 +73,12 @@ class Plan:
     @property
     def lowest(self) -> int:
         """The smallest level in it."""
-        return min(self.levels.values())
+        return min(p for level in self.levels.values() for p in each(level))
 
     @property
     def highest(self) -> int:
         """The largest level in it, whose planes must be present."""
-        return max(self.levels.values())
+        return max(p for level in self.levels.values() for p in each(level))
 
     def check(self, checkpoint: Checkpoint) -> Plan:
         """This plan, if it is one for `checkpoint`.
@@ -86,14 +93,17 @@ class Plan:
                 f"{self.checkpoint[:12]}…, here {checkpoint.fingerprint[:12]}…). Make one for it: "
                 "dropbydrop plan OUT --avg-bits 2.6"
             )
-        names = {input_group.name for input_group in checkpoint.quantization.input_groups}
-        if set(self.levels) != names:
+        groups = {group.name: group for group in checkpoint.quantization.input_groups}
+        if set(self.levels) != set(groups):
             raise FormatError(
                 f"the plan does not name the input groups of the checkpoint: "
-                f"{sorted(names ^ set(self.levels))[:4]} differ. It was edited; make it again."
+                f"{sorted(set(groups) ^ set(self.levels))[:4]} differ. It was edited; make it "
+                "again."
             )
-        for level in self.levels.values():
-            checkpoint.quantization.check_level(level)
+        for name, level in self.levels.items():
+            _check_experts(name, level, groups[name].experts)
+            for one in each(level):
+                checkpoint.quantization.check_level(one)
         choices = table_choices(checkpoint, self.highest)
         if self.table is not None and self.table not in choices:
             raise FormatError(
@@ -103,15 +113,15 @@ class Plan:
             )
         return self
 
-    def levels_by_module(self, checkpoint: Checkpoint) -> dict[str, int]:
-        """Quantized module -> level."""
+    def levels_by_module(self, checkpoint: Checkpoint) -> dict[str, Level]:
+        """Quantized module -> level, or that of each expert."""
         input_groups = checkpoint.quantization.input_groups
         return {module: self.levels[s.name] for s in input_groups for module in s.modules}
 
-    def planes_by_module(self, checkpoint: Checkpoint) -> dict[str, int]:
-        """Quantized module -> number of planes to read."""
-        count = checkpoint.quantization.prefix_of
-        return {name: count(level) for name, level in self.levels_by_module(checkpoint).items()}
+    def planes_by_module(self, checkpoint: Checkpoint) -> dict[str, Level]:
+        """Quantized module -> number of planes to read, of a stack perhaps of each expert."""
+        count, levels = checkpoint.quantization.prefix_of, self.levels_by_module(checkpoint)
+        return {name: mapped(level, count) for name, level in levels.items()}
 
     def table_planes(self, checkpoint: Checkpoint) -> int:
         """Planes that embedding and head read, where they are in planes; else 0."""
@@ -137,15 +147,16 @@ class Plan:
         """Bytes of codes that the highest level of the plan reads and the plan does not."""
         planes = checkpoint.quantization.planes
         all_of_it = checkpoint.quantization.prefix_of(self.highest)
-        matrices = sum(
-            plane.nbytes(*checkpoint.shapes[module])
-            for module, count in self.planes_by_module(checkpoint).items()
+        codes = sum(
+            plane.nbytes(*matrix)
+            for module, counts in self.planes_by_module(checkpoint).items()
+            for matrix, count in matrices(checkpoint.shapes[module], counts)
             for plane in planes[count:all_of_it]
         )
         if not tables or not checkpoint.quantization.tables:
-            return matrices
+            return codes
         most = table_bytes(checkpoint, checkpoint.quantization.table_prefix(all_of_it))
-        return matrices + most - table_bytes(checkpoint, self.table_planes(checkpoint))
+        return codes + most - table_bytes(checkpoint, self.table_planes(checkpoint))
 
     def memory(
         self, checkpoint: Checkpoint, dtype: torch.dtype | str | None = None, context: int = 0
@@ -154,12 +165,13 @@ class Plan:
         return estimate(checkpoint, self.planes_by_module(checkpoint), dtype, context)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
+        """The JSON form; levels of experts are a list."""
+        levels = {n: p if isinstance(p, int) else list(p) for n, p in self.levels.items()}
         return {
             "format": PLAN_FORMAT,
             "format_version": 1,
             "checkpoint": self.checkpoint,
-            "prefixes": dict(self.levels),
+            "prefixes": levels,
             **({} if self.table is None else {"table": self.table}),
         }
 
@@ -175,11 +187,17 @@ class Plan:
             raise FormatError(f"{where} is no plan. Write one: dropbydrop plan OUT --save FILE")
         check_version(fields.data.pop("format_version", None), where)
         table = fields.take("table", int) if "table" in fields.data else None
-        plan = Plan(fields.take("checkpoint", str), fields.take("prefixes", dict), table)
+        fingerprint, levels = fields.take("checkpoint", str), fields.take("prefixes", dict)
         fields.done()
-        if not plan.levels or any(type(p) is not int for p in plan.levels.values()):
+        numbers = [p if isinstance(p, list) else [p] for p in levels.values()]
+        if not levels or not all(row and all(type(p) is int for p in row) for row in numbers):
             raise FormatError(f"{where}: prefixes must be whole numbers. Damaged; make it again.")
-        return plan
+        return Plan(fingerprint, levels, table)
+        fields.done()
+        numbers = [p if isinstance(p, list) else [p] for p in levels.values()]
+        if not levels or not all(row and all(type(p) is int for p in row) for row in numbers):
+            raise FormatError(f"{where}: prefixes must be whole numbers. Damaged; make it again.")
+        return Plan(fingerprint, levels)
 
     def save(self, file: Path | str) -> None:
         """Write the JSON form, whole or not at all; a device or pipe is written to as it is.
@@ -205,8 +223,13 @@ class Plan:
         return Plan.from_dict(read_json(path), str(path))
 
     def __repr__(self) -> str:
-        counts = Counter(self.levels.values())
-        return f"Plan({json.dumps(dict(sorted(counts.items())))} input groups at these levels)"
+        counts = Counter(p for level in self.levels.values() for p in each(level))
+        what = (
+            "input groups"
+            if all(isinstance(p, int) for p in self.levels.values())
+            else ("input groups and experts")
+        )
+        return f"Plan({json.dumps(dict(sorted(counts.items())))} {what} at these levels)"
 
 
 def usual_table(checkpoint: Checkpoint, average_bits: float) -> int:
@@ -223,7 +246,20 @@ def table_choices(checkpoint: Checkpoint, level: int) -> dict[int, int]:
     return {bits: count for bits, count in q.embeddings.choices.items() if count <= most}
 
 
-def average(levels: Mapping[str, int], checkpoint: Checkpoint) -> float:
+def _check_experts(name: str, level: Level, experts: int) -> None:
+    """Several levels are for as many experts (else FormatError)."""
+    if not isinstance(level, int) and len(level) != experts:
+        raise FormatError(
+            f"the plan has {len(level)} levels for {name}, which holds "
+            f"{f'{experts} experts' if experts else 'no experts'}. It was edited; make it again."
+        )
+
+
+def average(levels: Mapping[str, Level], checkpoint: Checkpoint) -> float:
     """Mean of the levels of these modules, by their numbers of weights."""
-    weights = {name: math.prod(checkpoint.shapes[name]) for name in levels}
-    return sum(level * weights[name] for name, level in levels.items()) / sum(weights.values())
+    found = [
+        (math.prod(matrix), one)
+        for name, level in levels.items()
+        for matrix, one in matrices(checkpoint.shapes[name], level)
+    ]
+    return sum(weights * one for weights, one in found) / sum(weights for weights, _ in found)

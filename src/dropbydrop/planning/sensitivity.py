@@ -8,13 +8,17 @@ carries the checkpoint's fingerprint and is refused by any other. They are measu
 evaluation/sensitivity_probe.py. Without a sidecar, the log of the quantization serves: every
 relative error of a matrix counts the same. That knows how well a matrix was encoded, but not how
 much it matters.
+
+Of a stack of experts both know each expert: measured losses are sums over the tokens that were
+routed to it, those of the log relative errors, weighted by its share of calibration's tokens.
+The loss of the stack is their sum.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +51,8 @@ class Sensitivity:
         description: what it was measured on.
         tables: bits of embedding and head in planes -> level -> what it costs to read so few of
             them where the matrices are at that level; none where the level has no more.
+        experts: input group of a stack -> level -> loss of each expert; without an entry its
+            experts share a level.
     """
 
     checkpoint: str
@@ -55,6 +61,7 @@ class Sensitivity:
     kl: Mapping[int, float] = field(default_factory=dict)
     description: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    experts: Mapping[str, Sequence[Mapping[int, float]]] = field(default_factory=dict)
 
     def of_table(self, bits: int, average_bits: float) -> float:
         """What `bits` of embedding and head cost at an average between two levels."""
@@ -63,8 +70,13 @@ class Sensitivity:
         return float(np.interp(average_bits, levels, [row.get(p, 0.0) for p in levels]))
 
     def predicted(self, plan: Plan, checkpoint: Checkpoint) -> float:
-        """Loss of a plan: the sum over its input groups, and the table's."""
-        matrices = sum(self.losses[name][p] for name, p in plan.levels.items())
+        """Loss of a plan: the sum over its input groups and experts, and the table's."""
+        matrices = sum(
+            self.losses[name][level]
+            if isinstance(level, int)
+            else sum(row[p] for row, p in zip(self.experts[name], level, strict=True))
+            for name, level in plan.levels.items()
+        )
         if plan.table is None or plan.table not in self.tables:
             return matrices
         return matrices + self.of_table(plan.table, plan.average_bits(checkpoint))
@@ -79,8 +91,13 @@ class Sensitivity:
             "format": SIDECAR_FORMAT,
             "format_version": 1,
             "checkpoint": self.checkpoint,
-            "losses": {s: {str(p): v for p, v in row.items()} for s, row in self.losses.items()},
-            "kl": {str(p): v for p, v in self.kl.items()},
+            "losses": {s: _to_json(row) for s, row in self.losses.items()},
+            **(
+                {"experts": {s: [*map(_to_json, rows)] for s, rows in self.experts.items()}}
+                if self.experts
+                else {}
+            ),
+            "kl": _to_json(self.kl),
             "description": dict(self.description),
         }
         if self.tables:
@@ -116,33 +133,40 @@ class Sensitivity:
         if found != checkpoint.fingerprint:
             raise FormatError(f"{path} was measured on another checkpoint. {again}")
         try:
-            losses = {
-                str(input_group): {int(p): float(v) for p, v in row.items()}
-                for input_group, row in fields.take("losses", dict).items()
+            losses = {str(s): _from_json(row) for s, row in fields.take("losses", dict).items()}
+            experts = {
+                str(s): [*map(_from_json, rows)]
+                for s, rows in fields.take("experts", dict, default={}).items()
             }
-            kl = {int(p): float(v) for p, v in fields.take("kl", dict).items()}
+            kl = _from_json(fields.take("kl", dict))
             tables = {
-                int(bits): {int(p): float(v) for p, v in row.items()}
-                for bits, row in fields.data.pop("tables", {}).items()
+                int(bits): _from_json(row) for bits, row in fields.data.pop("tables", {}).items()
             }
         except (TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{path} is damaged ({error}). {again}") from error
         about = fields.take("description", dict)
-        result = Sensitivity(found, losses, "measured", kl, about, tables)
         fields.done()
-        input_groups = {input_group.name for input_group in checkpoint.quantization.input_groups}
-        rows_fit = all(set(row) == set(checkpoint.levels) for row in losses.values())
-        values = [v for row in (*losses.values(), *tables.values()) for v in row.values()]
-        known = set(tables) <= set(checkpoint.quantization.embeddings.choices)
+        groups = {group.name: group.experts for group in checkpoint.quantization.input_groups}
+        rows = [*losses.values(), *(row for each in experts.values() for row in each)]
         if (
-            set(losses) != input_groups
-            or not (rows_fit and known)
-            or not all(0 <= v < math.inf for v in values)
+            set(losses) != set(groups)
+            or any(groups.get(name, 0) != len(each) for name, each in experts.items())
+            or any(set(row) != set(checkpoint.levels) for row in rows)
+            or not set(tables) <= set(checkpoint.quantization.embeddings.choices)
+            or not all(0 <= v < math.inf for row in (*rows, *tables.values()) for v in row.values())
         ):
             raise FormatError(
                 f"{path} does not have one loss for every input group and level. {again}"
             )
-        return result
+        return Sensitivity(found, losses, "measured", kl, about, tables, experts)
+
+
+def _to_json(row: Mapping[int, float]) -> dict[str, float]:
+    return {str(p): v for p, v in row.items()}
+
+
+def _from_json(row: Mapping[str, Any]) -> dict[int, float]:
+    return {int(p): float(v) for p, v in row.items()}
 
 
 def known_sensitivity(checkpoint: Checkpoint) -> Sensitivity:
@@ -163,22 +187,43 @@ def known_sensitivity(checkpoint: Checkpoint) -> Sensitivity:
 
 
 def from_log(checkpoint: Checkpoint) -> Sensitivity | None:
-    """Losses of an input group: the sum of its matrices' relative errors; None without a log."""
+    """Losses of an input group: the sum of its matrices' relative errors; None without a log.
+
+    Of experts, weighted by their shares of the tokens that calibration routed; one is added to
+    every count, so that what calibration has not met is rare, not impossible.
+    """
     path = checkpoint.path / LOG_FILE
     if not path.is_file():
         return None
     errors: dict[str, dict[int, float]] = {}
+    by_expert: dict[str, dict[int, list[float]]] = {}
+    tokens: dict[str, list[int]] = {}  # module of experts -> tokens of each
+    levels, top = checkpoint.levels, checkpoint.levels[-1]
     try:
         for line in path.read_text().splitlines():
             entry = json.loads(line)
-            errors[entry["module"]] = {int(p): float(e) for p, e in entry["rel_error"].items()}
-        losses = {
-            input_group.name: {
-                p: sum(errors[m][p] - errors[m][checkpoint.levels[-1]] for m in input_group.modules)
-                for p in checkpoint.levels
+            errors[entry["module"]] = _from_json(entry["rel_error"])
+            if "expert_errors" in entry:
+                each = {int(p): list(map(float, row)) for p, row in entry["expert_errors"].items()}
+                by_expert[entry["module"]] = each
+            if "tokens" in entry:
+                tokens[entry["module"].rpartition(".")[0]] = list(map(int, entry["tokens"]))
+        losses, experts = {}, {}
+        for group in checkpoint.quantization.input_groups:
+            if group.experts and group.modules[0] in by_expert:
+                (module,) = group.modules
+                counts = [count + 1 for count in tokens[module.rpartition(".")[0]]]
+                found = by_expert[module]
+                rows = [
+                    {p: counts[e] / sum(counts) * (found[p][e] - found[top][e]) for p in levels}
+                    for e in range(group.experts)
+                ]
+                losses[group.name] = {p: sum(row[p] for row in rows) for p in levels}
+                experts[group.name] = rows
+                continue
+            losses[group.name] = {
+                p: sum(errors[m][p] - errors[m][top] for m in group.modules) for p in levels
             }
-            for input_group in checkpoint.quantization.input_groups
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
-    return Sensitivity(checkpoint.fingerprint, losses, "log")
+    return Sensitivity(checkpoint.fingerprint, losses, "log", experts=experts)

@@ -9,6 +9,10 @@ bytes. The greedy path along the convex hulls was tried first and loses up to a 
 units, sizes are rounded up to coarser ones: still feasible, within one unit an input group of the
 optimum.
 
+Where losses of single experts are known, each of them is an s of its own. With many (128 experts
+in 48 blocks are 12,288) the table of choices would be gigabytes, and the step that the greedy path
+loses is one plane of one expert: there it is the way.
+
 Budgets are average bits (sum_s p_s * weights_s / sum_s weights_s, so that the uniform plan at level
 P has average P; b counts p_s bits a weight) or bytes (memory.py: weights of every kind, cache,
 activations; b is what the planes of level p take as they are held).
@@ -23,10 +27,12 @@ matrices and a smaller table. Memory holds tables in eight-bit rows whatever the
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,12 +42,16 @@ from dropbydrop.checkpoint.tables import table_bytes
 from dropbydrop.kernels.layout import plane_bytes
 from dropbydrop.system.errors import MissingPlaneError, PrecisionError
 
+from .levels import Level
 from .memory import default_context, parse_bytes
 from .plan import Plan, table_choices, usual_table
 from .sensitivity import Sensitivity, known_sensitivity
 
 log = logging.getLogger("dropbydrop")
 _MAX_UNITS = 1 << 16
+_MAX_CHOICES = 1 << 27  # bytes of the table of choices
+
+_Shapes = Sequence[tuple[int, ...]]  # of matrices that share a level, [E, d_out, d_in] of stacks
 
 
 def make_plan(
@@ -81,19 +91,25 @@ def make_plan(
         )
     if avg_bits is not None:
         check_average(avg_bits, levels, checkpoint.levels)
-        costs = _code_bytes(checkpoint, levels)
+        size: Callable[[_Shapes, int], int] = _code_bytes
         weights = checkpoint.manifest.quantized_parameters
         budget = math.floor(avg_bits * weights / 8 + 1e-6)
     else:
         tokens = default_context(checkpoint, context)
         budget = _bytes_for_codes(checkpoint, levels[0], parse_bytes(memory or 0), dtype, tokens)
-        costs = _held_bytes(checkpoint, levels)
-    names = [input_group.name for input_group in checkpoint.quantization.input_groups]
-    losses = [known.losses[name] for name in names]
+        size = partial(_held_bytes, checkpoint)
+    items = list(_items(checkpoint, known))
+    costs = [[size(shapes, p) for p in levels] for _, shapes, _ in items]
+    losses = [row for _, _, row in items]
 
     def within(most: int, table: int | None) -> Plan:
-        chosen = allocate(losses, costs, levels, most)
-        return Plan(checkpoint.fingerprint, dict(zip(names, chosen, strict=True)), table)
+        found: dict[str, list[int]] = {}
+        for (name, _, _), level in zip(items, allocate(losses, costs, levels, most), strict=True):
+            found.setdefault(name, []).append(level)
+        chosen: dict[str, Level] = {
+            name: tuple(row) if name in known.experts else row[0] for name, row in found.items()
+        }
+        return Plan(checkpoint.fingerprint, chosen, table)
 
     if avg_bits is None or not known.tables:
         return within(budget, None)
@@ -106,6 +122,22 @@ def make_plan(
             if bits in table_choices(checkpoint, plan.highest):
                 plans.append(plan)
     return min(plans, key=lambda plan: known.predicted(plan, checkpoint))
+
+
+def _items(
+    checkpoint: Checkpoint, known: Sensitivity
+) -> Iterator[tuple[str, _Shapes, Mapping[int, float]]]:
+    """What gets a level: input groups, and the experts of stacks where they are known one by one.
+
+    Yields its input group, the shapes of its matrices, and level -> loss.
+    """
+    for group in checkpoint.quantization.input_groups:
+        shapes = [checkpoint.shapes[module] for module in group.modules]
+        if group.name in known.experts:
+            for row in known.experts[group.name]:
+                yield group.name, [shape[1:] for shape in shapes], row
+        else:
+            yield group.name, shapes, known.losses[group.name]
 
 
 def _bytes_for_codes(
@@ -123,28 +155,15 @@ def _bytes_for_codes(
     return wanted - (least.total - least.codes)
 
 
-def _code_bytes(checkpoint: Checkpoint, levels: Sequence[int]) -> list[list[int]]:
-    """Bytes of every input group at every level: so many bits a weight, without any padding."""
-    return [
-        [sum(math.prod(checkpoint.shapes[m]) for m in group.modules) * p // 8 for p in levels]
-        for group in checkpoint.quantization.input_groups
-    ]
+def _code_bytes(shapes: _Shapes, level: int) -> int:
+    """Bytes of matrices at a level: so many bits a weight, without any padding."""
+    return sum(map(math.prod, shapes)) * level // 8
 
 
-def _held_bytes(checkpoint: Checkpoint, levels: Sequence[int]) -> list[list[int]]:
-    """Bytes of the planes of every input group at every level, as memory holds them (padded)."""
-    q = checkpoint.quantization
-    return [
-        [
-            sum(
-                plane_bytes(plane, *checkpoint.shapes[module])
-                for module in group.modules
-                for plane in q.planes[: q.prefix_of(level)]
-            )
-            for level in levels
-        ]
-        for group in q.input_groups
-    ]
+def _held_bytes(checkpoint: Checkpoint, shapes: _Shapes, level: int) -> int:
+    """Bytes of the planes of matrices at a level, as memory holds them (padded)."""
+    planes = checkpoint.quantization.planes[: checkpoint.quantization.prefix_of(level)]
+    return sum(plane_bytes(plane, *shape) for shape in shapes for plane in planes)
 
 
 def levels_here(checkpoint: Checkpoint, planes: int | None = None) -> tuple[int, ...]:
@@ -185,11 +204,11 @@ def allocate(
     levels: Sequence[int],
     budget: int,
 ) -> list[int]:
-    """The level of every input group of least total loss for at most `budget` bytes.
+    """The level of every item of least total loss for at most `budget` bytes.
 
     Args:
-        losses: for every input group, level -> loss.
-        costs: for every input group, its bytes at each of `levels`, ascending.
+        losses: for every item (an input group, or an expert), level -> loss.
+        costs: for every item, its bytes at each of `levels`, ascending.
         levels: ascending; the lowest everywhere fits the budget.
         budget: bytes of codes.
     """
@@ -202,6 +221,8 @@ def allocate(
     if spare // unit > _MAX_UNITS:
         unit = -(-spare // _MAX_UNITS)
     count = spare // unit
+    if count * len(costs) > _MAX_CHOICES:
+        return _greedy(losses, further, levels, spare)
     units = [[-(-cost // unit) for cost in row] for row in further]
     # best[c]: least loss of the input groups so far for exactly c units beyond the lowest level
     best = np.full(count + 1, np.inf)
@@ -223,3 +244,41 @@ def allocate(
         chosen[s] = levels[k]
         c -= units[s][k]
     return chosen
+
+
+def _greedy(
+    losses: Sequence[Mapping[int, float]],
+    further: Sequence[Sequence[int]],
+    levels: Sequence[int],
+    spare: int,
+) -> list[int]:
+    """`allocate` along the convex hulls of the losses; within one step of the optimum.
+
+    Args:
+        further: for every item, its bytes beyond the lowest level at each of `levels`.
+        spare: bytes beyond the lowest level everywhere.
+    """
+
+    def step(s: int, k: int) -> tuple[float, int, int] | None:
+        """The best way up from level k of item s: minus what a byte saves, the item, its level."""
+        now, row = losses[s][levels[k]], further[s]
+        ways = [
+            ((losses[s][levels[j]] - now) / (row[j] - row[k]), s, j)
+            for j in range(k + 1, len(levels))
+        ]
+        return min(ways, default=None)
+
+    chosen = [0] * len(losses)
+    heap = [way for s in range(len(losses)) if (way := step(s, 0)) is not None]
+    heapq.heapify(heap)
+    while heap:
+        saved, s, k = heapq.heappop(heap)
+        cost = further[s][k] - further[s][chosen[s]]
+        if saved >= 0:
+            break
+        if cost > spare:  # what is cheaper may still fit
+            continue
+        spare, chosen[s] = spare - cost, k
+        if (way := step(s, k)) is not None:
+            heapq.heappush(heap, way)
+    return [levels[k] for k in chosen]

@@ -254,6 +254,12 @@ class BlockEncoder:
         }
         if (counts := statistics.routed.get(group.name)) is not None:
             entry["tokens"] = [int(count) for count in counts]  # that each expert saw
+        if group.experts:  # what a level costs each, for plans (planning/sensitivity.py)
+            each = zip(*(code.errors for code in codes), strict=True)
+            entry["expert_errors"] = {
+                str(p): [float(f"{error:.4g}") for error in level]
+                for p, level in zip(self.levels, each, strict=True)
+            }
         self.log.matrices.append(entry)
 
     def _keep(self, name: str, reason: str) -> None:

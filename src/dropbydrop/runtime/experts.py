@@ -11,8 +11,9 @@ caller chooses has no effect on a quantized model.
 
 Which products run, for n tokens:
 
-    1 token        gate and up of all experts that are hit in one native call: x is rotated once,
-                   look-up tables are built once. Their downs have an input each, hence a call each
+    1 token        gate and up of all experts that are hit in one native call (of each level, where
+                   a plan gives them several): x is rotated once, look-up tables are built once.
+                   Their downs have an input each, hence a call each
     to 16 tokens   a call for each expert that is hit, with its tokens
     more           x is rotated once for the block; each expert that is hit is decoded to a dense
                    matrix and multiplies its own tokens (a prompt is exact to float rounding)
@@ -34,6 +35,7 @@ from torch.nn import functional as F
 from dropbydrop import kernels
 from dropbydrop.kernels import registry
 from dropbydrop.models.experts import is_experts, mix, routed, stacks
+from dropbydrop.planning.levels import of_expert
 from dropbydrop.system.errors import FormatError
 
 from .modules import NestedModule, books_of
@@ -48,24 +50,37 @@ class NestedStack(NestedModule):
         """E."""
         return int(self.scales.shape[0])
 
+    def planes_of(self, e: int) -> int:
+        """P of expert e."""
+        return of_expert(self._count, e)
+
     def matrix(self, e: int) -> kernels.Matrix:
         """Matrix e as kernels read it; on the storage of the stack."""
-        planes = tuple(plane.expert(e) for plane in self.codes.held())
         bias = None if self.bias is None else self.bias.detach()[e]
-        return kernels.Matrix(planes, self.scales[e], bias)
+        return kernels.Matrix(self.codes.held(e), self.scales[e], bias)
+
+    def products(self, hit: tuple[int, ...], x: Tensor) -> dict[int, Tensor]:
+        """One input x [1, d_in] times each of these matrices; a call for those of one level."""
+        results: dict[int, Tensor] = {}
+        for prefix in {self.planes_of(e) for e in hit}:
+            same = tuple(e for e in hit if self.planes_of(e) == prefix)
+            results |= zip(same, self.group(same)(x), strict=True)
+        return results
 
     def group(self, hit: tuple[int, ...]) -> kernels.PreparedGroup:
-        """Matrices that read one input, ready for the kernel in use; one alone is built once."""
+        """Matrices of one level that read one input, ready for the kernel in use; one alone is
+        built once."""
+        prefix = self.planes_of(hit[0])
 
         def build() -> kernels.PreparedGroup:
             matrices = [self.matrix(e) for e in hit]
             rotation = self.input_group.rotation
-            return kernels.prepare_group(matrices, books_of(self), rotation, self.prefix)
+            return kernels.prepare_group(matrices, books_of(self), rotation, prefix)
 
         if len(hit) > 1:  # there are too many choices to keep
             return build()
         _, kernel = kernels.backend_for(self.codes.device.type, kind=self.codes.kind)
-        place = (self.prefix, kernel, self.codes.device, self.codes.packed)
+        place = (prefix, kernel, self.codes.device, self.codes.packed)
         return cast(
             kernels.PreparedGroup, self.store.derived(("expert", self.name, *hit, *place), build)
         )
@@ -127,8 +142,7 @@ def _by_kernel(first: NestedStack, x: Tensor, index: Tensor) -> tuple[_Up, _Down
     """Products of few tokens x [n, d]."""
     if len(x) > 1:
         return lambda e, tokens: first.multiply(e, x[tokens]), NestedStack.multiply
-    hit = tuple(e for e, _, _ in routed(index, first.experts))
-    results = dict(zip(hit, first.group(hit)(x), strict=True)) if hit else {}
+    results = first.products(tuple(e for e, _, _ in routed(index, first.experts)), x)
     return lambda e, tokens: results[e], NestedStack.multiply
 
 

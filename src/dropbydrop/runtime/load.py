@@ -2,8 +2,8 @@
 
 A precision is a level (bits=3), an average (avg_bits=2.6), a `Plan`, or a budget (memory="1.5GiB").
 A plan is loaded in two steps: the model at the plan's lowest level by transformers, then the
-further planes of single input groups into the store; the result is a view. So no plane is read that
-is not used.
+further planes of single input groups, or of single experts, into the store; the result is a view.
+So no plane is read that is not used.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def load(
         path: a local checkpoint folder.
         bits: one of the checkpoint's levels.
         avg_bits: average bits a weight: the plan of least predicted loss.
-        plan: a level for every input group.
+        plan: a level for every input group, or for every expert of a stack.
         memory: what the model may take in all, in bytes or as "1.5GiB".
         context: tokens that `memory` is to suffice for [2048].
         dtype: type of the activations; by default that of the original model.

@@ -17,24 +17,32 @@ the first floating-point parameter, stays the type of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from dropbydrop import kernels
+from dropbydrop.planning.levels import Level, each, mapped, of_expert
 from dropbydrop.system.errors import PrecisionError, UnsupportedModelError
 
 from .plane_store import GroupEntries, PlaneStore
 
 
-def refuse_change(bits: int, value: object) -> NoReturn:
+def refuse_change(bits: Level, value: object) -> NoReturn:
     """Raise the PrecisionError of an attempt to set the precision of a loaded model."""
     raise PrecisionError(
         f"the precision of a loaded model is fixed at {bits}; make a view of another precision "
         f"with dropbydrop.view(model, {value})."
     )
+
+
+Place = tuple[int, int | None]  # plane, and the expert where some experts of a stack lack it
+
+
+def _key(m: int, expert: int | None) -> str:
+    return str(m) if expert is None else f"{m}-{expert}"
 
 
 class Planes(nn.Module):
@@ -43,65 +51,77 @@ class Planes(nn.Module):
     Each is held once, in the layout of its device (`kernels.to_device_layout`): packed on a CPU
     with native kernels, else as stored. The latter is what state_dict gives.
 
+    A plane that only some experts of a stack read is a parameter for each, "3-17" of expert 17.
+
     Attributes:
-        specs: kind and shape of each.
-        matrix: (d_out, d_in), or (E, d_out, d_in) of a stack of experts.
         packed: whether the planes are held packed.
     """
 
-    def __init__(self, planes: Sequence[kernels.Plane]) -> None:
+    def __init__(self, planes: Mapping[Place, kernels.Plane]) -> None:
+        """planes: in order, of every m from 1 on; all in one layout on one device."""
         super().__init__()
-        self._set(planes)
+        self._set({_key(*place): plane for place, plane in planes.items()})
 
-    def _set(self, planes: Sequence[kernels.Plane]) -> None:
-        first = planes[0]
-        self.matrix, self.packed = first.matrix, first.packed
-        self.specs = tuple(plane.spec for plane in planes)
-        for m, plane in enumerate(planes, 1):
-            self._parameters[str(m)] = nn.Parameter(plane.data, requires_grad=False)
+    def _set(self, planes: Mapping[str, kernels.Plane]) -> None:
+        self.packed = planes["1"].packed
+        self._forms = {key: (plane.spec, plane.matrix) for key, plane in planes.items()}
+        for key, plane in planes.items():
+            self._parameters[key] = nn.Parameter(plane.data, requires_grad=False)
 
     def __getitem__(self, m: int) -> Tensor:
         """Plane m as it is held, counted from 1."""
         return cast(Tensor, self._parameters[str(m)])
 
     def __len__(self) -> int:
-        return len(self._parameters)
+        """P, of a stack that of the expert that has most."""
+        return int(next(reversed(self._forms)).partition("-")[0])
 
     @property
     def kind(self) -> str:
         """Kind of the planes."""
-        return self.specs[0].kind
+        return self._forms["1"][0].kind
 
     @property
     def device(self) -> torch.device:
         """Where the planes are."""
         return self[1].device
 
-    def held(self) -> tuple[kernels.Plane, ...]:
-        """Planes 1..P as they are held."""
-        *stack, d_out, d_in = self.matrix
-        experts = stack[0] if stack else 0
-        return tuple(
-            kernels.Plane(self[m].detach(), spec, d_out, d_in, self.packed, experts)
-            for m, spec in enumerate(self.specs, 1)
-        )
+    def _plane(self, key: str) -> kernels.Plane:
+        spec, (*stack, d_out, d_in) = self._forms[key]
+        data = cast(Tensor, self._parameters[key]).detach()
+        return kernels.Plane(data, spec, d_out, d_in, self.packed, *stack)
+
+    def plane(self, m: int, expert: int | None = None) -> kernels.Plane | None:
+        """Plane m as it is held, of one expert of a stack if that is given; None if it is not."""
+        if (whole := str(m)) in self._forms:
+            plane = self._plane(whole)
+            return plane if expert is None else plane.expert(expert)
+        key = _key(m, expert)
+        return self._plane(key) if key in self._forms else None
+
+    def held(self, expert: int | None = None) -> tuple[kernels.Plane, ...]:
+        """Planes 1..P as they are held, of one expert of a stack if that is given."""
+        found = (self.plane(m, expert) for m in range(1, len(self) + 1))
+        return tuple(plane for plane in found if plane is not None)
 
     def to_stored(self) -> list[Tensor]:
-        """Planes 1..P, uint8 of the shapes on disk; unpacked now if they are held packed."""
-        return [plane.to_stored() for plane in self.held()]
+        """All planes, uint8 of the shapes on disk; unpacked now if they are held packed."""
+        return [self._plane(key).to_stored() for key in self._forms]
 
-    def _to_device_layout(self, codes: Tensor, m: int) -> kernels.Plane:
-        return kernels.to_device_layout(codes, self.specs[m - 1], *self.matrix)
+    def _to_device_layout(self, codes: Tensor, key: str) -> kernels.Plane:
+        spec, matrix = self._forms[key]
+        return kernels.to_device_layout(codes, spec, *matrix)
 
     def settle(self) -> None:
         """Bring planes that were just read, as stored, into the layout of their device."""
-        self._set([self._to_device_layout(codes, m) for m, codes in enumerate(self.to_stored(), 1)])
+        given = zip(self._forms, self.to_stored(), strict=True)
+        self._set({key: self._to_device_layout(codes, key) for key, codes in given})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Planes:
         if fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device == self.device:
             return cast(Planes, super()._apply(fn, recurse))
-        given = zip(self.to_stored(), self.specs, strict=True)
-        self._set([kernels.Plane.stored(codes, spec, *self.matrix) for codes, spec in given])
+        given = zip(self._forms.items(), self.to_stored(), strict=True)
+        self._set({k: kernels.Plane.stored(c, spec, *matrix) for (k, (spec, matrix)), c in given})
         super()._apply(fn, recurse)
         self.settle()
         return self
@@ -109,11 +129,11 @@ class Planes(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed:
-            for m, codes in enumerate(self.to_stored(), 1):
-                destination[f"{prefix}{m}"] = codes
+            for key, codes in zip(self._forms, self.to_stored(), strict=True):
+                destination[f"{prefix}{key}"] = codes
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        mine = {f"{prefix}{m}": m for m in range(1, len(self) + 1)}
+        mine = {f"{prefix}{key}": key for key in self._forms}
         if self.packed:
             state_dict = {
                 k: self._to_device_layout(v, mine[k]).data if k in mine else v
@@ -157,43 +177,61 @@ class NestedModule(FixedScales):
     def __init__(self, store: PlaneStore, name: str, prefix: int, bias: Tensor | None) -> None:
         """Build the module of `name` on the meta device; transformers then loads its tensors."""
         super().__init__()
-        self.store, self.name, self._prefix = store, name, prefix
+        self.store, self.name = store, name
+        self._count: Level = prefix
         matrix = store.checkpoint.shapes[name]
         self.out_features, self.in_features = matrix[-2:]
         specs = store.checkpoint.quantization.planes[:prefix]
         codes = [torch.empty(p.shape(*matrix), dtype=torch.uint8, device="meta") for p in specs]
-        given = zip(codes, specs, strict=True)
-        self.codes = Planes([kernels.Plane.stored(plane, spec, *matrix) for plane, spec in given])
+        given = enumerate(zip(codes, specs, strict=True), 1)
+        self.codes = Planes({(m, None): kernels.Plane.stored(*p, *matrix) for m, p in given})
         scales = torch.empty(matrix[:-1], dtype=torch.float16, device="meta")
         self.register_buffer("scales", scales)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
 
     @property
     def prefix(self) -> int:
-        """P, the number of planes this module reads. Read-only; see `dropbydrop.view`."""
-        return self._prefix
+        """P, the number of planes this module reads. Read-only; see `dropbydrop.view`. Of a stack
+        whose experts differ it is that of the one that reads most."""
+        return max(each(self._count))
 
     @prefix.setter
     def prefix(self, value: object) -> None:
-        refuse_change(self.store.checkpoint.quantization.level_of(self._prefix), value)
+        refuse_change(self.level, value)
+
+    @property
+    def level(self) -> Level:
+        """The level that its planes are of, or those of its experts."""
+        return mapped(self._count, self.store.checkpoint.quantization.level_of)
 
     @property
     def input_group(self) -> GroupEntries:
         """Rotation and codebooks on this module's device, shared with its sister matrices."""
         return self.store.input_group(self.name, self.codes.device)
 
-    def _set_prefix(self, prefix: int) -> None:
-        """Turn a fresh copy into a view of `prefix` planes; for `dropbydrop.view` only."""
-        codes = self.codes
-        further = range(self._prefix + 1, prefix + 1)
-        planes = [*codes.held()[:prefix]]
-        planes += [self.store.plane(self.name, m).to(codes.device) for m in further]
-        self.codes, self._prefix = Planes(planes), prefix
+    def _set_count(self, count: Level) -> None:
+        """Turn a fresh copy into a view of so many planes, all of them in memory or in the store;
+        for `dropbydrop.view` only."""
+        codes, planes = self.codes, {}
+        for m in range(1, max(each(count)) + 1):
+            for e in self._places(m, count):
+                plane = codes.plane(m, e)
+                if plane is None:
+                    plane = self.store.plane(self.name, m, e).to(codes.device)
+                planes[m, e] = plane
+        self.codes, self._count = Planes(planes), count
+
+    def _places(self, m: int, count: Level) -> Sequence[int | None]:
+        """What reads plane m of planes 1..count: the whole ([None]), or some experts."""
+        whole = self.codes.plane(m) is not None or self.store.whole(self.name, m)
+        if whole and all(p >= m for p in each(count)):
+            return [None]
+        return [e for e in range(len(self.scales)) if of_expert(count, e) >= m]
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"prefix={self._prefix}, bias={self.bias is not None}"
+            f"prefix={self._count}, bias={self.bias is not None}"
         )
 
 

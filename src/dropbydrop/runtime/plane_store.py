@@ -10,7 +10,10 @@ Rules that make sharing safe:
 - What is in the store is never changed, only added to. Values handed out are immutable.
 - Planes can be added while views run (`fill`): a view keeps its own prefix. They are read
   without the lock that views may need, and show up all together.
-- Modules may hold different numbers of planes: a plan reads no more than it uses.
+- Modules may hold different numbers of planes: a plan reads no more than it uses. So may the
+  experts of a stack: a plane that all of them read is one tensor, one that some of them read is a
+  tensor for each (a *piece*), and only their bytes are read. Neither becomes the other: a plane
+  whose pieces are completed later stays in pieces.
 - Everything is computed at most once, under a lock; readers take no lock once it is there.
 
 Limit: planes stay on the device they were loaded to. `model.to(device)` moves the model, and the
@@ -31,7 +34,10 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.coding.codebook_set import CodebookSet
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.kernels import Plane, to_device_layout
+from dropbydrop.planning.levels import Level, canonical, each, of_expert
 from dropbydrop.system.errors import DropError
+
+_Place = tuple[str, int, int | None]  # module, plane, and the expert of a piece
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +67,9 @@ class PlaneStore:
         self.checkpoint = checkpoint
         self._lock = threading.RLock()
         self._filling = threading.Lock()  # held for as long as planes are read from disk
-        self._planes: dict[tuple[str, int], Plane] = {}
+        self._planes: dict[_Place, Plane] = {}
         self._modules: dict[str, torch.device] = {}
-        self._held: dict[str, int] = {}  # module -> planes in memory
+        self._held: dict[str, Level] = {}  # module -> planes in memory, or those of each expert
         self._derived: dict[Hashable, Any] = {}
         self._shared: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
         self.upgrade: Any = None  # an upgrades.Upgrade, when one was started
@@ -83,15 +89,27 @@ class PlaneStore:
     @property
     def loaded(self) -> int:
         """Number of planes in memory of every module: 1..loaded can be served."""
-        return min(self._held.values(), default=0)
+        return min((p for count in self._held.values() for p in each(count)), default=0)
 
-    def held(self, module: str, absent: int = 0) -> int:
-        """Number of planes of one module in memory; `absent` for one that the model lacks."""
-        return self._held.get(module, absent)
+    def lacks(self, module: str, count: Level) -> bool:
+        """Whether planes 1..count of a module are not in memory; a module that the model does not
+        have lacks nothing."""
+        held = self._held.get(module, count)
+        return any(
+            of_expert(held, e) < of_expert(count, e)
+            for e in range(max(len(each(held)), len(each(count))))
+        )
 
-    def plane(self, module: str, m: int) -> Plane:
-        """Plane m of a module as it is held (KeyError if not in memory)."""
-        return self._planes[module, m]
+    def whole(self, module: str, m: int) -> bool:
+        """Whether plane m of a module is held as one tensor."""
+        return (module, m, None) in self._planes
+
+    def plane(self, module: str, m: int, expert: int | None = None) -> Plane:
+        """Plane m of a module, or of one of its experts, as held (KeyError if not in memory)."""
+        found = self._planes.get((module, m, None))
+        if found is not None:
+            return found if expert is None else found.expert(expert)
+        return self._planes[module, m, expert]
 
     def add(self, module: str, planes: Sequence[Plane]) -> None:
         """Register planes 1..P of a module, as held; called once per module while loading."""
@@ -99,48 +117,75 @@ class PlaneStore:
             if module in self._modules:
                 raise ValueError(f"{module} is already in this store")
             for m, plane in enumerate(planes, 1):
-                self._planes[module, m] = plane
+                self._planes[module, m, None] = plane
             self._modules[module], self._held[module] = planes[0].data.device, len(planes)
 
-    def fill(self, prefixes: Mapping[str, int], stop: Callable[[], bool] = lambda: False) -> None:
+    def fill(self, prefixes: Mapping[str, Level], stop: Callable[[], bool] = lambda: False) -> None:
         """Read further planes, so that views of more planes can be made. Thread-safe.
 
         Memory grows by the new planes only. Those of one number become available together: views
         that run meanwhile never see a plane that some modules lack.
 
         Args:
-            prefixes: module -> number of planes that will be in memory.
+            prefixes: module -> number of planes that will be in memory, or that of each expert.
             stop: asked between two tensors; when it says yes, the plane at hand is dropped.
 
         Raises:
             MissingPlaneError, FormatError: a plane is absent or damaged.
         """
-        self.checkpoint.require_planes(max(prefixes.values()))
+        most = max(p for count in prefixes.values() for p in each(count))
+        self.checkpoint.require_planes(most)
         with self._filling:
-            lacking = {n: p for n, p in prefixes.items() if self.held(n, p) < p}
-            for m in range(1, max(lacking.values(), default=0) + 1):
-                modules = [n for n, p in lacking.items() if self._held[n] < m <= p]
-                new = self._read_plane(m, modules, stop) if modules else {}
+            lacking = {n: p for n, p in prefixes.items() if self.lacks(n, p)}
+            for m in range(1, most + 1 if lacking else 1):
+                places = [place for n, p in lacking.items() for place in self._missing(n, m, p)]
+                new = self._read_plane(places, stop)
                 if stop():
                     return
                 with self._lock:
                     self._planes.update(new)
-                    self._held.update(dict.fromkeys(modules, m))
+                    self._held |= {module: self._after(new, module, m) for module, _, _ in new}
 
-    def _read_plane(
-        self, m: int, modules: list[str], stop: Callable[[], bool]
-    ) -> dict[tuple[str, int], Plane]:
+    def _missing(self, module: str, m: int, count: Level) -> list[_Place]:
+        """Where plane m is missing for planes 1..count: of the module, or of some experts."""
+        held, experts = self._held[module], self._experts(module)
+        if not experts:
+            return [(module, m, None)] if of_expert(held, 0) < m <= of_expert(count, 0) else []
+        lacking = [e for e in range(experts) if of_expert(held, e) < m <= of_expert(count, e)]
+        if len(lacking) == experts:
+            return [(module, m, None)]
+        return [(module, m, e) for e in lacking]
+
+    def _after(self, new: Mapping[_Place, Plane], module: str, m: int) -> Level:
+        """What is in memory of a module when the new planes, of number m, are."""
+        if (module, m, None) in new:
+            return m
+        held = self._held[module]
+        return canonical(
+            m if (module, m, e) in new else of_expert(held, e) for e in range(self._experts(module))
+        )
+
+    def _experts(self, module: str) -> int:
+        """E of a stack, 0 of a matrix."""
+        shape = self.checkpoint.shapes[module]
+        return shape[0] if len(shape) == 3 else 0
+
+    def _read_plane(self, places: list[_Place], stop: Callable[[], bool]) -> dict[_Place, Plane]:
         """A plane's tensors, in memory whatever happens to the file afterwards, as views hold them.
 
         Each is compared with the manifest as it is read, and packed on this thread, before anyone
         can see it.
         """
-        spec, new = self.checkpoint.quantization.planes[m - 1], {}
-        for module in modules:
+        new = {}
+        for place in places:
             if stop():
                 return {}
-            codes = self.checkpoint.read_codes(module, m).to(self._modules[module], copy=True)
-            new[module, m] = to_device_layout(codes, spec, *self.checkpoint.shapes[module])
+            module, m, expert = place
+            spec, shape = self.checkpoint.quantization.planes[m - 1], self.checkpoint.shapes[module]
+            codes = self.checkpoint.read_codes(module, m, expert)
+            codes = codes.to(self._modules[module], copy=True)
+            matrix = shape if expert is None else shape[1:]
+            new[place] = to_device_layout(codes, spec, *matrix)
         return new
 
     def input_group(self, module: str, device: torch.device) -> GroupEntries:

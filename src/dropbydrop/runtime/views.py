@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from dropbydrop.planning.levels import Level, each
 from dropbydrop.planning.plan import Plan, average
 from dropbydrop.planning.precision import Precision
 from dropbydrop.system.errors import DropError, MissingPlaneError
@@ -46,7 +47,7 @@ def view(
         model: what `load`, `from_pretrained` or `view` returned.
         bits: a level of the checkpoint.
         avg_bits: average bits a weight; planned with the planes that are in memory.
-        plan: a level for every input group.
+        plan: a level for every input group, or for every expert of a stack.
 
     Returns:
         A model of the same class.
@@ -73,7 +74,7 @@ def view(
         made.__dict__.pop(name, None)
     for module in made.modules():
         if isinstance(module, NestedModule):
-            module._set_prefix(prefixes[module.name])
+            module._set_count(prefixes[module.name])
         elif isinstance(module, (NestedEmbedding, NestedHead)) and module.source is not None:
             module.settle(module.rows.device, resolved.table_planes(store.checkpoint))
     for config in {id(m.config): m.config for m in made.modules() if hasattr(m, "config")}.values():
@@ -111,7 +112,7 @@ def precision(model: Any) -> int | float:
         DropError: not a model of ours.
     """
     found = _levels(model)
-    if len(levels := set(found.values())) == 1:
+    if len(levels := {p for level in found.values() for p in each(level)}) == 1:
         return levels.pop()
     return average(found, store_of(model).checkpoint)
 
@@ -126,7 +127,7 @@ def plan_of(model: Any) -> Plan:
     input_groups = checkpoint.quantization.input_groups
     # a model without some of the modules (a bare decoder) still has a level for the others
     levels = {s.name: next((found[m] for m in s.modules if m in found), 0) for s in input_groups}
-    rest = max(levels.values())
+    rest = max(p for level in levels.values() for p in each(level))
     plan = Plan(checkpoint.fingerprint, {name: p or rest for name, p in levels.items()})
     for table in (m for m in model.modules() if isinstance(m, (NestedEmbedding, NestedHead))):
         if table.source is not None and table.source.count != plan.table_planes(checkpoint):
@@ -135,10 +136,10 @@ def plan_of(model: Any) -> Plan:
     return plan
 
 
-def _levels(model: Any) -> dict[str, int]:
+def _levels(model: Any) -> dict[str, Level]:
     """Quantized module -> the level that its planes are of (DropError: not a model of ours)."""
-    level_of = store_of(model).checkpoint.quantization.level_of
-    return {m.name: level_of(m.prefix) for m in model.modules() if isinstance(m, NestedModule)}
+    store_of(model)
+    return {m.name: m.level for m in model.modules() if isinstance(m, NestedModule)}
 
 
 def store_of(model: Any) -> PlaneStore:
@@ -156,21 +157,21 @@ def store_of(model: Any) -> PlaneStore:
     )
 
 
-def _prefixes_in_memory(store: PlaneStore, plan: Plan, asked: Precision) -> dict[str, int]:
+def _prefixes_in_memory(store: PlaneStore, plan: Plan, asked: Precision) -> dict[str, Level]:
     """Planes of every module, all of them in memory (else MissingPlaneError)."""
     prefixes = plan.planes_by_module(store.checkpoint)
-    lacking = [name for name, p in prefixes.items() if p > store.held(name, p)]
+    lacking = [name for name, count in prefixes.items() if store.lacks(name, count)]
     if not lacking:
         return prefixes
     if asked.bits is not None:
         raise MissingPlaneError(
-            f"{asked.bits} bits need planes 1..{max(prefixes.values())}, but only "
+            f"{asked.bits} bits need planes 1..{prefixes[lacking[0]]}, but only "
             f"1..{store.loaded} are in memory. Read the others with "
             f"dropbydrop.load_planes(model, {asked.bits}), or load the model again with "
             f"dropbydrop.load({str(store.checkpoint.path)!r}, bits={asked.bits})."
         )
     raise MissingPlaneError(
-        f"the plan needs plane {prefixes[lacking[0]]} of {lacking[0]}"
+        f"the plan needs plane {max(each(prefixes[lacking[0]]))} of {lacking[0]}"
         f"{f' and {len(lacking) - 1} more' if lacking[1:] else ''}, which is not in memory. Read "
         "it with dropbydrop.load_planes(model, plan=plan)."
     )
