@@ -39,7 +39,9 @@ def toy(
     changes = dict(TOY)
     if "query_pre_attn_scalar" in tiny.FAMILIES[family][1]:
         changes["query_pre_attn_scalar"] = changes["head_dim"]
-    model = tiny.tiny_model(family, **changes)
+    # Gemma multiplies its embedding by sqrt(d): with wide weights nothing else would matter
+    gain = 0.64 if family.startswith("gemma") else 1.5
+    model = tiny.tiny_model(family, gain=gain, **changes)
     return tiny.write_checkpoint(folder, model, code=code, embedding_bits=embedding_bits)
 
 

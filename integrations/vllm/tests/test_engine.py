@@ -102,3 +102,5 @@ def test_families(family: str, tmp_path: Path) -> None:
     with engine(made, 3) as llm:
         answers = ask(llm, [*PROMPTS[:2], LONG[0]])
     check(answers, made, 3)
+    with pytest.raises(AssertionError):  # which another level would not pass
+        check(answers, made, 2)
