@@ -89,11 +89,12 @@ class Codes:
             MissingPlaneError, FormatError: a plane is absent or damaged.
         """
         checkpoint = self.store.checkpoint
-        if name not in checkpoint.quantization.tables:
+        stored = checkpoint.quantization
+        if name not in stored.tables:
             rows, scales = (checkpoint.read(f"{name}.{leaf}") for leaf in ("rows", "row_scales"))
             return rows, scales, None
-        prefix = checkpoint.quantization.prefix_of(self.bits)
-        source = TableSource(self.store, name, prefix)
+        count = stored.table_prefix(stored.prefix_of(self.bits))
+        source = TableSource(self.store, name, count)
         made = source.read(device)
         return made.rows, made.row_scales, source.turns(device).forward
 
