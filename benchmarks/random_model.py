@@ -73,12 +73,18 @@ def random_llama(
 
 
 def llama_groups(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
-    """(name, modules) of the input groups of a Llama: q/k/v, o, gate/up, down of each block."""
+    """(name, modules) of the input groups of a Llama: q/k/v, o, gate/up, down of each block; or of
+    a Phi-3, in which q/k/v and gate/up are matrices of one name."""
     for i in range(model.config.num_hidden_layers):  # type: ignore[union-attr]
         block = f"model.layers.{i}"
-        yield f"{block}.qkv", [f"{block}.self_attn.{n}_proj" for n in "qkv"]
+        merged = hasattr(model.get_submodule(f"{block}.self_attn"), "qkv_proj")
+        yield (
+            f"{block}.qkv",
+            [f"{block}.self_attn.{n}_proj" for n in (["qkv"] if merged else "qkv")],
+        )
         yield f"{block}.o", [f"{block}.self_attn.o_proj"]
-        yield f"{block}.gate_up", [f"{block}.mlp.{n}_proj" for n in ("gate", "up")]
+        gate_up = ["gate_up"] if merged else ["gate", "up"]
+        yield f"{block}.gate_up", [f"{block}.mlp.{n}_proj" for n in gate_up]
         yield f"{block}.down", [f"{block}.mlp.down_proj"]
 
 

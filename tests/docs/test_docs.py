@@ -180,10 +180,11 @@ def test_documented_signatures_are_those_of_the_source(name: str) -> None:
 
 def messages() -> dict[str, str]:
     """Where -> text of every error that a user can cause; … stands for what is filled in."""
-    folder = ROOT / "src" / "dropbydrop"
-    trees = {file: ast.parse(file.read_text()) for file in sorted(folder.rglob("*.py"))}
+    folders = [ROOT / "src" / "dropbydrop", ROOT / "integrations" / "vllm" / "src"]
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    trees = {file: ast.parse(file.read_text()) for file in files}
     nodes = [(file, node) for file, tree in trees.items() for node in ast.walk(tree)]
-    kinds = {"DropError"}
+    kinds = {"DropError", "VLLMValidationError"}  # the latter is vLLM's, for what a request asks
     classes = [node for _, node in nodes if isinstance(node, ast.ClassDef)]
     for _ in range(3):  # generations of subclasses
         kinds |= {c.name for c in classes if kinds & {ast.unparse(base) for base in c.bases}}
@@ -192,7 +193,7 @@ def messages() -> dict[str, str]:
         if isinstance(node, ast.Call) and ast.unparse(node.func) in kinds and node.args:
             text = literal(node.args[0])
             if text.strip("… "):
-                found[f"{file.relative_to(folder)}:{node.lineno}"] = text
+                found[f"{file.relative_to(ROOT)}:{node.lineno}"] = text
     return found
 
 

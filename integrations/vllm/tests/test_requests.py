@@ -20,10 +20,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return toy(tmp_path_factory.mktemp(request.param) / "toy", "llama-tied", request.param)
 
 
-@pytest.mark.parametrize("eager", [True, False])
-def test_levels_side_by_side(folder: Path, eager: bool) -> None:
+def test_levels_side_by_side(folder: Path) -> None:
     """Of different lengths, so that rows move in the batch when the short ones end."""
-    with engine(folder, enforce_eager=eager) as llm:
+    with engine(folder) as llm:
         answers = ask(llm, PROMPTS, new=[4, 12, 7, 9, 3, 12, 5, 8], bits=LEVELS)
     for level in (2, 3, 4):
         mine = [a for a, bits in zip(answers, LEVELS, strict=True) if (bits or 4) == level]
@@ -41,9 +40,19 @@ def test_prefixes_of_levels_are_apart(folder: Path) -> None:
             check([answer], folder, bits or 4)
 
 
-def test_what_is_not_held_is_refused(folder: Path) -> None:
+def test_what_is_not_held_is_refused(tmp_path: Path) -> None:
+    folder = toy(tmp_path / "toy")
     with engine(folder, 3) as llm:
-        for bits in (4, 5, "2", 2.5):
+        for bits in (4, 5, "2", 2.5, [2]):
             with pytest.raises(VLLMValidationError, match="it has 2, 3"):
                 ask(llm, PROMPTS[:1], bits=[bits])
         check(ask(llm, PROMPTS[:1], bits=[2]), folder, 2)
+
+
+def test_tables_in_planes(tmp_path: Path) -> None:
+    """Levels that read the same planes of embedding and head are served together, others not."""
+    folder = toy(tmp_path / "toy", "llama-tied", "trellis", embedding_bits=(4, 5, 5))
+    with engine(folder) as llm:
+        check(ask(llm, PROMPTS[:1], bits=[3]), folder, 3)
+        with pytest.raises(VLLMValidationError, match="at 2 embedding and head have 4 bits"):
+            ask(llm, PROMPTS[:1], bits=[2])

@@ -1,4 +1,4 @@
-"""`vllm serve OUT` as a user starts it: in a process of its own, which finds the plugin."""
+"""`vllm serve OUT` as a user starts it: in processes of its own, which find the plugin."""
 
 from __future__ import annotations
 
@@ -81,6 +81,15 @@ def test_vllm_serve(tmp_path: Path) -> None:
         folder, tmp_path / "log", "--additional-config", level, "--dtype", "float32",
         "--max-model-len", "128", "--max-num-seqs", "4", "--enforce-eager",
     ) as address:  # fmt: skip
-        choice = post(address, model=str(folder), prompt=prompt)
-    answer = Answer(prompt, choice["token_ids"], choice["logprobs"]["token_logprobs"], 0)
-    check([answer], folder, 3)
+        found = {
+            bits: post(address, model=str(folder), prompt=prompt, vllm_xargs=wish)
+            for bits, wish in ((3, {}), (2, {"bits": 2}))
+        }
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            post(address, model=str(folder), prompt=prompt, vllm_xargs={"bits": 4})
+        message = json.load(refused.value)["error"]["message"]
+    assert refused.value.code == 400
+    assert "4 is not a level that this engine holds; it has 2, 3" in message
+    for bits, choice in found.items():
+        answer = Answer(prompt, choice["token_ids"], choice["logprobs"]["token_logprobs"], 0)
+        check([answer], folder, bits)

@@ -87,7 +87,7 @@ class DropByDropConfig(QuantizationConfig):
         stored: the validated description of the checkpoint.
         folder: where it is; known after `maybe_update_config`.
         names: which of its matrices a layer holds.
-        rows_read: embeddings whose 8-bit rows a layer reads.
+        rows_read: embeddings and heads whose rows a layer of ours reads.
     """
 
     def __init__(self, stored: Stored) -> None:
@@ -119,15 +119,8 @@ class DropByDropConfig(QuantizationConfig):
 
         Raises:
             FormatError: unknown version, unknown keys, contradictions.
-            UnsupportedModelError: embedding and head are in planes.
         """
-        stored = Stored.from_dict(dict(config))
-        if stored.tables:
-            raise UnsupportedModelError(
-                f"{', '.join(stored.tables)} are in planes, which this plugin does not read yet. "
-                "Quantize with --head-bits 8, or serve with: dropbydrop serve."
-            )
-        return cls(stored)
+        return cls(Stored.from_dict(dict(config)))
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
@@ -174,7 +167,7 @@ class DropByDropConfig(QuantizationConfig):
         return NestedLinearMethod(self.codes, modules)
 
     def _table(self, layer: nn.Module, prefix: str) -> str | None:
-        """The stored embedding whose 8-bit rows a layer reads; None if its weight is dense."""
+        """The stored embedding whose rows a layer reads; None if its weight is dense."""
         spec = self.stored.embeddings
         if isinstance(layer, ParallelLMHead):
             if self.names.linear(prefix, {}) is not None:
@@ -185,7 +178,7 @@ class DropByDropConfig(QuantizationConfig):
             found = spec.modules[0] if spec.tied else self.names.embedding(prefix)
         else:
             found = self.names.embedding(prefix)
-        if found is None or spec.bits != 8:
+        if found is None or spec.bits == 16:
             return None
         if not (isinstance(layer, ParallelLMHead) and spec.tied):  # it becomes the embedding
             self.rows_read.add(found)

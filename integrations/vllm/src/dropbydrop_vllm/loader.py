@@ -11,13 +11,16 @@ all others to vLLM: there is no seam by which a quantization names its loader.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from vllm.config import ModelConfig, get_current_vllm_config
 from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader import DefaultModelLoader, register_model_loader
 
 from dropbydrop.checkpoint import Checkpoint
+from dropbydrop.checkpoint.config import RESERVED_PREFIXES, table_inputs_name
 from dropbydrop.system.errors import FormatError, UnsupportedModelError
 
 from .config import DropByDropConfig
@@ -32,16 +35,18 @@ def dense_tensors(checkpoint: Checkpoint) -> Iterator[str]:
     ours |= {
         f"{name}.{leaf}" for name in stored.embeddings.modules for leaf in ("rows", "row_scales")
     }
-    ours |= {*stored.guards, *stored.codebooks}
+    for name in stored.tables:
+        ours |= {f"{name}.scales", table_inputs_name(name)}
+    ours |= set(stored.guards)
     for name in checkpoint.rest:
-        if name not in ours and not name.startswith(("input_groups.", "rotations.")):
+        if name not in ours and not name.startswith(RESERVED_PREFIXES):
             yield name
 
 
 def dense_tables(config: DropByDropConfig) -> list[str]:
-    """Embeddings with 8-bit rows that vLLM asked no method for, as in Gemma: it gets dense ones."""
+    """Tables that vLLM asked no method for, as in Gemma and Gemma 2: it gets dense ones."""
     spec = config.stored.embeddings
-    return [name for name in spec.modules if spec.bits == 8 and name not in config.rows_read]
+    return [name for name in spec.modules if spec.bits != 16 and name not in config.rows_read]
 
 
 class Loader(DefaultModelLoader):
@@ -65,13 +70,12 @@ class Loader(DefaultModelLoader):
             for name in dense_tensors(checkpoint):
                 yield name, checkpoint.read(name)
             for name in dense_tables(config):
-                rows, scales = (
-                    checkpoint.read(f"{name}.{leaf}") for leaf in ("rows", "row_scales")
-                )
-                yield f"{name}.weight", rows.float() * scales.float()[:, None]
+                rows, scales, rotation = config.codes.table(name, torch.device("cpu"))
+                weight = rows.float() * scales.float()[:, None]
+                yield f"{name}.weight", weight if rotation is None else rotation.transpose(weight)
 
         try:
-            loaded = model.load_weights(weights())
+            loaded = cast(Any, model).load_weights(weights())
             self.track_weights_loading(model, loaded, quantized=True)
         except ValueError as error:
             raise FormatError(

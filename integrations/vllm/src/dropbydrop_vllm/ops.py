@@ -1,13 +1,14 @@
-"""`torch.ops.vllm.dropbydrop_linear`: the product of an input group as one operator of vLLM's.
+"""Operators of vLLM's: the product of an input group, and rows of a table turned back.
 
     dropbydrop_linear(x, key, width) -> [..., width]
+    dropbydrop_turn_back(x, signs, odd) -> Q^T x, for the embedding of a table in planes
 
-torch.compile sees an operator that it cannot look into, and neither planes nor tables become inputs
-of a graph. The layer is found by its name in the forward context, as vLLM finds its attention
-layers; names stay the same from process to process, so that compiled graphs which vLLM keeps on
-disk reach the same layer again. On a GPU nothing in here reads a tensor's value on the host, and
-what is launched depends on the shape of x alone: a CUDA graph of one shape repeats it. On the CPU a
-batch may have rows of several levels (`requests`).
+torch.compile sees operators that it cannot look into; neither planes nor look-up tables become
+inputs of a graph. The layer of a product is found by its name in the forward context, as vLLM finds
+its attention layers; names stay the same from process to process, so that compiled graphs which
+vLLM keeps on disk reach the same layer again. On a GPU nothing in here reads a value of a tensor on
+the host, and what is launched depends on the shape of x alone: a CUDA graph of one shape repeats
+it. On the CPU a batch may have rows of several levels (`requests`).
 """
 # No postponed annotations: torch reads the signature of the operator from them.
 
@@ -18,7 +19,10 @@ import torch
 from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
-NAME = "dropbydrop_linear"
+from dropbydrop.coding.rotation import Rotation, split_odd
+from dropbydrop.runtime.tables import Turns
+
+LINEAR, TURN_BACK = "dropbydrop_linear", "dropbydrop_turn_back"
 ROWS = "dropbydrop:rows"  # in the forward context: which row of the batch has which level
 
 
@@ -61,7 +65,21 @@ def _shape(x: torch.Tensor, key: str, width: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], width))
 
 
+def rotation_of(signs: torch.Tensor, odd: torch.Tensor | None) -> Rotation:
+    """A rotation from its tensors, signs [d] and the odd factor of d."""
+    return Rotation(len(signs), split_odd(len(signs))[0], signs, odd)
+
+
+def _turn_back(x: torch.Tensor, signs: torch.Tensor, odd: torch.Tensor | None) -> torch.Tensor:
+    return Turns.of(rotation_of(signs, odd)).transpose(x)
+
+
+def _same_shape(x: torch.Tensor, signs: torch.Tensor, odd: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
 def register() -> None:
-    """Make the operator, once in a process."""
-    if not hasattr(torch.ops.vllm, NAME):
-        direct_register_custom_op(NAME, _linear, fake_impl=_shape)
+    """Make the operators, once in a process."""
+    if not hasattr(torch.ops.vllm, LINEAR):
+        direct_register_custom_op(LINEAR, _linear, fake_impl=_shape)
+        direct_register_custom_op(TURN_BACK, _turn_back, fake_impl=_same_shape)

@@ -83,7 +83,7 @@ def rows_by_level(levels: Levels, context: ForwardContext, n: int) -> Parts:
     return [(level, torch.tensor(mine)) for level, mine in rows.items() if mine]
 
 
-def check_request(config: VllmConfig, bits: object) -> str | None:
+def check_request(config: VllmConfig, bits: Any) -> str | None:
     """What sets the cached prefixes of a request for `bits` apart; None for the engine's own level.
 
     Raises:
@@ -92,17 +92,25 @@ def check_request(config: VllmConfig, bits: object) -> str | None:
     quant = config.quant_config
     if not isinstance(quant, DropByDropConfig):
         return None
-    level = asked_bits(options_of(config), quant.stored)
+    stored = quant.stored
+    level = asked_bits(options_of(config), stored)
+    held = [one for one in stored.levels if one <= level]
+    tables = {one: stored.table_bits(stored.prefix_of(one)) for one in held}
     if config.device_config.device_type != "cpu":
         why = "a precision for each request is not supported on this device"
     elif config.speculative_config is not None:
         why = "a precision for each request is not supported with speculative decoding"
-    elif bits not in quant.stored.levels or bits > level:  # type: ignore[operator]
-        here = ", ".join(str(one) for one in quant.stored.levels if one <= level)
+    elif bits not in held:  # any JSON value
+        here = ", ".join(map(str, held))
         why = f"{bits!r} is not a level that this engine holds; it has {here}"
+    elif tables[bits] != tables[level]:
+        why = (
+            f"at {bits} embedding and head have {tables[bits]} bits in planes, and this engine "
+            f"holds those of {level}, of {tables[level]} bits"
+        )
     else:
         return None if bits == level else f"dropbydrop:{bits}"
-    raise VLLMValidationError(f"{why}. Leave 'bits' out, or start the engine at that level.")
+    raise VLLMValidationError(f"{why}. Leave 'bits' out, or ask an engine of that level.")
 
 
 def register() -> None:
