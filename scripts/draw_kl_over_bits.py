@@ -4,8 +4,8 @@
 
 The points come from docs/data/kl-over-bits.json, which names the commands that measured them. The
 same points are tables in docs/results.md. Bits are those of the whole model: the true bits of the
-matrices, and for embedding and head what the method has, or where the comparison left them alone the
-eight-bit rows of our checkpoints. Needs matplotlib (`pip install 'dropbydrop[plot]'`).
+matrices, and for embedding and head what the method has or, where the comparison left them alone,
+the eight-bit rows of our checkpoints. Needs matplotlib (`pip install 'dropbydrop[plot]'`).
 """
 
 import json
