@@ -243,6 +243,7 @@ def test_values_that_are_refused(out: Path, name: str, value: float) -> None:
         (b'{"a": 1, "a": 2}', "the key 'a' appears twice"),
         (b"[" * 100_000, "cannot be read as JSON"),
         (b'{"a": NaN}', "NaN is no JSON"),
+        (b'{"a": 1e999}', "1e999 is more than a number can be"),
         (b'{"a": "\xff"}', "cannot be read as JSON"),
         (b" " * (MAX_JSON + 1), "has more than 16,777,216 bytes"),
     ],

@@ -27,8 +27,9 @@ import xxhash
 from rich.console import Console
 
 import mutants
-from mutants import Files, Mutant
+from mutants import Files, Mutant, Stage
 
+_CONSOLE = Console(file=io.StringIO(), width=80)
 SLOW = 20.0  # seconds of processor time that no mutant may take
 
 
@@ -72,11 +73,15 @@ def differs(folder: Path, sha256: bool = False) -> bool:
     return False
 
 
-def opened(folder: Path) -> str:
-    """Everything that reads a folder without a model: what happened."""
+def opened(folder: Path, shown: set[str] | None = None) -> str:
+    """Everything that reads a folder without a model: what happened.
+
+    Args:
+        shown: what `info` has printed already, which is not printed again: the table is a function
+            of this text alone, and takes a third of the time.
+    """
     from dropbydrop.checkpoint import Checkpoint
     from dropbydrop.cli.info import describe
-    from dropbydrop.cli.tables import print_info
     from dropbydrop.planning.plan import Plan
     from dropbydrop.planning.sensitivity import known_sensitivity
     from dropbydrop.system.errors import DropError
@@ -85,9 +90,7 @@ def opened(folder: Path) -> str:
     for verify in (True, False):
         try:
             checkpoint = Checkpoint.open(folder, verify)
-            shown = describe(checkpoint)
-            json.dumps(shown)
-            print_info(shown, Console(file=io.StringIO()))
+            _show(describe(checkpoint), shown)
             findings = checkpoint.verify()
             checkpoint.check_contents(len(checkpoint.manifest.planes))
             outcome = "opened" if verify else "opened without hashes"
@@ -108,12 +111,24 @@ def opened(folder: Path) -> str:
     return outcome
 
 
+def _show(found: dict[str, Any], shown: set[str] | None) -> None:
+    """Print what `info` prints, as JSON and as a table."""
+    from dropbydrop.cli.tables import print_info
+
+    text = json.dumps(found)
+    if shown is None or text not in shown:
+        with _CONSOLE.capture():
+            print_info(found, _CONSOLE)
+        if shown is not None and len(shown) < 10_000:
+            shown.add(text)
+
+
 def open_mutants(corpus: list[Files], numbers: Iterable[int], scratch: Path) -> Campaign:
-    """Open each mutant in a folder of its own making."""
-    done = Campaign()
+    """Open each mutant, in folders below `scratch`, which is made."""
+    done, stage, shown = Campaign(), Stage(scratch), set[str]()
     for number in numbers:
         made, start = mutants.mutant(corpus, number), time.process_time()
-        outcome = opened(made.write(scratch))
+        outcome = opened(stage.put(made), shown)
         if time.process_time() - start > SLOW:
             outcome = f"! took {time.process_time() - start:.0f} s"
         done.add(number, made, outcome)

@@ -9,6 +9,7 @@ their manifest says what the changed files are, as whoever means harm would see 
 from __future__ import annotations
 
 import json
+import os
 import random
 import struct
 from collections.abc import Callable
@@ -115,12 +116,14 @@ class Mutant:
         changes: what was done, in words.
         exact: no number of the config and no float was made another: if it loads, its logits are
             finite.
+        base: number of the checkpoint of the corpus that it was made of.
     """
 
     files: Files
     signed: bool = False
     changes: list[str] = field(default_factory=list)
     exact: bool = True
+    base: int = 0
 
     def write(self, folder: Path) -> Path:
         """Into a folder, which holds nothing else afterwards."""
@@ -130,6 +133,34 @@ class Mutant:
                 path.unlink()
         for name, data in self.files.items():
             (folder / name).write_bytes(data)
+        return folder
+
+
+class Stage:
+    """Folders of mutants, one for each checkpoint of the corpus, in which only what differs from
+    the last mutant is written: most mutants change one file of twelve.
+
+    Args:
+        root: where the folders are made; nobody else writes there.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lie: dict[int, Files] = {}
+
+    def put(self, made: Mutant) -> Path:
+        """The folder that now holds exactly the files of a mutant."""
+        folder = self.root / str(made.base)
+        if made.base not in self._lie:
+            folder.mkdir(parents=True)
+        lie = self._lie.setdefault(made.base, {})
+        for name, data in [*lie.items()]:
+            if made.files.get(name) is not data:
+                os.unlink(folder / name)  # never written over: somebody may have mapped it
+                del lie[name]
+        for name in made.files.keys() - lie.keys():
+            (folder / name).write_bytes(made.files[name])
+            lie[name] = made.files[name]
         return folder
 
 
@@ -162,7 +193,8 @@ def make_corpus(folder: Path) -> list[Files]:
 def mutant(corpus: list[Files], number: int) -> Mutant:
     """Mutant `number` of a corpus: the same arguments give the same bytes."""
     rng = random.Random(number)
-    made = Mutant(dict(rng.choice(corpus)))
+    base = rng.choice(range(len(corpus)))
+    made = Mutant(dict(corpus[base]), base=base)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         change = rng.choices([one for one, _ in CHANGES], [weight for _, weight in CHANGES])[0]
         change(made, rng)

@@ -16,11 +16,18 @@ import pytest
 from running import Running, running
 from transformers import StaticCache
 
+from dropbydrop.models.chat_template import in_chat_template
 from dropbydrop.serve import app as routes
 from dropbydrop.serve import server as process
+from dropbydrop.serve.body import ApiError
+from dropbydrop.serve.conversation import Conversation
+from dropbydrop.serve.sampling import Sampling
+from dropbydrop.serve.service import Service
+from dropbydrop.system.errors import DropError
 from serve.misuse import connect, http, misbehave, raw
+from tiny import VOCAB, tiny_model, write_checkpoint
 
-KEY = "s3cret-ключ"
+KEY = "s3cret-ключ à"  # its last byte is a space in Latin-1
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +98,12 @@ def test_no_file_but_those_of_the_page(server: Running, path: str) -> None:
         b'{"a":' * 50_000,
         b'{"prompt": "a", "temperature": 1e999}',
         b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+        b'{"prompt": "a", "bits": ' + b"9" * 400 + b"}",
+        b'{"prompt": "a", "bits": -' + b"9" * 400 + b"}",
+        b'{"prompt": "a", "bits": 1e999}',
+        b'{"prompt": "a", "logit_bias": {"' + b"9" * 5000 + b'": 1}}',
     ],
-    ids=range(10),
+    ids=range(14),
 )
 def test_bad_bodies(server: Running, body: bytes) -> None:
     found = raw(server.address, http(body))
@@ -107,6 +118,51 @@ def test_a_lone_surrogate_is_answered(server: Running) -> None:
     assert found.splitlines()[0].split()[1] in (b"200", b"400")
     found = raw(server.address, http(b'{"\\ud800": 1, "prompt": "a"}'))
     assert b" 400 " in found.splitlines()[0]
+
+
+def test_half_a_character_in_the_arguments_of_a_call(server: Running) -> None:
+    """They are JSON in a text of JSON, so the body itself has none."""
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "user", "content": "b"},
+    ]
+    answer = httpx2.post(
+        server.address + "/v1/chat/completions", json={"messages": messages, "max_tokens": 1}
+    )
+    assert answer.status_code in (200, 400)
+
+
+def test_a_template_that_writes_half_a_character() -> None:
+    class Tokenizer:
+        def apply_chat_template(self, *args: object, **settings: object) -> str:
+            return "a\ud800"
+
+    with pytest.raises(DropError, match="chat template fails"):
+        in_chat_template(Tokenizer(), [{"role": "user", "content": "a"}])
+
+
+def test_tokens_that_the_model_does_not_embed(chat_folder: Path, tmp_path: Path) -> None:
+    """A tokenizer with more tokens than the embedding has rows: 400, and no index error."""
+    known = json.loads((chat_folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    new = {"id": VOCAB + 9, "content": "<new>", "special": True, **flags}
+    known["added_tokens"].append(new)
+    known["model"]["vocab"]["<new>"] = new["id"]
+    files = {path.name: path.read_bytes() for path in chat_folder.glob("*token*")}
+    files |= {path.name: path.read_bytes() for path in chat_folder.glob("*.jinja")}
+    files["tokenizer.json"] = json.dumps(known).encode()
+    out = write_checkpoint(
+        tmp_path / "out", tiny_model("llama"), extra_files=files, tokenizer=False
+    )
+    service = Service(out, None, None, 4)
+    assert service.prompt_tokens(["ab"])
+    with pytest.raises(ApiError, match="embeds"):
+        service.prompt_tokens(["a<new>b"])
+    talk = Conversation(service.engine.precisions, service.text, Sampling(temperature=0))
+    with pytest.raises(DropError, match="embeds"):
+        next(talk.answer("a<new>b", 2, 4))
 
 
 def test_large_prompts_and_bodies(server: Running) -> None:

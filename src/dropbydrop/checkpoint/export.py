@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -31,6 +30,7 @@ from dropbydrop.models.weight_files import INDEX, SINGLE
 from dropbydrop.system.atomic_folder import AtomicFolder
 from dropbydrop.system.console import printable, progress_bar
 from dropbydrop.system.errors import DropError
+from dropbydrop.system.paths import absolute
 
 from . import Checkpoint
 from .config import CARD_FILE, CONFIG_FILE, LOG_FILE, RESERVED_PREFIXES, table_inputs_name
@@ -104,7 +104,7 @@ def export(
     checkpoint.check_contents(checkpoint.quantization.prefix_of(level))
     tensors = _plan(checkpoint, level, FLOATS[dtype])
     with (
-        AtomicFolder(Path(os.path.abspath(out))) as folder,
+        AtomicFolder(absolute(out)) as folder,
         folder.disk_errors(),
         progress_bar(progress) as bar,
     ):

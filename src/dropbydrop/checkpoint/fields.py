@@ -7,6 +7,7 @@ decode wrong weights without a sign of it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,14 +21,19 @@ _TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 
 def parse_json(raw: bytes, where: str) -> Any:
-    """JSON as every parser reads it: UTF-8, no key twice, no NaN, nesting that Python's parser
-    follows.
+    """JSON as every parser reads it: UTF-8, no key twice, no NaN, no number that becomes infinite
+    (1e999, which could not be written again), nesting that Python's parser follows.
 
     Raises:
         FormatError: it is not.
     """
     try:
-        return json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(
+            raw.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} cannot be read as JSON ({error}). Fetch it again.") from error
 
@@ -39,6 +45,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key!r} appears twice")
         found[key] = value
     return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:40]} is more than a number can be")
+    return value
 
 
 def _no_constant(name: str) -> Any:

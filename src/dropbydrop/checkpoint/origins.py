@@ -21,6 +21,7 @@ from typing import Protocol
 from urllib.parse import quote
 
 from dropbydrop.system.errors import DropError, first_line
+from dropbydrop.system.paths import given
 
 from .http_client import Response, request
 
@@ -71,8 +72,8 @@ def origin(source: str | Path, staging: Path, revision: str | None = None) -> Or
     text = str(source)
     if text.startswith(("http://", "https://")):
         return HttpOrigin(text)
-    if Path(source).expanduser().is_dir():
-        return FolderOrigin(Path(source).expanduser())
+    if given(source).is_dir():
+        return FolderOrigin(given(source))
     if _HUB_ID.fullmatch(text):
         return HubOrigin(text, staging, revision)
     raise TransferError(

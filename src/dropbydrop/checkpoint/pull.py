@@ -35,6 +35,7 @@ from dropbydrop.system.digest import FileEntry, file_digest
 from dropbydrop.system.errors import FormatError
 from dropbydrop.system.file_errors import file_errors
 from dropbydrop.system.locks import is_locked, lock
+from dropbydrop.system.paths import absolute
 
 from . import Checkpoint, Manifest, QuantizationConfig
 from .config import CARD_FILE, CONFIG_FILE, MANIFEST_FILE
@@ -76,7 +77,7 @@ def pull(
         FormatError: the source is no checkpoint, or `dest` holds another one.
         PrecisionError: `bits` is not a level.
     """
-    target = Path(os.path.abspath(dest))
+    target = absolute(dest)
     here = from_origin or origin(source, target / STAGING, revision)
     if not target.parent.is_dir():
         raise TransferError(f"{target.parent} is not a folder; create it first.")

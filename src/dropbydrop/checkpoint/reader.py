@@ -26,6 +26,7 @@ from torch import Tensor
 from dropbydrop.coding.codebook_set import SETS, CodebookSet
 from dropbydrop.coding.rotation import Rotation, split_odd
 from dropbydrop.system.errors import FormatError, MissingPlaneError
+from dropbydrop.system.paths import given
 
 from .checked_file import CheckedFile
 from .config import (
@@ -47,7 +48,7 @@ from .contents import (
     value_problem,
 )
 from .fields import parse_json
-from .files import Manifest, dump_json, read_json, read_small
+from .files import Manifest, dump_json, read_small
 from .findings import Finding, file_findings
 from .tensor_files import TensorInfo
 
@@ -69,8 +70,7 @@ class Checkpoint:
                 f"{folder} is not a folder. Checkpoints are local folders; fetch one from the Hub "
                 "first (hf download REPO --local-dir FOLDER)."
             )
-        raw = read_small(folder / CONFIG_FILE)
-        config = parse_json(raw, str(folder / CONFIG_FILE))
+        config = parse_json(raw := read_small(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
         if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict):
             raise FormatError(
                 f"{folder / CONFIG_FILE} has no quantization_config: this is not a dropbydrop "
@@ -79,7 +79,8 @@ class Checkpoint:
         check_model_config(config, str(folder / CONFIG_FILE))
         self.path, self.config, self._verify = folder, config, verify
         self.quantization = QuantizationConfig.from_dict(config["quantization_config"])
-        self.manifest = Manifest.from_dict(read_json(folder / MANIFEST_FILE))
+        self._listed = read_small(folder / MANIFEST_FILE)
+        self.manifest = Manifest.from_dict(parse_json(self._listed, f"{folder}/{MANIFEST_FILE}"))
         listed, described = len(self.manifest.planes), len(self.quantization.planes)
         if listed != described:
             raise FormatError(
@@ -104,7 +105,7 @@ class Checkpoint:
             FormatError: not a checkpoint of this version, or damaged; the message says which file
                 is concerned and what to do.
         """
-        return Checkpoint(Path(path).expanduser(), verify)
+        return Checkpoint(given(path), verify)
 
     # -- what is there --------------------------------------------------------------------
 
@@ -392,8 +393,7 @@ class Checkpoint:
 
     def _check_manifest(self) -> None:
         """The folder must still be that of this manifest; where contents are compared, they say."""
-        now = Manifest.from_dict(read_json(self.path / MANIFEST_FILE))
-        if now.to_dict() != self.manifest.to_dict():
+        if read_small(self.path / MANIFEST_FILE) != self._listed:
             raise FormatError(
                 f"{self.path} holds another checkpoint than the one that was opened: it was "
                 "replaced meanwhile. Load the folder again."

@@ -6,13 +6,13 @@ hidden folder that is renamed when every hash was right: all or nothing.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dropbydrop.system.atomic_folder import AtomicFolder
 from dropbydrop.system.digest import FileEntry
 from dropbydrop.system.errors import FormatError
+from dropbydrop.system.paths import absolute
 
 from . import Checkpoint, Manifest
 from .config import MANIFEST_FILE
@@ -72,7 +72,7 @@ def slice_checkpoint(
     """
     checkpoint = Checkpoint.open(source)
     prefix = checkpoint.quantization.prefix_of(checkpoint.require(bits))
-    target = Path(os.path.abspath(dest))
+    target = absolute(dest)
     done, replace = Transfer(target, bits), check_replaceable if overwrite else None
     with AtomicFolder(target, replace) as folder, folder.disk_errors():
         for name in files_for(checkpoint.manifest, prefix):

@@ -26,6 +26,7 @@ from . import (
     export,
     generate,
     info,
+    options,
     plan,
     plugins,
     quantize,
@@ -58,6 +59,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 for name, command in COMMANDS.items():
     app.command(name)(command)
 plugins.register(app)
+options.with_paths(app)
 
 
 def _tell(error: DropError) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 import typer
 
 from dropbydrop.system.errors import DropError, PrecisionError
+from dropbydrop.system.paths import given
 from dropbydrop.system.settings import Settings, option_name
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def parse_precision(text: str) -> Precision:
         return Precision(bits=int(text))
     with suppress(ValueError):
         return Precision(avg_bits=float(text))
-    if Path(text).is_file():
+    if given(text).is_file():
         return Precision(plan=Plan.load(text))
     raise PrecisionError(
         f"--draft-bits {text!r}: give a level (3), an average (2.5), or the file of a plan that "
@@ -179,6 +180,31 @@ def _tuples(kind: type[Settings]) -> dict[str, Callable[[str], list[Any]]]:
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
+
+
+# ---- paths ---------------------------------------------------------------------------------
+
+
+def with_paths(app: typer.Typer) -> None:
+    """In all commands of `app` and of applications below it, paths are what `system/paths` says."""
+    for command in app.registered_commands:
+        command.callback = command.callback and _takes_paths(command.callback)
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            with_paths(group.typer_instance)
+
+
+def _takes_paths(command: Callable[..., Any]) -> Callable[..., Any]:
+    def meant(value: Any) -> Any:
+        if isinstance(value, list):
+            return [meant(one) for one in value]
+        return given(value) if isinstance(value, Path) else value
+
+    @functools.wraps(command)
+    def run(*args: Any, **values: Any) -> Any:
+        return command(*args, **{name: meant(value) for name, value in values.items()})
+
+    return run
 
 
 # ---- output --------------------------------------------------------------------------------

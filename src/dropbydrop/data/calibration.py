@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dropbydrop.models.sources import Source
 from dropbydrop.system.errors import CalibrationError
+from dropbydrop.system.paths import given
 
 from .hub import is_hub_text, read_hub_text
 from .self_generated import Writing, write_windows
@@ -91,7 +92,7 @@ def load_windows(
     if is_hub_text(spec):
         name, text = str(spec), read_hub_text(str(spec), most)
     else:
-        file = Path(spec).expanduser()
+        file = given(spec)
         name, text = file.name, read_text(file, most)
     ids, bos = tokenize(text, tokenizer), leading_bos(tokenizer)
     if bos is not None:
@@ -111,5 +112,5 @@ def load_windows(
 
 def file_of(spec: str | Path) -> Path | None:
     """The file that a calibration text is read from; None for the hub and "self"."""
-    path = Path(spec).expanduser()
+    path = given(spec)
     return path if str(spec) != SELF and path.is_file() else None

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dropbydrop.system.console import quiet_transformers
 from dropbydrop.system.errors import CalibrationError
+from dropbydrop.system.paths import given
 
 
 def raw_rows(text: str) -> str:
@@ -149,7 +150,7 @@ def text_windows(
     """
     if seq_len < 2 or (n is not None and n < 1):
         raise CalibrationError(f"{n} windows of {seq_len} tokens: ask for 1 or more of 2 or more.")
-    file = Path(file)
+    file = given(file)
     text = read_text(file)
     ids = tokenize(text, tokenizer)
     windows = cut(ids, seq_len)

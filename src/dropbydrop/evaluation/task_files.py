@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from dropbydrop.system.errors import DropError
+from dropbydrop.system.paths import given
 
 Row = dict[str, Any]
 
@@ -104,7 +105,7 @@ def read_items(data: Path, task: str) -> Items:
             f"{task} cannot be read from local files, only {', '.join(TASKS)}; leave --tasks-data "
             "(and DROPBYDROP_DATA) out to load it from the hub."
         )
-    folder = data.expanduser() / task
+    folder = given(data) / task
     paths = [folder / name for name in TASKS[task].files]
     file = next((path for path in paths if path.is_file()), None)
     if file is None:

@@ -35,6 +35,7 @@ def in_chat_template(
             text = tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=True
             )
+        str(text).encode()  # halves of characters, which no tokenizer takes
     except Exception as error:  # whatever a template does
         raise DropError(
             f"the model's chat template fails ({first_line(error)}); write the prompt as the model "

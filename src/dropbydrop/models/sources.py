@@ -22,6 +22,7 @@ from typing import Any
 
 from dropbydrop.system.console import quiet_transformers
 from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError, first_line
+from dropbydrop.system.paths import given
 
 from .gguf_files import convert_gguf
 from .packaged import PACKAGED, packaged_gguf
@@ -93,7 +94,7 @@ def resolve(model: str | Path) -> Source:
             f"the model is a {type(model).__name__}: give a folder, a .gguf file or a name; "
             "save_pretrained writes a model into a folder."
         )
-    text, path = str(model), Path(model).expanduser()
+    text, path = str(model), given(model)
     if path.is_dir():
         check_folder(path)
         return Source(path.resolve().name, path)

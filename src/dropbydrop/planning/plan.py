@@ -33,6 +33,7 @@ from dropbydrop.checkpoint.tables import table_bytes
 from dropbydrop.system.atomic_folder import write_whole
 from dropbydrop.system.errors import FormatError
 from dropbydrop.system.file_errors import file_errors
+from dropbydrop.system.paths import given
 
 from .levels import Level, canonical, each, mapped, matrices
 from .memory import Memory, estimate
@@ -205,7 +206,7 @@ class Plan:
         Raises:
             DropError: the file cannot be written.
         """
-        path = Path(os.path.realpath(file))
+        path = Path(os.path.realpath(given(file)))
         with file_errors(path):
             if path.exists() and not path.is_file():
                 path.write_bytes(dump_json(self.to_dict()))
@@ -215,7 +216,7 @@ class Plan:
     @staticmethod
     def load(file: Path | str) -> Plan:
         """Read what `save` wrote (FormatError)."""
-        path = Path(file)
+        path = given(file)
         if not path.is_file():
             raise FormatError(
                 f"there is no plan {path}. Write one: dropbydrop plan OUT --save FILE"

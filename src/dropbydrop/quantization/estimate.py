@@ -52,6 +52,7 @@ from dropbydrop.models.sources import side_files
 from dropbydrop.models.statistics import BlockStatistics
 from dropbydrop.models.token_gradients import TokenGradients
 from dropbydrop.system.memory import peak_memory
+from dropbydrop.system.paths import absolute
 
 from .job import Job
 
@@ -116,7 +117,7 @@ def estimate(
         DropError: what the run would refuse before its first block.
     """
     started, load = time.perf_counter(), _load()
-    place, runner, config = Path(os.path.abspath(Path(out).expanduser())), job.runner, job.config
+    place, runner, config = absolute(out), job.runner, job.config
     CheckpointWriter(place, overwrite=overwrite).abort()  # whether OUT can be written at all
     first = FirstBlock(job)
     training, _ = _clock(job.universal)

@@ -21,7 +21,6 @@ no trace. With `resume`, finished blocks are kept beside OUT until it is there
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,6 +44,7 @@ from dropbydrop.system.console import phase, progress_bar
 from dropbydrop.system.distributed import Partition, Ranks
 from dropbydrop.system.errors import CalibrationError, DropError
 from dropbydrop.system.memory import device_peak, peak_memory
+from dropbydrop.system.paths import absolute
 from dropbydrop.system.version import __version__
 
 from .config import QuantizeConfig
@@ -102,7 +102,7 @@ def quantize(
         options["levels"] = bits
     config = replace(config or QuantizeConfig(), **options)
     config = replace(config, device=pick_device(config.device))
-    place = Path(os.path.abspath(Path(out).expanduser()))
+    place = absolute(out)
     with Ranks.join(config.device) as ranks:
         if ranks.size > 1 and config.codebooks != UNIVERSAL:
             raise DropError(

@@ -21,6 +21,7 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint.config import CONFIG_FILE, MANIFEST_FILE, REST_FILE
 from dropbydrop.planning.plan import Plan
 from dropbydrop.system.errors import DropError
+from dropbydrop.system.paths import given
 
 from .plane_store import PlaneStore
 
@@ -133,7 +134,7 @@ def open_when_ready(path: Path | str, bits: int | None, verify: bool = True) -> 
         FormatError, MissingPlaneError, PrecisionError: as `Checkpoint.open` and `require`, once no
             pull is running (any more).
     """
-    folder = Path(path)
+    folder = given(path)
     while is_pulling(folder) and not all(
         (folder / name).is_file() for name in (MANIFEST_FILE, CONFIG_FILE, REST_FILE)
     ):

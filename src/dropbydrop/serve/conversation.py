@@ -23,6 +23,8 @@ import torch
 from transformers import StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from dropbydrop.data.text_files import check_tokens
+from dropbydrop.models.embeddings import embedded_tokens
 from dropbydrop.models.model_config import context_length
 from dropbydrop.runtime import fused_decode
 from dropbydrop.system.errors import DropError
@@ -107,12 +109,13 @@ class Conversation:
             most: tokens of the answer at most.
 
         Raises:
-            DropError: a precision that is not there, or no room in the model's context. The
-                conversation is then as before.
+            DropError: a precision that is not there, tokens that the model does not know, or no
+                room in its context. The conversation is then as before.
         """
         model = self.precisions.model(bits)
         asked = [*self.messages, {"role": "user", "content": message}]
         prompt = self.text.encode(self.text.chat(asked), special=False)
+        check_tokens(torch.tensor(prompt), embedded_tokens(self.precisions.base))
         room = self.context - len(prompt)
         if room < 1:
             raise DropError(

@@ -51,7 +51,7 @@ class Guard:
         given = headers.get("authorization", "")
         scheme, _, token = given.partition(" ")
         # compared in constant time, so that answers do not tell how much of a key is right
-        same = hmac.compare_digest(token.strip().encode("latin-1"), self._key)
+        same = hmac.compare_digest(token.strip(" \t").encode("latin-1"), self._key)
         if scheme.lower() == "bearer" and same:
             return None
         return ApiError(

@@ -136,7 +136,7 @@ def _precision(named: str, body: Body, served: Served) -> float | str | None:
     elif isinstance(given, bool) or not isinstance(given, int | float):
         raise body.error("bits", f"{given!r:.60} is no level, average or 'auto'")
     else:
-        asked = float(given)
+        asked = float(min(max(given, -1), 1 << 20))  # a larger int is no float
     if from_name is not None and given is not None and asked != from_name:
         raise body.error("bits", f"{given!r} contradicts the model {named!r}")
     if isinstance(asked, float):
@@ -157,7 +157,7 @@ def _sampling(body: Body, served: Served) -> Sampling:
     own = served.sampling
     bias = {}
     for key, value in (body.object("logit_bias") or {}).items():
-        if not key.isdecimal() or not int(key) < served.vocabulary:
+        if not key.isdecimal() or len(key) > 20 or not int(key) < served.vocabulary:
             raise body.error("logit_bias", f"{key[:40]!r} is no token of this model")
         if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 100:
             raise body.error("logit_bias", f"{value!r:.40} is not between -100 and 100")

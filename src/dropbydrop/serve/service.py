@@ -6,6 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dropbydrop.data.text_files import check_tokens
+from dropbydrop.models.embeddings import embedded_tokens
 from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.system.errors import DropError
@@ -36,12 +40,13 @@ class Service:
         """
         precisions = Precisions(folder, levels)
         self.engine = Engine(precisions, target, queue)
-        self.text = Text(load_tokenizer(folder))
+        self.text = Text(load_tokenizer(precisions.checkpoint.path))
         self.fingerprint = precisions.checkpoint.fingerprint
         self.created = int(precisions.checkpoint.path.stat().st_mtime)
         config = precisions.base.config
+        self._embedded = embedded_tokens(precisions.base)
         self.served = Served(
-            name=Path(folder).resolve().name,
+            name=precisions.checkpoint.path.resolve().name,
             levels=precisions.levels,
             context=context_length(precisions.checkpoint.config) or _CONTEXT,
             vocabulary=int(config.get_text_config().vocab_size),
@@ -72,12 +77,17 @@ class Service:
         return self._checked(self.text.encode(prompt, special=False)), prompt, grammar
 
     def _checked(self, tokens: list[int]) -> list[int]:
-        """A prompt that leaves room for a token; an empty one begins with the token for that."""
+        """A prompt of tokens that the model knows and that leaves room for another; an empty one
+        begins with the token for that."""
         if not tokens:
             begin = self.text.tokenizer.bos_token_id
             if begin is None:
                 raise ApiError(400, "prompt: it is empty; give some text.", "prompt")
             tokens = [begin]
+        try:
+            check_tokens(torch.tensor(tokens), self._embedded)
+        except DropError as error:  # of a text: numbers were compared when they were read
+            raise ApiError(400, f"prompt: {error}", "prompt") from None
         if len(tokens) >= self.served.context:
             raise ApiError(
                 400,

@@ -16,7 +16,6 @@ Limits: one process; dense decoders; the codes stay, so what the search has lost
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from dropbydrop.checkpoint.journal import Journal
 from dropbydrop.system.atomic_folder import AtomicFolder
 from dropbydrop.system.errors import DropError
 from dropbydrop.system.memory import device_peak, peak_memory
+from dropbydrop.system.paths import absolute
 from dropbydrop.system.version import __version__
 
 from . import blocks, distill
@@ -68,8 +68,8 @@ def tune(
     started = time.perf_counter()
     if bits is not None:
         options["levels"] = tuple(bits)
-    config, place = replace(config or TuneConfig(), **options), Path(os.path.abspath(out))
-    if place == Path(os.path.abspath(checkpoint)):
+    config, place = replace(config or TuneConfig(), **options), absolute(out)
+    if place == absolute(checkpoint):
         raise DropError(f"{out}: the tuned checkpoint needs a folder of its own; choose another.")
     job = prepare(checkpoint, config)
     if not resume:

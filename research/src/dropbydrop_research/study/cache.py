@@ -30,6 +30,7 @@ from dropbydrop.models.statistics import CLIP
 from dropbydrop.system.cache import cache_dir
 from dropbydrop.system.digest import file_digest
 from dropbydrop.system.errors import CalibrationError
+from dropbydrop.system.paths import given
 
 from .data import GramFolder, Progress, collect, fingerprint
 
@@ -94,7 +95,7 @@ def _key(options: GramOptions) -> str:
     described: dict[str, Any] = asdict(options) | {"clip": CLIP, "version": 2}
     for name in ("calibration", "held_out"):
         if described[name] not in (None, SELF):
-            described[name] = _file_hash(Path(described[name]).expanduser())
+            described[name] = _file_hash(given(described[name]))
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
