@@ -21,16 +21,16 @@ PICTURE = DATA.parent.parent / "images" / "kl-over-bits.svg"
 STYLE = {"font.size": 10, "svg.hashsalt": "dropbydrop", "axes.spines.top": False}
 SERIES = (  # colours of Okabe and Ito; no series is told from another by its colour alone
     {"color": "#000000", "marker": "P", "linestyle": "-", "linewidth": 2.4, "zorder": 4},
-    {"color": "#E69F00", "marker": "p", "linestyle": (0, (5, 1))},
     {"color": "#0072B2", "marker": "o", "linestyle": "-", "linewidth": 2.4, "zorder": 3},
-    {"color": "#56B4E9", "marker": "D", "linestyle": "--"},
+    {"color": "#56B4E9", "marker": "D", "linestyle": "-"},
+    {"color": "#E69F00", "marker": "p", "linestyle": (0, (5, 1))},
+    {"color": "#CC79A7", "marker": "X", "linestyle": (0, (1, 2))},
     {"color": "#009E73", "marker": "^", "linestyle": "-."},
     {"color": "#D55E00", "marker": "s", "linestyle": "--"},
     {"color": "#777777", "marker": "v", "linestyle": ":"},
-    {"color": "#CC79A7", "marker": "X", "linestyle": (0, (1, 2))},
 )
-BITS = (2.5, 3, 3.5, 4, 4.5, 5)
-KL = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+BITS = (2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6)
+KL = (0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
 def whole_bits(found: dict, method: dict) -> list[float]:
@@ -57,7 +57,7 @@ def draw(found: dict, picture: Path) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_yticklabels([f"{kl:g}" for kl in KL])
-        axes.set(xlim=(2.3, 5.3), ylim=(0.04, 25))
+        axes.set(xlim=(2.3, 6.2), ylim=(0.025, 12))
         axes.set_xlabel("bits a parameter of the whole model: all that is downloaded")
         axes.set_ylabel("KL to the original, nats a token")
         figure.suptitle(
