@@ -152,16 +152,17 @@ def test_the_best_of_all_plans_and_tables(
     found = make_plan(checkpoint, avg_bits, sensitivity=known)
 
     sizes = [sum(math.prod(checkpoint.shapes[m]) for m in group.modules) for group in groups]
-    usual = stored(checkpoint, 4 if avg_bits < 3 else 5)
+    tables_of = {bits: stored(checkpoint, bits) for bits in (2, 3, 4, 5)}
+    usual = tables_of[4 if avg_bits < 3 else 5]
     budget = math.floor(avg_bits * sum(sizes) / 8 + 1e-6) + usual
+    choices = {level: table_choices(checkpoint, level) for level in (2, 3, 4)}
     best = math.inf
     for chosen in itertools.product((2, 3, 4), repeat=len(groups)):
-        spent = sum(p * size for p, size in zip(chosen, sizes, strict=True)) // 8
-        names = (group.name for group in groups)
-        plain = Plan(checkpoint.fingerprint, dict(zip(names, chosen, strict=True)))
-        for bits in table_choices(checkpoint, max(chosen)):
-            if spent + stored(checkpoint, bits) <= budget:
-                best = min(best, known.predicted(replace(plain, table=bits), checkpoint))
+        bits_spent = sum(p * size for p, size in zip(chosen, sizes, strict=True))
+        plain = sum(losses[g.name][p] for g, p in zip(groups, chosen, strict=True))
+        for bits in choices[max(chosen)]:
+            if plain < best and bits_spent // 8 + tables_of[bits] <= budget:
+                best = min(best, plain + known.of_table(bits, bits_spent / sum(sizes)))
     # the cost of a table at an average is known once the rest is settled: a hair from the best
     assert known.predicted(found, checkpoint) <= best * 1.1 + 1e-9
     assert found.bytes_read(checkpoint) <= Plan.uniform(checkpoint, 4).bytes_read(checkpoint)
