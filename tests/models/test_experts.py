@@ -37,6 +37,7 @@ from dropbydrop.runtime.int8_modules import NestedEmbedding, NestedHead
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import store_of
 from dropbydrop.system.errors import FormatError, MissingPlaneError, UnsupportedModelError
+from naive_experts import naive_expert
 from tiny import EXPERTS, VOCAB, save_tiny, tiny_model, tiny_tokenizer
 
 QUICK: dict[str, Any] = {"windows": 3, "seq_len": 32, "progress": False}
@@ -219,32 +220,13 @@ def test_starved_and_dead_experts(tmp_path: Path, text: Path) -> None:
 # ------------------------------------------------------------------------------ around a model
 
 
-def test_planes_of_experts_against_a_naive_decoder(out: Path, code: str) -> None:
+def test_planes_of_experts_against_a_naive_decoder(out: Path) -> None:
     """Entry by entry: expert e's codes are those of a matrix of its own."""
     checkpoint = Checkpoint.open(out)
     name, e = "model.layers.1.mlp.experts.down_proj", 2
-    books, prefix = checkpoint.read_set("universal"), checkpoint.quantization.prefix_of(3)
-    scales = checkpoint.read(f"{name}.scales")
-    assert scales.shape == (4, 48)
+    assert checkpoint.read(f"{name}.scales").shape == (4, 48)
     assert checkpoint.shapes[name] == (4, 48, 32)
-    rotated = torch.zeros(48, 32, dtype=torch.float64)
-    for m in range(1, prefix + 1):
-        codes, part = checkpoint.read_codes(name, m)[e], books.parts[m - 1]
-        spec: Any = checkpoint.quantization.planes[m - 1]
-        for r in range(48):
-            for j in range(32):
-                if code == "bytes":
-                    c = int(codes[r, j // 8])
-                    rotated[r, j] += float(part[""][c & 127, j % 8]) * (-1 if c & 128 else 1)
-                    continue
-                newest, label = spec.bits * (r + 1) - 1, 0
-                for age, tap in enumerate(part[".taps"].tolist()):
-                    i = (newest - age) % (8 * len(codes))
-                    label ^= tap * (int(codes[i // 8, j]) >> i % 8 & 1)
-                rotated[r, j] += float(part[""][label]) * float(part[".scale"])
-    index = checkpoint.quantization.group_index[name]
-    q = checkpoint.read_rotation(index).apply(torch.eye(32)).T.double()
-    expected = rotated * scales[e].double()[:, None] @ q
+    expected = naive_expert(checkpoint, name, e, 3, range(48))
     model = dropbydrop.load(out, bits=3, dtype=torch.float32)
     found = model.get_submodule(name).dense_weight()[e]
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)

@@ -33,6 +33,7 @@ from dropbydrop.runtime.experts import NestedStack
 from dropbydrop.runtime.load import load_views
 from dropbydrop.runtime.views import store_of
 from dropbydrop.system.errors import FormatError, MissingPlaneError, PrecisionError
+from naive_experts import naive_expert
 from tiny import VOCAB, save_tiny
 
 IDS = torch.randint(5, VOCAB, (2, 19), generator=torch.Generator().manual_seed(3))
@@ -92,29 +93,6 @@ def stack(model: Any, name: str) -> NestedStack:
     return found
 
 
-def naive(checkpoint: Checkpoint, name: str, e: int, level: int, rows: range) -> Tensor:
-    """Rows of expert e's matrix at a level, entry by entry, from what is on disk."""
-    q = checkpoint.quantization
-    books, scales = checkpoint.read_set("universal"), checkpoint.read(f"{name}.scales")
-    d_in = checkpoint.shapes[name][2]
-    rotated = torch.zeros(len(rows), d_in, dtype=torch.float64)
-    for m in range(1, q.prefix_of(level) + 1):
-        codes, part, spec = checkpoint.read_codes(name, m)[e], books.parts[m - 1], q.planes[m - 1]
-        for r in rows:
-            for j in range(d_in):
-                if spec.kind == "bytes":
-                    c = int(codes[r, j // 8])
-                    rotated[r, j] += float(part[""][c & 127, j % 8]) * (-1 if c & 128 else 1)
-                    continue
-                newest, label = spec.bits * (r + 1) - 1, 0
-                for age, tap in enumerate(part[".taps"].tolist()):
-                    i = (newest - age) % (8 * len(codes))
-                    label ^= tap * (int(codes[i // 8, j]) >> i % 8 & 1)
-                rotated[r, j] += float(part[""][label]) * float(part[".scale"])
-    turn = checkpoint.read_rotation(q.group_index[name]).apply(torch.eye(d_in)).T.double()
-    return rotated * scales[e, rows.start : rows.stop].double()[:, None] @ turn
-
-
 def test_every_expert_has_the_weights_of_its_level(out: Path, plan: Plan) -> None:
     """Bit for bit those of a model at that level, and those of the naive decoder."""
     model = dropbydrop.load(out, plan=plan, dtype=torch.float32)
@@ -127,7 +105,7 @@ def test_every_expert_has_the_weights_of_its_level(out: Path, plan: Plan) -> Non
             other = dropbydrop.load(out, bits=level, dtype=torch.float32)
             assert torch.equal(dense[e], stack(other, name).dense_weight()[e])
             rows = range(4)
-            expected = naive(checkpoint, name, e, level, rows)
+            expected = naive_expert(checkpoint, name, e, level, rows)
             torch.testing.assert_close(dense[e, :4].double(), expected, rtol=0, atol=1e-5)
     assert dropbydrop.plan_of(model) == plan
     assert dropbydrop.precision(model) == plan.average_bits(checkpoint)

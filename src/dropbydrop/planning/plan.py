@@ -187,18 +187,13 @@ class Plan:
         if fields.data.pop("format", None) != PLAN_FORMAT:
             raise FormatError(f"{where} is no plan. Write one: dropbydrop plan OUT --save FILE")
         check_version(fields.data.pop("format_version", None), where)
-        table = fields.take("table", int) if "table" in fields.data else None
+        table = fields.take("table", int, default=None)
         fingerprint, levels = fields.take("checkpoint", str), fields.take("prefixes", dict)
         fields.done()
         numbers = [p if isinstance(p, list) else [p] for p in levels.values()]
         if not levels or not all(row and all(type(p) is int for p in row) for row in numbers):
             raise FormatError(f"{where}: prefixes must be whole numbers. Damaged; make it again.")
         return Plan(fingerprint, levels, table)
-        fields.done()
-        numbers = [p if isinstance(p, list) else [p] for p in levels.values()]
-        if not levels or not all(row and all(type(p) is int for p in row) for row in numbers):
-            raise FormatError(f"{where}: prefixes must be whole numbers. Damaged; make it again.")
-        return Plan(fingerprint, levels)
 
     def save(self, file: Path | str) -> None:
         """Write the JSON form, whole or not at all; a device or pipe is written to as it is.

@@ -101,9 +101,7 @@ class Sensitivity:
             "description": dict(self.description),
         }
         if self.tables:
-            data["tables"] = {
-                str(b): {str(p): v for p, v in row.items()} for b, row in self.tables.items()
-            }
+            data["tables"] = {str(b): _to_json(row) for b, row in self.tables.items()}
         target = folder / SIDECAR
         try:
             write_whole(target, dump_json(data))
@@ -140,7 +138,8 @@ class Sensitivity:
             }
             kl = _from_json(fields.take("kl", dict))
             tables = {
-                int(bits): _from_json(row) for bits, row in fields.data.pop("tables", {}).items()
+                int(bits): _from_json(row)
+                for bits, row in fields.take("tables", dict, default={}).items()
             }
         except (TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{path} is damaged ({error}). {again}") from error
