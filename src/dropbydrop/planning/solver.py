@@ -20,7 +20,7 @@ activations; b is what the planes of level p take as they are held).
 Embedding and head in planes are a tenth to a half of a small model. Where it was measured what
 fewer bits of them cost, an average is a budget of bytes for both: what the matrices would take at
 it and the tables at the level below it. Every number of bits that the tables can be read with is
-tried, the matrices get the rest, and the least sum of losses wins: 2 bits on average may be 2.3 of
+tried, the matrices get the rest, and the least sum of losses wins: 3 bits on average may be 3.3 of
 matrices and a smaller table. Memory holds tables in eight-bit rows whatever they are read with
 (runtime/tables.py), so a budget of memory leaves them alone.
 """
