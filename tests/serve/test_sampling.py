@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from transformers import (
@@ -15,6 +18,8 @@ from transformers import (
 
 from dropbydrop.serve import sampling as module
 from dropbydrop.serve.sampling import Sampler, Sampling, candidates, scores_of
+from dropbydrop.serve.service import _own_sampling
+from dropbydrop.system.errors import DropError
 
 VOCABULARY = 3000
 
@@ -114,3 +119,32 @@ def test_scores_are_those_of_the_model() -> None:
     want = torch.log_softmax(scores, -1)
     assert logprob == pytest.approx(float(want[9]))
     assert [token for token, _ in top] == torch.topk(want, 3).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, Sampling(0.6, 0.9)),
+        ({"temperature": 0.6, "repetition_penalty": 1.1}, Sampling(repetition_penalty=1.1)),
+        ({"do_sample": True, "top_k": 20, "temperature": None}, Sampling(top_k=20)),
+    ],
+)
+def test_what_the_makers_recommend(said: dict[str, Any], right: Sampling) -> None:
+    assert _own_sampling(SimpleNamespace(**said)) == right
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"repetition_penalty": -1.0},
+        {"repetition_penalty": True},
+        {"do_sample": True, "temperature": float("nan")},
+        {"do_sample": True, "top_p": "0.9"},
+        {"do_sample": True, "top_k": 2.5},
+        {"do_sample": True, "min_p": 10**400},
+    ],
+)
+def test_recommendations_out_of_range_are_refused(said: dict[str, Any]) -> None:
+    """At the start, not in every answer, with a message that blames the request."""
+    with pytest.raises(DropError, match=r"generation_config\.json says"):
+        _own_sampling(SimpleNamespace(**said))

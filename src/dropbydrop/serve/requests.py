@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .body import ApiError, Body
-from .sampling import Sampling
+from .sampling import BOUNDS, Sampling
 from .shed import DEFAULT, FLEX, PINNED, Load
 
 MOST_CHOICES = 8
@@ -163,13 +163,8 @@ def _sampling(body: Body, served: Served) -> Sampling:
             raise body.error("logit_bias", f"{value!r:.40} is not between -100 and 100")
         bias[int(key)] = float(value)
     return Sampling(
-        temperature=body.number("temperature", own.temperature, 0, 2),
-        top_p=body.number("top_p", own.top_p, 0, 1),
+        **{name: body.number(name, getattr(own, name), *BOUNDS[name]) for name in BOUNDS},
         top_k=body.integer("top_k", own.top_k, 0, served.vocabulary),
-        min_p=body.number("min_p", own.min_p, 0, 1),
-        repetition_penalty=body.number("repetition_penalty", own.repetition_penalty, 0.1, 10),
-        presence_penalty=body.number("presence_penalty", 0, -2, 2),
-        frequency_penalty=body.number("frequency_penalty", 0, -2, 2),
         logit_bias=bias,
         seed=body.integer("seed", None, -(1 << 63), (1 << 64) - 1),
     )

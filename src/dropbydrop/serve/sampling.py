@@ -18,6 +18,14 @@ from torch import Tensor
 
 _HEAD = 512
 _CHOICES = 64  # more than a request has continuations, so that seeds do not meet
+BOUNDS: dict[str, tuple[float, float]] = {  # what a request, or a model's makers, may ask for
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.1, 10),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .grammar import Grammar, Grammars
 from .job import Event, Job
 from .precisions import Precisions
 from .requests import Request, Served
-from .sampling import Sampler, Sampling
+from .sampling import BOUNDS, Sampler, Sampling
 from .text import Text, TextStream
 
 _CONTEXT = 4096  # tokens, of models that set no limit
@@ -182,17 +183,28 @@ class Service:
 
 
 def _own_sampling(config: Any) -> Sampling:
-    """What the model's makers recommend, where a request says nothing."""
-    penalty = getattr(config, "repetition_penalty", None) or 1.0
-    if not getattr(config, "do_sample", False):
-        return Sampling(repetition_penalty=penalty)
-    return Sampling(
-        temperature=1.0 if config.temperature is None else config.temperature,
-        top_p=1.0 if config.top_p is None else config.top_p,
-        top_k=config.top_k or 0,
-        min_p=getattr(config, "min_p", None) or 0.0,
-        repetition_penalty=penalty,
-    )
+    """What the model's makers recommend, where a request says nothing.
+
+    Raises:
+        DropError: numbers that a request could not ask for either.
+    """
+    names = ["repetition_penalty"]
+    if getattr(config, "do_sample", False):
+        names += ["temperature", "top_p", "top_k", "min_p"]
+    given = {name: getattr(config, name, None) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        low, high = BOUNDS.get(name, (0, math.inf))
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole or (isinstance(value, float) and name != "top_k")) or not (
+            low <= value <= high
+        ):
+            raise DropError(
+                f"generation_config.json says {name} {value!r:.40}, which is not between {low:g} "
+                f"and {high:g}: every answer would be drawn with it. Mend it in the original model "
+                "and quantize again."
+            )
+    return Sampling(**given)
 
 
 def _ends(config: Any, text: Text) -> frozenset[int]:
