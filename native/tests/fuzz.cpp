@@ -4,68 +4,24 @@
 // side checks; codes, codebooks, scales, activations and taps come from a checkpoint or a prompt
 // and may be anything. So every buffer has exactly the bytes that its shape demands, each in an
 // allocation of its own, and holds what the fuzzer says; AddressSanitizer and UBSan see the rest.
-// Two things are asserted beside: packing is undone exactly, and where all values are finite and of
-// ordinary size, every kernel gives the bits of the portable one.
+// Three things are asserted beside: packing is undone exactly; where all values are finite and of
+// ordinary size, every kernel gives the bits of the portable one; and a token of a decode step does
+// not depend on those it shares a call with.
 //
 // Built with clang and -DDROPBYDROP_FUZZ=ON; scripts/fuzz_native.sh does it.
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "fuzz_inputs.h"
 #include "kernels/c_api.h"
-#include "naive.h"
 #include "search/c_api.h"
 #include "trellis/c_api.h"
 
 namespace {
-
-// The fuzzer's bytes: numbers from the front, contents from all of them, over and over.
-class Bytes {
- public:
-  Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
-
-  int64_t number(int64_t low, int64_t high) {
-    const int64_t value = next() | next() << 8;
-    return low + value % (high - low + 1);
-  }
-  bool flag() { return next() & 1; }
-  uint8_t next() { return size_ ? data_[at_++ % size_] : 0; }
-
-  template <typename T>
-  Aligned<T> array(int64_t count) {
-    Aligned<T> out(count > 0 ? count : 1);
-    for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); ++i) {
-      reinterpret_cast<uint8_t*>(out.data())[i] = next() + static_cast<uint8_t>(i / 251);
-    }
-    return out;
-  }
-  // Any bit pattern where `wild`, else finite values between 2^-8 and 2^8.
-  Aligned<float> floats(int64_t count, bool wild) {
-    Aligned<float> out = array<float>(count);
-    for (int64_t i = 0; !wild && i < count; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, out.data() + i, 4);
-      const uint32_t exponent = 119 + (bits >> 23 & 15);
-      bits = (bits & 0x807fffffu) | exponent << 23;
-      std::memcpy(out.data() + i, &bits, 4);
-    }
-    return out;
-  }
-
- private:
-  const uint8_t* data_;
-  size_t size_, at_ = 0;
-};
-
-[[noreturn]] void broken(const std::string& what) {
-  std::fprintf(stderr, "invariant broken: %s\n", what.c_str());
-  std::abort();
-}
 
 // Runs `call(kernel, out)` for every kernel; `exact` results must be those of the portable one.
 template <typename Call>
@@ -93,104 +49,37 @@ void pack(Bytes& bytes) {
   if (std::memcmp(codes.data(), back.data(), static_cast<size_t>(d_out * groups))) broken("packing");
 }
 
-// What products and decoding share: planes, codebooks, scales of one matrix.
-struct Matrix {
-  int64_t d_out, d_in, prefix, entries;
-  bool trellis, wild;
-  std::vector<Aligned<uint8_t>> planes, prepared;
-  std::vector<const uint8_t*> plane_pointers;
-  std::vector<const void*> books;
-  Aligned<float> scales, bias;
-
-  Matrix(Bytes& bytes, bool of_trellis)
-      : d_out(bytes.number(1, 150)),
-        d_in(of_trellis ? bytes.number(1, 200) : 8 * bytes.number(1, 40)),
-        prefix(bytes.number(1, 4)),
-        entries(bytes.flag() ? 128 : 256),
-        trellis(of_trellis),
-        wild(bytes.flag()),
-        scales(bytes.floats(d_out, wild)),
-        bias(bytes.floats(d_out, wild)) {
-    const int64_t window = bytes.number(8, 17);
-    for (int64_t m = 0; m < prefix; ++m) trellis ? add_trellis(bytes, window) : add_bytes(bytes);
-    for (auto& plane : planes) plane_pointers.push_back(plane.data());
-    for (auto& book : prepared) books.push_back(book.data());
-  }
-
-  void add_bytes(Bytes& bytes) {
-    const int64_t groups = d_in / 8;
-    Aligned<uint8_t> codes = bytes.array<uint8_t>(d_out * groups);
-    planes.emplace_back(drop_packed_bytes(d_out, groups));
-    drop_pack(codes.data(), d_out, groups, planes.back().data());
-    Aligned<float> values = bytes.floats(entries * 8, false);  // finite: checked when it is read
-    prepared.emplace_back(drop_codebook_bytes(entries));
-    drop_prepare_codebook(values.data(), entries, prepared.back().data());
-  }
-
-  void add_trellis(Bytes& bytes, int64_t window) {
-    const int bits = bytes.flag() ? 2 : 1;
-    const int64_t rows = std::max<int64_t>(3, (bits * d_out + 7) / 8);
-    planes.push_back(bytes.array<uint8_t>(rows * ((d_in + 63) / 64 * 64)));
-    Aligned<uint8_t> taps = bytes.array<uint8_t>(window);
-    Aligned<int8_t> values = bytes.array<int8_t>(64);
-    prepared.emplace_back(drop_trellis_bytes());
-    const auto prepare = [&] {
-      return drop_prepare_trellis(bits, static_cast<int>(window), taps.data(), values.data(), 0.5f,
-                                  prepared.back().data());
-    };
-    if (prepare() == 0) return;  // else a tap or a value out of bounds was refused
-    for (int64_t i = 0; i < window; ++i) taps.data()[i] &= 63;
-    for (int i = 0; i < 64; ++i) values.data()[i] = static_cast<int8_t>(values.data()[i] / 3);
-    if (prepare()) broken("a trellis within bounds is refused");
-  }
-};
-
 void products(Bytes& bytes, bool trellis) {
-  Matrix matrix(bytes, trellis);
-  const int64_t n = bytes.number(1, 18), stride = matrix.d_in + bytes.number(0, 5);
-  const bool x_wild = bytes.flag(), biased = bytes.flag(), rotated = bytes.flag();
-  int64_t block = 1;
-  while (rotated && matrix.d_in % (2 * block) == 0 && block < 64) block *= 2;
-  const int64_t rest = matrix.d_in / block;
-  Aligned<float> x = bytes.floats((n - 1) * stride + matrix.d_in, x_wild);
-  Aligned<float> signs(matrix.d_in), odd = bytes.floats(rest * rest, false);
-  for (int64_t i = 0; i < matrix.d_in; ++i) signs.data()[i] = bytes.flag() ? 1.f : -1.f;
-  const DropMatrix part{matrix.plane_pointers.data(), matrix.d_out, matrix.scales.data(), 0,
-                        biased ? matrix.bias.data() : nullptr, 0};
-  const DropInputGroup input{DROP_INPUT_GROUP_MAGIC,
-                             trellis ? DROP_TRELLIS : DROP_BYTES,
-                             matrix.d_in,
-                             block,
-                             rotated ? signs.data() : nullptr,
-                             rotated && rest > 1 ? odd.data() : nullptr,
-                             matrix.prefix,
-                             matrix.entries,
-                             matrix.books.data(),
-                             &part,
-                             1};
+  const bool wild = bytes.flag(), x_wild = bytes.flag();
+  const int64_t rows = bytes.number(1, 150), d_in = width_of(bytes, trellis);
+  const int64_t prefix = bytes.number(1, 4), entries = bytes.flag() ? 128 : 256;
+  const Input input(bytes, trellis, {rows}, d_in, prefix, entries, wild);
+  const int64_t n = bytes.number(1, 18), stride = d_in + bytes.number(0, 5);
+  Aligned<float> x = bytes.floats((n - 1) * stride + d_in, x_wild);
   const int threads = static_cast<int>(bytes.number(1, 3));
-  const bool compare = !matrix.wild && !x_wild;
-  on_kernels(n * matrix.d_out * 4, compare, "product", [&](int kernel, void* out) {
-    if (drop_input_group(kernel, &input, x.data(), 0, n, stride, out, 0, threads)) {
+  on_kernels(n * rows * 4, !wild && !x_wild, "product", [&](int kernel, void* out) {
+    if (drop_input_group(kernel, &input.group, x.data(), 0, n, stride, out, 0, threads)) {
       broken("a product is refused");
     }
   });
 }
 
 void decode(Bytes& bytes, bool trellis) {
-  Matrix matrix(bytes, trellis);
-  const int64_t first = bytes.number(0, matrix.d_out - 1);
-  const int64_t last = bytes.number(first + 1, matrix.d_out);
+  const bool wild = bytes.flag();
+  const int64_t d_out = bytes.number(1, 150), d_in = width_of(bytes, trellis);
+  const Codebooks books(bytes, trellis, bytes.number(1, 4), bytes.flag() ? 128 : 256);
+  const Matrix matrix(bytes, books, d_out, d_in, wild);
+  const int64_t first = bytes.number(0, d_out - 1), last = bytes.number(first + 1, d_out);
   const int threads = static_cast<int>(bytes.number(1, 3)), type = bytes.flag() ? 2 : 0;
-  const int64_t size = (last - first) * matrix.d_in * (type ? 2 : 4);
-  on_kernels(size, !matrix.wild, "decoding", [&](int kernel, void* out) {
+  const int64_t size = (last - first) * d_in * (type ? 2 : 4);
+  on_kernels(size, !wild, "decoding", [&](int kernel, void* out) {
     const auto* planes = matrix.plane_pointers.data();
-    const auto* books = matrix.books.data();
+    const auto* pointers = books.pointers.data();
     if (trellis) {
-      drop_trellis_decode(kernel, planes, matrix.d_out, matrix.d_in, matrix.prefix, books,
+      drop_trellis_decode(kernel, planes, d_out, d_in, books.prefix, pointers,
                           matrix.scales.data(), 0, first, last, out, type, threads);
     } else {
-      drop_decode(kernel, planes, 1, matrix.d_out, matrix.d_in / 8, matrix.prefix, books,
+      drop_decode(kernel, planes, 1, d_out, d_in / 8, books.prefix, pointers,
                   matrix.scales.data(), 0, first, last, out, type, threads);
     }
   });
@@ -204,6 +93,51 @@ void int8_rows(Bytes& bytes) {
   on_kernels(n * d_out * 4, !wild, "eight-bit rows", [&](int kernel, void* out) {
     drop_int8_rows(kernel, rows.data(), d_out, d_in, scales.data(), 0, x.data(), 0, n, out, 0, 2);
   });
+}
+
+// Some sequences, some of them at one plane, token by token and all in one call: the same bits.
+void step(Bytes& bytes) {
+  const bool wild = bytes.flag();
+  const Decoder decoder(bytes, wild);
+  const int64_t cache_type = bytes.number(0, 2), hidden = decoder.hidden;
+  const int64_t length = bytes.number(1, decoder.positions), count = bytes.number(1, 16 / length);
+  const int64_t capacity = length + bytes.number(0, 3), n = count * length;
+  const int threads = static_cast<int>(bytes.number(1, 3));
+  std::vector<bool> low;
+  for (int64_t i = 0; i < count; ++i) low.push_back(bytes.flag());
+  Aligned<float> x = bytes.floats(n * hidden, wild), alone(n * hidden), together(n * hidden);
+  for (int kernel = 0; kernel < drop_kernel_count(); ++kernel) {
+    if (!drop_kernel_supported(kernel)) continue;
+    const auto run = [&](const std::vector<DropPlace>& places, int64_t first, float* out) {
+      const DropTokens tokens{x.data() + first * hidden, out + first * hidden,
+                              static_cast<int64_t>(places.size()), cache_type, places.data()};
+      return drop_step(kernel, &decoder.whole, &tokens, threads);
+    };
+    std::vector<std::unique_ptr<Sequence>> kept;
+    std::vector<DropPlace> places;
+    for (int64_t i = 0; i < count; ++i) {
+      const DropDecoder* own = low[i] ? &decoder.low : nullptr;
+      Sequence single(bytes, decoder, capacity, cache_type);
+      const auto& shared = *kept.emplace_back(new Sequence(bytes, decoder, capacity, cache_type));
+      for (int64_t at = 0; at < length; ++at) {
+        if (run({{at, capacity, single.caches.data(), own}}, i * length + at, alone.data())) {
+          broken("a step is refused");
+        }
+        places.push_back({at, capacity, shared.caches.data(), own});
+      }
+    }
+    if (run(places, 0, together.data())) broken("a step of several tokens is refused");
+    bool finite = !wild;
+    for (int64_t i = 0; i < n * hidden; ++i) finite = finite && std::isfinite(alone.data()[i]);
+    if (finite && std::memcmp(alone.data(), together.data(), static_cast<size_t>(n * hidden) * 4)) {
+      broken(std::string("a step depends on its company, ") + drop_kernel_name(kernel));
+    }
+    for (DropPlace late : {DropPlace{capacity, capacity, nullptr, nullptr},
+                           DropPlace{decoder.positions, decoder.positions + 1, nullptr, nullptr},
+                           DropPlace{-1, capacity, nullptr, nullptr}}) {
+      if (run({late}, 0, together.data()) != -1) broken("a step beyond its cache is taken");
+    }
+  }
 }
 
 void search(Bytes& bytes) {
@@ -277,7 +211,7 @@ void trellis_search(Bytes& bytes) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes bytes(data, size);
-  switch (bytes.next() % 8) {
+  switch (bytes.next() % 9) {
     case 0: pack(bytes); break;
     case 1: products(bytes, false); break;
     case 2: products(bytes, true); break;
@@ -285,7 +219,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     case 4: decode(bytes, true); break;
     case 5: int8_rows(bytes); break;
     case 6: search(bytes); break;
-    default: trellis_search(bytes);
+    case 7: trellis_search(bytes); break;
+    default: step(bytes);
   }
   return 0;
 }

@@ -32,7 +32,7 @@ class Aligned {
     if (posix_memalign(&start, 64, static_cast<size_t>(count) * sizeof(T))) std::abort();
     data_.reset(static_cast<T*>(start));
   }
-  T* data() { return data_.get(); }
+  T* data() const { return data_.get(); }
 
  private:
   struct Free {
