@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 from typer.testing import CliRunner
 
+import dropbydrop
 import tiny
 from dropbydrop.cli.main import app
-from dropbydrop.models.pretrained import config_of, refuse_code
+from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.pretrained import config_of, model_from, read_model, refuse_code
 from dropbydrop.models.sources import convert_gguf, original_of, resolve
 from dropbydrop.system.errors import DropError, FormatError, UnsupportedModelError
 from tiny import copy_of, write_gguf
@@ -218,3 +223,33 @@ def test_json_that_is_deeper_than_python(llama: Path, tmp_path: Path) -> None:
     (source / "config.json").write_text("[" * 200_000)
     with pytest.raises(FormatError, match="JSON"):
         resolve(source)
+
+
+def _through_the_blocks(folder: Path) -> Any:
+    return BlockRunner.open(folder, dtype=torch.float32).model
+
+
+@pytest.mark.parametrize(
+    ("road", "of"),
+    [
+        (lambda folder: read_model(folder), "model"),
+        (lambda folder: model_from(config_of(folder)), "model"),
+        (_through_the_blocks, "model"),
+        (lambda folder: dropbydrop.load(folder, bits=3), "checkpoint"),
+        (lambda folder: AutoModelForCausalLM.from_pretrained(folder), "checkpoint"),
+    ],
+)
+def test_capped_scores_stay_capped(
+    road: Callable[[Path], Any], of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.19 attends through sdpa for Gemma 2, which leaves the cap out in silence."""
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    model = tiny.tiny_model("gemma2")
+    assert AutoModelForCausalLM.from_config(model.config)  # as that release does
+    folder = tmp_path / "gemma2"
+    if of == "model":
+        model.save_pretrained(folder)
+    else:
+        dropbydrop.register()
+        tiny.write_checkpoint(folder, model)
+    assert road(folder).config._attn_implementation == "eager"

@@ -9,6 +9,10 @@ refuses such folders (`refuse_code`) with the reason. A test looks for calls els
 
 What transformers raises while it reads a config has no common base class (dataclass validators,
 KeyError, ZeroDivisionError, ...): `config_of` turns all of it into one error.
+
+Some families cap the scores of attention (Gemma 2: 50 tanh(score / 50)). Several releases of
+transformers (5.19 among them, 5.23 no more) attend through sdpa for them, which leaves the cap out
+in silence: Gemma 2 is another model then. `keep_caps` names eager attention for such configs.
 """
 
 from __future__ import annotations
@@ -149,7 +153,17 @@ def config_of(folder: Path | str, **settings: Any) -> PretrainedConfig:
             f"{Path(folder) / 'config.json'} asks for {layers:,} layers; models have at most "
             f"{_MOST_LAYERS:,}. The file is damaged: fetch it again."
         )
+    keep_caps(found)
     return found
+
+
+def keep_caps(config: PretrainedConfig) -> None:
+    """Choose eager attention for a config whose scores are capped, unless it names a function that
+    caps them."""
+    text = config.get_text_config()
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    if capped and config._attn_implementation in (None, "sdpa"):
+        config._attn_implementation = "eager"
 
 
 def auto_class(config: PretrainedConfig) -> Any:
@@ -203,7 +217,9 @@ def read_model(folder: Path | str, auto: Any = None, **settings: Any) -> Any:
     if auto is None and "gguf_file" in settings:
         auto = AutoModelForCausalLM
     elif auto is None:
-        auto = auto_class(settings.get("config") or config_of(folder))
+        if "config" not in settings:
+            settings["config"] = config_of(folder)
+        auto = auto_class(settings["config"])
     return auto.from_pretrained(str(folder), trust_remote_code=False, **settings)
 
 

@@ -120,9 +120,12 @@ class DropByDropQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Called before the model is built, which is when transformers would fetch a kernel."""
+        from dropbydrop.models.pretrained import keep_caps
+
         folder = Path(config.name_or_path)
         if opened.get() is None and (folder / CONFIG_FILE).is_file():  # else `load` has looked
             check_model_config(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+        keep_caps(config)
         return config
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
