@@ -31,14 +31,19 @@ class Service:
     """See the module's note. Everything but the engine is constant."""
 
     def __init__(
-        self, folder: Path | str, levels: Sequence[int] | None, target: float | None, queue: int
+        self,
+        folder: Path | str,
+        levels: Sequence[int] | None,
+        target: float | None,
+        queue: int,
+        device: str = "cpu",
     ) -> None:
         """Load a checkpoint and prepare its worker, which `engine.start()` starts.
 
         Raises:
             DropError: as `load`; a tokenizer that cannot be used.
         """
-        precisions = Precisions(folder, levels)
+        precisions = Precisions(folder, levels, device)
         self.engine = Engine(precisions, target, queue)
         self.text = Text(load_tokenizer(precisions.checkpoint.path))
         self.fingerprint = precisions.checkpoint.fingerprint
