@@ -52,7 +52,7 @@ class Row:
     """One sequence: its `length` in tokens, and its keys and values, here or in a batch."""
 
     def __init__(self, cache: Any, length: int) -> None:
-        """Take over a cache of `length` tokens, whose layers are of kinds that `refusal` accepts."""
+        """Take over a cache of `length` tokens, with layers of kinds that `refusal` accepts."""
         self.length = length
         self._held = [
             (None, None) if x.keys is None else (x.keys[:, :, :length], x.values[:, :, :length])
