@@ -123,9 +123,9 @@ def test_rows_and_columns_are_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_sizes_that_fit() -> None:
-    assert fitting([1]) == (1, 256)
+    assert fitting([1]) == (1, 128)
     assert fitting([1, 128, 2, 3, 4]) == (6, 256)
-    assert fitting([129] * 9) == (12, 512)
+    assert fitting([193] * 9) == (12, 384)
 
 
 def test_a_text_moves_between_batches_and_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_memory_is_given_back() -> None:
         text.start(model)
     advance(batch, model, texts)
     keys = [weakref.ref(layer.keys) for layer in batch._cache.layers]
-    assert batch.shape == (3, 256)
+    assert batch.shape == (3, 128)
     for text in texts:
         text.row.leave()
     gc.collect()

@@ -40,7 +40,7 @@ from torch import Tensor
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-BLOCK = 256  # columns
+BLOCK = 128  # columns
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)  # rows
 _SAME = 0.05  # share of the norm that logits of a batch may be off, by rounding in 16 bits
 # layers that only know how to be skipped: of blocks without attention, or with keys of others

@@ -15,6 +15,7 @@ from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.system.errors import DropError
 
 from .body import ApiError
+from .calls import form_of
 from .chats import Chat
 from .engine import Engine
 from .grammar import Grammar, Grammars
@@ -79,6 +80,9 @@ class Service:
         except DropError as error:
             raise ApiError(400, f"messages: {str(error)[:300]}", "messages") from None
         grammar = None if chat.schema is None else self.grammars.of_schema(chat.schema)
+        if chat.must:
+            form = form_of(self.text.response_template, prompt, chat.must)
+            grammar = self.grammars.of_calls(form, chat.must)
         return self._checked(self.text.encode(prompt, special=False)), prompt, grammar
 
     def _checked(self, tokens: list[int]) -> list[int]:
