@@ -22,13 +22,12 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from random_model import random_checkpoint
-
 from dropbydrop.serve.engine import Engine
 from dropbydrop.serve.job import Event, Failed, Finished, Job
 from dropbydrop.serve.precisions import Precisions
 from dropbydrop.serve.sampling import Sampler, Sampling
 from dropbydrop.serve.shed import PINNED, Load
+from random_model import random_checkpoint
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18,

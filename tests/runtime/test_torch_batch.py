@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -103,7 +104,10 @@ def test_each_gets_what_it_gets_alone(family: str, monkeypatch: pytest.MonkeyPat
     """Texts longer than the windows join and leave; columns run out every few tokens."""
     monkeypatch.setattr(torch_batch, "BLOCK", 8)
     model, batch = model_of(family), TorchBatch()
-    assert refusal(model) is None
+    why = refusal(model)
+    if why is not None and not torch_batch._EMPTY:  # the first 5.x have other caches for some
+        pytest.skip(f"takes turns with transformers {transformers.__version__}: {why}")
+    assert why is None
     compare(model, together(model, COMING_AND_GOING, batch))
     assert batch.shape == (0, 0)
 

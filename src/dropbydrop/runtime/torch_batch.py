@@ -54,7 +54,7 @@ class Row:
     def __init__(self, cache: Any, length: int) -> None:
         """Take over a cache of `length` tokens, with layers of kinds that `refusal` accepts."""
         self.length = length
-        self._held = [
+        self._held: list[tuple[Any, Any]] = [
             (None, None) if x.keys is None else (x.keys[:, :, :length], x.values[:, :, :length])
             for x in cache.layers  # a window holds fewer
         ]
@@ -80,6 +80,8 @@ class _Layer(CacheLayerMixin):
     """Keys and values of a layer for all rows, written in place at the clock."""
 
     is_compileable, is_sliding = True, False
+    keys: Any  # [rows, heads, columns, head_dim], and values too
+    values: Any
 
     def __init__(self, clock: Tensor) -> None:
         super().__init__()
@@ -217,8 +219,8 @@ class TorchBatch:
     def _pack(self, model: Any, rows: Sequence[Row], size: int, columns: int) -> None:
         """Copy all rows into tensors of another size, layer by layer."""
         clock = torch.tensor([max(row.length for row in rows)], device=model.device)
-        layers = self._cache.layers if self._cache else DynamicCache(config=model.config).layers
-        made = [layer if isinstance(layer, _EMPTY) else _Layer(clock) for layer in layers]
+        given = DynamicCache(config=model.config) if self._cache is None else self._cache
+        made = [layer if isinstance(layer, _EMPTY) else _Layer(clock) for layer in given.layers]
         for i, layer in enumerate(made):
             pairs = [row.layer(i) for row in rows]
             if pairs[0][0] is None:
@@ -228,7 +230,7 @@ class TorchBatch:
                 for j in (0, 1)
             )
             layer.is_initialized = True
-            if self._cache:  # one layer at a time is there twice
+            if self._cache is not None:  # one layer at a time is there twice
                 self._cache.layers[i] = None
         self._cache, self._clock = Cache(layers=made), clock
         self._time = max(row.length for row in rows)

@@ -101,12 +101,12 @@ def _literal(given: str, text: Text) -> str:
 
     def flush() -> None:
         if plain:
-            parts.append(json.dumps(text.backend.decode(plain, skip_special_tokens=False)))
+            parts.append(_quoted(text.backend.decode(plain, skip_special_tokens=False)))
             plain.clear()
 
     tokens = text.encode(given, special=False)
     if not text.special.intersection(tokens):
-        return json.dumps(given) if given else '""'
+        return _quoted(given)
     for token in tokens:
         if token in text.special:
             flush()
@@ -115,6 +115,10 @@ def _literal(given: str, text: Text) -> str:
             plain.append(token)
     flush()
     return " ".join(parts)
+
+
+def _quoted(given: str) -> str:
+    return json.dumps(given, ensure_ascii=False)
 
 
 def _refused(why: str) -> ApiError:
