@@ -79,7 +79,9 @@ def bits_of(switches: list[tuple[int, int]], made: int) -> int:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(("kernel", "share"), [("torch", 2e-5), (None, 2e-3)])
+@pytest.mark.parametrize(
+    ("kernel", "share"), [pytest.param("torch", 2e-5, marks=pytest.mark.slow), (None, 2e-3)]
+)
 def test_jobs_get_what_they_get_alone(
     folder: Path, kernel: str | None, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
