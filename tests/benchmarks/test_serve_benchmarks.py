@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("httpx2", reason="httpx2 is not installed; openai brings it")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "serve"))
 import load
+import together
 from load_client import Answer
 from replay import Judge
 
@@ -18,10 +20,11 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.runtime.load import load_views
 from dropbydrop.serve.conversation import Conversation
+from dropbydrop.serve.engine import Engine
 from dropbydrop.serve.precisions import Precisions
 from dropbydrop.serve.sampling import Sampling
 from dropbydrop.serve.text import Text
-from tiny import write_checkpoint
+from tiny import tiny_model, write_checkpoint
 
 
 def test_arrivals_grow_from_the_low_rate_to_the_high_one() -> None:
@@ -74,3 +77,18 @@ def test_damaged_answers_are_found_and_lower_levels_priced(tmp_path: Path) -> No
     found = judge.judge([low])
     assert found["corrupted"] == 0
     assert found["kl"] > 100 * abs(found["kl_highest"])
+
+
+def test_requests_together_and_one_by_one(tmp_path: Path) -> None:
+    precisions = Precisions(write_checkpoint(tmp_path / "out", tiny_model("gemma3")), [2])
+    precisions.warm_up()
+    engine = Engine(precisions, None, 8)
+    engine.start()
+    args = argparse.Namespace(requests=3, prompt=2, tokens=4, rounds=2)
+    found = together.measure(engine, args)
+    engine.stop()
+    assert found["batched"]
+    assert len(found["2"]["ratios"]["clock"]) == 2
+    assert found["2"]["tokens_per_second"]["together"]["clock"] > 0
+    assert engine.counters.finished == 3 * 2 * 3
+    assert engine.counters.tokens == 4 * engine.counters.finished

@@ -44,7 +44,14 @@ def test_ready_and_ended(chat_folder: Path, number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [["--queue", "0"], ["--target-tps", "-1"], ["--port", "70000"], ["--api-key", " "]]
+    "options",
+    [
+        ["--queue", "0"],
+        ["--target-tps", "-1"],
+        ["--port", "70000"],
+        ["--api-key", " "],
+        ["--device", "tpu"],
+    ],
 )
 def test_options_that_are_refused(chat_folder: Path, options: list[str]) -> None:
     result = CliRunner().invoke(app, ["serve", str(chat_folder), *options])

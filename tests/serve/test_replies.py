@@ -249,5 +249,102 @@ def test_schemas_that_cannot_be(server: Running, monkeypatch: pytest.MonkeyPatch
     assert "lacks the package llguidance" in refused(SCHEMA)
 
 
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {**TOOL, "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "tide", "parameters": {
+        "type": "object", "properties": {"at": {"$ref": "#/$defs/hour"}}, "required": ["at"],
+        "$defs": {"hour": {"enum": [6, 18]}}, "additionalProperties": False}}},
+]  # fmt: skip
+TIDE = {"type": "function", "function": {"name": "tide"}}
+
+
+def forced(server: Running, **fields: Any) -> httpx2.Response:
+    asked = {"messages": [{"role": "user", "content": "a"}], "tools": TOOLS, "max_tokens": 200}
+    url = server.address + "/v1/chat/completions"
+    return httpx2.post(url, json={**asked, "tool_choice": "required", **fields}, timeout=60)
+
+
+@pytest.mark.parametrize("choice", ["required", TIDE], ids=["required", "named"])
+def test_calls_that_must_be_made(able: Running, choice: Any) -> None:
+    """A random model calls, at every temperature: whole, as a stream, and in responses."""
+    pytest.importorskip("llguidance")
+    names = set()
+    for seed in range(6):
+        (chosen,) = forced(able, tool_choice=choice, seed=seed, temperature=2).json()["choices"]
+        assert chosen["finish_reason"] == "tool_calls"
+        assert chosen["message"]["content"] is None
+        (call,) = chosen["message"]["tool_calls"]
+        names.add(call["function"]["name"])
+        found = json.loads(call["function"]["arguments"])
+        if call["function"]["name"] == "tide":
+            assert found["at"] in (6, 18)
+        else:
+            assert found["sea"] in ("north", "south")
+    assert names == ({"tide"} if choice == TIDE else {"tide", "depth"})
+    made: Any = client(able).chat.completions.create(
+        model=NAME, messages=[{"role": "user", "content": "a"}], tools=TOOLS, tool_choice=choice,
+        stream=True,
+    )  # fmt: skip
+    calls = [call for chunk in made for call in chunk.choices[0].delta.tool_calls or []]
+    assert len(calls) == 1
+    flat: Any = choice if choice == "required" else {"type": "function", "name": "tide"}
+    tools: Any = [{"type": "function", "strict": False, **tool["function"]} for tool in TOOLS]
+    answer = client(able).responses.create(model=NAME, input="a", tools=tools, tool_choice=flat)
+    assert [item.type for item in answer.output] == ["function_call"]
+    assert answer.model_dump()["tool_choice"] == flat
+
+
+def test_calls_between_special_tokens(able: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marks that are tokens of their own, a list of calls, arguments under another key."""
+    pytest.importorskip("llguidance")
+    arguments = {"name": "{content.name}", "arguments": "{content.parameters}"}
+    fields = {
+        "tool_calls": {
+            "open": ["<user>["],
+            "close_pattern": r"\]\s*<assistant>",
+            "content": "json",
+            "transform": {"type": "function", "function": arguments},
+        },
+        "content": {"content": "text"},
+    }
+    monkeypatch.setattr(able.service.text, "response_template", {**TEMPLATE, "fields": fields})
+    monkeypatch.setattr(able.service.text, "special", frozenset({0, 1, 2, 3, 4}))
+    (chosen,) = forced(able, tool_choice=TIDE, logprobs=True).json()["choices"]
+    (call,) = chosen["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"])["at"] in (6, 18)
+    tokens = [entry["token"] for entry in chosen["logprobs"]["content"]]
+    assert (tokens[0], tokens[-1]) == ("<user>", "<assistant>")
+
+
+def test_calls_that_cannot_be_asked_for(able: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(what: str, param: str = "tool_choice", **fields: Any) -> None:
+        answer = forced(able, **fields)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert what in error["message"]
+        assert error["param"] == param
+
+    refused("none is that function", tools=[])
+    other = {"type": "function", "function": {"name": "wind"}}
+    refused("none is that function", tool_choice=other)
+    refused("is none of function", "tool_choice.type", tool_choice={"type": "allowed_tools"})
+    refused("is none of auto, none, required", tool_choice="any")
+    text = able.service.text
+    with monkeypatch.context() as patch:  # a template that begins answers with reasoning
+        patch.setattr(text.tokenizer, "chat_template", CHAT_TEMPLATE + "<think>")
+        refused("within reasoning")
+    with monkeypatch.context() as patch:
+        calls = {**TEMPLATE["fields"]["tool_calls"], "content": "xml-inline"}
+        fields = {**TEMPLATE["fields"], "tool_calls": calls}
+        patch.setattr(text, "response_template", {**TEMPLATE, "fields": fields})
+        refused("no JSON")
+    with monkeypatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "llguidance", None)
+        refused("lacks the package llguidance")
+    pytest.importorskip("llguidance")
+    wrong = {"name": "x", "parameters": {"type": "object", "properties": {"a": {"type": "odd"}}}}
+    refused("cannot be used", tools=[{"type": "function", "function": wrong}])
+
+
 def test_a_part_has_a_key_of_its_own() -> None:
     assert Part("call").key != Part("call").key

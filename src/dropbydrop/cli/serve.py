@@ -18,6 +18,9 @@ def run(
     bits: Annotated[
         str | None, typer.Option(help="Levels to serve, such as 2,3,4 [all in OUT].")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Device: auto (a GPU if there is one), cpu, cuda, cuda:1.")
+    ] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0: a free one.")] = 8000,
     api_key: Annotated[
@@ -48,15 +51,17 @@ def run(
         ) from None
     from dropbydrop.serve.server import LOOPBACK, Server
     from dropbydrop.serve.service import Service
+    from dropbydrop.system.accelerator import pick_device
     from dropbydrop.system.console import phase, quiet_transformers
 
+    place = pick_device(device)
     if api_key is None and host not in LOOPBACK:
         sys.stderr.write(
             f"warning: no --api-key: everybody who reaches {host} may use this server\n"
         )
     with phase("loading"), quiet_transformers():
         levels = None if bits is None else parse_bits(bits)
-        service = Service(out, levels, target_tps or None, queue)
+        service = Service(out, levels, target_tps or None, queue, place)
         service.engine.precisions.warm_up()
 
     def ready(address: str) -> None:

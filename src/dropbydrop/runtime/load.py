@@ -97,12 +97,14 @@ def load_views(
     checkpoint: Checkpoint,
     chosen: Mapping[str, Precision] | None = None,
     dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, tuple[Plan, Any]]:
     """Several precisions of one checkpoint as views of one store: name -> its plan and its view.
 
     Args:
         chosen: name -> precision; by default every level whose planes are here.
         dtype: type of the activations; by default that of the original model.
+        device: where the tensors go.
 
     Raises:
         As `load`, before anything is read.
@@ -111,7 +113,7 @@ def load_views(
         chosen = {str(p): Precision(p) for p in levels_here(checkpoint)}
     plans = {name: asked.resolve(checkpoint) for name, asked in chosen.items()}
     checkpoint.require(max(plan.highest for plan in plans.values()))
-    base = _load_level(checkpoint, min(plan.lowest for plan in plans.values()), dtype, "cpu")
+    base = _load_level(checkpoint, min(plan.lowest for plan in plans.values()), dtype, device)
     for plan in plans.values():
         store_of(base).fill(plan.planes_by_module(checkpoint))
     return {name: (plan, view(base, plan=plan)) for name, plan in plans.items()}

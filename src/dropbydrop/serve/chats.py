@@ -21,12 +21,14 @@ class Chat:
 
     Attributes:
         schema: the JSON schema of the answer, if it has one.
+        must: the tools one of which must be called; None leaves it to the model.
         told: fields of the request that come back in the answer.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     schema: dict[str, Any] | None = None
+    must: list[dict[str, Any]] | None = None
     told: dict[str, Any] = field(default_factory=dict)
 
 
@@ -41,7 +43,7 @@ def read_chat(body: Body, served: Served) -> tuple[Request, Chat]:
     most = body.integer("max_completion_tokens", old, 1, served.context)
     messages = read_messages(body.list("messages"), "messages")
     schema = read_format(body.object("response_format"), "response_format")
-    tools = read_tools(body, served, flat=False)
+    tools, must = read_tools(body, served, flat=False)
     if schema is not None and tools:
         raise body.error("response_format", "cannot be had together with tools")
     body.only("modalities", ["text"])
@@ -49,31 +51,51 @@ def read_chat(body: Body, served: Served) -> tuple[Request, Chat]:
     body.only("functions", [])
     body.done()
     request = replace(request, top=top if scored else None, most=most)
-    return request, Chat(messages, tools, schema)
+    return request, Chat(messages, tools, schema, must)
 
 
-def read_tools(body: Body, served: Served, flat: bool) -> list[dict[str, Any]] | None:
-    """Tools as chat templates take them, or None.
+Tools = list[dict[str, Any]] | None
+
+
+def read_tools(body: Body, served: Served, flat: bool) -> tuple[Tools, Tools]:
+    """Tools as chat templates take them, and those one of which must be called; or None.
 
     Args:
         flat: as /v1/responses has them, the function's fields in the tool itself.
 
     Raises:
-        ApiError: tools for a model whose calls could not be told from text.
+        ApiError: tools for a model whose calls could not be told from text; a call that must be
+            made of a function that is none of them.
     """
     given = body.list("tools") or []
-    chosen = body.choice("tool_choice", "auto", ("auto", "none"))
+    chosen = _tool_choice(body, flat)
     body.only("parallel_tool_calls", True)
     tools = [_tool(tool, f"tools[{i}].", flat) for i, tool in enumerate(given)]
+    must = [t for t in tools if chosen == "required" or chosen == ("", t["function"]["name"])]
+    if not must and chosen not in ("auto", "none"):
+        raise body.error("tool_choice", "there is no tool, or none is that function")
     if not tools or chosen == "none":
-        return None
+        return None, None
     if not served.tools:
         raise body.error(
             "tools",
             "this model has no response template, by which calls are told from text",
             "unsupported_value",
         )
-    return tools
+    return tools, must or None
+
+
+def _tool_choice(body: Body, flat: bool) -> str | tuple[str, str]:
+    """A word, or ("", name) of one function."""
+    if not isinstance(body.take("tool_choice"), dict):
+        return body.choice("tool_choice", "auto", ("auto", "none", "required"))
+    named = Body(body.object("tool_choice") or {}, "tool_choice.")
+    named.choice("type", "", ("function",))
+    function = named if flat else Body(named.object("function") or {}, "tool_choice.function.")
+    name = function.text("name", "")
+    function.done()
+    named.done()
+    return "", name
 
 
 def _tool(given: Any, where: str, flat: bool) -> dict[str, Any]:

@@ -10,7 +10,8 @@ chunk of its prompt, so that a long prompt delays a token of the others by one c
 token are bound by memory, and so take the machine as a whole: threads beside each other would gain
 nothing, and a job alone gets everything. For the same reason jobs share a pass over the weights,
 each at its own precision, where the model has the native step; where tuned scales keep levels
-apart, those at one precision do.
+apart, those at one precision do. So do those of other models, in a batch through torch for each
+precision (`runtime.torch_batch`), if their caches allow it; else jobs take turns.
 
 Jobs wait in one queue, first come first served, until `shed.Ladder` says that there is room, and
 there is memory for their caches. A job that was cancelled is dropped before its next turn, whether
@@ -25,13 +26,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 import torch
 
+from dropbydrop.runtime.torch_batch import TorchBatch, fitting
 from dropbydrop.system.errors import DropError
 
 from .caches import KeptCaches
@@ -86,7 +88,9 @@ class Engine:
         self._ladder = Ladder(precisions.levels, target)
         self._kept = KeptCaches()
         # the caches of all that run take at most half of the memory that is free now
-        self._most_tokens = psutil.virtual_memory().available // 2 // precisions.cache_bytes
+        self._device = precisions.base.device
+        self._most_tokens = _free_memory(self._device) // 2 // precisions.cache_bytes
+        self._batches: dict[tuple[float, int], TorchBatch] = {}  # one for each pass
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
@@ -182,12 +186,19 @@ class Engine:
         """Whether a job can run beside these, within the target and the memory for caches."""
         if not running:
             return True
-        tokens = sum(other.foreseen for other in running) + job.foreseen
         return (
             len(running) < MOST_RUNNING
-            and tokens <= self._most_tokens
+            and self._tokens([*running, job]) <= self._most_tokens
             and self._ladder.room([other.load for other in running], job.load, costs)
         )
+
+    def _tokens(self, jobs: Sequence[Job]) -> int:
+        """Tokens that the caches of jobs have room for."""
+        foreseen = [job.foreseen for job in jobs]
+        if not self.precisions.batched:
+            return sum(foreseen)
+        rows, columns = fitting(foreseen)
+        return rows * columns + max(foreseen)  # and the cache of a prompt that is read
 
     def _wait_seconds(self, waiting: int) -> int:
         rounds = (waiting + 1) / max(len(self._running), 1)
@@ -197,7 +208,7 @@ class Engine:
 
     def _work(self) -> None:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), _current(self._device):
                 while self._admitted():
                     self._round()
         except Exception:  # of no request: whoever waits must not wait for ever
@@ -209,6 +220,7 @@ class Engine:
                 job.fail(503, "the server is shutting down")
         self._running.clear()
         self._waiting.clear()
+        self._batches.clear()
 
     def _admitted(self) -> bool:
         """Wait until there is something to do, and let in what can run; False at the end."""
@@ -243,8 +255,7 @@ class Engine:
         loads = [job.load for job in self._running]
         self._ladder.update(loads, self._costs(), time.monotonic())
         reading = next((job for job in self._running if job.prompting), None)
-        passes: dict[float, list[tuple[float, Job]]] = {}
-        mixed = self.precisions.costs().mixed
+        passes: dict[tuple[float, int], list[tuple[float, Job]]] = {}
         for job in self._running:
             if job.cancelled:
                 job.close()
@@ -253,9 +264,11 @@ class Engine:
                 self._turn(job)
             elif not job.prompting:
                 bits = level_at(self._ladder.rung, job.load)
-                passes.setdefault(0 if mixed else bits, []).append((bits, job))
-        for rows in passes.values():
-            self._step(rows)
+                key = self.precisions.pass_of(bits, job.length + 1)
+                passes.setdefault(key, []).append((bits, job))
+        for key, rows in passes.items():
+            self._step(key, rows)
+        self._batches = {key: batch for key, batch in self._batches.items() if len(batch)}
         if passes:
             self._note_beside(time.perf_counter() - start - self._stepping)
         with self._wake:
@@ -266,17 +279,19 @@ class Engine:
         """Seconds of a round that were no steps, for the predictions of the ladder."""
         self._beside += 0.1 * (seconds - self._beside)
 
-    def _step(self, rows: Sequence[tuple[float, Job]]) -> None:
-        """The next token of jobs, each with its precision, in one pass if the model has that."""
+    def _step(self, key: tuple[float, int], rows: Sequence[tuple[float, Job]]) -> None:
+        """The next token of jobs, each with its precision, in one pass if the model allows it."""
         ready: list[tuple[float, Job, Any]] = []
         for bits, job in rows:
             with self._failures_of([job]):
                 ready.append((bits, job, self.precisions.model(bits)))
-        shared, start = False, time.perf_counter()
-        if len(ready) > 1:
+        shared, start, batch = False, time.perf_counter(), None
+        if self.precisions.batched and ready:
+            batch = self._batches.setdefault(key, TorchBatch())
+        if batch is not None or len(ready) > 1:
             jobs = [job for _, job, _ in ready]
             with self._failures_of(jobs):
-                shared = advance([model for _, _, model in ready], jobs)
+                shared = advance([model for _, _, model in ready], jobs, batch)
         if shared:
             seconds = time.perf_counter() - start
             self._stepping += seconds
@@ -342,3 +357,15 @@ class Engine:
         with suppress(Exception):
             job.fail(status, message)
         job.close()
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free where the caches go."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one of this thread, which kernels are launched on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

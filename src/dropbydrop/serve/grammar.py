@@ -1,4 +1,4 @@
-"""Answers that must be JSON of a schema: which tokens may come next, by llguidance.
+"""Answers that must be JSON of a schema, or a call: which tokens may come next, by llguidance.
 
 The package is optional; without it a request for such an answer is refused. Building the tables of
 a tokenizer takes about a second, once.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .body import ApiError
+from .calls import Form, rules
 from .text import Text
 
 
@@ -62,14 +64,36 @@ class Grammars:
         Raises:
             ApiError: llguidance is not installed, or does not support the schema.
         """
+        # no white space: a model that is unsure would write it until it is cut
+        compact: Any = {"whitespace_flexible": False}
+        return self._made(
+            "response_format",
+            "the schema",
+            lambda matcher: matcher.grammar_from_json_schema(json.dumps(schema), overrides=compact),
+        )
+
+    def of_calls(self, form: Form, tools: Sequence[dict[str, Any]]) -> Grammar:
+        """The grammar of a call of one of these tools.
+
+        Raises:
+            ApiError: llguidance is not installed, or does not support the schema of the arguments.
+        """
+        return self._made(
+            "tool_choice",
+            "the parameters of a function",
+            lambda matcher: matcher.grammar_from_lark(rules(form, tools, self._text)),
+        )
+
+    def _made(self, param: str, what: str, grammar: Callable[[Any], str]) -> Grammar:
+        """A grammar that llguidance makes; errors name the parameter that asks for it."""
         try:
             from llguidance import LLMatcher
             from llguidance.hf import from_tokenizer
         except ImportError:
             raise ApiError(
                 400,
-                "response_format: this server lacks the package llguidance.",
-                "response_format",
+                f"{param}: this server lacks the package llguidance.",
+                param,
                 "unsupported_value",
             ) from None
         with self._lock:
@@ -77,13 +101,10 @@ class Grammars:
                 ends = sorted(self._ends) or None
                 self._tokenizer = from_tokenizer(self._text.tokenizer, self._vocabulary, ends)
         try:
-            # no white space: a model that is unsure would write it until it is cut
-            compact: Any = {"whitespace_flexible": False}
-            rules = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=compact)
-            problem = LLMatcher.validate_grammar(rules, self._tokenizer)
+            made = grammar(LLMatcher)
+            problem = LLMatcher.validate_grammar(made, self._tokenizer)
         except ValueError as error:
             problem = str(error)
         if problem:
-            what = f"response_format: the schema cannot be used: {problem[:300]}"
-            raise ApiError(400, what, "response_format")
-        return Grammar(LLMatcher(self._tokenizer, rules))
+            raise ApiError(400, f"{param}: {what} cannot be used: {problem[:300]}", param)
+        return Grammar(LLMatcher(self._tokenizer, made))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dropbydrop.runtime import fused_decode
+from dropbydrop.runtime.torch_batch import Row, TorchBatch
 
 from .caches import KeptCaches, make_room, new_cache
 from .grammar import Grammar
@@ -126,6 +127,7 @@ class Job:
     switches: list[tuple[int, float]] = field(default_factory=list)
     finished: bool = False
     _cache: Any = None
+    _row: Row | None = None  # instead of the cache, once it is in a batch through torch
     _length: int = 0  # tokens in the cache
     _cached: int = 0
     _mixed: bool = False  # whether the cache was computed at several precisions
@@ -147,6 +149,11 @@ class Job:
     def seconds(self) -> float:
         """Seconds since its first turn."""
         return time.perf_counter() - self._began
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are there."""
+        return self._length
 
     def set_bits(self, bits: float) -> bool:
         """Continue at a precision; whether it is a change of a text that has begun."""
@@ -190,13 +197,13 @@ class Job:
         """Logits float32 [keep, vocabulary] of the last tokens; 0 keeps all."""
         make_room(self._cache, self._length, len(ids))
         out = model(
-            input_ids=torch.tensor([ids]),
+            input_ids=torch.tensor([ids], device=model.device),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=keep,
         )
         self._length += len(ids)
-        return out.logits[0].float()
+        return out.logits[0].float().cpu()
 
     def answer(self, kept: KeptCaches) -> None:
         """Take the next token, whose logits `advance` has computed. Emits it."""
@@ -266,22 +273,35 @@ class Job:
 
     def close(self) -> None:
         """Free the cache. Nothing is emitted any more."""
-        self.finished, self._cache, self._logits = True, None, None
+        if self._row is not None:
+            self._row.leave()
+        self.finished, self._cache, self._row, self._logits = True, None, None, None
+
+    def row(self) -> Row:
+        """Its keys and values for a batch through torch, which they stay in from now on."""
+        if self._row is None:
+            self._row, self._cache = Row(self._cache, self._length), None
+        return self._row
 
 
-def advance(models: Sequence[Any], jobs: Sequence[Job]) -> bool:
+def advance(models: Sequence[Any], jobs: Sequence[Job], batch: TorchBatch | None = None) -> bool:
     """Compute the next logits of jobs that generate, each by its model, in one pass.
 
-    Each gets what `turn` would compute, bit for bit. False, with nothing changed, where the model
-    or a cache does not allow it.
+    By the native step each gets what `turn` would compute, bit for bit; False, with nothing
+    changed, where the model or a cache does not allow it. In a batch, in which all have one model
+    and stay until they end, it is the same up to rounding.
     """
-    for job in jobs:
-        make_room(job._cache, job._length, 1)
     last = [job.tokens[-1] for job in jobs]
-    logits = fused_decode.decode_together(models, last, [job._cache for job in jobs])
-    if logits is None:
-        return False
+    if batch is not None:
+        logits = batch.step(models[0], [job.row() for job in jobs], last)
+    else:
+        for job in jobs:
+            make_room(job._cache, job._length, 1)
+        made = fused_decode.decode_together(models, last, [job._cache for job in jobs])
+        if made is None:
+            return False
+        logits = made.float()
     for job, row in zip(jobs, logits, strict=True):
         job._length += 1
-        job._logits = row.float()
+        job._logits = row
     return True

@@ -36,7 +36,8 @@ def read_response(body: Body, served: Served) -> tuple[Request, Chat]:
     form = Body(body.object("text") or {}, "text.")
     schema = read_format(form.object("format"), "text.format")
     form.done()
-    tools = read_tools(body, served, flat=True)
+    choice = body.take("tool_choice", "auto")
+    tools, must = read_tools(body, served, flat=True)
     if schema is not None and tools:
         raise body.error("text", "a format cannot be had together with tools")
     body.only("truncation", "disabled")
@@ -48,11 +49,12 @@ def read_response(body: Body, served: Served) -> tuple[Request, Chat]:
     told = {
         "instructions": instructions,
         "metadata": body.take("metadata") or {},
+        "tool_choice": choice,
         "tools": [
             {"type": "function", "strict": False, **tool["function"]} for tool in tools or []
         ],
     }
-    return replace(request, most=most), Chat(messages, tools, schema, told)
+    return replace(request, most=most), Chat(messages, tools, schema, must, told)
 
 
 def _message(given: Any, where: str) -> dict[str, Any]:
@@ -213,7 +215,6 @@ class ResponseForm(Form):
             "output": list(self._items),
             "parallel_tool_calls": True,
             "temperature": asked.sampling.temperature,
-            "tool_choice": "auto",
             "top_p": asked.sampling.top_p,
             "max_output_tokens": asked.most,
             "service_tier": asked.tier,

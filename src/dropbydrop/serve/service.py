@@ -16,6 +16,7 @@ from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.system.errors import DropError
 
 from .body import ApiError
+from .calls import form_of
 from .chats import Chat
 from .engine import Engine
 from .grammar import Grammar, Grammars
@@ -32,14 +33,19 @@ class Service:
     """See the module's note. Everything but the engine is constant."""
 
     def __init__(
-        self, folder: Path | str, levels: Sequence[int] | None, target: float | None, queue: int
+        self,
+        folder: Path | str,
+        levels: Sequence[int] | None,
+        target: float | None,
+        queue: int,
+        device: str = "cpu",
     ) -> None:
         """Load a checkpoint and prepare its worker, which `engine.start()` starts.
 
         Raises:
             DropError: as `load`; a tokenizer that cannot be used.
         """
-        precisions = Precisions(folder, levels)
+        precisions = Precisions(folder, levels, device)
         self.engine = Engine(precisions, target, queue)
         self.text = Text(load_tokenizer(precisions.checkpoint.path))
         self.fingerprint = precisions.checkpoint.fingerprint
@@ -75,6 +81,9 @@ class Service:
         except DropError as error:
             raise ApiError(400, f"messages: {str(error)[:300]}", "messages") from None
         grammar = None if chat.schema is None else self.grammars.of_schema(chat.schema)
+        if chat.must:
+            form = form_of(self.text.response_template, prompt, chat.must)
+            grammar = self.grammars.of_calls(form, chat.must)
         return self._checked(self.text.encode(prompt, special=False)), prompt, grammar
 
     def _checked(self, tokens: list[int]) -> list[int]:
