@@ -36,6 +36,7 @@ from dropbydrop.coding.codebook_set import CodebookSet, TrellisSet
 from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.experts import stack_names
 from dropbydrop.models.weight_files import WeightFiles
 from dropbydrop.system.errors import FormatError, UnsupportedModelError
 
@@ -359,8 +360,13 @@ def refuse_experts(runner: BlockRunner) -> None:
     config = runner.model.config.get_text_config()
     for key in _EXPERTS:
         if (getattr(config, key, None) or 0) > 1:
-            raise UnsupportedModelError(
-                f"{type(runner.model).__name__} routes tokens to experts ({key} = "
-                f"{getattr(config, key)}); tuning supports dense decoders alone. Use the "
-                "checkpoint as it is."
-            )
+            raise _experts(runner, f"{key} = {getattr(config, key)}")
+    if stacks := stack_names(runner.blocks, runner.blocks_name):
+        raise _experts(runner, stacks[0])
+
+
+def _experts(runner: BlockRunner, found: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(runner.model).__name__} routes tokens to experts ({found}); tuning supports dense "
+        "decoders alone. Use the checkpoint without tuning; `quantize` with --no-tune makes one."
+    )
