@@ -211,7 +211,13 @@ def check_tuning(job: Job) -> None:
     if reason := job.unguided if job.effort.guided else try_gradients(job.runner):
         raise UnsupportedModelError(f"{reason}; tuning needs gradients. Leave it out: --no-tune.")
     if ready is None and config.calibration != SELF:
-        draw_windows(config, job.source, job.runner)
+        try:
+            draw_windows(config, job.source, job.runner)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"tuning after the search, whose windows are its own: {error} Or leave it out: "
+                "--no-tune."
+            ) from error
 
 
 def _backend(config: QuantizeConfig, device: torch.device) -> str:

@@ -60,7 +60,7 @@ class Job:
     @property
     def held(self) -> int:
         """Windows that are set apart for measuring."""
-        return max(1, self.config.windows // 16)
+        return held_of(self.config.windows)
 
     def windows(self, progress: bool = True) -> Calibration:
         """The tuning windows; `progress`: show how the model writes them.
@@ -71,6 +71,11 @@ class Job:
         if self.ready is not None:
             return self.ready
         return draw_windows(self.config, self.source, self.teacher, progress)
+
+
+def held_of(windows: int) -> int:
+    """How many of the windows are set apart for measuring."""
+    return max(1, windows // 16)
 
 
 def draw_windows(
