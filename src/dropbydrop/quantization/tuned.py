@@ -123,7 +123,9 @@ def _tune(
     except FormatError as error:
         if journal is None:
             raise
-        raise DamagedWorkError(f"{error} Remove {journal.path}, and start again.") from error
+        raise DamagedWorkError(
+            f"{error} What the search has made is damaged: remove {journal.path}, and start again."
+        ) from error
     return carry_out(opened, folder, journal, progress, started)
 
 
