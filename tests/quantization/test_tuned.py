@@ -323,7 +323,7 @@ def test_kept_work_of_both_stages(
     shutil.copytree(work, tmp_path / "copy")
     plane = work / "untuned" / "plane-1.safetensors"
     plane.write_bytes(plane.read_bytes()[:-1] + b"?")
-    with pytest.raises(DropError, match=r"plane-1.*Remove .*\.out\.resume, and start again"):
+    with pytest.raises(DropError, match=r"plane-1.*damaged: remove .*\.out\.resume"):
         kept(place, out)
     shutil.rmtree(work)
     (tmp_path / "copy").rename(work)
