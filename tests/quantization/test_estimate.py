@@ -24,6 +24,11 @@ from dropbydrop.quantization import pipeline
 from dropbydrop.quantization.config import QuantizeConfig
 from dropbydrop.quantization.estimate import estimate
 from dropbydrop.system.errors import DropError
+from dropbydrop.tuning import cost as costs
+from dropbydrop.tuning import distill
+from dropbydrop.tuning.config import TuneConfig
+from dropbydrop.tuning.job import held_of
+from dropbydrop.tuning.student import Student
 from tiny import save_tiny
 
 
@@ -41,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("dry")
     save_tiny(root / "model", "llama-tied", num_hidden_layers=5, intermediate_size=400)
     save_tiny(root / "untied", "phi3")
-    (root / "text.txt").write_text(" ".join(str(i * 7919 % 1000) for i in range(3000)))
+    (root / "text.txt").write_text(" ".join(str(i * 7919 % 1000) for i in range(4500)))
     return root
 
 
@@ -256,3 +261,75 @@ def test_what_then_happens(tmp_path: Path) -> None:
     size = sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
     assert expected["bytes_out"] == pytest.approx(size, rel=0.05)
     assert expected["seconds"].keys() == found["seconds"].keys()
+
+
+def test_tuning_is_counted_where_it_follows(place: Path, tmp_path: Path, code: str) -> None:
+    plain = estimate(job(place, code=code), tmp_path / "out")
+    assert (plain.tuning, plain.untuned) == (0, "")
+    assert "tune" not in plain.seconds
+    tuned = estimate(job(place, code=code, tune=True, seq_len=32), tmp_path / "out", resume=True)
+    assert tuned.seconds["tune"] == tuned.tuning > 0
+    assert ", tuning " in str(tuned)
+    assert tuned.peak_gib >= tuned.tuning_gib > 0.1
+    assert tuned.bytes_out > plain.bytes_out  # a set for each input group
+    states = 64 * 64 * 48 * 4  # kept of the original: windows, tokens, values, bytes
+    assert tuned.bytes_most > 2 * tuned.bytes_out + states
+    left = estimate(job(place, code=code, preset="best", windows=2), tmp_path / "out")
+    assert left.tuning > 0
+    assert "tune" not in left.seconds
+    assert "--tune would take about" in str(left)
+    said = estimate(job(place, code=code, preset="best", windows=2, tune=False), tmp_path / "out")
+    assert said.tuning == 0
+    assert "uning" not in str(said)
+    assert "Without tuning: experts" in str(replace(said, untuned="experts."))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_extrapolation_of_tuning(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With known costs of a block and of the head, what the whole run adds up to."""
+    clock = Clock()
+    monkeypatch.setattr(costs, "time", clock)
+    windows = 6
+    config = TuneConfig(windows=windows, seq_len=32, device="cpu")
+    real, head = Student.block, distill.head_loss
+
+    def block(self: Any, i: int, hidden: Any, leaves: Any, levels: Any) -> Any:
+        grad = torch.is_grad_enabled()
+        clock.now += sum(
+            (3 if grad else 1) * level * x.shape[0] for x, level in zip(hidden, levels, strict=True)
+        )
+        return real(self, i, hidden, leaves, levels)
+
+    def head_loss(student: Any, teacher: Any, leaves: Any, last: Any, *more: Any) -> Any:
+        clock.now += (5 if more[-1] else 2) * last.shape[0]
+        return head(student, teacher, leaves, last, *more)
+
+    def forward_block(self: Any, i: int, block: Any, hidden: Any, out: Any = None) -> Any:
+        clock.now += 0.5 * hidden.shape[0]
+        return hidden
+
+    monkeypatch.setattr(Student, "block", block)
+    monkeypatch.setattr(distill, "head_loss", head_loss)
+    monkeypatch.setattr(costs, "head_loss", head_loss)
+    asked = job(place, tune=True)
+    first = estimates.FirstBlock(asked)
+    monkeypatch.setattr(BlockRunner, "forward_block", forward_block)
+    found = costs.cost(
+        asked.runner, config, first.input_groups, asked.universal(), (2, 3, 4), first.like_it
+    )
+    # the same, step by step, in a run of which the blocks' own work is left out
+    clock.now = 0.0
+    student = costs.Trial(asked.runner, first.input_groups, asked.universal(), (2, 3, 4))
+    values = student.values()
+    ids = torch.zeros(windows, 32, dtype=torch.int64)
+    text = distill.Windows(ids, distill.last_hidden(asked.runner, ids, False), held_of(windows))
+    monkeypatch.setattr(
+        Student,
+        "block",
+        lambda self, i, hidden, leaves, levels: block(self, 0, hidden, leaves, levels),
+    )
+    before = distill.measure(student, asked.runner, values.leaves, text)
+    for step in distill.schedule(text.training, 2, (2, 3, 4), False, 0):
+        distill._add_gradients(student, asked.runner, values, text, before, step)
+    distill.measure(student, asked.runner, values.leaves, text)
+    assert found.seconds == pytest.approx(clock.now, rel=1e-6)

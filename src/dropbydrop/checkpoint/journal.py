@@ -8,7 +8,9 @@ Layout of `.<name>.resume` beside OUT:
     *.safetensors     other tensors that later steps need (`keep`)
     checkpoint/, old/ the final files while they are assembled, and an OUT that is being replaced
 
-Step 0 is the calibration (its windows, embedded), step k the encoding of block k - 1. A step is
+Step 0 is the calibration (its windows, embedded), step k the encoding of block k - 1. A run of two
+stages (a search, then tuning) has one journal: the last step of the first stage names what is kept
+of it, all else of it is removed, and `steps` begins anew. A step is
 finished when its line in the journal is complete, and the line is written last: what it refers to
 (raw files, hidden states) has been synced before. So the last complete line always describes a
 consistent state; anything behind it (a torn line, longer raw files, a newer `hidden` file) is cut
@@ -65,7 +67,8 @@ class Journal:
 
     Attributes:
         path: the folder.
-        steps: the records of the finished steps, in order.
+        steps: the records of the finished steps of this stage, in order.
+        earlier: those of the stages before, the last of each with "stage": what is kept of it.
     """
 
     def __init__(self, out: Path, fingerprint: Mapping[str, Any]) -> None:
@@ -86,7 +89,9 @@ class Journal:
             except BaseException:
                 os.close(self._lock)
                 raise
-        self.steps = [record for record in records if "manifest" not in record]
+        steps = [record for record in records if "manifest" not in record]
+        ends = [number for number, step in enumerate(steps, 1) if "stage" in step]
+        self.earlier, self.steps = steps[: max(ends, default=0)], steps[max(ends, default=0) :]
         self._announced = [record for record in records if "manifest" in record][-1:]
 
     # ---- the journal -----------------------------------------------------------------------
@@ -147,7 +152,7 @@ class Journal:
         Raises:
             DropError: the disk is full; earlier steps are not affected.
         """
-        file = self.path / f"hidden-{len(self.steps)}.raw"
+        file = self.path / f"hidden-{len(self.earlier) + len(self.steps)}.raw"
         if hidden is not None:
             cleanup = file_errors(self.out, cleanup=lambda: file.unlink(missing_ok=True))
             with cleanup, StagingFile(file) as staging:
@@ -163,6 +168,23 @@ class Journal:
             if old != file:
                 with contextlib.suppress(OSError):  # the next step removes it
                     old.unlink()
+
+    def end_stage(self, record: dict[str, Any], keep: str) -> None:
+        """Finish the last step of a stage; the file or folder `keep` is all that stays of it.
+
+        Raises:
+            DropError: the disk is full.
+        """
+        self.commit({**record, "stage": keep}, None)
+        self.earlier, self.steps = [*self.earlier, *self.steps], []
+        self.clear_stage()
+
+    def clear_stage(self) -> None:
+        """Before the first step of a stage: remove what the one before, or a dead run, has left."""
+        for path in self.path.iterdir():
+            if path != self._journal and path.name != self.earlier[-1]["stage"]:
+                with contextlib.suppress(OSError):  # the end of the run removes it
+                    remove(path) if path.is_dir() else path.unlink()
 
     def hidden(self) -> Tensor:
         """The hidden states after the last finished step.
@@ -232,7 +254,7 @@ class Journal:
             os.close(self._lock)
 
     def _leave(self, error: BaseException | None) -> None:
-        if error is None or not self.steps:
+        if error is None or not (self.earlier or self.steps):
             self._remove()
         elif not isinstance(error, DamagedWorkError):  # which says what to do itself
             note = f"The finished part is kept in {self.path}: {self._progress()}"
@@ -258,6 +280,8 @@ class Journal:
         steps = max((step.get("step", 0) for step in self.steps), default=0)
         what = f"{blocks} finished blocks" if blocks else "the calibration"
         what = f"{steps} finished steps" if steps else what
+        if self.earlier:
+            what = f"the search and {what}" if self.steps else "the search"
         return f"{what}. Give the same command again (with --resume) to go on, or remove it."
 
 

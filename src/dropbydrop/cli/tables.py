@@ -76,6 +76,8 @@ def print_report(report: Report, checkpoint: Checkpoint, console: Console) -> No
             f"tokens count by gradients of the loss, except for {report.plain[0]}{more}, where "
             "they count alike: not every token passes them"
         )
+    if report.untuned:
+        console.print(f"not tuned: {report.untuned}")
     if report.starved:
         stacks, few = len(report.starved), sum(report.starved.values())
         console.print(
@@ -91,6 +93,10 @@ def print_report(report: Report, checkpoint: Checkpoint, console: Console) -> No
         f"{report.backend}, writing {s['write']:.0f}); peak memory {report.peak_gib:.2f} GiB, "
         f"model in float32 {report.model_gib:.2f} GiB"
     )
+    if report.tuning is not None:
+        print_tuning(
+            report.tuning, {str(p): sizes_of(checkpoint, p) for p in report.levels}, console
+        )
 
 
 def print_info(info: Mapping[str, Any], console: Console) -> None:

@@ -45,6 +45,7 @@ class QuantizeConfig(Settings):
         code: kind of the planes (coding/planes.py).
         preset: calibration tokens, search effort, and whether tokens count by gradients of the
             loss (all but `fast`).
+        tune: whether tuning follows the search; None: with preset `best` on a GPU.
         device: under torchrun each process takes the one of its number.
         backend: one of `coding.kinds.backends`.
 
@@ -76,6 +77,11 @@ class QuantizeConfig(Settings):
         "P + 2 bits, at most so many.",
         choices=(3, 4, 5, 8, 16),
     )
+    tune: bool | None = setting(
+        None,
+        "Tune after the search, or do not [with preset best on a GPU].",
+        choices=(None, True, False),
+    )
     windows: int | None = setting(None, "Number of calibration windows [from the preset].")
     seq_len: int = setting(SEQ_LEN, "Tokens of a calibration window.")
     device: str = setting("auto", "Device: auto (a GPU if there is one), cpu, cuda, cuda:1.")
@@ -92,7 +98,7 @@ class QuantizeConfig(Settings):
         if self.code == "trellis" and self.codebooks != "universal":
             raise DropError(
                 f"--codebooks {self.codebooks} with --code trellis: codebooks of trellis planes "
-                "are universal; `dropbydrop tune` trains them for a checkpoint. Leave --codebooks "
+                "are universal; tuning trains them for a checkpoint (--tune). Leave --codebooks "
                 "out, or take --code bytes."
             )
 

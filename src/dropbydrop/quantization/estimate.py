@@ -11,6 +11,8 @@ extrapolated by their weights:
                  largest matrix, some and three times as many: cost of a row, which does not depend
                  on the others, and the constant part (factoring H, cubic in d_in)
     write        a stretch of bytes written, hashed and synced beside OUT
+    tune         block 0 with random codes, forward and back (tuning/cost.py); its text as above.
+                 Where preset `best` leaves it out for want of a GPU, it is timed and told apart
 
 Memory is the largest of several peaks, each measured on the timed part and completed by what that
 had less of than the real run: the text; `collect_statistics`, plus the hidden states of all
@@ -55,6 +57,7 @@ from dropbydrop.system.memory import peak_memory
 from dropbydrop.system.paths import absolute
 
 from .job import Job
+from .tuning_cost import tuning_cost
 
 _ROWS = 32  # rows a thread of the small search; three times as many of the large one
 _DISK_SAMPLE = 32 << 20
@@ -71,6 +74,9 @@ class Estimate:
         bytes_out: size of the checkpoint. bytes_most: most disk in use at a time.
         bytes_free: free where OUT will be.
         spent: seconds that this estimate took.
+        tuning, tuning_gib: seconds and peak memory of tuning; 0 where it is not looked at. They are
+            in the figures above where it is done, else they are what `--tune` would take.
+        untuned: why it is left out where it is done by default.
         load: processes that wanted a processor before it began, for each processor (the average of
             a minute); 0 where the system does not tell.
     """
@@ -82,6 +88,9 @@ class Estimate:
     bytes_free: int
     spent: float
     load: float
+    tuning: float = 0.0
+    tuning_gib: float = 0.0
+    untuned: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -91,13 +100,21 @@ class Estimate:
 
     def __str__(self) -> str:
         s = {phase: _duration(value) for phase, value in self.seconds.items()}
+        tuned = f", tuning {s['tune']}" if "tune" in s else ""
         text = (
             f"about {s['total']} (calibration text {s['calibrate']}, gradients "
             f"{s['gradients']}, activations {s['activations']}, search {s['encode']}, writing "
-            f"{s['write']}); peak memory about {self.peak_gib:.2f} GiB; checkpoint "
+            f"{s['write']}{tuned}); peak memory about {self.peak_gib:.2f} GiB; checkpoint "
             f"{self.bytes_out / 1e6:.1f} MB, at most {self.bytes_most / 1e6:.1f} MB on disk "
             f"while running, {self.bytes_free / 1e9:.1f} GB free"
         )
+        if self.tuning and not tuned:
+            text += (
+                f". Without tuning, for want of a GPU: --tune would take about "
+                f"{_duration(self.tuning)} more, and {self.tuning_gib:.2f} GiB"
+            )
+        if self.untuned:
+            text += f". Without tuning: {self.untuned.removesuffix('.')}"
         if self.bytes_most > self.bytes_free:
             text += ". The disk is too small: free some space or choose another folder"
         if self.load > _BUSY:
@@ -131,6 +148,12 @@ def estimate(
         "encode": first.encode + training + first.tables,
         "write": _seconds_a_byte(place.parent) * written,
     }
+    _reset_peak()
+    tuning = tuning_cost(
+        job, first.input_groups, first.like_it, total * _seconds_a_byte(place.parent)
+    )
+    seconds |= {"tune": tuning.seconds} if job.config.tune else {}
+    tuning_peak = peak_memory() + tuning.missing if tuning.seconds else 0
     seconds["total"] = sum(seconds.values())
     # a raw file and its copy: of one plane, or of everything else
     most = total + max(*sizes, total - sum(sizes))
@@ -139,17 +162,22 @@ def estimate(
     if not job.unguided:  # the inputs of all blocks, until their gradients are known
         inputs = math.ceil(first.share * runner.num_blocks * hidden)
         most = max(most, hidden * (3 if resume else 1) + inputs)
+    if job.config.tune:  # two checkpoints, and kept work
+        most = max(most, 2 * total + (tuning.kept if resume else 0))
     _reset_peak()  # at the end the embedding is read and narrowed
     width = 10 if config.head_in_planes else 4 + config.head_bits // 8  # bytes a value
-    at_the_end = peak_memory() + width * embedding
+    peak = max(first.peak(), peak_memory() + width * embedding)
     return Estimate(
         seconds,
-        max(first.peak(), at_the_end) / 2**30,
+        max(peak, tuning_peak if job.config.tune else 0) / 2**30,
         total,
         most,
         shutil.disk_usage(place.parent).free,
         time.perf_counter() - started,
         load,
+        tuning.seconds,
+        tuning_peak / 2**30,
+        job.untuned,
     )
 
 
@@ -164,6 +192,7 @@ class FirstBlock:
 
     Attributes:
         calibrate, gradients, activations, encode: seconds of the phases, of all blocks.
+        like_it: the model, in blocks like the first.
         share: bytes of a state on its way to gradients, over those of the walk.
         tables: seconds to encode embedding and head, where they are in planes.
     """
@@ -192,7 +221,7 @@ class FirstBlock:
         self._working = peak_memory()
         encode = sum(self._encode(block, statistics, g) for g in statistics.input_groups)
         weights = runner.linear_sizes()
-        like_it = sum(weights) / weights[0]  # the model in blocks like the first
+        self.like_it = like_it = sum(weights) / weights[0]
         batches = job.windows_asked / step
         self.activations = like_it * (constant + batch * batches)
         self.gradients, self.share = 0.0, 0.0
@@ -308,7 +337,9 @@ def _sizes(job: Job, groups: list[InputGroup]) -> tuple[list[int], int, int]:
     total = sum(sizes) + 2 * sum(math.prod(shape[:-1]) for shape in shapes) + 4 * max(0, kept)
     total += runner.num_blocks * sum(g.d_in for g in groups)  # input scales
     total += sum(4 * odd * odd for odd in {split_odd(g.d_in)[1] for g in groups})
-    sets = 1 if config.codebooks == UNIVERSAL else runner.num_blocks * len(groups)
+    sets = (
+        1 if config.codebooks == UNIVERSAL and not config.tune else runner.num_blocks * len(groups)
+    )
     total += sets * sum(plane.codebook_bytes + 130 for plane in planes)
     for table in outer:
         each, rest = _table_sizes(job, tuple(table.shape))

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from dropbydrop.data.calibration import file_of
-from dropbydrop.system.digest import code_digest, digest, model_digest
+from dropbydrop.system.digest import CODING_ROOMS, code_digest, digest, model_digest
 from dropbydrop.system.version import __version__
 
 from .job import Job
@@ -24,12 +24,14 @@ def fingerprint(job: Job) -> dict[str, Any]:
     else:
         file = file_of(job.config.calibration)
         text = [job.config.calibration, None if file is None else digest(file)]
+    rooms = (*CODING_ROOMS, "tuning") if job.config.tune else ()
     return {
         "model": model_digest(job.source.folder),
         **job.config.by_option(),
+        "tune": bool(job.config.tune),
         "calibration": text,
         "effort": asdict(job.effort),
-        "dropbydrop": [__version__, code_digest()],
+        "dropbydrop": [__version__, code_digest(*rooms)],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -21,8 +21,8 @@ from dropbydrop.coding.codebooks import UNIVERSAL, file_of_set, universal_set
 from dropbydrop.coding.encoder import EFFORTS, Effort
 from dropbydrop.coding.kinds import backends
 from dropbydrop.coding.planes import PlaneSpec, planes_of
-from dropbydrop.data.calibration import Calibration, load_windows
-from dropbydrop.data.text_files import check_tokens, tokenize
+from dropbydrop.data.calibration import SELF, Calibration, load_windows
+from dropbydrop.data.text_files import check_tokens, sizes, tokenize
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.embeddings import embedded_tokens, output_scale
 from dropbydrop.models.experts import stack_names, weight_of
@@ -33,11 +33,14 @@ from dropbydrop.system.accelerator import pick_device
 from dropbydrop.system.distributed import rank_of_process
 from dropbydrop.system.errors import (
     CalibrationError,
+    DropError,
     FormatError,
     KernelError,
     UnsupportedModelError,
 )
 from dropbydrop.system.memory import map_large_allocations
+from dropbydrop.tuning.config import TuneConfig
+from dropbydrop.tuning.job import check_tunable, draw_windows
 
 from .config import SEQ_LEN, WINDOWS, QuantizeConfig
 from .trial import try_gradients, try_model
@@ -54,6 +57,7 @@ class Job:
         effort: search effort of the preset.
         ready: windows that the caller made; None: they are drawn as `config.calibration` says.
         unguided: why tokens do not count by gradients of the loss; "" if they do. The root's.
+        untuned: why no tuning follows where it would by default; "" if it does, or would not.
     """
 
     config: QuantizeConfig
@@ -62,6 +66,7 @@ class Job:
     effort: Effort
     ready: Calibration | None = None
     unguided: str = ""
+    untuned: str = ""
 
     def windows(self, progress: bool = True) -> Calibration:
         """The calibration windows; `progress`: show how the model writes them.
@@ -100,6 +105,21 @@ class Job:
     def trained(self) -> bool:
         """Whether the universal set is there already."""
         return self.config.code == "trellis" or file_of_set(self.config.levels).is_file()
+
+    def tuning(self) -> tuple[TuneConfig, Calibration | None]:
+        """Settings of the tuning that follows, those of `tune` by default: text of the same source
+        and seed. Of windows that the caller made, it takes the first ones.
+
+        Raises:
+            CalibrationError: a single window.
+        """
+        given = self.config
+        config = TuneConfig(calibration=given.calibration, seed=given.seed, device=given.device)
+        if self.ready is None:
+            return config, None
+        ids = self.ready.ids[: config.windows, : config.seq_len].contiguous()
+        config = replace(config, windows=ids.shape[0], seq_len=ids.shape[1])
+        return config, Calibration(ids, self.ready.description | sizes(ids))
 
     @property
     def windows_asked(self) -> int:
@@ -152,13 +172,52 @@ def prepare(model: str | Path, config: QuantizeConfig, *, ready: Calibration | N
     if rank_of_process() == 0:  # for all
         check_values(runner, config.head_bits)
         try_model(runner, complete, job.planes)
-        return replace(job, unguided=_unguided(job))
+        return _settle_tuning(replace(job, unguided=_unguided(job)))
     return job
 
 
 def _unguided(job: Job) -> str:
     """See `Job`."""
     return try_gradients(job.runner) if job.effort.guided else f"preset {job.config.preset}"
+
+
+def _settle_tuning(job: Job) -> Job:
+    """Whether tuning follows: where it was asked for, else with preset `best` on a GPU.
+
+    Raises:
+        DropError: it was asked for and cannot be done.
+    """
+    asked, untuned = job.config.tune, ""
+    by_default = job.config.preset == "best" and job.runner.device.type == "cuda"
+    wanted = by_default if asked is None else asked
+    try:
+        if wanted:
+            check_tuning(job)
+    except DropError as error:
+        if asked:
+            raise
+        wanted, untuned = False, str(error)
+    return replace(job, config=replace(job.config, tune=wanted or asked), untuned=untuned)
+
+
+def check_tuning(job: Job) -> None:
+    """Refuse by name, before the search, what tuning would refuse after it.
+
+    Raises:
+        DropError: experts, no gradients, several processes, too short a text.
+    """
+    check_tunable(job.runner)
+    config, ready = job.tuning()
+    if reason := job.unguided if job.effort.guided else try_gradients(job.runner):
+        raise UnsupportedModelError(f"{reason}; tuning needs gradients. Leave it out: --no-tune.")
+    if ready is None and config.calibration != SELF:
+        try:
+            draw_windows(config, job.source, job.runner)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"tuning after the search, whose windows are its own: {error} Or leave it out: "
+                "--no-tune."
+            ) from error
 
 
 def _backend(config: QuantizeConfig, device: torch.device) -> str:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dropbydrop.tuning.report import TuneReport
+
 
 @dataclass(frozen=True)
 class Report:
@@ -28,6 +30,8 @@ class Report:
             matrices whose tokens do not, of a run where others' do.
         starved: stack of experts -> how many of them calibration gave fewer tokens than they have
             inputs; what they compute for other tokens counts more for them (models/experts.py).
+        tuning: what tuning after the search did; None without it.
+        untuned: why there was none where there is by default; "" if there was, or is none.
         resumed: blocks taken over from an interrupted run; seconds count their work too, except
             for the total.
     """
@@ -45,6 +49,8 @@ class Report:
     backend: str
     resumed: int
     log: list[dict[str, Any]] = field(repr=False)
+    tuning: TuneReport | None = None
+    untuned: str = ""
 
     @property
     def plain(self) -> list[str]:
@@ -77,6 +83,8 @@ class Report:
             **({"starved_experts": self.starved} if self.starved else {}),
             "backend": self.backend,
             "resumed_blocks": self.resumed,
+            **({"tuning": self.tuning.to_dict()} if self.tuning else {}),
+            **({"not_tuned": self.untuned} if self.untuned else {}),
         }
 
 

@@ -8,7 +8,8 @@ Steps:
        everything (encode_blocks.py). Activations are those of the unquantized model;
     4. write embedding and head, in planes under the H of the final norm's outputs or in 8 or 16
        bits, what stays as it is (norms and biases), config, log, model card, manifest; rename the
-       folder into place.
+       folder into place;
+    5. with `tune`, all that into a hidden place, and tuning from there into OUT (tuned.py).
 In memory at a time: the hidden states of the windows, one block, its Gram matrices; with a GPU, in
 the GPU's memory. Several processes (torchrun) share the windows and the matrices
 (system/distributed.py).
@@ -24,6 +25,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from dropbydrop.system.errors import CalibrationError, DropError
 from dropbydrop.system.memory import device_peak, peak_memory
 from dropbydrop.system.paths import absolute
 from dropbydrop.system.version import __version__
+from dropbydrop.tuning.report import TuneReport
 
 from .config import QuantizeConfig
 from .encode_blocks import BlockEncoder
@@ -54,7 +57,9 @@ from .guidance import Guidance, JournalStore, LocalStore
 from .job import Job, prepare
 from .log import Report, RunLog
 from .model_card import license_of, model_card
+from .tuned import search_and_tune
 
+_UNSAID = ("device", "backend", "tune")  # tuning says itself what it has done
 _DONE = -1  # instead of a number of steps: nothing is left to do
 
 
@@ -115,6 +120,10 @@ def quantize(
         )
         if not ranks.root:
             return _report(job, place, _carry_out(job, place, None, None, False, ranks), 0, started)
+        if job.config.tune:  # one process
+            search = partial(_carry_out, job, progress=progress, ranks=ranks)
+            log, resumed, tuning = search_and_tune(job, place, overwrite, resume, progress, search)
+            return _report(job, place, log, resumed, started, tuning)
         if not resume:
             with CheckpointWriter(place, overwrite=overwrite) as writer:
                 log = _carry_out(job, place, writer, None, progress, ranks)
@@ -294,7 +303,7 @@ def _finish(
     embeddings = encoder.write_rest(gram)
     provenance = {
         "base_model": job.source.name,
-        **{k: v for k, v in job.config.to_dict().items() if k not in ("device", "backend")},
+        **{k: v for k, v in job.config.to_dict().items() if k not in _UNSAID},
         "calibration": calibration,
         "lambdas": dict(zip(map(str, levels), encoder.lambdas, strict=True)),
         "token_weights": log.unguided or "gradients",
@@ -318,18 +327,26 @@ def _finish(
     files[CARD_FILE] = card.encode()
 
     def announce(manifest: str) -> None:
-        if journal is not None:
+        if journal is not None and not job.config.tune:  # else it is a stage that ends
             journal.publishing({"manifest": manifest, "run": log.mark()})
 
     encoder.writer.finish(config, quantization, files, log.parameters, announce)
 
 
-def _report(job: Job, out: Path, log: RunLog, resumed: int, started: float) -> Report:
+def _report(
+    job: Job,
+    out: Path,
+    log: RunLog,
+    resumed: int,
+    started: float,
+    tuning: TuneReport | None = None,
+) -> Report:
     device = job.runner.device
+    tuned = {} if tuning is None else {"tune": tuning.seconds}
     return Report(
         out=out,
         levels=job.config.levels,
-        seconds=log.seconds | {"total": time.perf_counter() - started},
+        seconds=log.seconds | tuned | {"total": time.perf_counter() - started},
         peak_gib=peak_memory() / 2**30,
         device_gib=device_peak(device) / 2**30,
         model_gib=4 * log.parameters / 2**30,
@@ -340,4 +357,6 @@ def _report(job: Job, out: Path, log: RunLog, resumed: int, started: float) -> R
         backend=str(job.config.backend),
         resumed=resumed,
         log=log.matrices,
+        tuning=tuning,
+        untuned=job.untuned,
     )

@@ -8,6 +8,7 @@ Beside OUT lies `.OUT.partial` while a run works on it (`.OUT.resume` for a run 
 checkpoint/journal.py), locked by its process. In it:
 
     checkpoint/     what becomes OUT
+    untuned/        what tuning starts from, in a run that quantizes and tunes
     old/            an OUT that is being replaced, where folders cannot be exchanged (exchange.py)
 
 A rename is atomic. Whatever goes wrong before it (an error, a signal, a full disk) leaves OUT as it
@@ -71,6 +72,8 @@ def claim(out: Path, kind: str) -> int:
             if other.name.endswith(_WORK[0]):
                 remove(other)
         _settle(out, work)
+        for rest in work.iterdir() if kind == _WORK[0] else ():
+            remove(rest)
         sync_folder(out.parent)
     except BaseException:
         try:

@@ -125,7 +125,7 @@ def divergence(
     found, grads = [], []
     for last, level in zip(hidden, levels, strict=True):
         weight = None if weights is None else weights[level]
-        value, grad = _head(student, teacher, leaves, last, target, weight)
+        value, grad = head_loss(student, teacher, leaves, last, target, weight)
         found.append(value)
         grads.append(grad)
     for i in reversed(range(len(inputs))):
@@ -137,7 +137,7 @@ def divergence(
     return found
 
 
-def _head(
+def head_loss(
     student: Student,
     teacher: BlockRunner,
     leaves: Mapping[str, Tensor],

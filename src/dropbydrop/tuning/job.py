@@ -42,6 +42,7 @@ class Job:
         config: complete settings: nothing in them is left open.
         source: the original model; teacher: its blocks.
         levels: levels to supervise, ascending.
+        ready: windows that the caller made; None: they are drawn as `config.calibration` says.
     """
 
     config: TuneConfig
@@ -49,6 +50,7 @@ class Job:
     source: Source
     teacher: BlockRunner
     levels: tuple[int, ...]
+    ready: Calibration | None = None
 
     @property
     def half(self) -> bool:
@@ -58,7 +60,7 @@ class Job:
     @property
     def held(self) -> int:
         """Windows that are set apart for measuring."""
-        return max(1, self.config.windows // 16)
+        return held_of(self.config.windows)
 
     def windows(self, progress: bool = True) -> Calibration:
         """The tuning windows; `progress`: show how the model writes them.
@@ -66,43 +68,87 @@ class Job:
         Raises:
             CalibrationError: missing, unreadable or too short a text.
         """
-        return load_windows(
-            self.config.calibration,
-            self.source.tokenizer(),
-            self.config.windows,
-            self.config.seq_len,
-            self.config.seed,
-            source=self.source,
-            device=self.teacher.device,
-            progress=progress,
+        if self.ready is not None:
+            return self.ready
+        return draw_windows(self.config, self.source, self.teacher, progress)
+
+
+def held_of(windows: int) -> int:
+    """How many of the windows are set apart for measuring."""
+    return max(1, windows // 16)
+
+
+def draw_windows(
+    config: TuneConfig, source: Source, teacher: BlockRunner, progress: bool = True
+) -> Calibration:
+    """The windows that `config` describes, no longer than the model's context.
+
+    Raises:
+        CalibrationError: missing, unreadable or too short a text.
+    """
+    return load_windows(
+        config.calibration,
+        source.tokenizer(),
+        config.windows,
+        fitting(config, teacher).seq_len,
+        config.seed,
+        source=source,
+        device=teacher.device,
+        progress=progress,
+    )
+
+
+def fitting(config: TuneConfig, teacher: BlockRunner) -> TuneConfig:
+    """The same settings with windows that are no longer than the model's context."""
+    longest = context_length(teacher.model.config) or config.seq_len
+    return replace(config, seq_len=min(config.seq_len, longest))
+
+
+def check_tunable(teacher: BlockRunner) -> None:
+    """Refuse what no checkpoint of this model, or no process of this run, can be tuned for.
+
+    Raises:
+        DropError: several processes. UnsupportedModelError: a mixture of experts.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise DropError(
+            "tuning runs in one process; start it without torchrun, or leave it out: `quantize` "
+            "with --no-tune does."
         )
+    refuse_experts(teacher)
 
 
-def prepare(checkpoint: str | Path, config: TuneConfig) -> Job:
+def prepare(
+    checkpoint: str | Path,
+    config: TuneConfig,
+    *,
+    source: Source | None = None,
+    ready: Calibration | None = None,
+) -> Job:
     """Check a request, open checkpoint and original.
+
+    Args:
+        source: the original, where it is at hand already.
+        ready: windows of the shape that `config` says, in the place of those that it describes.
 
     Raises:
         DropError: see the module's note.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise DropError("tuning runs in one process; start it without torchrun.")
     opened = Checkpoint.open(checkpoint)
     levels = tuple(opened.quantization.check_level(p) for p in config.levels or opened.levels)
     check_intact(opened)
     base_model = opened.quantization.provenance.get("base_model")
-    source = original_of(opened.path, opened.config, base_model, config.model)
+    source = source or original_of(opened.path, opened.config, base_model, config.model)
     teacher = BlockRunner.open(source.folder, device=pick_device(config.device))
-    refuse_experts(teacher)
-    context = context_length(teacher.model.config)
+    check_tunable(teacher)
     complete = replace(
-        config,
+        fitting(config, teacher),
         levels=levels,
-        seq_len=min(config.seq_len, context or config.seq_len),
         epochs=config.passes,
         learning_rate=config.rate,
         device=str(teacher.device),
     )
-    return Job(complete, opened, source, teacher, levels)
+    return Job(complete, opened, source, teacher, levels, ready)
 
 
 def check_like(student: Student, teacher: BlockRunner) -> None:

@@ -22,6 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dropbydrop.checkpoint.files import check_replaceable
 from dropbydrop.checkpoint.journal import Journal
 from dropbydrop.system.atomic_folder import AtomicFolder
@@ -71,38 +73,45 @@ def tune(
     config, place = replace(config or TuneConfig(), **options), absolute(out)
     if place == absolute(checkpoint):
         raise DropError(f"{out}: the tuned checkpoint needs a folder of its own; choose another.")
-    job = prepare(checkpoint, config)
+    job, replaceable = prepare(checkpoint, config), check_replaceable if overwrite else None
     if not resume:
-        return _report(job, place, _carry_out(job, place, overwrite, None, progress), started)
+        with AtomicFolder(place, replaceable) as folder:
+            return carry_out(job, folder, None, progress, started)
     with Journal(place, fingerprint(job)) as journal:
-        resumed = sum(len(step.get("log", ())) for step in journal.steps)
         if (published := journal.published()) is not None:
-            result = Result({}, **published["result"])
-        else:
-            result = _carry_out(job, place, overwrite, journal, progress)
-    return _report(job, place, result, started, resumed)
+            result, done = Result({}, **published["result"]), taken_over(journal)
+            return report(config.method, job.teacher.device, place, result, started, done)
+        with AtomicFolder(place, replaceable, journal.path) as folder:
+            return carry_out(job, folder, journal, progress, started)
 
 
-def _carry_out(
-    job: Job, place: Path, overwrite: bool, journal: Journal | None, progress: bool
-) -> Result:
-    """Steps 2 to 4 of the module's note, from where the journal ends."""
-    replaceable = check_replaceable if overwrite else None
-    work = None if journal is None else journal.path
-    with AtomicFolder(place, replaceable, work) as folder:
-        student = Student(
-            job.checkpoint,
-            job.source.folder,
-            job.config.train,
-            job.levels,
-            job.teacher.device,
-            job.half,
-        )
-        check_like(student, job.teacher)
-        run = distill.run if job.config.method == "distill" else blocks.run
-        result = run(job, student, journal, progress)
-        _publish(job, student, folder, result, journal)
-    return result
+def carry_out(
+    job: Job, folder: AtomicFolder, journal: Journal | None, progress: bool, started: float
+) -> TuneReport:
+    """Steps 2 to 4 of the module's note, from where the journal ends; `folder` is published.
+
+    Args:
+        started: seconds of `time.perf_counter` when the run began, for the report.
+    """
+    student = Student(
+        job.checkpoint,
+        job.source.folder,
+        job.config.train,
+        job.levels,
+        job.teacher.device,
+        job.half,
+    )
+    check_like(student, job.teacher)
+    resumed = taken_over(journal)
+    run = distill.run if job.config.method == "distill" else blocks.run
+    result = run(job, student, journal, progress)
+    _publish(job, student, folder, result, journal)
+    return report(job.config.method, job.teacher.device, folder.out, result, started, resumed)
+
+
+def taken_over(journal: Journal | None) -> int:
+    """Steps or blocks that are in the journal already."""
+    return sum(len(step.get("log", ())) for step in ([] if journal is None else journal.steps))
 
 
 def _publish(
@@ -134,16 +143,19 @@ def _publish(
     )
 
 
-def _report(job: Job, out: Path, result: Result, started: float, resumed: int = 0) -> TuneReport:
+def report(
+    method: str, device: torch.device, out: Path, result: Result, started: float, resumed: int
+) -> TuneReport:
+    """What a run by this method on this device did, with the peaks of now."""
     return TuneReport(
         out=out,
-        method=job.config.method,
+        method=method,
         loss={int(p): pair for p, pair in result.loss.items()},
         steps=result.steps,
         trained=result.trained,
         seconds=time.perf_counter() - started,
         peak_gib=peak_memory() / 2**30,
-        device_gib=device_peak(job.teacher.device) / 2**30,
+        device_gib=device_peak(device) / 2**30,
         resumed=resumed,
         log=result.log,
     )

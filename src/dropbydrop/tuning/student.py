@@ -36,6 +36,7 @@ from dropbydrop.coding.codebook_set import CodebookSet, TrellisSet
 from dropbydrop.coding.planes import BytesPlane
 from dropbydrop.coding.rotation import Rotation
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.models.experts import stack_names
 from dropbydrop.models.weight_files import WeightFiles
 from dropbydrop.system.errors import FormatError, UnsupportedModelError
 
@@ -102,7 +103,7 @@ class RotatedLinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class _TunedGroup:
+class TunedGroup:
     """The matrices of one input group, on the device."""
 
     modules: tuple[str, ...]  # full names
@@ -158,7 +159,7 @@ class Student:
         if train == "all":
             names = [f"input-group-{i}" for i in range(len(names))]
         self.sets = tuple(names)
-        self._input_groups: dict[int, list[_TunedGroup]] = {i: [] for i in range(runner.num_blocks)}
+        self._input_groups: dict[int, list[TunedGroup]] = {i: [] for i in range(runner.num_blocks)}
         for number, input_group in enumerate(q.input_groups):
             self._input_groups[self._block_of(input_group.modules)].append(self._open_group(number))
         self.start: dict[str, Tensor] = {}
@@ -198,7 +199,7 @@ class Student:
             )
         return blocks.pop()
 
-    def _open_group(self, number: int) -> _TunedGroup:
+    def _open_group(self, number: int) -> TunedGroup:
         q, read = self.checkpoint.quantization, self.checkpoint.read_codes
         spec = q.input_groups[number]
         planes = range(1, q.prefix_of(self.levels[-1]) + 1)
@@ -211,24 +212,14 @@ class Student:
         for module in spec.modules:
             linear = cast(nn.Linear, self.runner.model.get_submodule(module))
             self.runner.model.set_submodule(module, RotatedLinear(linear, rotation))
-        return _TunedGroup(spec.modules, rows, codes, books, rotation, self.sets[number])
+        return TunedGroup(spec.modules, rows, codes, books, rotation, self.sets[number])
 
     def _collect(self, train: str) -> None:
         """Sort the checkpoint's small tensors into those that can be trained and the others."""
         checkpoint, q = self.checkpoint, self.checkpoint.quantization
         prefix = q.prefix_of(self.levels[-1]) if train == "all" else 0
         for number, input_group in enumerate(q.input_groups):
-            books = checkpoint.read_set(input_group.codebooks)
-            for m, part in enumerate(books.parts, 1):
-                name = codebook_name(self.sets[number], m)
-                trellis = isinstance(books, TrellisSet)
-                stored = values_of(part) if trellis else part[""]
-                if trellis:
-                    self.grids[name] = top_of(part)
-                if m <= prefix:
-                    self.start[name] = stored
-                else:
-                    self._fixed[name] = stored
+            self.add_set(number, checkpoint.read_set(input_group.codebooks), prefix)
         modules, blocks = set(q.modules), f"{self.runner.blocks_name}."
         skipped = {*q.guards, *(f"{m}.{leaf}" for m in q.embeddings.modules for leaf in _ROWS)}
         for name, info in checkpoint.rest.items():
@@ -247,6 +238,20 @@ class Student:
             n: t.to(self.device, torch.float32 if t.is_floating_point() else t.dtype)
             for n, t in self._fixed.items()
         }
+
+    def add_set(self, number: int, books: CodebookSet, prefix: int) -> None:
+        """Take over the set of input group `number`; planes up to `prefix` can be trained."""
+        for m, part in enumerate(books.parts, 1):
+            name = codebook_name(self.sets[number], m)
+            trellis = isinstance(books, TrellisSet)
+            stored = values_of(part) if trellis else part[""]
+            if trellis:
+                self.grids[name] = top_of(part)
+            (self.start if m <= prefix else self._fixed)[name] = stored
+
+    def groups_of(self, block: int) -> Sequence[TunedGroup]:
+        """The input groups of a block."""
+        return self._input_groups[block]
 
     def trained_in(self, block: int) -> dict[str, Tensor]:
         """The part of `start` that belongs to one block."""
@@ -279,7 +284,7 @@ class Student:
         """A small tensor, trained or not."""
         return leaves[name] if name in leaves else self._fixed[name]
 
-    def _table(self, leaves: Mapping[str, Tensor], group: _TunedGroup, m: int) -> Tensor:
+    def _table(self, leaves: Mapping[str, Tensor], group: TunedGroup, m: int) -> Tensor:
         """Table of plane m (from 1) of an input group, float32 [K, g]."""
         name, plane = codebook_name(group.codebooks, m), group.books.planes[m - 1]
         values = self._tensor(leaves, name)
@@ -359,8 +364,13 @@ def refuse_experts(runner: BlockRunner) -> None:
     config = runner.model.config.get_text_config()
     for key in _EXPERTS:
         if (getattr(config, key, None) or 0) > 1:
-            raise UnsupportedModelError(
-                f"{type(runner.model).__name__} routes tokens to experts ({key} = "
-                f"{getattr(config, key)}); tuning supports dense decoders alone. Use the "
-                "checkpoint as it is."
-            )
+            raise _experts(runner, f"{key} = {getattr(config, key)}")
+    if stacks := stack_names(runner.blocks, runner.blocks_name):
+        raise _experts(runner, stacks[0])
+
+
+def _experts(runner: BlockRunner, found: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(runner.model).__name__} routes tokens to experts ({found}); tuning supports dense "
+        "decoders alone. Use the checkpoint without tuning; `quantize` with --no-tune makes one."
+    )
