@@ -93,7 +93,6 @@ def test_tables_in_planes(family: str, tmp_path: Path) -> None:
         check(ask(llm), made, 2)
 
 
-
 @pytest.mark.parametrize(
     "family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3"]
 )
