@@ -200,8 +200,8 @@ def _own_sampling(config: Any) -> Sampling:
     names = ["repetition_penalty"]
     if getattr(config, "do_sample", False):
         names += ["temperature", "top_p", "top_k", "min_p"]
-    given = {name: getattr(config, name, None) for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
+    found = {name: getattr(config, name, None) for name in names}
+    given: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
     for name, value in given.items():
         low, high = BOUNDS.get(name, (0, math.inf))
         whole = isinstance(value, int) and not isinstance(value, bool)
