@@ -176,7 +176,7 @@ class TestOperators:
         with pytest.raises(KernelError, match="compile the model again"):
             torch.ops.dropbydrop.gpu_group(case.x.to(device("triton")), number, 24)
 
-    @pytest.mark.parametrize("prefix", [1, 3, 8])
+    @pytest.mark.parametrize("prefix", [1, 8])
     def test_matrices_of_a_site(self, prefix):
         """Up to three share a launch, further ones take another; biases of some."""
         cases = [Case(rows, 45, 8, n=2, seed=rows) for rows in (70, 5, 32, 33)]
@@ -186,12 +186,13 @@ class TestOperators:
             input_group = group_of(cases[0], prefix, cases[0].bias, more=cases[1:count])
             x = cases[0].x.to(device("triton"))
             rotated = input_group.rotation.apply(x.double()).cpu()
-            for i, (y, case) in enumerate(zip(input_group(x), cases, strict=False)):
+            products = input_group(x)
+            assert len(products) == count
+            for i, (y, case) in enumerate(zip(products, cases, strict=False)):
                 want = case.exact(prefix, rotated) + (case.bias if i == 0 else 0)
                 assert y.shape == want.shape
                 assert (y.cpu() - want).norm() < 1e-5 * want.norm()
-            assert len(input_group(x)) == count
-            for y, dense in zip(input_group(x), input_group.dense(x), strict=True):
+            for y, dense in zip(products, input_group.dense(x), strict=True):
                 assert (y - dense).abs().max() < 1e-4 * dense.abs().max()
 
     def test_launches(self, monkeypatch):
@@ -336,7 +337,8 @@ def test_a_decoded_token_is_one_graph(on_device, backend):
 @needs_triton
 def test_generation_with_a_static_cache(on_device):
     ids = torch.randint(3, 259, (1, 6)).to(on_device.device)
-    settings = {"max_new_tokens": 6, "do_sample": False}
+    few = on_device.device.type == "cpu"  # under the interpreter a token takes seconds
+    settings = {"max_new_tokens": 3 if few else 6, "do_sample": False}
     want = on_device.generate(ids, **settings)
     assert torch.equal(on_device.generate(ids, cache_implementation="static", **settings), want)
 

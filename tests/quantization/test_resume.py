@@ -139,7 +139,7 @@ def test_uninterrupted_with_resume_gives_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_killed_before_every_file_operation(place: Path, undisturbed: dict[str, str]) -> None:
+def test_killed_again_and_again(place: Path, undisturbed: dict[str, str]) -> None:
     """Every attempt is killed two operations later and starts from what the last one left."""
     out = place / "operations"
     kill, seen = -1, set()

@@ -124,7 +124,7 @@ def test_killed_again_and_again(
     """Every attempt is killed a little later and starts from what the last one left."""
     out, kill, steps = place / f"{method}-killed", 0, set()
     while True:
-        kill += 4
+        kill += 6
         done = attempt(place, out, method, kill)
         journal = resume.work_folder(out) / resume.JOURNAL
         if out.exists():  # whole or not at all

@@ -191,9 +191,11 @@ class Journal:
 
         Raises:
             DamagedWorkError: the file is gone, cut off, or not what was written.
+            DropError: the system does not let it be read.
         """
         name, entries = self.steps[-1]["hidden"]
-        with StagingFile(self.path / name, entries) as staging:
+        path = self.path / name
+        with file_errors(path), StagingFile(path, entries) as staging:
             return staging.read("hidden")
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -220,15 +222,17 @@ class Journal:
 
         Raises:
             DamagedWorkError: the file is gone, or not what was written.
+            DropError: the system does not let it be read.
         """
         path = self.path / name
         said = [step["kept"][name] for step in self.steps if name in step.get("kept", {})]
-        if not said or not path.is_file() or file_digest(path) != said[-1]:
-            raise DamagedWorkError(
-                f"{path} is missing, or not what was written: damaged. Remove {self.path}, and "
-                "start again."
-            )
-        return load_file(path)
+        with file_errors(path):
+            if not said or not path.is_file() or file_digest(path) != said[-1]:
+                raise DamagedWorkError(
+                    f"{path} is missing, or not what was written: damaged. Remove {self.path}, and "
+                    "start again."
+                )
+            return load_file(path)
 
     # ---- the end ---------------------------------------------------------------------------
 
