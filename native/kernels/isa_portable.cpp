@@ -28,13 +28,15 @@ struct Words {
   static constexpr int kBits = kLutBits;
   static constexpr int64_t kGroupBytes[2] = {kEntries * 2, kEntries * 2};
 
+  // The whole fits (lut.h chooses the factor of x so), the sum of some pairs need not: it wraps, as
+  // in registers.
   static int32_t dot(const int16_t* x, const Codebook& codebook, int k) {
-    int32_t sum = 0;
+    uint32_t sum = 0;
     for (int p = 0; p < 4; ++p) {
       const int16_t* pair = codebook.pairs() + (p * codebook.entries + k) * 2;
-      sum += x[2 * p] * pair[0] + x[2 * p + 1] * pair[1];
+      sum += static_cast<uint32_t>(x[2 * p] * pair[0] + x[2 * p + 1] * pair[1]);
     }
-    return sum;
+    return static_cast<int32_t>(sum);
   }
 
   static int32_t group_max(const int16_t* x, const Codebook& codebook) {

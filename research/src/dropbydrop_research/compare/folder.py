@@ -95,9 +95,10 @@ class Folder:
         self.common = json.loads(json.dumps(common))
 
     def __enter__(self) -> Folder:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         busy = f"another process is comparing in {self.path}; wait for it, or name another --out."
-        self._lock = lock(self.path, DropError(busy))
+        with file_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.path, DropError(busy))
         try:
             self._check()
         except BaseException:
