@@ -320,13 +320,24 @@ def test_kept_work_of_both_stages(
     for changes in ({"tune": False}, {"tune": None}, {"seed": 1}):
         with pytest.raises(DropError, match=f"{next(iter(changes))} .* then, .* now"):
             kept(place, out, **changes)
-    shutil.copytree(work, tmp_path / "copy")
-    plane = work / "untuned" / "plane-1.safetensors"
-    plane.write_bytes(plane.read_bytes()[:-1] + b"?")
-    with pytest.raises(DropError, match=r"plane-1.*damaged: remove .*\.out\.resume"):
+    for name in ("plane-1.safetensors", "README.md", "quantize-log.jsonl", "manifest.json"):
+        part = work / "untuned" / name
+        content = part.read_bytes()
+        part.write_bytes(content[:-1] + b"?")
+        with pytest.raises(
+            DropError, match=rf"untuned(/{name})? is not what .*Remove .*\.out\.resume"
+        ):
+            kept(place, out)
+        part.unlink()
+        with pytest.raises(DropError, match=r"is not what the search wrote"):
+            kept(place, out)
+        part.write_bytes(content)
+    (work / "untuned").rename(tmp_path / "elsewhere")
+    (work / "untuned").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DropError, match=r"is not what the search wrote"):
         kept(place, out)
-    shutil.rmtree(work)
-    (tmp_path / "copy").rename(work)
+    (work / "untuned").unlink()
+    (tmp_path / "elsewhere").rename(work / "untuned")
     report = kept(place, out)
     assert report.resumed == 2
     assert report.tuning is not None

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GPTNeoConfig, GPTNeoForCausalLM
 from transformers.cache_utils import DynamicLayer
 
 import family_models
@@ -192,6 +192,15 @@ def test_memory_is_given_back() -> None:
 @pytest.mark.parametrize("family", STATES)
 def test_states_are_refused(family: str) -> None:
     assert "LinearAttention" in str(refusal(tiny_model(family)))
+
+
+def test_masks_by_the_number_of_the_column_are_refused() -> None:
+    """GPT-Neo takes the last column for that of the query; two short texts do not show it."""
+    config = GPTNeoConfig(
+        vocab_size=384, hidden_size=48, num_layers=2, attention_types=[[["global", "local"], 1]],
+        num_heads=4, intermediate_size=80, window_size=64, max_position_embeddings=256,
+    )  # fmt: skip
+    assert "masks of its own" in str(refusal(GPTNeoForCausalLM(config).eval()))
 
 
 def test_frequencies_that_depend_on_the_batch_are_refused() -> None:

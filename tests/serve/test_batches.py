@@ -288,6 +288,37 @@ def test_a_step_that_fails_ends_its_own_batch_only(folder: Path) -> None:
         assert engine._batches == {}
 
 
+def test_a_request_that_fails_does_not_fail_its_neighbours(gemma: Running, folder: Path) -> None:
+    """One pass, in which the model cannot stand one of the rows: the others get their tokens."""
+    body = {"prompt": "the old mill", "max_tokens": 24, "ignore_eos": True, "temperature": 0}
+    want = tokens_of(ask(gemma, **body, bits=4, logprobs=0), gemma)
+    with running(folder) as server:
+        plain, seen = TorchBatch.step, []
+        long = 60  # tokens of the bad prompt
+
+        def failing(self: TorchBatch, model: Any, rows: Any, tokens: Any) -> Tensor:
+            seen.append(len(rows))
+            return (
+                1 / 0
+                if any(row.length > long for row in rows)
+                else plain(self, model, rows, tokens)
+            )
+
+        with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
+            patch.setattr(TorchBatch, "step", failing)
+            good = [pool.submit(ask, server, **body, bits=4, logprobs=0) for _ in range(3)]
+            bad = httpx2.post(
+                server.address + "/v1/completions",
+                json={**body, "prompt": [7] * (long + 1), "bits": 4},
+                timeout=60,
+            )
+            assert [tokens_of(one.result(), server) for one in good] == [want] * 3
+        assert bad.status_code == 500
+        assert max(seen) > 1
+        ends(server, failed=1)
+        assert server.engine._batches == {}
+
+
 def test_caches_that_are_no_keys_and_values_take_turns(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

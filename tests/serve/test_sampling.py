@@ -126,7 +126,8 @@ def test_scores_are_those_of_the_model() -> None:
     [
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.9}, Sampling(0.6, 0.9)),
         ({"temperature": 0.6, "repetition_penalty": 1.1}, Sampling(repetition_penalty=1.1)),
-        ({"do_sample": True, "top_k": 20, "temperature": None}, Sampling(top_k=20)),
+        ({"do_sample": True, "top_k": 20.0, "temperature": None}, Sampling(top_k=20)),
+        ({"do_sample": True, "top_k": -1}, Sampling()),
     ],
 )
 def test_what_the_makers_recommend(said: dict[str, Any], right: Sampling) -> None:

@@ -23,16 +23,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from dropbydrop.checkpoint import CheckpointWriter
+from dropbydrop.checkpoint import Checkpoint, CheckpointWriter
 from dropbydrop.checkpoint.config import MANIFEST_FILE
 from dropbydrop.checkpoint.files import check_replaceable
 from dropbydrop.checkpoint.journal import Journal
 from dropbydrop.checkpoint.staging import DamagedWorkError
 from dropbydrop.system.atomic_folder import AtomicFolder, remove
 from dropbydrop.system.digest import file_digest
-from dropbydrop.system.errors import FormatError
+from dropbydrop.system.errors import DropError
+from dropbydrop.system.file_errors import file_errors
 from dropbydrop.tuning.job import prepare
 from dropbydrop.tuning.pipeline import carry_out, taken_over
 from dropbydrop.tuning.pipeline import report as report_of
@@ -116,19 +118,24 @@ def _tune(
     started = time.perf_counter()
     job.runner.release_outer()  # tuning opens the model for itself
     config, ready = job.tuning()
-    try:
-        if journal is not None:
-            _check_kept(untuned / MANIFEST_FILE, journal.earlier[-1]["untuned"])
-        opened = prepare(untuned, config, source=job.source, ready=ready)
-    except FormatError as error:
-        if journal is None:
-            raise
-        raise DamagedWorkError(
-            f"{error} What the search has made is damaged: remove {journal.path}, and start again."
-        ) from error
+    if journal is not None:
+        _check_kept(untuned, journal)
+    opened = prepare(untuned, config, source=job.source, ready=ready)
     return carry_out(opened, folder, journal, progress, started)
 
 
-def _check_kept(manifest: Path, said: str) -> None:
-    if not manifest.is_file() or file_digest(manifest) != said:
-        raise FormatError(f"{manifest} is missing, or not what was written: damaged.")
+def _check_kept(untuned: Path, journal: Journal) -> None:
+    """Raises DamagedWorkError unless `untuned` is what the search wrote, every file of it."""
+    manifest, said, wrong = untuned / MANIFEST_FILE, journal.earlier[-1]["untuned"], [""]
+    with file_errors(untuned), suppress(DropError):
+        if not untuned.is_symlink() and manifest.is_file() and file_digest(manifest) == said:
+            opened = Checkpoint.open(untuned)
+            wrong = [finding.file for finding in opened.verify()] or wrong
+            opened.require(opened.levels[-1])
+            opened.check_contents(len(opened.manifest.planes))
+            wrong = [file for file in wrong if file]
+    if wrong:
+        raise DamagedWorkError(
+            f"{untuned / wrong[0]} is not what the search wrote: the work that was kept is "
+            f"damaged. Remove {journal.path}, and start again."
+        )

@@ -22,8 +22,8 @@ size fits, everything is packed anew: the clock becomes the longest length, and 
 block of columns is free. A batch without rows holds no tensors.
 
 What is not served is found by `refusal`: layers of other kinds (recurrent states, convolutions),
-scales that depend on the longest text of a batch, and models whose batch does not compute what
-each sequence gets alone, which is tried on two short ones.
+scales that depend on the longest text of a batch, masks that a family keeps for itself, and models
+whose batch does not compute what each sequence gets alone, which is tried on two short ones.
 
 Limits. Results are those of a sequence alone up to the rounding of products with other numbers of
 rows. Every row costs as many columns as the longest one. One thread.
@@ -126,7 +126,8 @@ class TorchBatch:
         """The logits after one more token of each row, float32 [n, vocabulary] on the CPU.
 
         Rows may be new, or come from another batch. Those that were here and are not given keep
-        their keys and values, outside. If it raises, the rows are to be left.
+        their keys and values, outside. If the model raises, the rows are as they were; if memory
+        for them ends, they are to be left.
 
         Args:
             rows: at most SIZES[-1], all different, on the same side of each of `turns(model)`.
@@ -150,11 +151,11 @@ class TorchBatch:
             use_cache=True,
             logits_to_keep=1,
         )
+        logits: Tensor = out.logits[:, -1].float().cpu()
         self._clock.add_(1)
         self._time += 1
         for row in rows:
             row.length += 1
-        logits: Tensor = out.logits[:, -1].float().cpu()
         return logits[[row._slot for row in rows]]
 
     # ---- rows ----------------------------------------------------------------------------------
@@ -277,6 +278,8 @@ def refusal(model: Any) -> str | None:
         return "its rotary frequencies depend on the longest text of a batch"
     if any(getattr(module, "attn_temperature_tuning", False) for module in model.modules()):
         return "its attention is scaled by the number of the column"
+    if any(_square(buffer) for buffer in model.buffers()):
+        return "its attention has masks of its own, by the number of the column"
     try:
         off = _difference(model)
     except Exception as error:  # a family's code can fail in any way
@@ -305,6 +308,11 @@ def _rotary(model: Any) -> Iterator[tuple[str, Any]]:
                 yield from ((kind, settings[name]) for name, kind in kinds.items())
             else:
                 yield kinds, settings
+
+
+def _square(buffer: Tensor) -> bool:
+    """Whether a buffer is a table of positions by positions, as GPT-Neo's of masks."""
+    return buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2] > 1
 
 
 def _empty(layer: Any) -> bool:

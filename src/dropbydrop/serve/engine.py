@@ -289,9 +289,7 @@ class Engine:
         if self.precisions.batched and ready:
             batch = self._batches.setdefault(key, TorchBatch())
         if batch is not None or len(ready) > 1:
-            jobs = [job for _, job, _ in ready]
-            with self._failures_of(jobs):
-                shared = advance([model for _, _, model in ready], jobs, batch)
+            shared = self._advance([(job, model) for _, job, model in ready], batch)
         if shared:
             seconds = time.perf_counter() - start
             self._stepping += seconds
@@ -307,6 +305,23 @@ class Engine:
                 made = len(job.tokens)
                 job.answer(self._kept)
                 self._count(job, made)
+
+    def _advance(self, ready: Sequence[tuple[Job, Any]], batch: TorchBatch | None) -> bool:
+        """`advance`; where that fails for several jobs, each goes on alone, so that only those end
+        that fail alone too. False: nothing was changed."""
+        jobs, models = [job for job, _ in ready], [model for _, model in ready]
+        if len(jobs) == 1:
+            with self._failures_of(jobs):
+                return advance(models, jobs, batch)
+            return False
+        try:
+            return advance(models, jobs, batch)
+        except Exception:
+            log.exception("a shared pass failed; its requests go on alone")
+        if batch is not None:
+            for one in ready:
+                self._advance([one], TorchBatch())
+        return batch is not None
 
     def _turn(self, job: Job) -> None:
         """A token of one job, or a chunk of its prompt."""

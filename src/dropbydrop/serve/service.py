@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,17 +201,20 @@ def _own_sampling(config: Any) -> Sampling:
         names += ["temperature", "top_p", "top_k", "min_p"]
     found = {name: getattr(config, name, None) for name in names}
     given: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
+    if given.get("top_k") == -1:  # as some write "no limit"
+        given["top_k"] = 0
     for name, value in given.items():
-        low, high = BOUNDS.get(name, (0, math.inf))
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not (whole or (isinstance(value, float) and name != "top_k")) or not (
-            low <= value <= high
-        ):
+        low, high = BOUNDS.get(name, (0, 1 << 31))
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value <= high or (name == "top_k" and value % 1):
             raise DropError(
-                f"generation_config.json says {name} {value!r:.40}, which is not between {low:g} "
-                f"and {high:g}: every answer would be drawn with it. Mend it in the original model "
-                "and quantize again."
+                f"generation_config.json says {name} {value!r:.40}, which is no "
+                f"{'whole number' if name == 'top_k' else 'number'} between {low:g} and {high:g}: "
+                "every answer would be drawn with it. Mend it in the original model and quantize "
+                "again."
             )
+    if "top_k" in given:
+        given["top_k"] = int(given["top_k"])
     return Sampling(**given)
 
 
