@@ -12,7 +12,8 @@ import httpx2
 import openai
 import pytest
 import torch
-from running import NAME, Running, running
+from running import NAME, Running, chat_checkpoint, running
+from tokenizers import AddedToken
 
 from dropbydrop.serve.replies import Part, Reply
 from dropbydrop.serve.sampling import Sampler
@@ -294,26 +295,65 @@ def test_calls_that_must_be_made(able: Running, choice: Any) -> None:
     assert answer.model_dump()["tool_choice"] == flat
 
 
-def test_calls_between_special_tokens(able: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Marks that are tokens of their own, a list of calls, arguments under another key."""
+# tokens of a tokenizer; of them, only the last pair is special to transformers
+MARKS = ("<tool_call>", "</tool_call>", "[CALL]", "[/CALL]", "<c>", "</c>")
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server whose marks of calls are tokens that were added to the tokenizer."""
     pytest.importorskip("llguidance")
+    added = [AddedToken(mark, special=mark in MARKS[-2:], normalized=False) for mark in MARKS]
+    with running(chat_checkpoint(tmp_path_factory.mktemp("marked"), added)) as made:
+        text = made.service.text
+        text.tokenizer.chat_template = CHAT_TEMPLATE
+        made.service.served = replace(made.service.served, tools=True)
+        yield made
+
+
+def marked_by(opened: str, closed: str) -> dict[str, Any]:
+    """The template with other marks of calls."""
+    marks = {"open": opened, "close": closed, "content": "json"}
+    fields = {**TEMPLATE["fields"], "tool_calls": {**TEMPLATE["fields"]["tool_calls"], **marks}}
+    fields["tool_calls"].pop("open_pattern")
+    return {**TEMPLATE, "fields": fields}
+
+
+# </s> ends the text, so that nobody sees it
+@pytest.mark.parametrize("marks", [MARKS[:2], MARKS[2:4], MARKS[4:], ("<user>", "</s>")], ids=str)
+def test_calls_between_added_tokens(marked: Running, marks: tuple[str, str]) -> None:
+    """Calls are told from text, and whatever is no text to the grammar is drawn as one token."""
+    marked.service.text.response_template = marked_by(*marks)
+    for seed in range(3):
+        answer = forced(marked, seed=seed, temperature=2, logprobs=True)
+        (chosen,) = answer.json()["choices"]
+        assert chosen["finish_reason"] == "tool_calls"
+        assert chosen["message"]["content"] is None
+        assert len(chosen["message"]["tool_calls"]) == 1
+        tokens = [entry["token"] for entry in chosen["logprobs"]["content"]]
+        if marks != MARKS[2:4]:  # which may be spelled by other tokens
+            assert tokens[0] == marks[0]
+            assert (tokens[-1] == marks[1]) == (marks[1] != "</s>")
+
+
+def test_lists_of_calls(marked: Running) -> None:
+    """A list, its arguments under another key, a pattern."""
     arguments = {"name": "{content.name}", "arguments": "{content.parameters}"}
     fields = {
         "tool_calls": {
-            "open": ["<user>["],
-            "close_pattern": r"\]\s*<assistant>",
+            "open": ["<c>["],
+            "close_pattern": r"\]\s*</c>",
             "content": "json",
             "transform": {"type": "function", "function": arguments},
         },
         "content": {"content": "text"},
     }
-    monkeypatch.setattr(able.service.text, "response_template", {**TEMPLATE, "fields": fields})
-    monkeypatch.setattr(able.service.text, "special", frozenset({0, 1, 2, 3, 4}))
-    (chosen,) = forced(able, tool_choice=TIDE, logprobs=True).json()["choices"]
+    marked.service.text.response_template = {**TEMPLATE, "fields": fields}
+    (chosen,) = forced(marked, tool_choice=TIDE, logprobs=True).json()["choices"]
     (call,) = chosen["message"]["tool_calls"]
     assert json.loads(call["function"]["arguments"])["at"] in (6, 18)
     tokens = [entry["token"] for entry in chosen["logprobs"]["content"]]
-    assert (tokens[0], tokens[-1]) == ("<user>", "<assistant>")
+    assert (tokens[0], tokens[-1]) == ("<c>", "</c>")
 
 
 def test_calls_that_cannot_be_asked_for(able: Running, monkeypatch: pytest.MonkeyPatch) -> None:

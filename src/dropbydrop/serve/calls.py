@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -80,11 +80,18 @@ def _mark(field: dict[str, Any], side: str) -> str:
     return re.sub(r"\\(.)", r"\1", plain)
 
 
-def rules(form: Form, tools: Sequence[dict[str, Any]], text: Text) -> str:
-    """A grammar of one call, in the language of llguidance."""
+def rules(
+    form: Form, tools: Sequence[dict[str, Any]], text: Text, special: Callable[[int], bool]
+) -> str:
+    """A grammar of one call, in the language of llguidance.
+
+    Args:
+        special: whether a token is none of the texts that llguidance knows. That is its own view:
+            of added tokens, those that are marked so and those that are spelled `<...>`.
+    """
     names = [f"call_{i}" for i in range(len(tools))]
-    lines = [f"start: {_literal(form.before, text)} ({' | '.join(names)}) "
-             f"{_literal('}' + form.after, text)}"]  # fmt: skip
+    before, after = _literal(form.before, text, special), _literal("}" + form.after, text, special)
+    lines = [f"start: {before} ({' | '.join(names)}) {after}"]
     for name, tool in zip(names, tools, strict=True):
         function = tool["function"]
         head = f'{{"name": {json.dumps(function["name"])}, "{form.key}": '
@@ -94,7 +101,7 @@ def rules(form: Form, tools: Sequence[dict[str, Any]], text: Text) -> str:
     return "\n".join(lines)
 
 
-def _literal(given: str, text: Text) -> str:
+def _literal(given: str, text: Text, special: Callable[[int], bool]) -> str:
     """A text in a grammar; special tokens, which are no text there, by their numbers."""
     parts: list[str] = []
     plain: list[int] = []
@@ -105,10 +112,10 @@ def _literal(given: str, text: Text) -> str:
             plain.clear()
 
     tokens = text.encode(given, special=False)
-    if not text.special.intersection(tokens):
+    if not any(map(special, tokens)):
         return _quoted(given)
     for token in tokens:
-        if token in text.special:
+        if special(token):
             flush()
             parts.append(f"<[{token}]>")
         else:

@@ -69,7 +69,9 @@ class Grammars:
         return self._made(
             "response_format",
             "the schema",
-            lambda matcher: matcher.grammar_from_json_schema(json.dumps(schema), overrides=compact),
+            lambda matcher, _: matcher.grammar_from_json_schema(
+                json.dumps(schema), overrides=compact
+            ),
         )
 
     def of_calls(self, form: Form, tools: Sequence[dict[str, Any]]) -> Grammar:
@@ -81,10 +83,12 @@ class Grammars:
         return self._made(
             "tool_choice",
             "the parameters of a function",
-            lambda matcher: matcher.grammar_from_lark(rules(form, tools, self._text)),
+            lambda matcher, tokens: matcher.grammar_from_lark(
+                rules(form, tools, self._text, tokens.is_special_token)
+            ),
         )
 
-    def _made(self, param: str, what: str, grammar: Callable[[Any], str]) -> Grammar:
+    def _made(self, param: str, what: str, grammar: Callable[[Any, Any], str]) -> Grammar:
         """A grammar that llguidance makes; errors name the parameter that asks for it."""
         try:
             from llguidance import LLMatcher
@@ -101,7 +105,7 @@ class Grammars:
                 ends = sorted(self._ends) or None
                 self._tokenizer = from_tokenizer(self._text.tokenizer, self._vocabulary, ends)
         try:
-            made = grammar(LLMatcher)
+            made = grammar(LLMatcher, self._tokenizer)
             problem = LLMatcher.validate_grammar(made, self._tokenizer)
         except ValueError as error:
             problem = str(error)
