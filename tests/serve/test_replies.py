@@ -218,6 +218,9 @@ SCHEMA = {
 }
 
 
+ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+
+
 def test_json_of_a_schema(server: Running) -> None:
     """A random model writes valid JSON, at every temperature, in chats and responses."""
     pytest.importorskip("llguidance")
@@ -246,6 +249,7 @@ def test_schemas_that_cannot_be(server: Running, monkeypatch: pytest.MonkeyPatch
 
     pytest.importorskip("llguidance")
     assert "cannot be used" in refused({"type": "nonsense"})
+    assert "response_format: llguidance cannot follow" in refused(ENDLESS)
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     assert "lacks the package llguidance" in refused(SCHEMA)
 
@@ -384,6 +388,34 @@ def test_calls_that_cannot_be_asked_for(able: Running, monkeypatch: pytest.Monke
     pytest.importorskip("llguidance")
     wrong = {"name": "x", "parameters": {"type": "object", "properties": {"a": {"type": "odd"}}}}
     refused("cannot be used", tools=[{"type": "function", "function": wrong}])
+    for kind in ("string", "array", ["object", "null"], None):
+        refused('of type "object"', "tools[1].function.parameters", tools=[TOOLS[0], typed(kind)])
+        assert forced(able, tool_choice="auto", tools=[typed(kind)], max_tokens=1).is_success
+    many = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]
+    refused("at most 128", "tools", tools=many)
+    assert forced(able, tools=many[:128], max_tokens=2).is_success
+    refused("would cut", "stop", stop=["}"])
+
+
+def typed(kind: Any) -> dict[str, Any]:
+    """A tool whose arguments are of another type."""
+    return {"type": "function", "function": {"name": "x", "parameters": {"type": kind}}}
+
+
+def test_calls_that_llguidance_gives_up(
+    able: Running, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """That is the client's, in few words, and the log does not tell the schema."""
+    pytest.importorskip("llguidance")
+    tool = {"type": "function", "function": {"name": "x", "parameters": ENDLESS}}
+    answer = forced(able, tools=[tool])
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message.startswith("tool_choice: llguidance cannot follow")
+    assert len(message) < 500
+    assert "required" not in capfd.readouterr().err + caplog.text
+    with pytest.raises(RuntimeError, match="satisfy the grammar"):  # a fault of the server
+        able.service.grammars.of_schema(SCHEMA).accept(50)
 
 
 def test_a_part_has_a_key_of_its_own() -> None:

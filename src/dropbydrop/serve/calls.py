@@ -95,7 +95,7 @@ def rules(
     for name, tool in zip(names, tools, strict=True):
         function = tool["function"]
         head = f'{{"name": {json.dumps(function["name"])}, "{form.key}": '
-        schema = {"type": "object", **function["parameters"], "x-guidance": _SPACES}
+        schema = {**function["parameters"], "type": "object", "x-guidance": _SPACES}
         lines.append(f"{name}: {json.dumps(head)} {name}_arguments")
         lines.append(f"{name}_arguments: %json {json.dumps(schema)}")
     return "\n".join(lines)
