@@ -418,5 +418,74 @@ def test_calls_that_llguidance_gives_up(
         able.service.grammars.of_schema(SCHEMA).accept(50)
 
 
+MARKED = "x</tool_call>y"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"const": MARKED}, {"enum": ["a", MARKED]}, {"pattern": MARKED, "type": "string"},
+     {"$defs": {"b": {"const": [{"c": MARKED}]}}}, {"properties": {MARKED: {}}}],
+    ids=str,
+)  # fmt: skip
+def test_schemas_with_the_closing_mark(able: Running, schema: Any) -> None:
+    """A call of them could not be told from text. What is only described may hold it."""
+    pytest.importorskip("llguidance")
+    told = {"enum": [1], "description": MARKED, "title": MARKED}
+    properties = {"a": schema, "b": told}
+    parameters = {"type": "object", "properties": properties, "required": ["b"]}
+    tool = {"type": "function", "function": {"name": "x", "parameters": parameters}}
+    answer = forced(able, tools=[TOOLS[0], tool])
+    assert answer.status_code == 400
+    assert "holds the mark" in answer.json()["error"]["message"]
+    properties["a"] = {"const": "x</tool_call y"}
+    assert forced(able, tools=[TOOLS[0], tool], max_tokens=1).is_success
+
+
+def lost(able: Running, say: Say) -> dict[str, Any]:
+    """A request for a call; the model writes the closing mark into a text."""
+    say('<tool_call>{"name": "x", "arguments": {"a": "y</tool_call>z"}}</tool_call>')
+    properties = {"a": {"type": "string"}}
+    parameters = {"properties": properties, "required": ["a"], "additionalProperties": False}
+    return {"type": "function", "function": {"name": "x", "parameters": parameters}}
+
+
+def test_calls_that_cannot_be_read(able: Running, say: Say) -> None:
+    """An error by name, whole and as a stream, and no marks as content."""
+    pytest.importorskip("llguidance")
+    answer = forced(able, tools=[lost(able, say)])
+    assert answer.status_code == 500
+    assert "the mark that ends a call" in answer.json()["error"]["message"]
+    answer = forced(able, tools=[lost(able, say)], stream=True)
+    assert answer.is_success
+    assert "the mark that ends a call" in answer.text
+    assert "</tool_call>" not in answer.text
+    flat = {"type": "function", **lost(able, say)["function"]}
+    asked = {"input": "a", "tools": [flat], "tool_choice": "required"}
+    url = able.address + "/v1/responses"
+    assert httpx2.post(url, json=asked, timeout=60).status_code == 500
+    lost(able, say)
+    answer = httpx2.post(url, json={**asked, "stream": True}, timeout=60)
+    assert "event: response.failed" in answer.text
+    assert "</tool_call>" not in answer.text
+
+
+def test_calls_that_are_cut(able: Running) -> None:
+    """A cut is told, and what there is of the call is no content."""
+    pytest.importorskip("llguidance")
+    for most in (1, 4, 12):
+        (chosen,) = forced(able, max_tokens=most).json()["choices"]
+        assert chosen["finish_reason"] == "length"
+        assert not chosen["message"]["content"]
+        answer = forced(able, max_tokens=most, stream=True)
+        assert '"finish_reason":"length"' in answer.text
+        assert "tool_call" not in answer.text
+    flat: Any = [{"type": "function", "strict": False, **tool["function"]} for tool in TOOLS]
+    made = client(able).responses.create(
+        model=NAME, input="a", tools=flat, tool_choice="required", max_output_tokens=4
+    )
+    assert made.status == "incomplete"
+    assert made.output == []
+
+
 def test_a_part_has_a_key_of_its_own() -> None:
     assert Part("call").key != Part("call").key
