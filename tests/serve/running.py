@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tokenizers import AddedToken
 
 from dropbydrop.serve.server import Server
 from dropbydrop.serve.service import Service
@@ -16,10 +18,12 @@ from tiny import tiny_model, tiny_tokenizer, write_checkpoint
 NAME = "tiny"
 
 
-def chat_checkpoint(folder: Path, **settings: Any) -> Path:
-    """A checkpoint with levels 2, 3, 4, a tokenizer and a chat template."""
+def chat_checkpoint(folder: Path, added: Sequence[AddedToken] = (), **settings: Any) -> Path:
+    """A checkpoint with levels 2, 3, 4, a tokenizer (and more tokens), and a chat template."""
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.backend_tokenizer.add_tokens(list(added))
     with tempfile.TemporaryDirectory() as made:
-        tiny_tokenizer(chat=True).save_pretrained(made)
+        tokenizer.save_pretrained(made)
         files = {path.name: path.read_bytes() for path in Path(made).iterdir()}
     model = tiny_model("llama")  # whose greedy texts do not repeat one token
     return write_checkpoint(folder / NAME, model, extra_files=files, tokenizer=False, **settings)

@@ -12,7 +12,8 @@ import httpx2
 import openai
 import pytest
 import torch
-from running import NAME, Running, running
+from running import NAME, Running, chat_checkpoint, running
+from tokenizers import AddedToken
 
 from dropbydrop.serve.replies import Part, Reply
 from dropbydrop.serve.sampling import Sampler
@@ -217,6 +218,9 @@ SCHEMA = {
 }
 
 
+ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+
+
 def test_json_of_a_schema(server: Running) -> None:
     """A random model writes valid JSON, at every temperature, in chats and responses."""
     pytest.importorskip("llguidance")
@@ -245,6 +249,7 @@ def test_schemas_that_cannot_be(server: Running, monkeypatch: pytest.MonkeyPatch
 
     pytest.importorskip("llguidance")
     assert "cannot be used" in refused({"type": "nonsense"})
+    assert "response_format: llguidance cannot follow" in refused(ENDLESS)
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     assert "lacks the package llguidance" in refused(SCHEMA)
 
@@ -294,26 +299,65 @@ def test_calls_that_must_be_made(able: Running, choice: Any) -> None:
     assert answer.model_dump()["tool_choice"] == flat
 
 
-def test_calls_between_special_tokens(able: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Marks that are tokens of their own, a list of calls, arguments under another key."""
+# tokens of a tokenizer; of them, only the last pair is special to transformers
+MARKS = ("<tool_call>", "</tool_call>", "[CALL]", "[/CALL]", "<c>", "</c>")
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server whose marks of calls are tokens that were added to the tokenizer."""
     pytest.importorskip("llguidance")
+    added = [AddedToken(mark, special=mark in MARKS[-2:], normalized=False) for mark in MARKS]
+    with running(chat_checkpoint(tmp_path_factory.mktemp("marked"), added)) as made:
+        text = made.service.text
+        text.tokenizer.chat_template = CHAT_TEMPLATE
+        made.service.served = replace(made.service.served, tools=True)
+        yield made
+
+
+def marked_by(opened: str, closed: str) -> dict[str, Any]:
+    """The template with other marks of calls."""
+    marks = {"open": opened, "close": closed, "content": "json"}
+    fields = {**TEMPLATE["fields"], "tool_calls": {**TEMPLATE["fields"]["tool_calls"], **marks}}
+    fields["tool_calls"].pop("open_pattern")
+    return {**TEMPLATE, "fields": fields}
+
+
+# </s> ends the text, so that nobody sees it
+@pytest.mark.parametrize("marks", [MARKS[:2], MARKS[2:4], MARKS[4:], ("<user>", "</s>")], ids=str)
+def test_calls_between_added_tokens(marked: Running, marks: tuple[str, str]) -> None:
+    """Calls are told from text, and whatever is no text to the grammar is drawn as one token."""
+    marked.service.text.response_template = marked_by(*marks)
+    for seed in range(3):
+        answer = forced(marked, seed=seed, temperature=2, logprobs=True)
+        (chosen,) = answer.json()["choices"]
+        assert chosen["finish_reason"] == "tool_calls"
+        assert chosen["message"]["content"] is None
+        assert len(chosen["message"]["tool_calls"]) == 1
+        tokens = [entry["token"] for entry in chosen["logprobs"]["content"]]
+        if marks != MARKS[2:4]:  # which may be spelled by other tokens
+            assert tokens[0] == marks[0]
+            assert (tokens[-1] == marks[1]) == (marks[1] != "</s>")
+
+
+def test_lists_of_calls(marked: Running) -> None:
+    """A list, its arguments under another key, a pattern."""
     arguments = {"name": "{content.name}", "arguments": "{content.parameters}"}
     fields = {
         "tool_calls": {
-            "open": ["<user>["],
-            "close_pattern": r"\]\s*<assistant>",
+            "open": ["<c>["],
+            "close_pattern": r"\]\s*</c>",
             "content": "json",
             "transform": {"type": "function", "function": arguments},
         },
         "content": {"content": "text"},
     }
-    monkeypatch.setattr(able.service.text, "response_template", {**TEMPLATE, "fields": fields})
-    monkeypatch.setattr(able.service.text, "special", frozenset({0, 1, 2, 3, 4}))
-    (chosen,) = forced(able, tool_choice=TIDE, logprobs=True).json()["choices"]
+    marked.service.text.response_template = {**TEMPLATE, "fields": fields}
+    (chosen,) = forced(marked, tool_choice=TIDE, logprobs=True).json()["choices"]
     (call,) = chosen["message"]["tool_calls"]
     assert json.loads(call["function"]["arguments"])["at"] in (6, 18)
     tokens = [entry["token"] for entry in chosen["logprobs"]["content"]]
-    assert (tokens[0], tokens[-1]) == ("<user>", "<assistant>")
+    assert (tokens[0], tokens[-1]) == ("<c>", "</c>")
 
 
 def test_calls_that_cannot_be_asked_for(able: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +388,103 @@ def test_calls_that_cannot_be_asked_for(able: Running, monkeypatch: pytest.Monke
     pytest.importorskip("llguidance")
     wrong = {"name": "x", "parameters": {"type": "object", "properties": {"a": {"type": "odd"}}}}
     refused("cannot be used", tools=[{"type": "function", "function": wrong}])
+    for kind in ("string", "array", ["object", "null"], None):
+        refused('of type "object"', "tools[1].function.parameters", tools=[TOOLS[0], typed(kind)])
+        assert forced(able, tool_choice="auto", tools=[typed(kind)], max_tokens=1).is_success
+    many = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]
+    refused("at most 128", "tools", tools=many)
+    assert forced(able, tools=many[:128], max_tokens=2).is_success
+    refused("would cut", "stop", stop=["}"])
+
+
+def typed(kind: Any) -> dict[str, Any]:
+    """A tool whose arguments are of another type."""
+    return {"type": "function", "function": {"name": "x", "parameters": {"type": kind}}}
+
+
+def test_calls_that_llguidance_gives_up(
+    able: Running, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """That is the client's, in few words, and the log does not tell the schema."""
+    pytest.importorskip("llguidance")
+    tool = {"type": "function", "function": {"name": "x", "parameters": ENDLESS}}
+    answer = forced(able, tools=[tool])
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message.startswith("tool_choice: llguidance cannot follow")
+    assert len(message) < 500
+    assert "required" not in capfd.readouterr().err + caplog.text
+    with pytest.raises(RuntimeError, match="satisfy the grammar"):  # a fault of the server
+        able.service.grammars.of_schema(SCHEMA).accept(50)
+
+
+MARKED = "x</tool_call>y"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"const": MARKED}, {"enum": ["a", MARKED]}, {"pattern": MARKED, "type": "string"},
+     {"$defs": {"b": {"const": [{"c": MARKED}]}}}, {"properties": {MARKED: {}}}],
+    ids=str,
+)  # fmt: skip
+def test_schemas_with_the_closing_mark(able: Running, schema: Any) -> None:
+    """A call of them could not be told from text. What is only described may hold it."""
+    pytest.importorskip("llguidance")
+    told = {"enum": [1], "description": MARKED, "title": MARKED}
+    properties = {"a": schema, "b": told}
+    parameters = {"type": "object", "properties": properties, "required": ["b"]}
+    tool = {"type": "function", "function": {"name": "x", "parameters": parameters}}
+    answer = forced(able, tools=[TOOLS[0], tool])
+    assert answer.status_code == 400
+    assert "holds the mark" in answer.json()["error"]["message"]
+    properties["a"] = {"const": "x</tool_call y"}
+    assert forced(able, tools=[TOOLS[0], tool], max_tokens=1).is_success
+
+
+def lost(able: Running, say: Say) -> dict[str, Any]:
+    """A request for a call; the model writes the closing mark into a text."""
+    say('<tool_call>{"name": "x", "arguments": {"a": "y</tool_call>z"}}</tool_call>')
+    properties = {"a": {"type": "string"}}
+    parameters = {"properties": properties, "required": ["a"], "additionalProperties": False}
+    return {"type": "function", "function": {"name": "x", "parameters": parameters}}
+
+
+def test_calls_that_cannot_be_read(able: Running, say: Say) -> None:
+    """An error by name, whole and as a stream, and no marks as content."""
+    pytest.importorskip("llguidance")
+    answer = forced(able, tools=[lost(able, say)])
+    assert answer.status_code == 500
+    assert "the mark that ends a call" in answer.json()["error"]["message"]
+    answer = forced(able, tools=[lost(able, say)], stream=True)
+    assert answer.is_success
+    assert "the mark that ends a call" in answer.text
+    assert "</tool_call>" not in answer.text
+    flat = {"type": "function", **lost(able, say)["function"]}
+    asked = {"input": "a", "tools": [flat], "tool_choice": "required"}
+    url = able.address + "/v1/responses"
+    assert httpx2.post(url, json=asked, timeout=60).status_code == 500
+    lost(able, say)
+    answer = httpx2.post(url, json={**asked, "stream": True}, timeout=60)
+    assert "event: response.failed" in answer.text
+    assert "</tool_call>" not in answer.text
+
+
+def test_calls_that_are_cut(able: Running) -> None:
+    """A cut is told, and what there is of the call is no content."""
+    pytest.importorskip("llguidance")
+    for most in (1, 4, 12):
+        (chosen,) = forced(able, max_tokens=most).json()["choices"]
+        assert chosen["finish_reason"] == "length"
+        assert not chosen["message"]["content"]
+        answer = forced(able, max_tokens=most, stream=True)
+        assert '"finish_reason":"length"' in answer.text
+        assert "tool_call" not in answer.text
+    flat: Any = [{"type": "function", "strict": False, **tool["function"]} for tool in TOOLS]
+    made = client(able).responses.create(
+        model=NAME, input="a", tools=flat, tool_choice="required", max_output_tokens=4
+    )
+    assert made.status == "incomplete"
+    assert made.output == []
 
 
 def test_a_part_has_a_key_of_its_own() -> None:

@@ -199,7 +199,24 @@ def _call(part: Part) -> dict[str, Any]:
     return {"id": part.key, "type": "function", "function": function}
 
 
+def check_call(end: Finished, reply: Reply) -> None:
+    """See that a call that had to be made is there.
+
+    Raises:
+        ApiError: it is not, though it was not cut.
+    """
+    if reply.must and end.reason == "stop" and reply.calls != 1:
+        raise ApiError(
+            500,
+            "tool_choice: the model wrote the mark that ends a call within its arguments, so that "
+            "the call cannot be read; ask again, or with auto.",
+            "tool_choice",
+        )
+
+
 def _reason(end: Finished, reply: Reply) -> str:
+    """finish_reason; raises what `check_call` raises."""
+    check_call(end, reply)
     return "tool_calls" if reply.calls and end.reason == "stop" else end.reason
 
 

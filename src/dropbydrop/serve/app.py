@@ -70,7 +70,7 @@ class Routes:
         tokens, prompt, grammar = await self.aside(service.chat_tokens, chat)
         run = Run(service.engine, http.receive)
         run.start(service.jobs(request, [tokens], run.emit, False, grammar))
-        reply = partial(Reply, service.text.response_template, prompt, chat.tools)
+        reply = partial(Reply, service.text.response_template, prompt, chat.tools, bool(chat.must))
         sizes = service.engine.precisions.bytes_of
         head = Head(request, service.fingerprint, sizes, [tokens], reply, chat.told)
         return await answer(run, kind(head, service.text))

@@ -7,14 +7,16 @@ that gives the call and nothing else. Calls that are no JSON (XML of some coders
 have opened another part (reasoning), are refused by name.
 
 The answer then begins with the opening mark and ends with the closing one: one call, of one of the
-functions, whose arguments are of its schema.
+functions, whose arguments are of its schema. Templates end a call at the closing mark even within a
+text of its arguments. Schemas that ask for such a text are refused. Free texts cannot be kept from
+it by llguidance: a model that writes one gets an error (`answers.check_call`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -42,26 +44,48 @@ def form_of(template: Any, prompt: str, tools: list[dict[str, Any]]) -> Form:
     """The form of a call behind a prompt.
 
     Raises:
-        ApiError: there is none of those that can be forced.
+        ApiError: there is none of those that can be forced; a schema holds the closing mark.
     """
     field = (template or {}).get("fields", {}).get("tool_calls")
     if field is None or field.get("content") != "json":
         raise _refused("this model's calls are no JSON, so that none can be asked for")
     name = tools[0]["function"]["name"]
-    for form in _forms(field):
-        call = json.dumps({"name": name, form.key: {"a": 1}})
+
+    def found(form: Form, arguments: dict[str, Any]) -> bool:
+        """Whether a call is read as it is written."""
+        call = json.dumps({"name": name, form.key: arguments}, ensure_ascii=False)
         reply = Reply(template, prompt, tools)
         parts = reply.feed(f"{form.before}{call}{form.after}") + reply.end()
-        found = [part for part in parts if part.kind == "call" or part.text.strip()]
-        if [(part.kind, part.name) for part in found] != [("call", name)]:
-            continue
+        told = [part for part in parts if part.kind == "call" or part.text.strip()]
+        if [(part.kind, part.name) for part in told] != [("call", name)]:
+            return False
         with suppress(ValueError):
-            if json.loads(found[0].text) == {"a": 1}:
-                return form
-    raise _refused(
-        "a call would not be found where the chat template begins the answer, within reasoning for "
-        "example"
-    )
+            return bool(json.loads(told[0].text) == arguments)
+        return False
+
+    form = next((form for form in _forms(field) if found(form, {"a": 1})), None)
+    if form is None:
+        raise _refused(
+            "a call would not be found where the chat template begins the answer, within reasoning "
+            "for example"
+        )
+    texts = [text for tool in tools for text in _texts(tool["function"]["parameters"])]
+    if not found(form, {str(i): text for i, text in enumerate(texts)}):
+        raise _refused("a name, value or pattern of a schema holds the mark that ends a call")
+    return form
+
+
+def _texts(schema: Any, value: bool = False) -> Iterator[str]:
+    """Names, values and patterns of a schema, which its JSON may hold; `value`: it is one."""
+    if isinstance(schema, str) and value:
+        yield schema
+    elif isinstance(schema, list):
+        for item in schema:
+            yield from _texts(item, value)
+    elif isinstance(schema, dict):
+        for name, item in schema.items():
+            yield name
+            yield from _texts(item, value or name in ("const", "enum", "pattern"))
 
 
 def _forms(field: dict[str, Any]) -> Iterator[Form]:
@@ -80,21 +104,28 @@ def _mark(field: dict[str, Any], side: str) -> str:
     return re.sub(r"\\(.)", r"\1", plain)
 
 
-def rules(form: Form, tools: Sequence[dict[str, Any]], text: Text) -> str:
-    """A grammar of one call, in the language of llguidance."""
+def rules(
+    form: Form, tools: Sequence[dict[str, Any]], text: Text, special: Callable[[int], bool]
+) -> str:
+    """A grammar of one call, in the language of llguidance.
+
+    Args:
+        special: whether a token is none of the texts that llguidance knows. That is its own view:
+            of added tokens, those that are marked so and those that are spelled `<...>`.
+    """
     names = [f"call_{i}" for i in range(len(tools))]
-    lines = [f"start: {_literal(form.before, text)} ({' | '.join(names)}) "
-             f"{_literal('}' + form.after, text)}"]  # fmt: skip
+    before, after = _literal(form.before, text, special), _literal("}" + form.after, text, special)
+    lines = [f"start: {before} ({' | '.join(names)}) {after}"]
     for name, tool in zip(names, tools, strict=True):
         function = tool["function"]
         head = f'{{"name": {json.dumps(function["name"])}, "{form.key}": '
-        schema = {"type": "object", **function["parameters"], "x-guidance": _SPACES}
+        schema = {**function["parameters"], "type": "object", "x-guidance": _SPACES}
         lines.append(f"{name}: {json.dumps(head)} {name}_arguments")
         lines.append(f"{name}_arguments: %json {json.dumps(schema)}")
     return "\n".join(lines)
 
 
-def _literal(given: str, text: Text) -> str:
+def _literal(given: str, text: Text, special: Callable[[int], bool]) -> str:
     """A text in a grammar; special tokens, which are no text there, by their numbers."""
     parts: list[str] = []
     plain: list[int] = []
@@ -105,10 +136,10 @@ def _literal(given: str, text: Text) -> str:
             plain.clear()
 
     tokens = text.encode(given, special=False)
-    if not text.special.intersection(tokens):
+    if not any(map(special, tokens)):
         return _quoted(given)
     for token in tokens:
-        if token in text.special:
+        if special(token):
             flush()
             parts.append(f"<[{token}]>")
         else:

@@ -55,6 +55,7 @@ def read_chat(body: Body, served: Served) -> tuple[Request, Chat]:
 
 
 Tools = list[dict[str, Any]] | None
+_MOST_CHOSEN = 128  # functions that a call may be forced from; llguidance holds them all at once
 
 
 def read_tools(body: Body, served: Served, flat: bool) -> tuple[Tools, Tools]:
@@ -65,7 +66,8 @@ def read_tools(body: Body, served: Served, flat: bool) -> tuple[Tools, Tools]:
 
     Raises:
         ApiError: tools for a model whose calls could not be told from text; a call that must be
-            made of a function that is none of them.
+            made of a function that is none of them, whose arguments are no object, or that a stop
+            text would cut.
     """
     given = body.list("tools") or []
     chosen = _tool_choice(body, flat)
@@ -76,6 +78,16 @@ def read_tools(body: Body, served: Served, flat: bool) -> tuple[Tools, Tools]:
         raise body.error("tool_choice", "there is no tool, or none is that function")
     if not tools or chosen == "none":
         return None, None
+    if must and body.take("stop"):
+        raise body.error(
+            "stop", "would cut a call that must be made; leave it away, or tool_choice"
+        )
+    if len(must) > _MOST_CHOSEN:
+        raise body.error("tools", f"a call can be required of at most {_MOST_CHOSEN} functions")
+    for i, tool in enumerate(tools):
+        if tool in must and tool["function"]["parameters"].get("type", "object") != "object":
+            name = f"tools[{i}].{'' if flat else 'function.'}parameters"
+            raise body.error(name, 'a call that must be made has arguments of type "object"')
     if not served.tools:
         raise body.error(
             "tools",

@@ -15,22 +15,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dropbydrop.system.errors import DropError
+
 from .body import ApiError
 from .calls import Form, rules
 from .text import Text
 
 
 class Grammar:
-    """The state of one answer."""
+    """The state of one answer; `param` is the parameter that asks for it."""
 
-    def __init__(self, matcher: Any) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: Any, param: str) -> None:
+        self._matcher, self._param = matcher, param
 
     def allowed(self, size: int) -> Tensor:
-        """bool [size]: the tokens that may come next."""
-        bits = np.unpackbits(
-            np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little"
-        )
+        """bool [size]: the tokens that may come next.
+
+        Raises:
+            DropError: as `accept`.
+        """
+        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        bits = np.unpackbits(packed, bitorder="little")
         mask = torch.zeros(size, dtype=torch.bool)
         known = torch.from_numpy(bits[:size].astype(bool))
         mask[: len(known)] = known
@@ -40,14 +46,32 @@ class Grammar:
         """Note a token; whether the answer is complete, and nothing may follow.
 
         Raises:
-            RuntimeError: the token was not allowed, or a limit of the grammar's parser was reached.
+            DropError: a limit of llguidance was reached: the client asks for too much.
+            RuntimeError: the token was not allowed.
         """
-        if not self._matcher.consume_token(token):
-            raise RuntimeError(self._matcher.get_error())
+        self._matcher.consume_token(token)
+        self._check()
         return bool(self._matcher.is_stopped())
 
     def copy(self) -> Grammar:
-        return Grammar(self._matcher.deep_copy())
+        return Grammar(self._matcher.deep_copy(), self._param)
+
+    def _check(self) -> None:
+        if not self._matcher.is_error():
+            return
+        problem = _first_line(self._matcher.get_error())
+        if "doesn't satisfy the grammar" in problem:  # it was not in `allowed`
+            raise RuntimeError(problem)
+        raise DropError(
+            f"{self._param}: llguidance cannot follow the schema, or the functions to choose from: "
+            f"{problem}. Ask for less: without references of a schema to itself, or for one "
+            "function by its name."
+        )
+
+
+def _first_line(problem: str) -> str:
+    """Of a report, behind which llguidance writes the whole grammar."""
+    return problem.split("\n")[0][:300]
 
 
 class Grammars:
@@ -69,7 +93,9 @@ class Grammars:
         return self._made(
             "response_format",
             "the schema",
-            lambda matcher: matcher.grammar_from_json_schema(json.dumps(schema), overrides=compact),
+            lambda matcher, _: matcher.grammar_from_json_schema(
+                json.dumps(schema), overrides=compact
+            ),
         )
 
     def of_calls(self, form: Form, tools: Sequence[dict[str, Any]]) -> Grammar:
@@ -81,10 +107,12 @@ class Grammars:
         return self._made(
             "tool_choice",
             "the parameters of a function",
-            lambda matcher: matcher.grammar_from_lark(rules(form, tools, self._text)),
+            lambda matcher, tokens: matcher.grammar_from_lark(
+                rules(form, tools, self._text, tokens.is_special_token)
+            ),
         )
 
-    def _made(self, param: str, what: str, grammar: Callable[[Any], str]) -> Grammar:
+    def _made(self, param: str, what: str, grammar: Callable[[Any, Any], str]) -> Grammar:
         """A grammar that llguidance makes; errors name the parameter that asks for it."""
         try:
             from llguidance import LLMatcher
@@ -101,10 +129,10 @@ class Grammars:
                 ends = sorted(self._ends) or None
                 self._tokenizer = from_tokenizer(self._text.tokenizer, self._vocabulary, ends)
         try:
-            made = grammar(LLMatcher)
+            made = grammar(LLMatcher, self._tokenizer)
             problem = LLMatcher.validate_grammar(made, self._tokenizer)
         except ValueError as error:
             problem = str(error)
         if problem:
             raise ApiError(400, f"{param}: {what} cannot be used: {problem[:300]}", param)
-        return Grammar(LLMatcher(self._tokenizer, made))
+        return Grammar(LLMatcher(self._tokenizer, made, log_level=0), param)

@@ -31,9 +31,20 @@ class Reply:
     """The parts of one text, in order."""
 
     def __init__(
-        self, template: dict[str, Any] | None, prompt: str, tools: list[Any] | None
+        self,
+        template: dict[str, Any] | None,
+        prompt: str,
+        tools: list[Any] | None,
+        must: bool = False,
     ) -> None:
-        """`prompt` tells which parts the chat template has opened already."""
+        """Begin.
+
+        Args:
+            prompt: tells which parts the chat template has opened already.
+            must: the text is a call, which a grammar saw to; anything else is a part of one that
+                was cut, and left out.
+        """
+        self.must = must
         self._parser: Any = None
         if template is not None:
             from transformers.utils.chat_parsing import ResponseParser
@@ -48,7 +59,7 @@ class Reply:
         """The parts that more text makes certain."""
         self._raw += text
         if self._parser is None:
-            return [Part("content", text)] if text else []
+            return [Part("content", text)] if text and not self.must else []
         return self._walked(lambda: self._parser.feed(text))
 
     def end(self) -> list[Part]:
@@ -63,10 +74,10 @@ class Reply:
             parts, at, body = self._walk(events())
         except (ValueError, KeyError, TypeError):
             self._parser = None
-            return [Part("content", self._raw[self._at :])]
+            return [] if self.must else [Part("content", self._raw[self._at :])]
         self._at, self._body = at, body
         self.calls += sum(part.kind == "call" for part in parts)
-        return parts
+        return [part for part in parts if part.kind == "call" or not self.must]
 
     def _walk(self, events: list[dict[str, Any]]) -> tuple[list[Part], int, str]:
         """Parts, how much of the text they and those before cover, and a call's text so far."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .answers import Choice, Form, Head, timings
+from .answers import Choice, Form, Head, check_call, timings
 from .body import ApiError, Body
 from .chats import Chat, function_call, read_format, read_messages, read_tools
 from .job import Event, Finished, Generated, Prompted
@@ -188,6 +188,7 @@ class ResponseForm(Form):
         return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
 
     def _ended(self, end: Finished) -> dict[str, Any]:
+        check_call(end, self._reply)
         cut = end.reason == "length"
         if cut and self._items:
             self._items[-1]["status"] = "incomplete"

@@ -117,10 +117,13 @@ async def _lines(run: Run, form: Form, events: list[Event]) -> AsyncIterator[lis
     while events:
         made: list[Any] = []
         for event in events:
-            if isinstance(event, Failed):
-                yield [*made, *form.failed(ApiError(event.status, event.message))]
+            try:
+                if isinstance(event, Failed):
+                    raise ApiError(event.status, event.message)
+                made += form.chunks(event)
+            except ApiError as error:
+                yield [*made, *form.failed(error)]
                 return
-            made += form.chunks(event)
             ends += [event] if isinstance(event, Finished) else []
         if made:
             yield made
