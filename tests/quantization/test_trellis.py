@@ -88,7 +88,7 @@ def test_sizes_of_the_estimate_are_those_of_the_files(root: Path, tmp_path: Path
 
 
 def test_refusals_name_the_way_out(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(DropError, match=r"learned with --code trellis.*dropbydrop tune"):
+    with pytest.raises(DropError, match=r"learned with --code trellis.*--tune"):
         QuantizeConfig(code="trellis", codebooks="learned")
     with pytest.raises(DropError, match=r"--bits 2,7 .*or take --code bytes"):
         quantize(root / "model", tmp_path / "out", (2, 7), config=config(root), progress=False)

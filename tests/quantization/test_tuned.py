@@ -414,7 +414,7 @@ def test_killed_again_and_again(place: Path, tmp_path: Path, undisturbed: dict[s
     """Every attempt is killed a little later and starts from what the last one left."""
     out, kill, seen = tmp_path / "out", 0, set()
     while True:
-        kill += 9
+        kill += 15
         done = attempt(place, out, kill)
         if out.exists():  # whole or not at all
             assert files(out) == undisturbed
