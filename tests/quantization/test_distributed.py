@@ -218,6 +218,9 @@ class TestShares:
             pick_device("cuda")
         with pytest.raises(DropError, match="choose auto"):
             pick_device("gpu7")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        with pytest.raises(DropError, match="finds no CUDA device"):
+            pick_device("cuda")
 
 
 def test_the_search_of_devices_gives_the_errors_of_the_native_one(tmp_path):

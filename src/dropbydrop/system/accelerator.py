@@ -30,6 +30,11 @@ def pick_device(device: str) -> str:
     count = torch.cuda.device_count()
     if index is None:
         index = int(os.environ.get("LOCAL_RANK", 0))
+    if not count:
+        raise DropError(
+            f"--device {device}: PyTorch finds no CUDA device on this machine. Use --device cpu, or "
+            "a PyTorch that was built for the GPU here."
+        )
     if index >= count:
         raise DropError(
             f"--device {device}: process {index} of this machine needs CUDA device {index}, but "
