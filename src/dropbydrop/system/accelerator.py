@@ -32,8 +32,8 @@ def pick_device(device: str) -> str:
         index = int(os.environ.get("LOCAL_RANK", 0))
     if not count:
         raise DropError(
-            f"--device {device}: PyTorch finds no CUDA device on this machine. Use --device cpu, or "
-            "a PyTorch that was built for the GPU here."
+            f"--device {device}: PyTorch finds no CUDA device on this machine. Use --device cpu, "
+            "or a PyTorch that was built for the GPU here."
         )
     if index >= count:
         raise DropError(
