@@ -48,7 +48,7 @@ def test_opens(corpus: list[Files], tmp_path: Path) -> None:
 
 
 def test_loads(corpus: list[Files], tmp_path: Path) -> None:
-    done = campaign.load_mutants(corpus, 0, 120, tmp_path / "loads")
+    done = campaign.load_mutants(corpus, 0, 600, tmp_path / "loads")
     assert not done.failures, "\n".join(done.failures[:5])
     assert done.counts["refused"] > 30
     assert done.counts["loaded"] > 12
