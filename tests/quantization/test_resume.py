@@ -33,6 +33,7 @@ from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system import atomic_folder as folder_module
 from dropbydrop.system.errors import DropError
 from dropbydrop.system.file_errors import file_errors
+from kills import OPERATIONS, die_at, die_at_operation
 from tiny import save_tiny
 
 BLOCKS = 3
@@ -81,29 +82,10 @@ def run_here(place: Path, out: Path, **changes: Any) -> quantize.Report:
 # ------------------------------------------------------------------ runs in other processes
 
 
-def die_at(count: int, operations: tuple[str, ...]) -> None:
-    """Have this process killed right before its `count`-th file operation."""
-    left = [count]
-
-    def wrap(module: Any, name: str) -> None:
-        real = getattr(module, name)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        setattr(module, name, counted)
-
-    for name in operations:
-        wrap(os, name)
-
-
 def child(place: Path, out: Path, kill: int, changes: dict[str, Any]) -> None:
     fingerprint.code_digest = lambda *rooms: "the same code"  # others may be editing it
     if kill:
-        die_at(kill, ("fsync", "rename", "mkdir", "unlink", "rmdir"))
+        die_at_operation(kill)
     run_here(place, out, **changes)
 
 
@@ -235,7 +217,7 @@ def exchange_child(place: Path, out: Path, kill: int) -> None:
 
     def announced(self: resume.Journal, record: Any) -> None:
         announce(self, record)
-        die_at(kill, ("fsync", "rename", "unlink", "rmdir"))
+        die_at(kill, *((os, name) for name in OPERATIONS if name != "mkdir"))
 
     resume.Journal.publishing = announced  # type: ignore[method-assign]
     run_here(place, out, overwrite=True)

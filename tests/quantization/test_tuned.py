@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 import sys
@@ -30,6 +29,7 @@ from dropbydrop.system.errors import CalibrationError, DropError, UnsupportedMod
 from dropbydrop.tuning import distill
 from dropbydrop.tuning.config import EPOCHS
 from dropbydrop.tuning.pipeline import tune
+from kills import die_at, die_at_operation
 from tiny import save_tiny
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -355,26 +355,13 @@ def child(place: Path, out: Path, kill: int | str, resumes: bool) -> None:
     """A run that is killed right before its `kill`-th file operation, or as a stage has begun."""
     fingerprint.code_digest = lambda *rooms: "the same code"  # others may be editing it
     distill.KEEP = 1
-    left = [kill if isinstance(kill, int) else 2]
-
-    def wrap(module: Any, name: str) -> None:
-        real = getattr(module, name)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        setattr(module, name, counted)
-
     if kill == "search":
-        wrap(quantize.BlockEncoder, "encode_block")
+        die_at(2, (quantize.BlockEncoder, "encode_block"))
     elif kill == "tuning":
-        wrap(distill, "_add_gradients")
+        die_at(2, (distill, "_add_gradients"))
     else:
-        for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
-            wrap(os, name)
+        assert isinstance(kill, int)
+        die_at_operation(kill)
     kept(place, out, resume=resumes)
 
 

@@ -21,6 +21,7 @@ from dropbydrop.system.errors import DropError
 from dropbydrop.tuning import distill, job, pipeline
 from dropbydrop.tuning.pipeline import tune
 from dropbydrop.tuning.report import TuneReport
+from kills import die_at_operation
 from tiny import save_tiny
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -85,21 +86,7 @@ def run_here(place: Path, out: Path, method: str, **changes: Any) -> TuneReport:
 def child(place: Path, out: Path, method: str, kill: int) -> None:
     """A run that is killed right before its `kill`-th file operation; 0 lets it live."""
     job.code_digest = lambda *rooms: "the same code"  # others may be editing it
-    left = [kill]
-
-    def wrap(name: str) -> None:
-        real = getattr(os, name)
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        setattr(os, name, counted)
-
-    for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
-        wrap(name)
+    die_at_operation(kill)
     run_here(place, out, method)
 
 
