@@ -122,6 +122,23 @@ def test_seeds(seed: Any, checkpoint: Path) -> None:
         assert "--seed" in refused("generate", checkpoint, "--prompt", "a", *sampling)
 
 
+@pytest.mark.parametrize("temperature", [1e-45, -1, "nan", "inf", 1e30])
+def test_temperatures(temperature: Any, checkpoint: Path) -> None:
+    asked = ("--prompt", "a", "--temperature", temperature)
+    assert "temperature of 0 or between" in refused("generate", checkpoint, *asked)
+    assert "temperature of 0 or between" in refused("chat", checkpoint, *asked[2:])
+
+
+def test_lengths(checkpoint: Path) -> None:
+    asked = ("generate", checkpoint, "--prompt", "a", "--max-new-tokens")
+    assert "at least one token" in refused(*asked, 0)
+    assert "at least one token" in refused(*asked, 10**20)
+    result = CliRunner().invoke(app, [*map(str, asked), str(10**9), "--json"])
+    made = json.loads(result.stdout.splitlines()[-1])
+    context = dropbydrop.load(checkpoint).config.max_position_embeddings
+    assert made["prompt_tokens"] + made["new_tokens"] <= context
+
+
 def test_numbers_of_settings() -> None:
     config = QuantizeConfig(seed=np.int64(3), windows=np.int64(2))  # type: ignore[arg-type]
     assert json.dumps(config.to_dict())

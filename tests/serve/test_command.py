@@ -48,6 +48,8 @@ def test_ready_and_ended(chat_folder: Path, number: signal.Signals) -> None:
     [
         ["--queue", "0"],
         ["--target-tps", "-1"],
+        ["--target-tps", "nan"],
+        ["--target-tps", "inf"],
         ["--port", "70000"],
         ["--api-key", " "],
         ["--device", "tpu"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,16 @@ def test_what_is_no_call_is_content(size: int, broken: str) -> None:
     assert {kind for kind, _, _ in found} == {"content"}
     assert broken in "".join(text for _, _, text in found)
     assert "and on" in found[-1][2]
+
+
+def test_blanks_do_not_stop_the_world() -> None:
+    """`\\s*<tool_call>` looks at every beginning of a run of blanks: minutes for 200,000."""
+    words = "hello" + " " * 200_000 + "x"
+    start = time.perf_counter()
+    assert parts(words, 50_000) == [("content", "", words)]
+    assert parts(words + CALL, len(words))[0] == ("content", "", words + CALL)
+    assert [part.text for part in Reply(TEMPLATE, words, None).feed("x")] == ["x"]
+    assert time.perf_counter() - start < 20
 
 
 def test_chats_with_tools(able: Running, say: Say) -> None:

@@ -76,6 +76,18 @@ def test_draws_follow_the_probabilities() -> None:
     assert torch.all((counts / 4000 - expected).abs() < 0.04)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-12])
+@pytest.mark.parametrize("more", [{}, {"top_k": 5, "top_p": 0.9}, {"min_p": 0.1}])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature: float, more: Any) -> None:
+    scores = logits() * 30
+    asked = Sampling(temperature=temperature, seed=1, **more)
+    allowed = torch.ones(scores.numel(), dtype=torch.bool)
+    allowed[scores.argmax()] = False
+    assert Sampler(asked, [])(scores) == scores.argmax()
+    best = scores.masked_fill(~allowed, -torch.inf).argmax()
+    assert Sampler(asked, [])(scores, allowed) == best
+
+
 def test_penalties() -> None:
     asked = Sampling(
         temperature=0, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.25

@@ -102,8 +102,10 @@ def test_no_file_but_those_of_the_page(server: Running, path: str) -> None:
         b'{"prompt": "a", "bits": -' + b"9" * 400 + b"}",
         b'{"prompt": "a", "bits": 1e999}',
         b'{"prompt": "a", "logit_bias": {"' + b"9" * 5000 + b'": 1}}',
+        b'{"prompt": "a", "bits": ' + b"[" * 960 + b"]" * 960 + b"}",  # Python reads this
+        b'{"prompt": "a", "metadata": ' + b'{"a":' * 101 + b"1" + b"}" * 102,
     ],
-    ids=range(14),
+    ids=range(16),
 )
 def test_bad_bodies(server: Running, body: bytes) -> None:
     found = raw(server.address, http(body))

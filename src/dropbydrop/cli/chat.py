@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict
+from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,17 +43,14 @@ def run(
 ) -> None:
     """A conversation in the terminal; /bits 2 changes its precision."""
     from dropbydrop.models.sources import load_tokenizer
+    from dropbydrop.runtime.generate import check_asked
     from dropbydrop.serve.conversation import Conversation
     from dropbydrop.serve.precisions import Precisions
     from dropbydrop.serve.sampling import Sampling
     from dropbydrop.serve.text import Text
     from dropbydrop.system.console import phase, quiet_transformers
 
-    if max_new_tokens < 1 or temperature < 0:
-        raise DropError(
-            f"--max-new-tokens {max_new_tokens}, --temperature {temperature:g}: give at least one "
-            "token, and a temperature of 0 or more."
-        )
+    check_asked(max_new_tokens, temperature)
     chosen = None if bits is None else read_bits(bits)
     with phase("loading"), quiet_transformers():
         precisions = Precisions(out, None)
@@ -140,6 +138,8 @@ def read_bits(text: str) -> float:
     """
     try:
         value = float(text)
+        if not isfinite(value):
+            raise ValueError
     except ValueError:
         raise PrecisionError(
             f"bits {text!r}: give a level, such as 3, or an average, such as 2.5."

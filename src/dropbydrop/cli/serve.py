@@ -35,7 +35,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Serve a checkpoint over HTTP as OpenAI does, every request at its own precision."""
-    if target_tps < 0 or queue < 1 or not 0 <= port <= 65535:
+    if not 0 <= target_tps < float("inf") or queue < 1 or not 0 <= port <= 65535:
         raise DropError(
             f"--target-tps {target_tps:g}, --queue {queue}, --port {port}: give a target of 0 or "
             "more, a queue of at least 1, and a port of 0 to 65535."

@@ -25,6 +25,8 @@ from . import fused_decode
 if TYPE_CHECKING:
     from dropbydrop.planning.precision import Precision
 
+_COLDEST, _HOTTEST = 1e-4, 100.0  # temperatures but 0: logits of 50 over 1e-4 are no problem
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -52,20 +54,19 @@ def generate(
     """Continue `prompt`, or with `chat` answer it as a user's message.
 
     Args:
+        max_new_tokens: the text ends at the model's context at the latest.
         temperature: 0 takes the likeliest token; above, samples with `seed`.
         stream: print tokens to stdout as they come.
         draft: draft with this lower precision of the same model and verify (speculate.py):
             the same tokens, or samples of the same distribution, possibly sooner.
 
     Raises:
-        DropError: an empty prompt, a negative temperature, no room asked for, or `chat` without a
-            chat template.
+        DropError: an empty prompt, a temperature that is none, no room asked for, or `chat` without
+            a chat template.
     """
-    if not prompt or max_new_tokens < 1 or temperature < 0:
-        raise DropError(
-            f"prompt of {len(prompt)} characters, {max_new_tokens} new tokens, temperature "
-            f"{temperature}: give some text, at least one token, and a temperature of 0 or more."
-        )
+    check_asked(max_new_tokens, temperature)
+    if not prompt:
+        raise DropError("the prompt is empty: give some text.")
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise DropError("this model has no chat template; leave --chat away.")
@@ -89,15 +90,29 @@ def generate(
         from .speculate import Speculator
 
         speculator = Speculator(model, **vars(draft))
+    given, longest = inputs["input_ids"].shape[1], context_length(model.config)
+    most = max_new_tokens if longest is None else min(max_new_tokens, longest - given)
     start = time.perf_counter()
     with quiet_transformers():
         run = (speculator or model).generate
-        ids = run(**inputs, max_new_tokens=max_new_tokens, **settings)[0]
+        ids = run(**inputs, max_new_tokens=most, **settings)[0]
     seconds = time.perf_counter() - start
-    given = inputs["input_ids"].shape[1]
     text = tokenizer.decode(ids[given:], skip_special_tokens=True)
     drafted = None if speculator is None else asdict(speculator.report)
     return Generated(text, given, ids.numel() - given, seconds, drafted)
+
+
+def check_asked(most: int, temperature: float) -> None:
+    """Whether a text of at most so many new tokens can be had at a temperature.
+
+    Raises:
+        DropError: no token, or a temperature that float32 cannot divide by.
+    """
+    if not 0 < most < 1 << 31 or not (temperature == 0 or _COLDEST <= temperature <= _HOTTEST):
+        raise DropError(
+            f"{most} new tokens at temperature {temperature:g}: give at least one token, and a "
+            f"temperature of 0 or between {_COLDEST:g} and {_HOTTEST:g}."
+        )
 
 
 def _inputs(model: Any, tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:

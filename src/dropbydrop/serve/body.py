@@ -15,6 +15,7 @@ from typing import Any
 
 # an escape that may be half of a character, which no tokenizer takes
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+_DEEP = 100  # lists and objects within each other; Python gives up near 1,000, in other places
 
 
 class ApiError(Exception):
@@ -60,6 +61,7 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        _check_depth(value)
         if _HALF.search(raw):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -67,6 +69,17 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError(400, f"the body is a JSON {type(value).__name__}; send an object.")
     return value
+
+
+def _check_depth(value: Any) -> None:
+    """Raises ValueError for lists and objects within each other beyond `_DEEP`."""
+    inner = [value] if isinstance(value, dict | list) else []
+    for _ in range(_DEEP):
+        held = [v.values() if isinstance(v, dict) else v for v in inner]
+        inner = [v for values in held for v in values if isinstance(v, dict | list)]
+        if not inner:
+            return
+    raise ValueError(f"lists and objects within each other, deeper than {_DEEP}")
 
 
 def _no_constant(name: str) -> None:

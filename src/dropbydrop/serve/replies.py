@@ -2,16 +2,21 @@
 
 How they are marked is in the tokenizer's `response_template`, which transformers parses as the text
 comes. Without one everything is content. Where a model breaks its own marks (JSON that is none in a
-call), what it wrote is content too: nothing is lost.
+call), what it wrote is content too: nothing is lost. The same goes for marks that take too long to
+look for: patterns come with the model, and texts from whoever asks, who can make `\\s*<call>` look
+at every beginning of a long run of blanks. Nobody else waits for that (`_SEARCH`, `_IN_ALL`).
 """
 
 from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+_SEARCH, _IN_ALL = 0.1, 1.0  # seconds for one search, and for all of a reply; common is 10^-5
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,9 @@ class Reply:
         """
         self.must = must
         self._parser: Any = None
+        self._left = _IN_ALL  # seconds for the parser
         if template is not None:
-            from transformers.utils.chat_parsing import ResponseParser
-
-            self._parser = ResponseParser(template, prefix=prompt, tools=tools)
+            self._parser = _parser(template, prompt, tools)
         self._raw = ""  # all that was fed
         self._at = 0  # how much of it is in parts that are out
         self._body = ""  # of a call that is not complete
@@ -70,9 +74,13 @@ class Reply:
 
     def _walked(self, events: Callable[[], list[dict[str, Any]]]) -> list[Part]:
         """The parts of new events; the rest of the text as it is where they make no sense."""
+        start = time.perf_counter()
         try:
             parts, at, body = self._walk(events())
-        except (ValueError, KeyError, TypeError):
+            self._left -= time.perf_counter() - start
+            if self._left < 0:
+                raise TimeoutError
+        except (ValueError, KeyError, TypeError, TimeoutError):
             self._parser = None
             return [] if self.must else [Part("content", self._raw[self._at :])]
         self._at, self._body = at, body
@@ -100,6 +108,46 @@ class Reply:
     def _past(self, text: str, at: int) -> int:
         found = self._raw.find(text, at)
         return at if found < 0 else found + len(text)
+
+
+class _Timed:
+    """A compiled pattern whose searches are given up after `_SEARCH` seconds."""
+
+    def __init__(self, pattern: Any) -> None:
+        self._pattern = pattern
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pattern, name)
+
+    def search(self, *args: Any, **options: Any) -> Any:
+        return self._pattern.search(*args, timeout=_SEARCH, **options)
+
+    def finditer(self, *args: Any, **options: Any) -> Any:
+        return self._pattern.finditer(*args, timeout=_SEARCH, **options)
+
+
+def _parser(template: dict[str, Any], prompt: str, tools: list[Any] | None) -> Any:
+    """transformers' parser behind a prompt, or None where the prompt takes it too long.
+
+    Raises:
+        ValueError, TypeError, KeyError: a template that transformers cannot read.
+    """
+    from transformers.utils.chat_parsing import ResponseParser
+    from transformers.utils.chat_parsing.response_templates import load_response_template
+
+    def timed(pattern: Any) -> Any:
+        return None if pattern is None else _Timed(pattern)
+
+    read = load_response_template(template)
+    fields = {
+        name: replace(part, open_re=timed(part.open_re), close_re=timed(part.close_re))
+        for name, part in read.fields.items()
+    }
+    read = replace(read, fields=fields, start_anchor_re=timed(read.start_anchor_re))
+    try:
+        return ResponseParser(read, prefix=prompt, tools=tools)
+    except TimeoutError:
+        return None
 
 
 def _call(value: Any) -> Part:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _HEAD = 512
+_COLDEST = 1e-6  # of temperatures but 0; float32 has no quotients by much smaller ones
 _CHOICES = 64  # more than a request has continuations, so that seeds do not meet
 BOUNDS: dict[str, tuple[float, float]] = {  # what a request, or a model's makers, may ask for
     "temperature": (0, 2),
@@ -111,7 +112,8 @@ def candidates(scores: Tensor, asked: Sampling) -> tuple[Tensor | None, Tensor]:
 
     The tokens are None where all may be.
     """
-    scores = scores / asked.temperature
+    # from the likeliest on: the quotients of a tiny temperature overflow downwards, to weights of 0
+    scores = (scores - scores.max()) / max(asked.temperature, _COLDEST)
     size = scores.numel()
     k = min(asked.top_k or size, size)
     if k == size and asked.top_p >= 1:
