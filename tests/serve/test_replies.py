@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from running import NAME, Running, chat_checkpoint, running
 from tokenizers import AddedToken
 
+from dropbydrop.serve import grammar
 from dropbydrop.serve.replies import Part, Reply
 from dropbydrop.serve.sampling import Sampler
 
@@ -427,6 +430,47 @@ def test_calls_that_llguidance_gives_up(
     assert "required" not in capfd.readouterr().err + caplog.text
     with pytest.raises(RuntimeError, match="satisfy the grammar"):  # a fault of the server
         able.service.grammars.of_schema(SCHEMA).accept(50)
+
+
+def test_schemas_that_never_end(able: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llguidance takes a second for 10^5 and for ever for 10^8; nobody else waits for it."""
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(grammar, "_SECONDS", 2.0)
+    slow = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 99999989}}}
+    tool = {"type": "function", "function": {"name": "x", "parameters": slow}}
+    made = {"type": "json_schema", "json_schema": {"name": "s", "schema": slow}}
+    url = able.address + "/v1/chat/completions"
+    asked = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    with ThreadPoolExecutor(3) as pool:
+        hostile = [
+            pool.submit(forced, able, tools=[tool]),
+            pool.submit(httpx2.post, url, json={**asked, "response_format": made}, timeout=60),
+        ]
+        plain = pool.submit(httpx2.post, url, json=asked, timeout=60)
+        assert plain.result().status_code == 200
+        assert not all(one.done() for one in hostile)
+    for one in hostile:
+        answer = one.result()
+        assert answer.status_code == 400
+        assert "has not read it after 2 seconds" in answer.json()["error"]["message"]
+
+
+def test_a_schema_is_tried_once(able: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    tried, run = [], subprocess.run
+
+    def count(*args: Any, **options: Any) -> Any:
+        tried.append(args)
+        return run(*args, **options)
+
+    monkeypatch.setattr(subprocess, "run", count)
+    schema = {"type": "object", "properties": {"once": {"type": "integer"}}, "required": ["once"]}
+    first, second = (able.service.grammars.of_schema(schema) for _ in range(2))
+    assert len(tried) == 1
+    size = able.service.served.vocabulary
+    begin = first.allowed(size)
+    first.accept(int(begin.nonzero()[0]))
+    assert torch.equal(second.allowed(size), begin)  # a state of its own
 
 
 MARKED = "x</tool_call>y"

@@ -50,10 +50,12 @@ class Routes:
     def __init__(self, service: Service) -> None:
         self.service = service
         # long prompts are cut into tokens here, so that the streams of others go on
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="dropbydrop-text")
+        self._texts = ThreadPoolExecutor(2, thread_name_prefix="dropbydrop-text")
+        # a schema can take seconds, which only others with schemas wait for
+        self._schemas = ThreadPoolExecutor(1, thread_name_prefix="dropbydrop-schema")
 
     async def aside(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._texts, function, *args)
 
     async def chat(self, http: HttpRequest) -> Response:
         request, chat = read_chat(await read_body(http), self.service.served)
@@ -67,7 +69,11 @@ class Routes:
         self, http: HttpRequest, request: Request, chat: Chat, kind: type[Form]
     ) -> Response:
         service = self.service
-        tokens, prompt, grammar = await self.aside(service.chat_tokens, chat)
+        tokens, prompt = await self.aside(service.chat_tokens, chat)
+        grammar = None
+        if chat.must or chat.schema is not None:
+            loop = asyncio.get_running_loop()
+            grammar = await loop.run_in_executor(self._schemas, service.grammar, chat, prompt)
         run = Run(service.engine, http.receive)
         run.start(service.jobs(request, [tokens], run.emit, False, grammar))
         reply = partial(Reply, service.text.response_template, prompt, chat.tools, bool(chat.must))

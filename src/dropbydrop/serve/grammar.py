@@ -2,13 +2,20 @@
 
 The package is optional; without it a request for such an answer is refused. Building the tables of
 a tokenizer takes about a second, once.
+
+Some schemas take llguidance for ever ("multipleOf" of a large prime), where nothing can stop it but
+the end of a process. So a grammar is made in a process of its own first, which has `_SECONDS`, and
+here only if that went well. Those in use are kept, and a copy costs nothing.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +27,23 @@ from dropbydrop.system.errors import DropError
 from .body import ApiError
 from .calls import Form, rules
 from .text import Text
+
+_SECONDS = 5.0
+_MOST_KEPT = 32
+# Without a model's tokens, which hardly matter to it and take a second to read. The limits are for
+# a process that nobody waits for any more.
+_TRIAL = """
+import json, sys
+from contextlib import suppress
+from llguidance import LLMatcher, LLTokenizer
+with suppress(ImportError, ValueError, OSError):
+    from resource import RLIMIT_AS, RLIMIT_CPU, setrlimit
+    setrlimit(RLIMIT_CPU, (60, 60))
+    setrlimit(RLIMIT_AS, (4 << 30, 4 << 30))
+matcher = LLMatcher(LLTokenizer("byte"), json.load(sys.stdin), log_level=0)
+matcher.compute_bitmask()
+print(matcher.get_error())
+"""
 
 
 class Grammar:
@@ -75,12 +99,13 @@ def _first_line(problem: str) -> str:
 
 
 class Grammars:
-    """Grammars for one tokenizer."""
+    """Grammars for one tokenizer. For several threads."""
 
     def __init__(self, text: Text, vocabulary: int, ends: frozenset[int]) -> None:
         self._text, self._vocabulary, self._ends = text, vocabulary, ends
         self._lock = threading.Lock()
-        self._tokenizer: Any = None
+        self._tokens: Any = None
+        self._kept: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
 
     def of_schema(self, schema: dict[str, Any]) -> Grammar:
         """The grammar of a JSON schema.
@@ -88,15 +113,15 @@ class Grammars:
         Raises:
             ApiError: llguidance is not installed, or does not support the schema.
         """
+        param, what = "response_format", "the schema"
+        matcher = self._library(param)
         # no white space: a model that is unsure would write it until it is cut
         compact: Any = {"whitespace_flexible": False}
-        return self._made(
-            "response_format",
-            "the schema",
-            lambda matcher, _: matcher.grammar_from_json_schema(
-                json.dumps(schema), overrides=compact
-            ),
-        )
+        try:
+            made = matcher.grammar_from_json_schema(json.dumps(schema), overrides=compact)
+        except ValueError as error:
+            raise _refused(param, what, str(error)) from None
+        return self._made(param, what, made, made)
 
     def of_calls(self, form: Form, tools: Sequence[dict[str, Any]]) -> Grammar:
         """The grammar of a call of one of these tools.
@@ -104,16 +129,14 @@ class Grammars:
         Raises:
             ApiError: llguidance is not installed, or does not support the schema of the arguments.
         """
-        return self._made(
-            "tool_choice",
-            "the parameters of a function",
-            lambda matcher, tokens: matcher.grammar_from_lark(
-                rules(form, tools, self._text, tokens.is_special_token)
-            ),
-        )
+        param, what = "tool_choice", "the parameters of a function"
+        self._library(param)
+        made = rules(form, tools, self._text, self._tokens.is_special_token)
+        plain = rules(form, tools, self._text, lambda token: False)
+        return self._made(param, what, made, plain)
 
-    def _made(self, param: str, what: str, grammar: Callable[[Any, Any], str]) -> Grammar:
-        """A grammar that llguidance makes; errors name the parameter that asks for it."""
+    def _library(self, param: str) -> Any:
+        """llguidance's matcher; its view of the tokenizer is there."""
         try:
             from llguidance import LLMatcher
             from llguidance.hf import from_tokenizer
@@ -125,14 +148,43 @@ class Grammars:
                 "unsupported_value",
             ) from None
         with self._lock:
-            if self._tokenizer is None:
+            if self._tokens is None:
                 ends = sorted(self._ends) or None
-                self._tokenizer = from_tokenizer(self._text.tokenizer, self._vocabulary, ends)
-        try:
-            made = grammar(LLMatcher, self._tokenizer)
-            problem = LLMatcher.validate_grammar(made, self._tokenizer)
-        except ValueError as error:
-            problem = str(error)
+                self._tokens = from_tokenizer(self._text.tokenizer, self._vocabulary, ends)
+        return LLMatcher
+
+    def _made(self, param: str, what: str, made: str, plain: str) -> Grammar:
+        """A grammar of llguidance's language, which is tried as it is without special tokens."""
+        with self._lock:
+            if (param, made) in self._kept:
+                self._kept.move_to_end((param, made))
+                return self._kept[param, made].copy()
+        matcher = self._library(param)
+        problem = _tried(plain) or matcher.validate_grammar(made, self._tokens)
         if problem:
-            raise ApiError(400, f"{param}: {what} cannot be used: {problem[:300]}", param)
-        return Grammar(LLMatcher(self._tokenizer, made, log_level=0), param)
+            raise _refused(param, what, problem)
+        grammar = Grammar(matcher(self._tokens, made, log_level=0), param)
+        with self._lock:
+            self._kept[param, made] = grammar
+            while len(self._kept) > _MOST_KEPT:
+                self._kept.popitem(last=False)
+            return grammar.copy()
+
+
+def _tried(grammar: str) -> str:
+    """What is wrong with a grammar, found out in a process of its own; nothing: ""."""
+    command = [sys.executable, "-P", "-c", _TRIAL]
+    given = json.dumps(grammar)
+    try:
+        done = subprocess.run(
+            command, input=given, capture_output=True, text=True, timeout=_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"llguidance has not read it after {_SECONDS:g} seconds"
+    if done.returncode:
+        return "llguidance fails on it"
+    return _first_line(done.stdout.strip())
+
+
+def _refused(param: str, what: str, problem: str) -> ApiError:
+    return ApiError(400, f"{param}: {what} cannot be used: {problem[:300]}", param)

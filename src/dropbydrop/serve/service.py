@@ -67,8 +67,8 @@ class Service:
     def prompt_tokens(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         return [self._checked(p if isinstance(p, list) else self.text.encode(p)) for p in prompts]
 
-    def chat_tokens(self, chat: Chat) -> tuple[list[int], str, Grammar | None]:
-        """The prompt of a chat as tokens and as text, and what its answer must be.
+    def chat_tokens(self, chat: Chat) -> tuple[list[int], str]:
+        """The prompt of a chat as tokens and as text.
 
         Raises:
             ApiError: no chat template, one that refuses these messages, or too long a chat.
@@ -79,11 +79,18 @@ class Service:
             prompt = self.text.chat(chat.messages, chat.tools)
         except DropError as error:
             raise ApiError(400, f"messages: {str(error)[:300]}", "messages") from None
-        grammar = None if chat.schema is None else self.grammars.of_schema(chat.schema)
+        return self._checked(self.text.encode(prompt, special=False)), prompt
+
+    def grammar(self, chat: Chat, prompt: str) -> Grammar | None:
+        """What the answer to a chat must be; may take seconds.
+
+        Raises:
+            ApiError: a schema, or a form of calls, that cannot be had.
+        """
         if chat.must:
             form = form_of(self.text.response_template, prompt, chat.must)
-            grammar = self.grammars.of_calls(form, chat.must)
-        return self._checked(self.text.encode(prompt, special=False)), prompt, grammar
+            return self.grammars.of_calls(form, chat.must)
+        return None if chat.schema is None else self.grammars.of_schema(chat.schema)
 
     def _checked(self, tokens: list[int]) -> list[int]:
         """A prompt of tokens that the model knows and that leaves room for another; an empty one
