@@ -123,6 +123,16 @@ def test_the_form_predicts_small_divergences(tmp_path: Path) -> None:
     assert 0.5 < form / seen["kl"] < 2.0
 
 
+def test_families_that_add_to_products_in_place(
+    model: Any, known: Sensitivity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Falcon does: `mlp_output += attention_output`."""
+    mlp = type(model.model.layers[0].mlp)
+    plain = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: plain(self, x).add_(0))
+    assert measure(model, IDS, progress=False).losses == known.losses
+
+
 def test_measuring_needs_the_full_model(out: Path) -> None:
     with pytest.raises(PrecisionError, match="load it at 4 bits, not 2"):
         measure(dropbydrop.load(out, 2), IDS)

@@ -245,7 +245,7 @@ def test_views_are_left_alone(model: Any) -> None:
         assert view.model.layers[0].mlp.up_proj.codes[1].data_ptr() == codes
 
 
-def test_what_cannot_be_drafted(model: Any) -> None:
+def test_what_cannot_be_drafted(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for bits in (4, 3):
         with pytest.raises(PrecisionError, match="the draft must have fewer bits"):
             Speculator(dropbydrop.view(model, 3), bits)
@@ -256,6 +256,10 @@ def test_what_cannot_be_drafted(model: Any) -> None:
     with pytest.raises(DropError, match="was not loaded from a dropbydrop"):
         Speculator(tiny_llama(), 2)
     fast = Speculator(model, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "_is_stateful", True)  # as recurrent families say of themselves
+        with pytest.raises(DropError, match="a state that cannot go back"):
+            Speculator(model, 2)
     with pytest.raises(DropError, match="takes one"):
         fast.generate(PROMPTS[:2, 0])
     with pytest.raises(DropError, match="no beams"):

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from dropbydrop.runtime import torch_batch
 from dropbydrop.runtime.torch_batch import TorchBatch
+from dropbydrop.serve import job as jobs
 from dropbydrop.serve.caches import KeptCaches
 from dropbydrop.serve.engine import Engine
 from dropbydrop.serve.job import Finished, Generated, Job, advance
 from dropbydrop.serve.precisions import Precisions
 from dropbydrop.serve.sampling import Sampler, Sampling
 from dropbydrop.serve.shed import PINNED, Costs, Load
-from test_engine import PROMPTS, ask, ends, tokens_of
+from test_engine import PROMPTS, ask, begin_together, ends, tokens_of
 from tiny import tiny_model, write_checkpoint
 
 GREEDY = Sampling(temperature=0)
@@ -263,6 +264,36 @@ def test_memory_bounds_a_batch_by_its_longest_text(gemma: Running) -> None:
     assert engine._room(jobs[:2], jobs[2], Costs({}))
     engine._most_tokens -= 1
     assert not engine._room(jobs[:2], jobs[2], Costs({}))
+
+
+def test_rows_that_outgrow_the_memory_are_parked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches keep to the memory for caches, and each text is as it is alone."""
+    monkeypatch.setattr(torch_batch, "BLOCK", 16)
+    asked = {"prompt": "the old mill", "max_tokens": 150, "temperature": 0, "ignore_eos": True}
+    with running(folder) as server:
+        alone = [ask(server, **asked, bits=bits, logprobs=0) for bits in (2, 3, 4)]
+        monkeypatch.setattr(jobs, "_LIKELY", 8)
+        engine, held, plain = server.engine, [], server.engine._advance
+        engine._most_tokens = 350
+
+        def counted(ready: Any, batch: Any) -> bool:
+            done = plain(ready, batch)
+            held.append(sum(rows * columns for rows, columns in map(shape, list(engine._batches))))
+            return bool(done)
+
+        def shape(key: Any) -> tuple[int, int]:
+            return engine._batches[key].shape
+
+        engine._advance = counted
+        begin_together(engine, 3)
+        with ThreadPoolExecutor(3) as pool:
+            bodies = [{**asked, "bits": bits, "logprobs": 0} for bits in (2, 3, 4)]
+            found = list(pool.map(lambda body: ask(server, **body), bodies))
+        assert engine.counters.parked > 0
+        assert 150 < max(held) <= 350
+        assert [tokens_of(x, server) for x in found] == [tokens_of(x, server) for x in alone]
 
 
 def test_a_step_that_fails_ends_its_own_batch_only(folder: Path) -> None:

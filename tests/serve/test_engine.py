@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.planning.sensitivity import Sensitivity
 from dropbydrop.runtime import fused_decode
+from dropbydrop.serve import caches, job
 from dropbydrop.serve.job import CHUNK
 from dropbydrop.serve.shed import Costs
 from dropbydrop.system.native_library import library
@@ -265,6 +267,65 @@ def test_memory_for_caches_bounds_what_runs(chat_folder: Path) -> None:
             alone = ask(server, **{**body, "max_tokens": 240})  # more than there is room for
         assert [a["usage"]["completion_tokens"] for a in [*answers, alone]] == [100] * 6 + [240]
         assert max(most) == 2
+
+
+@pytest.mark.parametrize("bits", [(3, 3, 3, 3), (4, 2, 3, 2)])
+def test_texts_that_become_longer_than_foreseen_are_parked(
+    chat_folder: Path, bits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four texts that outgrow the memory together: it is kept to, and each gets what it gets alone,
+    log-probabilities of prompt and text too."""
+    asked = {"max_tokens": 180, "temperature": 0, "ignore_eos": True, "logprobs": 2, "echo": True}
+    with running(chat_folder) as server:
+        bodies = [{**asked, "prompt": PROMPTS[i], "bits": bits[i]} for i in range(4)]
+        alone = [ask(server, **body) for body in bodies]
+    monkeypatch.setattr(job, "_LIKELY", 8)
+    monkeypatch.setattr(caches, "_FIRST", 8)
+    with running(chat_folder) as server:
+        engine, held, plain = server.engine, [], server.engine._advance
+        engine._most_tokens = 400
+
+        def counted(ready: Any, batch: Any) -> bool:
+            done = plain(ready, batch)
+            held.append(sum(room(one) for one in engine._running))
+            return bool(done)
+
+        engine._advance = counted
+        begin_together(engine, 4)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda body: ask(server, **body), bodies))
+        assert engine.counters.parked > 1
+        assert 200 < max(held) <= 400
+        ends(server, finished=4, failed=0, requests=4)
+    for one, want in zip(found, alone, strict=True):
+        assert one["choices"][0]["text"] == want["choices"][0]["text"]
+        scores, expected = (x["choices"][0]["logprobs"] for x in (one, want))
+        assert scores["tokens"] == expected["tokens"]
+        assert scores["token_logprobs"][0] is expected["token_logprobs"][0] is None
+        near = pytest.approx(expected["token_logprobs"][1:], abs=0.05)
+        assert scores["token_logprobs"][1:] == near
+        assert one["usage"] == want["usage"]
+
+
+def begin_together(engine: Any, count: int) -> None:
+    """Nothing runs before so many requests are there."""
+    plain, there = engine._round, threading.Event()
+
+    def waiting() -> None:
+        if len(engine._running) + len(engine._waiting) == count:
+            there.set()
+        if there.is_set():
+            plain()
+        else:
+            time.sleep(0.01)
+
+    engine._round = waiting
+
+
+def room(one: Any) -> int:
+    """Tokens that the cache of a job has memory for."""
+    layers = [] if one._cache is None else one._cache.layers
+    return max((layer.keys.shape[2] for layer in layers if layer.is_initialized), default=0)
 
 
 def test_running_requests_are_moved_down_on_the_same_cache(chat_folder: Path) -> None:

@@ -6,7 +6,11 @@ from typing import Annotated
 
 import typer
 
+from dropbydrop.system.errors import DropError
+
 from .options import Bits, CheckpointFolder, Json, console, finish, parse_bits
+
+MOST_THREADS = 1024  # more end the process in the thread library
 
 
 def run(
@@ -32,6 +36,8 @@ def run(
     from .tables import print_bench
 
     levels = parse_bits(bits)
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise DropError(f"--threads {threads}: give 1 to {MOST_THREADS}.")
     if threads is not None:
         torch.set_num_threads(threads)
     with phase("loading"), quiet_transformers():

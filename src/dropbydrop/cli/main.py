@@ -16,7 +16,7 @@ from pathlib import Path
 
 import typer
 
-from dropbydrop.system.errors import DropError
+from dropbydrop.system.errors import DropError, is_out_of_memory, of_memory
 from dropbydrop.system.file_errors import of_os_error
 
 from . import (
@@ -99,9 +99,12 @@ def main() -> None:
         sys.exit(2)
     except Exception as error:
         usage = getattr(error, "show", None)  # click's usage errors
-        if usage is None:
+        if usage is not None:
+            usage()
+        elif is_out_of_memory(error):
+            _tell(of_memory(error))
+        else:
             raise
-        usage()
         sys.exit(2)
     if status == 130:
         sys.stderr.write("interrupted; nothing was left half-written\n")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dropbydrop.system.errors import DropError
-from dropbydrop.system.settings import check_seed
+from dropbydrop.system.settings import check_seed, check_windows
 
 from .options import CheckpointFolder, Json, console, finish
 
@@ -89,10 +89,7 @@ def run_measurement(
     from dropbydrop.system.console import quiet_transformers
 
     longest = context_length(checkpoint.config) or seq_len
-    if windows < 1 or not 2 <= seq_len <= longest:
-        raise DropError(
-            f"{windows} windows of {seq_len} tokens: give 1 or more, of 2 to {longest} tokens."
-        )
+    check_windows(windows, seq_len, longest)
     with quiet_transformers():
         model = load(checkpoint.path, checkpoint.levels[-1], dtype=torch.float32)
         if text is None:

@@ -27,6 +27,7 @@ from torch import Tensor
 from dropbydrop.models.sources import Source
 from dropbydrop.system.errors import CalibrationError
 from dropbydrop.system.paths import given
+from dropbydrop.system.settings import check_windows
 
 from .hub import is_hub_text, read_hub_text
 from .self_generated import Writing, write_windows
@@ -75,10 +76,7 @@ def load_windows(
         CalibrationError: missing, unreadable or too short a text; the last says how many tokens
             were found and needed.
     """
-    if n_windows < 1 or seq_len < 2:
-        raise CalibrationError(
-            f"{n_windows} windows of {seq_len} tokens: ask for 1 or more of 2 or more tokens."
-        )
+    check_windows(n_windows, seq_len)
     if str(spec) == SELF:
         if source is None:
             raise ValueError("calibration 'self' needs the model's source")

@@ -45,7 +45,8 @@ def read_text(file: Path, max_chars: int | None = None) -> str:
             if file.suffix == ".jsonl":
                 text = join_documents(_documents(file, handle), max_chars)
             else:
-                text = handle.read(-1 if max_chars is None else max_chars)
+                # Python makes room for as many as are asked for
+                text = handle.read(-1 if max_chars is None or max_chars >> 30 else max_chars)
     except OSError as error:
         raise CalibrationError(f"cannot read the text {file}: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -221,7 +221,8 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx: Any, product: _Product, expert: int | None, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         ctx.product, ctx.expert = product, expert
-        return product.forward(expert, x)
+        y = product.forward(expert, x)
+        return y.clone() if y._is_view() else y  # some families add to it in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dropbydrop.system.errors import DropError, PrecisionError
-from dropbydrop.system.settings import Settings, setting, whole_number
+from dropbydrop.system.settings import Settings, check_windows, setting, whole_number
 
 MAX_BITS = 8
 WINDOWS = {"fast": 32, "balanced": 64, "best": 128}  # of a preset, unless given
@@ -91,10 +91,7 @@ class QuantizeConfig(Settings):
         object.__setattr__(self, "levels", check_levels(self.levels))
         object.__setattr__(self, "calibration", str(self.calibration))
         super().__post_init__()
-        if (self.windows is not None and self.windows < 1) or self.seq_len < 2:
-            raise DropError(
-                f"{self.windows} windows of {self.seq_len} tokens: give 1 or more, of 2 or more."
-            )
+        check_windows(1 if self.windows is None else self.windows, self.seq_len)
         if self.code == "trellis" and self.codebooks != "universal":
             raise DropError(
                 f"--codebooks {self.codebooks} with --code trellis: codebooks of trellis planes "

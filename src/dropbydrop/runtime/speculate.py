@@ -260,6 +260,11 @@ class Speculator:
                 f"a draft of {asked} bits for a model of {precision(model)}: the draft must have "
                 "fewer bits, or it saves nothing."
             )
+        if getattr(model, "_is_stateful", False):  # tokens cannot be taken back from its cache
+            raise DropError(
+                f"{type(model).__name__} keeps a state that cannot go back, so that drafts cannot "
+                "be refused: generate without a draft."
+            )
         self.draft = view(model, **vars(draft))
         self.model = view(model, plan=plan_of(model))
         self.draft_tokens = draft_tokens

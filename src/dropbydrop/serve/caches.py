@@ -2,7 +2,8 @@
 
 A cache for the native step has a fixed size and is written in place (`StaticCache`). Most answers
 are far shorter than what a request allows, so a cache begins small and is moved into one twice as
-large when it is full. Other models get the growing cache that transformers gives them.
+large when it is full, up to what the request allows. Other models get the growing cache that
+transformers gives them.
 """
 
 from __future__ import annotations
@@ -23,18 +24,37 @@ _LEAST_SHARED = 16  # tokens; fewer are sooner computed than copied
 def new_cache(config: Any, native: bool, tokens: int, most: int) -> Any:
     """An empty cache for a prompt of `tokens`, of a request that may reach `most`."""
     if native:
-        return StaticCache(config=config, max_cache_len=min(tokens + _FIRST, most))
+        return StaticCache(config=config, max_cache_len=first_size(tokens, most))
     return DynamicCache(config=config)
 
 
-def make_room(cache: Any, length: int, more: int) -> None:
-    """Have a static cache that holds `length` tokens take `more`."""
+def first_size(tokens: int, most: int) -> int:
+    """Tokens that a new static cache has memory for; those are `new_cache`'s."""
+    return min(tokens + _FIRST, most)
+
+
+def room_of(cache: Any, length: int, more: int, most: int) -> int:
+    """Tokens that a cache of `length` tokens will have memory for when it takes `more`.
+
+    most: all that it may ever hold.
+    """
+    if not isinstance(cache, StaticCache):
+        return length + more
+    return max(_size(layer, length + more, most) for layer in _layers(cache))
+
+
+def _size(layer: Any, needed: int, most: int) -> int:
+    size: int = layer.max_cache_len
+    return size if needed <= size else max(needed, min(2 * size, most))
+
+
+def make_room(cache: Any, length: int, more: int, most: int) -> None:
+    """Have a static cache of `length` tokens take `more`; `most`: all that it may ever hold."""
     if not isinstance(cache, StaticCache):
         return
-    needed = length + more
     for layer in _layers(cache):
-        if layer.max_cache_len < needed:
-            size = max(needed, 2 * layer.max_cache_len)
+        size = _size(layer, length + more, most)
+        if layer.max_cache_len < size:
             if layer.is_initialized:
                 layer.keys, layer.values = (
                     _moved(t, size, length) for t in (layer.keys, layer.values)
@@ -91,13 +111,13 @@ class KeptCaches:
         if key is None or best < _LEAST_SHARED:
             return None, 0
         self._kept.move_to_end(key)
-        cache, size = new_cache(config, True, len(prompt), most), len(prompt) + _FIRST
+        cache, size = new_cache(config, True, len(prompt), most), first_size(len(prompt), most)
         for layer, old in zip(_layers(cache), _layers(self._kept[key]), strict=True):
             layer.lazy_initialization(old.keys[:, :, :0], old.values[:, :, :0])
             layer.keys[:, :, :best] = old.keys[:, :, :best]
             layer.values[:, :, :best] = old.values[:, :, :best]
             layer.cumulative_length.fill_(best)
-        make_room(cache, best, min(size, most) - best)
+        make_room(cache, best, size - best, most)
         return cache, best
 
 

@@ -183,7 +183,7 @@ class Conversation:
 
     def _forward(self, model: Any, ids: list[int]) -> torch.Tensor:
         """Logits float32 [vocabulary] after more tokens, which the cache then holds."""
-        make_room(self._cache, len(self._seen), len(ids))
+        make_room(self._cache, len(self._seen), len(ids), self.context)
         out = model(
             input_ids=torch.tensor([ids]),
             past_key_values=self._cache,

@@ -14,8 +14,10 @@ apart, those at one precision do. So do those of other models, in a batch throug
 precision (`runtime.torch_batch`), if their caches allow it; else jobs take turns.
 
 Jobs wait in one queue, first come first served, until `shed.Ladder` says that there is room, and
-there is memory for their caches. A job that was cancelled is dropped before its next turn, whether
-it waits or runs.
+there is memory for their caches. How long a text becomes nobody knows before, so what is foreseen
+is little, and where caches outgrow their memory the youngest job is parked: it gives its cache away
+and waits as the first of the queue. A job that was cancelled is dropped before its next turn,
+whether it waits or runs.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ class Counters:
     rejected: int = 0
     moved_down: int = 0
     moved_up: int = 0
+    parked: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
 
@@ -200,6 +203,29 @@ class Engine:
         rows, columns = fitting(foreseen)
         return rows * columns + max(foreseen)  # and the cache of a prompt that is read
 
+    def _held(self) -> int:
+        """Tokens that the caches of running jobs have memory for after the next round."""
+        if not self.precisions.batched:
+            return sum(job.room for job in self._running)
+        passes = self._passes()
+        held = sum(job.room for job in self._running if job.prompting)
+        for key, jobs in passes.items():
+            rows, columns = fitting([job.length + 1 for _, job in jobs])
+            batch = self._batches.get(key)
+            now, wide = (0, 0) if batch is None else batch.shape
+            held += max(rows * columns, now * wide)
+        return held
+
+    def _passes(self) -> dict[tuple[float, int], list[tuple[float, Job]]]:
+        """The jobs that generate, with their precisions, by the pass that they may share."""
+        passes: dict[tuple[float, int], list[tuple[float, Job]]] = {}
+        for job in self._running:
+            if not job.prompting and not job.cancelled:
+                bits = level_at(self._ladder.rung, job.load)
+                key = self.precisions.pass_of(bits, job.length + 1)
+                passes.setdefault(key, []).append((bits, job))
+        return passes
+
     def _wait_seconds(self, waiting: int) -> int:
         rounds = (waiting + 1) / max(len(self._running), 1)
         return max(1, min(60, math.ceil(rounds * self._job_seconds)))
@@ -246,7 +272,7 @@ class Engine:
             self._running.append(job)
             loads = [other.load for other in self._running]
             self._ladder.update(loads, costs, time.monotonic())
-            if job.fixed_at_start:
+            if job.fixed_at_start and not job.switches:
                 job.load = Load(level_at(self._ladder.rung, replace(job.load, may=DEFAULT)), PINNED)
 
     def _round(self) -> None:
@@ -254,18 +280,15 @@ class Engine:
         before, start, self._stepping = self.counters.tokens, time.perf_counter(), 0.0
         loads = [job.load for job in self._running]
         self._ladder.update(loads, self._costs(), time.monotonic())
+        self._park()
         reading = next((job for job in self._running if job.prompting), None)
-        passes: dict[tuple[float, int], list[tuple[float, Job]]] = {}
+        passes = self._passes()
         for job in self._running:
             if job.cancelled:
                 job.close()
                 self.counters.cancelled += 1
             elif job is reading:
                 self._turn(job)
-            elif not job.prompting:
-                bits = level_at(self._ladder.rung, job.load)
-                key = self.precisions.pass_of(bits, job.length + 1)
-                passes.setdefault(key, []).append((bits, job))
         for key, rows in passes.items():
             self._step(key, rows)
         self._batches = {key: batch for key, batch in self._batches.items() if len(batch)}
@@ -274,6 +297,15 @@ class Engine:
         with self._wake:
             self._running = [job for job in self._running if not job.finished]
         self._recent.append((time.monotonic(), self.counters.tokens - before))
+
+    def _park(self) -> None:
+        """Have the youngest jobs wait where all caches would have more memory than there is."""
+        with self._wake:
+            while len(self._running) > 1 and self._held() > self._most_tokens:
+                job = self._running.pop()
+                job.park()
+                self._waiting.appendleft(job)
+                self.counters.parked += 1
 
     def _note_beside(self, seconds: float) -> None:
         """Seconds of a round that were no steps, for the predictions of the ladder."""

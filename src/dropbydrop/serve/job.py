@@ -1,8 +1,9 @@
 """One continuation in the making: its tokens, its cache, and the events that tell of it.
 
 A job is advanced by `turn`, which computes one chunk of the prompt or one token, so that the worker
-can go from one job to the next; `advance` computes a token of several jobs in one pass. Everything
-but `cancelled` belongs to the worker's thread.
+can go from one job to the next; `advance` computes a token of several jobs in one pass. A job that
+was parked has no cache, and reads its prompt and its own tokens again when it goes on. All but
+`cancelled` belongs to the worker's thread.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from torch import Tensor
 from dropbydrop.runtime import fused_decode
 from dropbydrop.runtime.torch_batch import Row, TorchBatch
 
-from .caches import KeptCaches, make_room, new_cache
+from .caches import KeptCaches, make_room, new_cache, room_of
 from .grammar import Grammar
 from .sampling import Sampler, scores_of
 from .shed import Load
 from .text import TextStream
 
-_LIKELY = 1024  # new tokens
+_LIKELY = 1024  # new tokens; more than a new cache has room for
 CHUNK = 128  # tokens of a prompt that are computed at once, while the others wait
 
 
@@ -129,6 +130,7 @@ class Job:
     _cache: Any = None
     _row: Row | None = None  # instead of the cache, once it is in a batch through torch
     _length: int = 0  # tokens in the cache
+    _again: int = 0  # of its own tokens, those that are read again, behind the prompt
     _cached: int = 0
     _mixed: bool = False  # whether the cache was computed at several precisions
     _scores: list[Score] = field(default_factory=list)
@@ -138,12 +140,28 @@ class Job:
 
     @property
     def prompting(self) -> bool:
-        return self._length < len(self.prompt)
+        return self._length < len(self.prompt) + self._again
 
     @property
     def foreseen(self) -> int:
-        """Tokens that its cache will probably have; few texts use all that they may."""
-        return len(self.prompt) + min(self.most, _LIKELY)
+        """Tokens that its cache will probably have room for; few texts use all that they may."""
+        return max(self.room, self._outlook)
+
+    @property
+    def room(self) -> int:
+        """Tokens that its cache has memory for after its next turn."""
+        if self._row is not None:
+            return self._length + 1
+        if self._cache is None:
+            return self._outlook
+        left = len(self.prompt) + self._again - self._length
+        more = min(CHUNK, left) if self.prompting else 1
+        return room_of(self._cache, self._length, more, len(self.prompt) + self.most)
+
+    @property
+    def _outlook(self) -> int:
+        made = len(self.tokens)
+        return len(self.prompt) + made + min(self.most - made, _LIKELY)
 
     @property
     def seconds(self) -> float:
@@ -175,9 +193,10 @@ class Job:
             self._read(model)
             if self.prompting:
                 return
-            self._first = time.perf_counter()
-            scored = self._scores if self.score_prompt else None
-            self.emit(Prompted(self.index, self.bits, scored))
+            if not self._again:
+                self._first = time.perf_counter()
+                scored = self._scores if self.score_prompt else None
+                self.emit(Prompted(self.index, self.bits, scored))
             if self.most == 0:
                 return self._finish("length", kept)
         else:
@@ -185,17 +204,27 @@ class Job:
         self._choose(kept)
 
     def _open(self, model: Any, kept: KeptCaches) -> None:
-        self._began = time.perf_counter()
+        self._began = self._began or time.perf_counter()
         native, most = fused_decode.native(model), len(self.prompt) + self.most
-        if native and not self.score_prompt:
-            self._cache, self._length = kept.take(self.bits, self.prompt, model.config, most)
-            self._cached = self._length
+        read = self._read_first()
+        if native and not self._scoring:
+            self._cache, self._length = kept.take(self.bits, read, model.config, most)
+            if not self._again:
+                self._cached = self._length
         if self._cache is None:
-            self._cache = new_cache(model.config, native, len(self.prompt), most)
+            self._cache = new_cache(model.config, native, len(read), most)
+
+    def _read_first(self) -> list[int]:
+        """What is read before a token is chosen."""
+        return [*self.prompt, *self.tokens[: self._again]]
+
+    @property
+    def _scoring(self) -> bool:
+        return self.score_prompt and not self._again
 
     def _forward(self, model: Any, ids: list[int], keep: int) -> Tensor:
         """Logits float32 [keep, vocabulary] of the last tokens; 0 keeps all."""
-        make_room(self._cache, self._length, len(ids))
+        make_room(self._cache, self._length, len(ids), len(self.prompt) + self.most)
         out = model(
             input_ids=torch.tensor([ids], device=model.device),
             past_key_values=self._cache,
@@ -210,10 +239,10 @@ class Job:
         self._choose(kept)
 
     def _read(self, model: Any) -> None:
-        """The next chunk of the prompt."""
-        chunk = self.prompt[self._length : self._length + CHUNK]
-        logits = self._forward(model, chunk, 0 if self.score_prompt else 1)
-        if self.score_prompt:
+        """The next chunk of the prompt, or of what is read again."""
+        chunk = self._read_first()[self._length : self._length + CHUNK]
+        logits = self._forward(model, chunk, 0 if self._scoring else 1)
+        if self._scoring:
             if self._logits is None:
                 self._scores.append(Score(chunk[0], None, []))
                 before = logits[:-1]
@@ -277,6 +306,13 @@ class Job:
             self._row.leave()
         self.finished, self._cache, self._row, self._logits = True, None, None, None
 
+    def park(self) -> None:
+        """Free the cache of a job that is not at its end; `turn` goes on with a new one."""
+        if self._row is not None:
+            self._row.leave()
+        self._cache, self._row, self._logits, self._scores = None, None, None, []
+        self._length, self._again, self._mixed = 0, len(self.tokens), False
+
     def row(self) -> Row:
         """Its keys and values for a batch through torch, which they stay in from now on."""
         if self._row is None:
@@ -296,7 +332,7 @@ def advance(models: Sequence[Any], jobs: Sequence[Job], batch: TorchBatch | None
         logits = batch.step(models[0], [job.row() for job in jobs], last)
     else:
         for job in jobs:
-            make_room(job._cache, job._length, 1)
+            make_room(job._cache, job._length, 1, len(job.prompt) + job.most)
         made = fused_decode.decode_together(models, last, [job._cache for job in jobs])
         if made is None:
             return False

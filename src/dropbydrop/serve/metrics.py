@@ -17,6 +17,7 @@ _ABOUT = {
     "rejected": "Requests that were refused because the queue was full",
     "moved_down": "Changes to a lower precision within a continuation",
     "moved_up": "Changes to a higher precision within a continuation",
+    "parked": "Continuations that gave their cache away for a while",
     "prompt_tokens": "Tokens of prompts",
     "tokens": "Generated tokens",
 }

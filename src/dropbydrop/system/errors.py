@@ -33,6 +33,23 @@ class KernelError(DropError):
     """A kernel asked for by name that this machine or build does not have."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is that memory has ended: Python's, torch's on a CPU, or a GPU's."""
+    told = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    )
+
+
+def of_memory(error: BaseException) -> DropError:
+    """What to tell when memory has ended."""
+    return DropError(
+        f"there is not enough memory ({first_line(error)[:200]}). Ask for less: fewer or shorter "
+        "windows, fewer tokens, or a smaller model; quantize and tune tell with --dry-run what "
+        "they need."
+    )
+
+
 def first_line(error: BaseException) -> str:
     """Kind and first line of an error of another library, for the message of one of ours."""
     kind, lines = type(error).__name__, str(error).strip().splitlines()

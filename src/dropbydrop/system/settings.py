@@ -14,7 +14,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from .errors import DropError
+from .errors import CalibrationError, DropError
+
+_MOST_TOKENS = 1 << 30  # of calibration
 
 
 def setting(
@@ -42,6 +44,20 @@ def whole_number(value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{value} is no number")
     return operator.index(value)
+
+
+def check_windows(windows: int, seq_len: int, longest: int | None = None) -> None:
+    """Whether so many windows of text can be had; `longest`: tokens of the longest.
+
+    Raises:
+        CalibrationError: none, of tokens that predict nothing, or more than anybody calibrates on.
+    """
+    most = min(longest or _MOST_TOKENS, _MOST_TOKENS // max(windows, 1))
+    if windows < 1 or not 2 <= seq_len <= most:
+        raise CalibrationError(
+            f"{windows} windows of {seq_len} tokens: give 1 or more, of 2 to "
+            f"{longest or _MOST_TOKENS:,} tokens, and in all at most {_MOST_TOKENS:,}."
+        )
 
 
 def check_seed(seed: Any) -> int:

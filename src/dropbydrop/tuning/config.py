@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dropbydrop.system.errors import CalibrationError, DropError
-from dropbydrop.system.settings import Settings, setting
+from dropbydrop.system.settings import Settings, check_windows, setting
 
 EPOCHS = {"distill": 2, "blocks": 2}  # of a method, unless given
 RATES = {"distill": 1e-3, "blocks": 2e-3}
@@ -59,6 +59,7 @@ class TuneConfig(Settings):
         if self.levels is not None:
             object.__setattr__(self, "levels", tuple(sorted(set(self.levels))))
         super().__post_init__()
+        check_windows(self.windows, self.seq_len)
         if self.windows < 2:
             raise CalibrationError(
                 f"{self.windows} windows: tuning sets one apart, so it needs 2 or more."
