@@ -85,6 +85,8 @@ def test_slice_is_a_partial_checkpoint(out: Path, tmp_path: Path) -> None:
         slice_checkpoint(two, tmp_path / "three", 3)
     with pytest.raises(PrecisionError, match="it has 2, 3, 4"):
         slice_checkpoint(out, tmp_path / "five", 5)
+    with pytest.raises(TransferError, match="the same folder"):  # it would lose its planes
+        slice_checkpoint(tmp_path / "two/../again", tmp_path / "again", 2, overwrite=True)
     assert names(tmp_path) == {"two", "again"}
 
 

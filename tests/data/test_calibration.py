@@ -126,7 +126,7 @@ def test_bad_texts(tmp_path: Path, text: Path) -> None:
         load_windows(text, tokenizer, 900, 16)
     with pytest.raises(CalibrationError, match="need 14,400"):
         text_windows(text, tokenizer, 16, 900)
-    with pytest.raises(CalibrationError, match="ask for"):
+    with pytest.raises(CalibrationError, match="give 1 or more"):
         load_windows(text, tokenizer, 0, 16)
     with pytest.raises(CalibrationError, match="No such file"):
         load_windows(tmp_path / "absent.txt", tokenizer)

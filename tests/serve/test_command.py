@@ -51,6 +51,7 @@ def test_ready_and_ended(chat_folder: Path, number: signal.Signals) -> None:
         ["--target-tps", "nan"],
         ["--target-tps", "inf"],
         ["--port", "70000"],
+        ["--host", "a" * 80],
         ["--api-key", " "],
         ["--device", "tpu"],
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import socket
 import threading
 import time
@@ -56,6 +57,14 @@ def test_the_key(closed: Running) -> None:
         assert httpx2.get(closed.address + path).status_code == 401
     assert httpx2.get(closed.address + "/health").status_code == 200
     assert httpx2.get(closed.address + "/").status_code == 200
+
+
+def test_a_key_that_is_no_text(chat_folder: Path) -> None:
+    """Bytes of an environment variable, as Python gives them."""
+    with running(chat_folder, api_key=os.fsdecode(b"k\xff")) as server:
+        url = server.address + "/v1/models"
+        for given, code in ((b"Bearer k\xff", 200), (b"Bearer k", 401)):
+            assert httpx2.get(url, headers={"authorization": given}).status_code == code
 
 
 def test_names_of_other_machines_are_refused(server: Running, closed: Running) -> None:

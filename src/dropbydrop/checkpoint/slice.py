@@ -68,11 +68,13 @@ def slice_checkpoint(
     Raises:
         PrecisionError, MissingPlaneError, FormatError: `bits` is no level, a plane is absent, or a
             file differs from the manifest. `dest` is then as it was.
-        DropError: `dest` exists, or the disk is full.
+        DropError: `dest` exists or is `source`, or the disk is full.
     """
     checkpoint = Checkpoint.open(source)
     prefix = checkpoint.quantization.prefix_of(checkpoint.require(bits))
     target = absolute(dest)
+    if target.resolve() == checkpoint.path.resolve():
+        raise TransferError(f"source and destination are the same folder, {target}.")
     done, replace = Transfer(target, bits), check_replaceable if overwrite else None
     with AtomicFolder(target, replace) as folder, folder.disk_errors():
         for name in files_for(checkpoint.manifest, prefix):

@@ -43,6 +43,10 @@ def run(
     if api_key is not None and not api_key.strip():
         raise DropError("--api-key is empty: give a key, or leave it away.")
     try:
+        host.encode("idna")
+    except UnicodeError:
+        raise DropError(f"--host {host[:80]!r}: no name or address of a machine.") from None
+    try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:

@@ -24,6 +24,7 @@ from torch import Tensor
 from dropbydrop.system.console import quiet_transformers
 from dropbydrop.system.errors import CalibrationError
 from dropbydrop.system.paths import given
+from dropbydrop.system.settings import check_windows
 
 
 def raw_rows(text: str) -> str:
@@ -149,8 +150,7 @@ def text_windows(
     Raises:
         CalibrationError: unreadable, or shorter than one window (or than `n`).
     """
-    if seq_len < 2 or (n is not None and n < 1):
-        raise CalibrationError(f"{n} windows of {seq_len} tokens: ask for 1 or more of 2 or more.")
+    check_windows(1 if n is None else n, seq_len)
     file = given(file)
     text = read_text(file)
     ids = tokenize(text, tokenizer)

@@ -29,7 +29,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -40,6 +40,7 @@ from dropbydrop.system.errors import DropError
 
 from .caches import KeptCaches
 from .job import Job, advance
+from .metrics import Counters
 from .precisions import Precisions
 from .shed import DEFAULT, PINNED, Costs, Ladder, Load, level_at
 
@@ -58,22 +59,6 @@ class Saturated(Exception):
 
 class Stopped(Exception):
     """The worker has ended."""
-
-
-@dataclass
-class Counters:
-    """Sums since the start."""
-
-    requests: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    rejected: int = 0
-    moved_down: int = 0
-    moved_up: int = 0
-    parked: int = 0
-    prompt_tokens: int = 0
-    tokens: int = 0
 
 
 class Engine:
@@ -207,13 +192,10 @@ class Engine:
         """Tokens that the caches of running jobs have memory for after the next round."""
         if not self.precisions.batched:
             return sum(job.room for job in self._running)
-        passes = self._passes()
         held = sum(job.room for job in self._running if job.prompting)
-        for key, jobs in passes.items():
-            rows, columns = fitting([job.length + 1 for _, job in jobs])
-            batch = self._batches.get(key)
-            now, wide = (0, 0) if batch is None else batch.shape
-            held += max(rows * columns, now * wide)
+        for key, jobs in self._passes().items():
+            now = math.prod(self._batches[key].shape) if key in self._batches else 0
+            held += max(now, math.prod(fitting([job.length + 1 for _, job in jobs])))
         return held
 
     def _passes(self) -> dict[tuple[float, int], list[tuple[float, Job]]]:

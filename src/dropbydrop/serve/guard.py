@@ -20,7 +20,8 @@ class Guard:
 
     def __init__(self, app: ASGIApp, api_key: str | None, hosts: Sequence[str]) -> None:
         self._app, self._hosts = app, frozenset(hosts)
-        self._key = None if api_key is None else api_key.encode()
+        # bytes of the environment that are no UTF-8 are what they were
+        self._key = None if api_key is None else api_key.encode(errors="surrogateescape")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
-
-from .engine import Counters
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _ABOUT = {
@@ -21,6 +19,22 @@ _ABOUT = {
     "prompt_tokens": "Tokens of prompts",
     "tokens": "Generated tokens",
 }
+
+
+@dataclass
+class Counters:
+    """Sums since the start."""
+
+    requests: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    rejected: int = 0
+    moved_down: int = 0
+    moved_up: int = 0
+    parked: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
 
 
 def write_metrics(counters: Counters, status: Mapping[str, Any]) -> str:
