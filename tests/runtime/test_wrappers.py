@@ -111,6 +111,8 @@ def test_rows_of_an_embedding_that_are_read_without_a_call(tmp_path: Path) -> No
     dense = embedding.dense_weight()
     for index in (3, (3, slice(None)), slice(2, 5), torch.tensor([[1, 2]]), (None, slice(4), 5)):
         assert torch.equal(embedding.weight[index], dense[index])
+    with pytest.raises(AttributeError, match="Resize the original model"):
+        loaded.resize_token_embeddings(200)
     reference = decoded(model, loaded)
     with torch.no_grad():
         expected, got = reference(input_ids=ids).logits, loaded(input_ids=ids).logits

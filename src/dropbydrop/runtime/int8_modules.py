@@ -88,6 +88,12 @@ class RowView:
             return self._widen(ids[first])[(..., *rest)]
         return self._widen(ids)[index]
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the weight of a quantized embedding has no {name!r}: its rows can be read, and not "
+            "changed or resized. Resize the original model, and quantize that."
+        )
+
 
 class NestedEmbedding(_Int8Rows):
     """Eight-bit token embedding.
