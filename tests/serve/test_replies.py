@@ -112,7 +112,18 @@ def test_parts_do_not_depend_on_the_pieces(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 1000])
-@pytest.mark.parametrize("broken", ['{"name": ', "7", '{"name": "x"}'])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        '{"name": ',
+        "7",
+        '{"name": "x"}',
+        '{"name": "x", "arguments": {"a": ' + "[" * 1100 + "]" * 1100 + "}}",
+        r'{"name": "x", "arguments": {"a": "\ud83d"}}',
+        r'{"name": "\ud83d", "arguments": {}}',
+    ],
+    ids=range(6),
+)
 def test_what_is_no_call_is_content(size: int, broken: str) -> None:
     found = parts(f"hello <tool_call>{broken}</tool_call> and on", size)
     assert {kind for kind, _, _ in found} == {"content"}

@@ -94,6 +94,23 @@ def test_no_file_but_those_of_the_page(server: Running, path: str) -> None:
     assert b"Starlette" not in found
 
 
+def test_texts_beyond_any_context_are_not_cut_into_tokens(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = server.service.text
+    most = 4 * max(map(len, text.backend.get_vocab())) * server.service.served.context
+    monkeypatch.setattr(type(text), "encode", lambda *args, **options: pytest.fail("encoded"))
+    long = "a " * (most // 2 + 1)
+    for path, body in (
+        ("/v1/completions", {"prompt": long}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}),
+        ("/tokenize", {"content": long}),
+    ):
+        answer = httpx2.post(server.address + path, json=body, timeout=60)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
 @pytest.mark.parametrize(
     "body",
     [

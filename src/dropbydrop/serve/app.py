@@ -118,9 +118,7 @@ class Routes:
         if content is None:
             raise body.error("content", "is missing")
         body.done()
-        return JSONResponse(
-            {"tokens": await self.aside(self.service.text.encode, content, special)}
-        )
+        return JSONResponse({"tokens": await self.aside(self.service.encoded, content, special)})
 
     async def detokenize(self, http: HttpRequest) -> Response:
         body = await read_body(http)

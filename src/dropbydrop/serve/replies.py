@@ -80,7 +80,7 @@ class Reply:
             self._left -= time.perf_counter() - start
             if self._left < 0:
                 raise TimeoutError
-        except (ValueError, KeyError, TypeError, TimeoutError):
+        except (ValueError, KeyError, TypeError, TimeoutError, RecursionError):
             self._parser = None
             return [] if self.must else [Part("content", self._raw[self._at :])]
         self._at, self._body = at, body
@@ -155,8 +155,10 @@ def _call(value: Any) -> Part:
 
     Raises:
         KeyError, TypeError: a call without a name or arguments.
+        ValueError: halves of characters, which JSON can write and UTF-8 cannot.
     """
     name, arguments = value["function"]["name"], value["function"]["arguments"]
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
+    f"{name}{arguments}".encode()
     return Part("call", arguments, str(name))

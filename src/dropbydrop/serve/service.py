@@ -26,6 +26,7 @@ from .sampling import BOUNDS, Sampler, Sampling
 from .text import Text, TextStream
 
 _CONTEXT = 4096  # tokens, of models that set no limit
+_SLACK = 4  # times as many characters as a context of the longest tokens has: some are dropped
 
 
 class Service:
@@ -65,7 +66,24 @@ class Service:
     # ---- requests into jobs ------------------------------------------------------------------
 
     def prompt_tokens(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        return [self._checked(p if isinstance(p, list) else self.text.encode(p)) for p in prompts]
+        return [self._checked(p if isinstance(p, list) else self.encoded(p)) for p in prompts]
+
+    def encoded(self, text: str, special: bool = True) -> list[int]:
+        """Tokens of a text.
+
+        Raises:
+            ApiError: it is so long that no tokenizer could make it fit; that takes no time to see.
+        """
+        most = _SLACK * self.text.longest * self.served.context
+        if len(text) > most:
+            raise ApiError(
+                400,
+                f"a text of {len(text)} characters; this model's maximum context length is "
+                f"{self.served.context} tokens, and at most {most} characters are looked at.",
+                "prompt",
+                "context_length_exceeded",
+            )
+        return self.text.encode(text, special)
 
     def chat_tokens(self, chat: Chat) -> tuple[list[int], str]:
         """The prompt of a chat as tokens and as text.
@@ -79,7 +97,7 @@ class Service:
             prompt = self.text.chat(chat.messages, chat.tools)
         except DropError as error:
             raise ApiError(400, f"messages: {str(error)[:300]}", "messages") from None
-        return self._checked(self.text.encode(prompt, special=False)), prompt
+        return self._checked(self.encoded(prompt, special=False)), prompt
 
     def grammar(self, chat: Chat, prompt: str) -> Grammar | None:
         """What the answer to a chat must be; may take seconds.

@@ -51,15 +51,19 @@ class Text:
         self._byte_level = type(backend.decoder).__name__ == "ByteLevel"
         self.special = frozenset(tokenizer.all_special_ids)
         self.size = backend.get_vocab_size()
+        self.longest = max(map(len, backend.get_vocab()), default=1)  # characters of a token
         self.template = getattr(tokenizer, "chat_template", None)
         self.response_template = _usable(getattr(tokenizer, "response_template", None))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Tokens of a text; `special` adds what the tokenizer puts around a text."""
-        return list(self.backend.encode(text, add_special_tokens=special).ids)
+        """Tokens of a text; `special` adds what the tokenizer puts around a text.
+
+        Other threads go on meanwhile, which they do only for batches.
+        """
+        return list(self.backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.backend.decode(list(ids), skip_special_tokens=True))
+        return str(self.backend.decode_batch([list(ids)], skip_special_tokens=True)[0])
 
     def piece(self, token: int) -> str:
         """One token as text, special ones too; incomplete characters become U+FFFD."""
