@@ -443,38 +443,75 @@ def test_calls_that_llguidance_gives_up(
         able.service.grammars.of_schema(SCHEMA).accept(50)
 
 
-def test_schemas_that_never_end(able: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """llguidance takes a second for 10^5 and for ever for 10^8; nobody else waits for it."""
-    pytest.importorskip("llguidance")
-    monkeypatch.setattr(grammar, "_SECONDS", 2.0)
-    slow = {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 99999989}}}
-    tool = {"type": "function", "function": {"name": "x", "parameters": slow}}
-    made = {"type": "json_schema", "json_schema": {"name": "s", "schema": slow}}
-    url = able.address + "/v1/chat/completions"
+def endless(number: int) -> dict[str, Any]:
+    """A schema that llguidance reads for ever; for 10^5 it takes a second."""
+    return {"title": f"schema {number}", "type": "integer", "multipleOf": 99999989}
+
+
+def shaped(server: Running, schema: dict[str, Any]) -> httpx2.Response:
+    """An answer that must be of a schema."""
+    kind = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
     asked = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    url = server.address + "/v1/chat/completions"
+    return httpx2.post(url, json={**asked, "response_format": kind}, timeout=60)
+
+
+def test_schemas_that_never_end(able: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for them but who comes with a new one; they are tried once."""
+    pytest.importorskip("llguidance")
+    assert shaped(able, SCHEMA).is_success
+    monkeypatch.setattr(grammar, "_SECONDS", 2.0)
+    tool = {"name": "x", "parameters": {"type": "object", "properties": {"a": endless(0)}}}
+    plain = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
     with ThreadPoolExecutor(3) as pool:
         hostile = [
-            pool.submit(forced, able, tools=[tool]),
-            pool.submit(httpx2.post, url, json={**asked, "response_format": made}, timeout=60),
+            pool.submit(forced, able, tools=[{"type": "function", "function": tool}]),
+            pool.submit(shaped, able, endless(0)),
         ]
-        plain = pool.submit(httpx2.post, url, json=asked, timeout=60)
-        assert plain.result().status_code == 200
+        assert httpx2.post(able.address + "/v1/chat/completions", json=plain).is_success
+        assert shaped(able, SCHEMA).is_success
         assert not all(one.done() for one in hostile)
-    for one in hostile:
-        answer = one.result()
+    start = time.perf_counter()
+    for answer in (*(one.result() for one in hostile), shaped(able, endless(0))):
         assert answer.status_code == 400
         assert "has not read it after 2 seconds" in answer.json()["error"]["message"]
+    assert time.perf_counter() - start < 2
+
+
+def test_too_many_new_schemas(able: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(grammar, "MOST_WAITING", 2)
+    monkeypatch.setattr(grammar, "_SECONDS", 2.0)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda i: shaped(able, endless(10 + i)), range(4)))
+    codes = sorted(answer.status_code for answer in answers)
+    assert codes == [400, 400, 429, 429]
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.headers["retry-after"] == "5"
+
+
+def test_a_server_that_ends_waits_for_no_schema(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    with ThreadPoolExecutor(3) as pool:
+        with running(chat_checkpoint(tmp_path)) as server:
+            waiting = [pool.submit(shaped, server, endless(20 + i)) for i in range(3)]
+            while server.service.grammars._trial is None:
+                time.sleep(0.01)
+            start = time.perf_counter()
+            server.service.stop()
+            assert [one.result().status_code for one in waiting] == [503] * 3
+        assert time.perf_counter() - start < 4
 
 
 def test_a_schema_is_tried_once(able: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llguidance")
-    tried, run = [], subprocess.run
+    tried, run = [], subprocess.Popen
 
     def count(*args: Any, **options: Any) -> Any:
         tried.append(args)
         return run(*args, **options)
 
-    monkeypatch.setattr(subprocess, "run", count)
+    monkeypatch.setattr(subprocess, "Popen", count)
     schema = {"type": "object", "properties": {"once": {"type": "integer"}}, "required": ["once"]}
     first, second = (able.service.grammars.of_schema(schema) for _ in range(2))
     assert len(tried) == 1

@@ -31,6 +31,7 @@ from .answers import ChatForm, CompletionForm, Form, Head
 from .body import ApiError, Body, parse_json
 from .chats import Chat, read_chat
 from .engine import Saturated, Stopped
+from .grammar import MOST_WAITING
 from .guard import Guard
 from .metrics import CONTENT_TYPE, write_metrics
 from .replies import Reply
@@ -51,8 +52,8 @@ class Routes:
         self.service = service
         # long prompts are cut into tokens here, so that the streams of others go on
         self._texts = ThreadPoolExecutor(2, thread_name_prefix="dropbydrop-text")
-        # a schema can take seconds, which only others with schemas wait for
-        self._schemas = ThreadPoolExecutor(1, thread_name_prefix="dropbydrop-schema")
+        # a new schema can take seconds, which only others with new ones wait for
+        self._schemas = ThreadPoolExecutor(MOST_WAITING + 2, thread_name_prefix="dropbydrop-schema")
 
     async def aside(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._texts, function, *args)

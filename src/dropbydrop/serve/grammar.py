@@ -5,7 +5,8 @@ a tokenizer takes about a second, once.
 
 Some schemas take llguidance for ever ("multipleOf" of a large prime), where nothing can stop it but
 the end of a process. So a grammar is made in a process of its own first, which has `_SECONDS`, and
-here only if that went well. Those in use are kept, and a copy costs nothing.
+here only if that went well. One is tried at a time, a few wait, and whoever comes then is told to
+come again. The last ones are kept, refused ones too: those answer at once.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from .body import ApiError
 from .calls import Form, rules
 from .text import Text
 
+MOST_WAITING = 8  # schemas that nobody has asked for before
 _SECONDS = 5.0
-_MOST_KEPT = 32
+_MOST_KEPT = 64
 # Without a model's tokens, which hardly matter to it and take a second to read. The limits are for
 # a process that nobody waits for any more.
 _TRIAL = """
@@ -103,9 +105,20 @@ class Grammars:
 
     def __init__(self, text: Text, vocabulary: int, ends: frozenset[int]) -> None:
         self._text, self._vocabulary, self._ends = text, vocabulary, ends
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of all fields
         self._tokens: Any = None
-        self._kept: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], Grammar | str] = OrderedDict()  # or why not
+        self._turn = threading.Lock()  # of whoever tries a grammar
+        self._waiting = 0
+        self._trial: Any = None
+        self._closed = False
+
+    def close(self) -> None:
+        """Refuse whatever waits, and end what is tried."""
+        with self._lock:
+            self._closed = True
+            if self._trial is not None:
+                self._trial.kill()
 
     def of_schema(self, schema: dict[str, Any]) -> Grammar:
         """The grammar of a JSON schema.
@@ -154,36 +167,71 @@ class Grammars:
         return LLMatcher
 
     def _made(self, param: str, what: str, made: str, plain: str) -> Grammar:
-        """A grammar of llguidance's language, which is tried as it is without special tokens."""
+        """A grammar of llguidance's language, which is tried as it is without special tokens.
+
+        Raises:
+            ApiError: it cannot be had; too many others wait.
+        """
+        found = self._known(param, made)
+        if found is None:
+            with self._lock:
+                if self._waiting >= MOST_WAITING:
+                    raise ApiError(
+                        429, f"{param}: too many new schemas wait.", headers={"retry-after": "5"}
+                    )
+                self._waiting += 1
+            try:
+                with self._turn:
+                    found = self._known(param, made) or self._new(param, made, plain)
+            finally:
+                with self._lock:
+                    self._waiting -= 1
+        if isinstance(found, str):
+            raise _refused(param, what, found)
+        return found.copy()
+
+    def _known(self, param: str, made: str) -> Grammar | str | None:
         with self._lock:
-            if (param, made) in self._kept:
+            if (found := self._kept.get((param, made))) is not None:
                 self._kept.move_to_end((param, made))
-                return self._kept[param, made].copy()
+            return found
+
+    def _new(self, param: str, made: str, plain: str) -> Grammar | str:
+        """A grammar, or why there is none; kept."""
         matcher = self._library(param)
-        problem = _tried(plain) or matcher.validate_grammar(made, self._tokens)
-        if problem:
-            raise _refused(param, what, problem)
-        grammar = Grammar(matcher(self._tokens, made, log_level=0), param)
+        found: Grammar | str = self._tried(plain) or matcher.validate_grammar(made, self._tokens)
+        if not found:
+            found = Grammar(matcher(self._tokens, made, log_level=0), param)
         with self._lock:
-            self._kept[param, made] = grammar
+            self._kept[param, made] = found
             while len(self._kept) > _MOST_KEPT:
                 self._kept.popitem(last=False)
-            return grammar.copy()
+        return found
 
-
-def _tried(grammar: str) -> str:
-    """What is wrong with a grammar, found out in a process of its own; nothing: ""."""
-    command = [sys.executable, "-P", "-c", _TRIAL]
-    given = json.dumps(grammar)
-    try:
-        done = subprocess.run(
-            command, input=given, capture_output=True, text=True, timeout=_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return f"llguidance has not read it after {_SECONDS:g} seconds"
-    if done.returncode:
-        return "llguidance fails on it"
-    return _first_line(done.stdout.strip())
+    def _tried(self, grammar: str) -> str:
+        """What is wrong with a grammar, found out in a process of its own; nothing: ""."""
+        with self._lock:
+            if self._closed:
+                raise ApiError(503, "the server is shutting down")
+            trial = self._trial = subprocess.Popen(
+                [sys.executable, "-P", "-c", _TRIAL],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        with trial:
+            try:
+                told, _ = trial.communicate(json.dumps(grammar), timeout=_SECONDS)
+            except subprocess.TimeoutExpired:
+                trial.kill()
+                return f"llguidance has not read it after {_SECONDS:g} seconds"
+            finally:
+                with self._lock:
+                    self._trial = None
+        if self._closed:
+            raise ApiError(503, "the server is shutting down")
+        return _first_line(told.strip()) if trial.returncode == 0 else "llguidance fails on it"
 
 
 def _refused(param: str, what: str, problem: str) -> ApiError:

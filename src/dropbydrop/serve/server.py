@@ -90,7 +90,7 @@ class Server(uvicorn.Server):
             with suppress(KeyboardInterrupt):  # which uvicorn raises again after a clean end
                 asyncio.run(self.serve())
         finally:
-            self._service.engine.stop()
+            self._service.stop()
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -100,5 +100,5 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # a lock may be held where the signal arrives, so the worker is stopped from elsewhere
-        threading.Thread(target=self._service.engine.stop, daemon=True).start()
+        threading.Thread(target=self._service.stop, daemon=True).start()
         super().handle_exit(sig, frame)

@@ -63,6 +63,11 @@ class Service:
         self.ends = _ends(precisions.base.generation_config, self.text)
         self.grammars = Grammars(self.text, self.served.vocabulary, self.ends)
 
+    def stop(self) -> None:
+        """End the worker and whatever else requests wait for."""
+        self.grammars.close()
+        self.engine.stop()
+
     # ---- requests into jobs ------------------------------------------------------------------
 
     def prompt_tokens(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
