@@ -27,6 +27,9 @@ def test_exactly_one_is_given(out: Path) -> None:
     for given in wrong:
         with pytest.raises(PrecisionError, match="give one precision: bits"):
             Precision(**given)
+    for name, value in (("avg_bits", "2.5"), ("avg_bits", [2.5]), ("plan", {}), ("plan", "x")):
+        with pytest.raises(PrecisionError, match=f"{name}=.* is no "):
+            Precision(**{name: value})
     assert Precision(bits=3).resolve(Checkpoint.open(out)) == plan
     assert Precision(plan=plan).resolve(Checkpoint.open(out)) is plan
     with pytest.raises(PrecisionError, match="it has 2, 3, 4"):

@@ -11,6 +11,7 @@ nothing here: a float given as bits is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.system.errors import PrecisionError
@@ -45,6 +46,13 @@ class Precision:
             )
         if isinstance(given, Plan):
             raise PrecisionError("bits is a level, and this is a plan: give it as plan=.")
+        average: object = self.avg_bits
+        if average is not None and (isinstance(average, bool) or not isinstance(average, Real)):
+            raise PrecisionError(f"avg_bits={average!r:.80} is no number.")
+        if self.plan is not None and not isinstance(self.plan, Plan):
+            raise PrecisionError(
+                f"plan={self.plan!r:.80} is no plan: Plan.load reads one from a file."
+            )
         if sum(x is not None for x in (self.bits, self.avg_bits, self.plan)) != 1:
             raise PrecisionError(
                 "give one precision: bits (a level), avg_bits (an average) or plan."

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 from transformers import DynamicCache, StaticCache
 
@@ -75,6 +76,13 @@ def _moved(old: torch.Tensor, size: int, length: int) -> torch.Tensor:
 
 def _bytes(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in _layers(cache))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free where the caches go."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 class KeptCaches:

@@ -32,13 +32,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 
 from dropbydrop.runtime.torch_batch import TorchBatch, fitting
 from dropbydrop.system.errors import DropError
 
-from .caches import KeptCaches
+from .caches import KeptCaches, free_memory
 from .job import Job, advance
 from .metrics import Counters
 from .precisions import Precisions
@@ -77,7 +76,7 @@ class Engine:
         self._kept = KeptCaches()
         # the caches of all that run take at most half of the memory that is free now
         self._device = precisions.base.device
-        self._most_tokens = _free_memory(self._device) // 2 // precisions.cache_bytes
+        self._most_tokens = free_memory(self._device) // 2 // precisions.cache_bytes
         self._batches: dict[tuple[float, int], TorchBatch] = {}  # one for each pass
         self._wake = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -248,7 +247,8 @@ class Engine:
                 self._waiting.popleft()
                 self.counters.cancelled += 1
                 continue
-            if not self._room(self._running, job, costs):
+            crowded = self._running and self._held() + job.room > self._most_tokens
+            if crowded or not self._room(self._running, job, costs):
                 break
             self._waiting.popleft()
             self._running.append(job)
@@ -386,13 +386,6 @@ class Engine:
         with suppress(Exception):
             job.fail(status, message)
         job.close()
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that are free where the caches go."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from .text import Text
 MOST_WAITING = 8  # schemas that nobody has asked for before
 _SECONDS = 5.0
 _MOST_KEPT = 64
+_MOST_CHARACTERS = 1 << 20  # of all that are kept; one of 200,000 takes 33 MB
 # Without a model's tokens, which hardly matter to it and take a second to read. The limits are for
 # a process that nobody waits for any more.
 _TRIAL = """
@@ -204,9 +205,12 @@ class Grammars:
             found = Grammar(matcher(self._tokens, made, log_level=0), param)
         with self._lock:
             self._kept[param, made] = found
-            while len(self._kept) > _MOST_KEPT:
+            while len(self._kept) > _MOST_KEPT or sum(self._sizes()) > _MOST_CHARACTERS:
                 self._kept.popitem(last=False)
         return found
+
+    def _sizes(self) -> Iterator[int]:
+        return (len(made) for _, made in self._kept)
 
     def _tried(self, grammar: str) -> str:
         """What is wrong with a grammar, found out in a process of its own; nothing: ""."""
