@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dropbydrop.checkpoint import Checkpoint, CheckpointWriter, StoredGroup
+from dropbydrop.checkpoint.pull import pull
 from dropbydrop.checkpoint.tensor_files import METADATA
 from dropbydrop.coding.codebook_set import BytesSet
 from dropbydrop.coding.planes import BytesPlane
@@ -258,10 +259,12 @@ def test_out_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
-    spec = StoredGroup("s", ("m",), 8, "u")
+    spec, source = StoredGroup("s", ("m",), 8, "u"), write_checkpoint(tmp_path / "source")
     with CheckpointWriter(tmp_path / "o") as ck:
         with pytest.raises(DropError, match="another process is working on"):
             write_checkpoint(tmp_path / "o")
+        with pytest.raises(DropError, match="another process is working on"):
+            pull(source, tmp_path / "o", progress=False)  # it would go on in the new folder
         write_minimal(ck, spec)
     assert Checkpoint.open(tmp_path / "o").verify() == []
     assert leftovers(tmp_path) == []

@@ -383,6 +383,8 @@ def test_sidecar(out: Path, code: str, known: Sensitivity, tmp_path: Path) -> No
         ({"losses": {**good["losses"], first: {"2": 1.0}}}, "one loss for every input group"),
         ({"losses": {**good["losses"], first: {"2": -1.0, "3": 0, "4": 0}}}, "one loss"),
         ({"losses": {**good["losses"], first: {"2": "x"}}}, "damaged"),
+        ({"losses": {**good["losses"], first: {"2": 10**400}}}, "damaged"),
+        ({"experts": {first: []}}, "one loss for every input group"),
         ({"format": "other"}, "no table of sensitivities"),
         ({"format_version": 9}, "format_version 9"),
         ({"extra": 1}, "unknown keys"),
@@ -416,8 +418,16 @@ def test_the_log_serves_without_a_sidecar(tmp_path: Path, caplog: pytest.LogCapt
     dropbydrop.load(out, avg_bits=2.5)
     assert "nothing was measured" not in caplog.text
     (out / SIDECAR).unlink()
-    (out / "quantize-log.jsonl").write_text(log[:50])
-    assert from_log(checkpoint) is None
+    digits = "1" + "0" * 400
+    for damaged in (
+        log[:50],
+        log.replace("0.01", "NaN"),
+        log.replace("0.01", digits),
+        "[" * 10**5,
+        log.replace("{", '{"tokens": [Infinity], ', 1),
+    ):
+        (out / "quantize-log.jsonl").write_text(damaged)
+        assert from_log(checkpoint) is None
 
 
 def test_the_command(tmp_path: Path, code: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,6 +134,16 @@ def test_what_is_measured_comes_back(out: Path, checkpoint: Checkpoint) -> None:
         (out / SIDECAR).unlink()
 
 
+def test_tables_that_were_not_all_measured(checkpoint: Checkpoint) -> None:
+    known = Sensitivity(
+        checkpoint.fingerprint,
+        {g.name: {2: 1.0, 3: 0.5, 4: 0.0} for g in checkpoint.quantization.input_groups},
+        "measured",
+        tables={5: {}},
+    )
+    assert make_plan(checkpoint, avg_bits=2.0, sensitivity=known).table is None
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.1, 1.0, 10.0])
 @pytest.mark.parametrize("avg_bits", [2.0, 2.4, 3.3])
 def test_the_best_of_all_plans_and_tables(

@@ -29,7 +29,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from dropbydrop.system.atomic_folder import is_partial, remove, sync, sync_folder, write_whole
+from dropbydrop.system.atomic_folder import (
+    is_partial,
+    refuse_work_on,
+    remove,
+    sync,
+    sync_folder,
+    write_whole,
+)
 from dropbydrop.system.console import progress_bar
 from dropbydrop.system.digest import FileEntry, file_digest
 from dropbydrop.system.errors import FormatError
@@ -262,6 +269,7 @@ def _lock(target: Path) -> Iterator[None]:
     busy = TransferError(f"another pull into {target} is running; wait until it is done.")
     descriptor = lock(target, busy)
     try:
+        refuse_work_on(target)  # of a run that will replace what is fetched here
         if created:
             sync_folder(target.parent)
         for path in target.iterdir():

@@ -141,7 +141,7 @@ class Sensitivity:
                 int(bits): _from_json(row)
                 for bits, row in fields.take("tables", dict, default={}).items()
             }
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
             raise FormatError(f"{path} is damaged ({error}). {again}") from error
         about = fields.take("description", dict)
         fields.done()
@@ -149,7 +149,7 @@ class Sensitivity:
         rows = [*losses.values(), *(row for each in experts.values() for row in each)]
         if (
             set(losses) != set(groups)
-            or any(groups.get(name, 0) != len(each) for name, each in experts.items())
+            or any(not groups.get(name) == len(each) > 0 for name, each in experts.items())
             or any(set(row) != set(checkpoint.levels) for row in rows)
             or not set(tables) <= set(checkpoint.quantization.embeddings.choices)
             or not all(0 <= v < math.inf for row in (*rows, *tables.values()) for v in row.values())
@@ -223,6 +223,8 @@ def from_log(checkpoint: Checkpoint) -> Sensitivity | None:
             losses[group.name] = {
                 p: sum(errors[m][p] - errors[m][top] for m in group.modules) for p in levels
             }
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        if not all(math.isfinite(v) for row in losses.values() for v in row.values()):
+            return None
+    except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError):
         return None
     return Sensitivity(checkpoint.fingerprint, losses, "log", experts=experts)

@@ -121,6 +121,8 @@ def make_plan(
             plan = within(most, bits)
             if bits in table_choices(checkpoint, plan.highest):
                 plans.append(plan)
+    if not plans:  # what was measured of tables is not enough
+        return within(budget, None)
     return min(plans, key=lambda plan: known.predicted(plan, checkpoint))
 
 

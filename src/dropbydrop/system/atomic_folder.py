@@ -85,6 +85,13 @@ def claim(out: Path, kind: str) -> int:
     return held
 
 
+def refuse_work_on(out: Path) -> None:
+    """Raises DropError while a run works beside OUT, which will replace it in the end."""
+    for work in (hidden(out, kind) for kind in _WORK):
+        if is_locked(work):
+            raise _busy(out, work)
+
+
 def _busy(out: Path, held: Path) -> DropError:
     return DropError(
         f"another process is working on {out} (it holds {held}); wait for it, or choose another "
