@@ -107,6 +107,7 @@ def main() -> None:
             raise
         sys.exit(2)
     if status == 130:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would meet torch's ending
         sys.stderr.write("interrupted; nothing was left half-written\n")
     if isinstance(status, int) and status:
         sys.exit(status)
