@@ -18,10 +18,12 @@ import dropbydrop
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.checkpoint import origins as origin
 from dropbydrop.checkpoint import pull as transfer
+from dropbydrop.checkpoint.config import MANIFEST_FILE
 from dropbydrop.checkpoint.origins import HttpOrigin, TransferError
 from dropbydrop.checkpoint.pull import pull
 from dropbydrop.checkpoint.slice import slice_checkpoint
 from dropbydrop.cli import main as cli
+from dropbydrop.system.atomic_folder import AtomicFolder
 from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
 from file_server import Server, flip
 from tiny import COUNTS, VOCAB, write_checkpoint
@@ -88,6 +90,26 @@ def test_slice_is_a_partial_checkpoint(out: Path, tmp_path: Path) -> None:
     with pytest.raises(TransferError, match="the same folder"):  # it would lose its planes
         slice_checkpoint(tmp_path / "two/../again", tmp_path / "again", 2, overwrite=True)
     assert names(tmp_path) == {"two", "again"}
+
+
+def test_a_source_that_is_replaced_while_it_is_sliced(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last tensors were copied, and not yet the manifest."""
+    source = tmp_path / "source"
+    shutil.copytree(out, source)
+    copy = AtomicFolder.copy
+
+    def replaced(self: AtomicFolder, name: str, path: Path) -> None:
+        copy(self, name, path)
+        if name == "plane-2.safetensors":
+            other = json.loads((source / MANIFEST_FILE).read_text())
+            (source / MANIFEST_FILE).write_text(json.dumps(other, indent=3))
+
+    monkeypatch.setattr(AtomicFolder, "copy", replaced)
+    with pytest.raises(FormatError, match="replaced meanwhile"):
+        slice_checkpoint(source, tmp_path / "two", 2)
+    assert names(tmp_path) == {"source"}
 
 
 def test_each_level_has_its_planes(tmp_path: Path, code: str) -> None:

@@ -387,11 +387,11 @@ class Checkpoint:
             if name not in self._files:
                 opened = CheckedFile(self.path / name, self.manifest.files[name], self._verify)
                 if not self._verify and name in self.manifest.tensor_files():
-                    self._check_manifest()
+                    self.check_manifest()
                 self._files[name] = opened
             return self._files[name]
 
-    def _check_manifest(self) -> None:
+    def check_manifest(self) -> None:
         """The folder must still be that of this manifest; where contents are compared, they say."""
         if read_small(self.path / MANIFEST_FILE) != self._listed:
             raise FormatError(

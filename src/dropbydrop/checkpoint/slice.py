@@ -92,6 +92,7 @@ def slice_checkpoint(
         for name in (*SIDECARS, MANIFEST_FILE):
             if (checkpoint.path / name).is_file():
                 folder.copy(name, checkpoint.path / name)
+        checkpoint.check_manifest()  # which was copied last
         folder.publish()
     return done
 
