@@ -149,6 +149,10 @@ def test_generate_refusals() -> None:
     model, tokenizer = tiny.tiny_model("llama"), tiny.tiny_tokenizer()
     with pytest.raises(DropError, match="chat template"):
         generate(model, tokenizer, "a", chat=True)
-    for bad in ({"prompt": ""}, {"max_new_tokens": 0}, {"temperature": -1.0}):
-        with pytest.raises(DropError, match="temperature"):
+    for bad, why in (
+        ({"prompt": ""}, "prompt is empty"),
+        ({"max_new_tokens": 0}, "at least one token"),
+        ({"temperature": -1.0}, "a temperature of 0 or"),
+    ):
+        with pytest.raises(DropError, match=why):
             generate(model, tokenizer, **{"prompt": "a", **bad})

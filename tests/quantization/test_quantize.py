@@ -318,5 +318,5 @@ def test_the_installed_command_starts():
 
 @pytest.mark.parametrize("wrong", [{"windows": 0}, {"windows": -1}, {"seq_len": 1}])
 def test_windows_out_of_range_are_refused_with_the_settings(wrong):
-    with pytest.raises(DropError, match="give 1 or more, of 2 or more"):
+    with pytest.raises(DropError, match="give 1 or more, of 2 to"):
         QuantizeConfig(**wrong)

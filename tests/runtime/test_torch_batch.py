@@ -64,7 +64,7 @@ def advance(batch: TorchBatch, model: Any, texts: list[Text]) -> None:
         text.found.append(row)
 
 
-def compare(model: Any, texts: list[Text], share: float = 2e-5) -> None:
+def compare(model: Any, texts: list[Text], share: float = 5e-5) -> None:
     for text in texts:
         want = text.alone(model)
         assert len(text.found) == len(want)
