@@ -64,7 +64,7 @@ def advance(batch: TorchBatch, model: Any, texts: list[Text]) -> None:
         text.found.append(row)
 
 
-def compare(model: Any, texts: list[Text], share: float = 5e-5) -> None:
+def compare(model: Any, texts: list[Text], share: float = 2e-5) -> None:
     for text in texts:
         want = text.alone(model)
         assert len(text.found) == len(want)
@@ -108,7 +108,8 @@ def test_each_gets_what_it_gets_alone(family: str, monkeypatch: pytest.MonkeyPat
     if why is not None and not torch_batch._EMPTY:  # the first 5.x have other caches for some
         pytest.skip(f"takes turns with transformers {transformers.__version__}: {why}")
     assert why is None
-    compare(model, together(model, COMING_AND_GOING, batch))
+    share = 5e-5 if family == "granitemoe" else 2e-5  # whose logits are multiplied; 2.3e-5 was seen
+    compare(model, together(model, COMING_AND_GOING, batch), share)
     assert batch.shape == (0, 0)
 
 
