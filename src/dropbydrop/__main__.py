@@ -1,5 +1,20 @@
-"""`python -m dropbydrop` is the command line."""
+"""The command line: `dropbydrop`, and `python -m dropbydrop`.
 
-from .cli.main import main
+It is interrupted as the commands are from its first import on, which takes most of a second.
+"""
 
-main()
+import sys
+
+
+def main() -> None:
+    """Entry point of the `dropbydrop` command."""
+    try:
+        from .cli.main import main as run
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

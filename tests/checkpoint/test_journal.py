@@ -68,7 +68,7 @@ def test_a_step_is_finished_when_its_line_is_whole(tmp_path: Path) -> None:
         work.hidden()
 
 
-@pytest.mark.parametrize("damage", ["doubled", "flipped", "lost", "last", "exchanged"])
+@pytest.mark.parametrize("damage", ["doubled", "flipped", "lost", "last", "exchanged", "deep"])
 def test_a_damaged_journal_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     out = tmp_path / "out"
     interrupt(out, {}, two_steps)
@@ -84,6 +84,7 @@ def test_a_damaged_journal_is_refused_by_name(tmp_path: Path, damage: str) -> No
                 "lost": [a, b, d, b],
                 "last": [a, b, c, d.replace(b'"block": 1', b'"block": 9')],
                 "exchanged": [a, c, b, d],
+                "deep": [a, b, b"[" * 200_000 + b"\n", d],
             }[damage]
         )
     )

@@ -113,6 +113,7 @@ def test_jsonl_documents_are_joined_by_a_blank_line(tmp_path: Path) -> None:
         ('{"text": 3}', "not a string"),
         ("{", "line 1"),
         ('["text"]', "line 1"),
+        ("[" * 200_000, "line 1"),
     ):
         file.write_text(bad)
         with pytest.raises(CalibrationError, match=message):

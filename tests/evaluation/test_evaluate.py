@@ -14,7 +14,7 @@ import tiny
 from dropbydrop.evaluation import perplexity as module
 from dropbydrop.evaluation.perplexity import bootstrap_interval, evaluate
 from dropbydrop.runtime.generate import generate
-from dropbydrop.system.errors import CalibrationError, DropError
+from dropbydrop.system.errors import CalibrationError, DropError, NumericError
 
 N, T = 3, 17
 
@@ -156,3 +156,12 @@ def test_generate_refusals() -> None:
     ):
         with pytest.raises(DropError, match=why):
             generate(model, tokenizer, **{"prompt": "a", **bad})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_outputs_that_are_no_numbers(temperature: float) -> None:
+    model, tokenizer = tiny.tiny_model("llama"), tiny.tiny_tokenizer()
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    with pytest.raises(NumericError, match="NaN or infinity"):
+        generate(model, tokenizer, "a", temperature=temperature)

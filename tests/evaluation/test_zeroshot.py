@@ -162,6 +162,7 @@ def test_the_text_form_of_hellaswag(tmp_path: Path) -> None:
         ("piqa", "valid.jsonl", '{"goal": "a", "sol1": "b"}\n', "line 1"),
         ("piqa", "valid.jsonl", "\n\n", "no items"),
         ("winogrande", "dev.jsonl", "not json\n", "no item of winogrande"),
+        ("winogrande", "dev.jsonl", "[" * 200_000, "no item of winogrande"),
         ("arc_easy", "test.jsonl", '{"question": "a", "choices": ["b"], "gold": 3}\n', "answer"),
         ("hellaswag", "hellaswag_val_full.txt", "a: b\n0\n", "six lines"),
         ("hellaswag", "hellaswag_val_full.txt", "a: b\n7\nc\nd\ne\nf\n", "label 0 to 3"),

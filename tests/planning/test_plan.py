@@ -150,6 +150,9 @@ def test_infeasible_budgets(checkpoint: Checkpoint) -> None:
         make_plan(checkpoint, memory="much", sensitivity=table)
     with pytest.raises(DropError, match="1 to 256"):
         make_plan(checkpoint, memory="1GiB", context=257, sensitivity=table)
+    for none in (0, -1):
+        with pytest.raises(PrecisionError, match="serves no level: the lowest is 2 bits"):
+            make_plan(checkpoint, 2.5, sensitivity=table, planes=none)
     least = Plan.uniform(checkpoint, 2).memory(checkpoint, context=64).total
     with pytest.raises(PrecisionError, match=f"need {least:,}"):
         make_plan(checkpoint, memory=least - 1, context=64, sensitivity=table)

@@ -476,6 +476,12 @@ def test_planes_have_one_form_in_memory_and_another_on_disk(
     twin = dropbydrop.load(out)
     twin.load_state_dict(saved)
     assert torch.equal(logits(twin), logits(model))
+    twin.load_state_dict(dropbydrop.load(out, bits=2).state_dict(), strict=False)
+    assert torch.equal(logits(twin), logits(model))
+    for key in (f"{name}.codes.1", f"{name}.scales", "model.embed_tokens.rows"):
+        with pytest.raises(RuntimeError, match=f"{key} is not that of this checkpoint"):
+            twin.load_state_dict({key: 1 - saved[key]}, strict=False)
+    assert torch.equal(logits(twin), logits(model))
     moved = dropbydrop.view(model, 2).to("meta").get_submodule(name).codes
     assert moved[1].shape == checkpoint.read_codes(name, 1).shape
     assert codes.packed == native  # the base stays

@@ -131,6 +131,9 @@ def test_scores_are_those_of_the_model() -> None:
     want = torch.log_softmax(scores, -1)
     assert logprob == pytest.approx(float(want[9]))
     assert [token for token, _ in top] == torch.topk(want, 3).indices.tolist()
+    scores[9:] = -torch.inf  # JSON has no such number
+    logprob, top = scores_of(scores, 9, 10)
+    assert logprob == top[-1][1] == -9999
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -20,7 +21,7 @@ from transformers import StaticCache
 from dropbydrop.models.chat_template import in_chat_template
 from dropbydrop.serve import app as routes
 from dropbydrop.serve import server as process
-from dropbydrop.serve.body import ApiError
+from dropbydrop.serve.body import ApiError, _count_values, parse_json
 from dropbydrop.serve.conversation import Conversation
 from dropbydrop.serve.sampling import Sampling
 from dropbydrop.serve.service import Service
@@ -130,8 +131,9 @@ def test_texts_beyond_any_context_are_not_cut_into_tokens(
         b'{"prompt": "a", "logit_bias": {"' + b"9" * 5000 + b'": 1}}',
         b'{"prompt": "a", "bits": ' + b"[" * 960 + b"]" * 960 + b"}",  # Python reads this
         b'{"prompt": "a", "metadata": ' + b'{"a":' * 101 + b"1" + b"}" * 102,
+        b"{" + b",".join(b'"%d":1' % i for i in range(100_000)) + b"}",  # unknown
     ],
-    ids=range(16),
+    ids=range(17),
 )
 def test_bad_bodies(server: Running, body: bytes) -> None:
     found = raw(server.address, http(body))
@@ -205,6 +207,29 @@ def test_large_prompts_and_bodies(server: Running) -> None:
     assert b" 413 " in found.splitlines()[0]
 
 
+MANY = {
+    "lists": b"[],",
+    "deep": b"[" * 90 + b"]" * 90 + b",",
+    "texts": b'"a",',
+    "tokens": b"1,",
+}
+
+
+@pytest.mark.parametrize("kind", MANY)
+def test_many_values_are_not_read(server: Running, kind: str) -> None:
+    """Python would read them for seconds, in which nobody else is answered."""
+    many = MANY[kind] * (7_500_000 // len(MANY[kind]))
+    found = raw(server.address, http(b'{"prompt": [' + many + b"1]}"))
+    assert b" 413 " in found.splitlines()[0]
+    assert b"524,288 values" in found
+
+
+def test_values_are_counted_outside_of_texts() -> None:
+    text = json.dumps({"a,[": [1, 2, {'b"\\': 'x,\\",', "c": "\\"}, []], "d": "{" * 9})
+    assert _count_values(text.encode()) == 4 + 5  # opened, and commas
+    assert parse_json(json.dumps({"a": ',[{\\"' * 900_000}).encode())["a"][:2] == ",["
+
+
 def test_large_headers_are_cut_off(server: Running) -> None:
     found = raw(server.address, http(b"{}", headers=f"x: {'y' * 100_000}\r\n"))
     assert not found or b" 400 " in found.splitlines()[0]
@@ -217,6 +242,14 @@ def test_slow_senders_are_cut_off(server: Running, monkeypatch: pytest.MonkeyPat
     assert b" 408 " in late.splitlines()[0]
     started = time.monotonic()
     assert raw(server.address, b"POST /v1/comp") == b""
+    with connect(server.address) as link:  # the second request of a connection
+        link.sendall(get("/health"))
+        assert b" 200 " in link.recv(1 << 16)
+        with suppress(ConnectionError):
+            for byte in b"POST":
+                link.sendall(bytes([byte]))
+                time.sleep(0.02)
+            assert link.recv(1 << 16) == b""
     assert time.monotonic() - started < 5
 
 

@@ -299,7 +299,7 @@ def _parsed(line: bytes, last: str) -> dict[str, Any] | None:
     """The record of a whole line that follows the one with the chain `last`, or None."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = line.endswith(b"\n") and isinstance(record, dict)
     return record if whole and record.get("chain") == _chained(record, last) else None

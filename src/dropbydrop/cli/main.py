@@ -13,11 +13,13 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from dropbydrop.system.errors import DropError, is_out_of_memory, of_memory
 from dropbydrop.system.file_errors import of_os_error
+from dropbydrop.system.version import __version__
 
 from . import (
     bench,
@@ -56,6 +58,24 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pull": transfer.pull,
     "tune": tune.run,
 }
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Version of dropbydrop.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
 for name, command in COMMANDS.items():
     app.command(name)(command)
 plugins.register(app)
@@ -77,7 +97,7 @@ def _terminated(number: int, frame: object) -> None:
 
 
 def main() -> None:
-    """Entry point of the `dropbydrop` command."""
+    """Run the command that `sys.argv` names."""
     if "RANK" not in os.environ:
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # no SIGHUP on Windows
@@ -85,6 +105,8 @@ def main() -> None:
                 signal.signal(number, _terminated)
     try:
         status = app(standalone_mode=False)  # typer returns that of typer.Exit, and 130 for Ctrl-C
+    except KeyboardInterrupt:  # before a command has begun
+        status = 130
     except DropError as error:
         _tell(error)
         sys.exit(2)

@@ -94,7 +94,7 @@ def _documents(file: Path, lines: Iterable[str]) -> Iterator[str]:
             continue
         try:
             document = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CalibrationError(
                 f'{file}, line {number}: expected a JSON object with a "text" ({error!r}).'
             ) from error

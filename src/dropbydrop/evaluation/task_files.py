@@ -171,7 +171,7 @@ def _rows(text: str, file: Path, task: str) -> list[Row]:
             if task == "hellaswag":
                 row["label"] = str(row["label"])
             rows.append({field: row[field] for field in TASKS[task].fields})
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise DropError(
                 f"{file}, line {number}, is no item of {task}: expected "
                 f"{', '.join(TASKS[task].fields)} ({type(error).__name__}: {error})."

@@ -173,10 +173,12 @@ def levels_here(checkpoint: Checkpoint, planes: int | None = None) -> tuple[int,
     if planes is None:
         present = checkpoint.planes_present()
         planes = next(m for m in range(len(present) + 1) if m + 1 not in present)
-    levels = checkpoint.quantization.served_by(planes)
-    if not levels:
-        checkpoint.require(checkpoint.levels[0])  # names the file
-    return levels
+    if levels := checkpoint.quantization.served_by(planes):
+        return levels
+    checkpoint.require(checkpoint.levels[0])  # names the file
+    raise PrecisionError(
+        f"planes={planes} serves no level: the lowest is {checkpoint.levels[0]} bits."
+    )
 
 
 def check_average(bits: float, here: tuple[int, ...], levels: tuple[int, ...]) -> None:

@@ -17,7 +17,7 @@ from dropbydrop.models.chat_template import in_chat_template
 from dropbydrop.models.embeddings import embedded_tokens
 from dropbydrop.models.model_config import context_length
 from dropbydrop.system.console import quiet_transformers
-from dropbydrop.system.errors import DropError
+from dropbydrop.system.errors import DropError, NumericError
 from dropbydrop.system.settings import check_seed
 
 from . import fused_decode
@@ -63,6 +63,7 @@ def generate(
     Raises:
         DropError: an empty prompt, a temperature that is none, no room asked for, or `chat` without
             a chat template.
+        NumericError: the model's outputs are no numbers.
     """
     check_asked(max_new_tokens, temperature)
     if not prompt:
@@ -92,6 +93,7 @@ def generate(
         speculator = Speculator(model, **vars(draft))
     given, longest = inputs["input_ids"].shape[1], context_length(model.config)
     most = max_new_tokens if longest is None else min(max_new_tokens, longest - given)
+    settings["logits_processor"] = [_checked]
     start = time.perf_counter()
     with quiet_transformers():
         run = (speculator or model).generate
@@ -113,6 +115,26 @@ def check_asked(most: int, temperature: float) -> None:
             f"{most} new tokens at temperature {temperature:g}: give at least one token, and a "
             f"temperature of 0 or between {_COLDEST:g} and {_HOTTEST:g}."
         )
+
+
+def check_logits(logits: torch.Tensor) -> None:
+    """Whether there is a likeliest token in each row of logits [..., vocabulary].
+
+    Raises:
+        NumericError: one has NaN, or infinity.
+    """
+    if not logits.amax(-1).isfinite().all():
+        raise NumericError(
+            "the model's outputs are no numbers (NaN or infinity): its activations overflow. Load "
+            "it with a type of wider range, float32 or bfloat16; if that does not help, its "
+            "weights are broken."
+        )
+
+
+def _checked(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """A processor of logits, for transformers."""
+    check_logits(logits)
+    return logits
 
 
 def _inputs(model: Any, tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:

@@ -36,6 +36,7 @@ class _Int8Rows(FixedScales):
     row_scales: Tensor
     scales: Tensor
     _fixed = ("row_scales", "scales")
+    _kept = ("rows",)
 
     def __init__(
         self, vocab: int, dim: int, persistent: bool = True, source: TableSource | None = None

@@ -17,7 +17,7 @@ the first floating-point parameter, stays the type of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -133,19 +133,46 @@ class Planes(nn.Module):
                 destination[f"{prefix}{key}"] = codes
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        mine = {f"{prefix}{key}": key for key in self._forms}
-        if self.packed:
-            state_dict = {
-                k: self._to_device_layout(v, mine[k]).data if k in mine else v
-                for k, v in state_dict.items()
-            }
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        names = [f"{prefix}{key}" for key in self._forms]
+        held = zip(
+            names, self._parameters.values(), (self._plane(k) for k in self._forms), strict=True
+        )
+        stored = ((name, own, plane.to_stored()) for name, own, plane in held)
+        super()._load_from_state_dict(_unchanged(stored, state_dict, args[-1]), prefix, *args)
+
+
+def _unchanged(
+    held: Iterable[tuple[str, Tensor | None, Tensor | None]], state: Any, errors: list[str]
+) -> dict[str, Any]:
+    """A state, with what is held itself in place of what equals it.
+
+    Views share it, and kernels have read it. Another state is an error, which torch raises.
+
+    Args:
+        held: name, tensor as it is held, and as it is in a state.
+    """
+    state = dict(state)
+    for name, own, stored in held:
+        given = state.get(name)
+        if not isinstance(given, Tensor) or own is None or stored is None or own.is_meta:
+            continue
+        if given.shape != stored.shape or not torch.equal(given.to(stored), stored):
+            errors.append(f"{name} is not that of this checkpoint; load the other one instead.")
+        state[name] = own
+    return state
 
 
 class FixedScales(nn.Module):
-    """Keeps float16 scales in float16 when the module is cast; devices change as usual."""
+    """Keeps float16 scales in float16 when the module is cast; devices change as usual. A state
+    changes neither them nor what else is of the checkpoint."""
 
     _fixed: tuple[str, ...] = ()
+    _kept: tuple[str, ...] = ()  # of a state, besides
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        names = (*self._fixed, *self._kept)
+        own = ((f"{prefix}{n}", getattr(self, n, None), getattr(self, n, None)) for n in names)
+        super()._load_from_state_dict(_unchanged(own, state_dict, args[-1]), prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedScales:
         fixed = [self._buffers.get(name) for name in self._fixed]

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -35,11 +35,12 @@ from .grammar import MOST_WAITING
 from .guard import Guard
 from .metrics import CONTENT_TYPE, write_metrics
 from .replies import Reply
-from .requests import Request, names, read_completion
+from .requests import Request, Served, names, read_completion
 from .responses import ResponseForm, read_response
 from .run import ClientGone, Run, answer
 from .service import Service
 
+T = TypeVar("T")
 MOST_BODY = 8 << 20  # bytes
 BODY_SECONDS = 30.0
 PAGE = Path(__file__).parent / "page"
@@ -50,20 +51,27 @@ class Routes:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        # long prompts are cut into tokens here, so that the streams of others go on
+        # bodies are read and cut into tokens here, so that the streams of others go on
         self._texts = ThreadPoolExecutor(2, thread_name_prefix="dropbydrop-text")
         # a new schema can take seconds, which only others with new ones wait for
         self._schemas = ThreadPoolExecutor(MOST_WAITING + 2, thread_name_prefix="dropbydrop-schema")
 
-    async def aside(self, function: Callable[..., Any], *args: Any) -> Any:
+    async def aside(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._texts, function, *args)
 
+    async def body(self, http: HttpRequest) -> Body:
+        return Body(await self.aside(parse_json, await read_body(http)))
+
+    async def read(self, http: HttpRequest, reader: Callable[[Body, Served], T]) -> T:
+        """A request, by one of the readers of bodies."""
+        return await self.aside(reader, await self.body(http), self.service.served)
+
     async def chat(self, http: HttpRequest) -> Response:
-        request, chat = read_chat(await read_body(http), self.service.served)
+        request, chat = await self.read(http, read_chat)
         return await self._chat(http, request, chat, ChatForm)
 
     async def responses(self, http: HttpRequest) -> Response:
-        request, chat = read_response(await read_body(http), self.service.served)
+        request, chat = await self.read(http, read_response)
         return await self._chat(http, request, chat, ResponseForm)
 
     async def _chat(
@@ -83,7 +91,7 @@ class Routes:
         return await answer(run, kind(head, service.text))
 
     async def completions(self, http: HttpRequest) -> Response:
-        request, prompts = read_completion(await read_body(http), self.service.served)
+        request, prompts = await self.read(http, read_completion)
         tokens = await self.aside(self.service.prompt_tokens, prompts)
         service, run = self.service, Run(self.service.engine, http.receive)
         run.start(service.jobs(request, tokens, run.emit, True))
@@ -114,7 +122,7 @@ class Routes:
         return Response(text, media_type=CONTENT_TYPE)
 
     async def tokenize(self, http: HttpRequest) -> Response:
-        body = await read_body(http)
+        body = await self.body(http)
         content, special = body.text("content"), body.flag("add_special")
         if content is None:
             raise body.error("content", "is missing")
@@ -122,7 +130,7 @@ class Routes:
         return JSONResponse({"tokens": await self.aside(self.service.encoded, content, special)})
 
     async def detokenize(self, http: HttpRequest) -> Response:
-        body = await read_body(http)
+        body = await self.body(http)
         tokens, size = body.list("tokens"), self.service.served.vocabulary
         if tokens is None or not all(type(x) is int and 0 <= x < size for x in tokens):
             raise body.error("tokens", f"give a list of tokens, 0 to {size - 1}")
@@ -135,11 +143,11 @@ class Routes:
         return FileResponse(PAGE / "index.html")
 
 
-async def read_body(http: HttpRequest) -> Body:
-    """The object in a body, within the limits.
+async def read_body(http: HttpRequest) -> bytes:
+    """A body, within the limits.
 
     Raises:
-        ApiError: too large, too slow, not declared as JSON, or no JSON object.
+        ApiError: too large, too slow, or not declared as JSON.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -154,7 +162,7 @@ async def read_body(http: HttpRequest) -> Body:
                 parts.append(part)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive in {BODY_SECONDS:.0f} seconds.") from None
-    return Body(parse_json(b"".join(parts)))
+    return b"".join(parts)
 
 
 async def _told(http: HttpRequest, error: Exception) -> Response:

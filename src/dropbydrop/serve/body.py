@@ -7,6 +7,7 @@ object.
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from typing import Any
 # an escape that may be half of a character, which no tokenizer takes
 _HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 _DEEP = 100  # lists and objects within each other; Python gives up near 1,000, in other places
+_MOST_VALUES = 1 << 19  # 64 prompts of 8,000 tokens; while Python parses, nobody else works
 
 
 class ApiError(Exception):
@@ -57,8 +59,10 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     """The object in a body.
 
     Raises:
-        ApiError: not JSON in UTF-8, nested too deeply, or no object.
+        ApiError: not JSON in UTF-8, nested too deeply, too many values, or no object.
     """
+    if _count_values(raw) > _MOST_VALUES:
+        raise ApiError(413, f"the body has more than {_MOST_VALUES:,} values.")
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
         _check_depth(value)
@@ -69,6 +73,15 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError(400, f"the body is a JSON {type(value).__name__}; send an object.")
     return value
+
+
+def _count_values(raw: bytes) -> int:
+    """About the number of values of a JSON text, found in no time: what is opened, and commas."""
+    bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if (quotes := bare.count(b'"')) > 4 * _MOST_VALUES:  # a name and a text for each
+        return quotes
+    outside = b"".join(bare.split(b'"')[::2])
+    return sum(map(outside.count, (b",", b"[", b"{")))
 
 
 def _check_depth(value: Any) -> None:
@@ -143,6 +156,15 @@ class Body:
             raise self.error(name, f"{_show(value)} is no object")
         return value
 
+    def labels(self, name: str) -> dict[str, str]:
+        """At most 16 short texts by name, as OpenAI takes them."""
+        value = self.object(name) or {}
+        if len(value) > 16 or not all(
+            isinstance(v, str) and len(k) <= 64 and len(v) <= 512 for k, v in value.items()
+        ):
+            raise self.error(name, "give at most 16 texts, of 512 characters with names of 64")
+        return value
+
     def list(self, name: str) -> list[Any] | None:
         value = self.take(name)
         if value is not None and not isinstance(value, list):
@@ -171,11 +193,12 @@ class Body:
             ApiError: naming the fields.
         """
         if self._left:
-            names = ", ".join(sorted(f"{self._where}{name}"[:80] for name in self._left)[:8])
+            least = [f"{self._where}{name}"[:80] for name in heapq.nsmallest(8, self._left)]
             raise ApiError(
                 400,
-                f"unknown or unsupported: {names}. Nothing is ignored here; leave it away.",
-                min(f"{self._where}{name}" for name in self._left)[:80],
+                f"unknown or unsupported: {', '.join(least)}. Nothing is ignored here; leave it "
+                "away.",
+                least[0],
                 "unknown_parameter",
             )
 

@@ -84,9 +84,9 @@ def read_tools(body: Body, served: Served, flat: bool) -> tuple[Tools, Tools]:
         )
     if len(must) > _MOST_CHOSEN:
         raise body.error("tools", f"a call can be required of at most {_MOST_CHOSEN} functions")
-    for i, tool in enumerate(tools):
-        if tool in must and tool["function"]["parameters"].get("type", "object") != "object":
-            name = f"tools[{i}].{'' if flat else 'function.'}parameters"
+    for tool in must:
+        if tool["function"]["parameters"].get("type", "object") != "object":
+            name = f"tools[{tools.index(tool)}].{'' if flat else 'function.'}parameters"
             raise body.error(name, 'a call that must be made has arguments of type "object"')
     if not served.tools:
         raise body.error(

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from dropbydrop.runtime.torch_batch import TorchBatch, fitting
-from dropbydrop.system.errors import DropError
+from dropbydrop.system.errors import DropError, NumericError
 
 from .caches import KeptCaches, free_memory
 from .job import Job, advance
@@ -357,8 +357,9 @@ class Engine:
         try:
             yield
         except DropError as error:  # an average that cannot be planned
+            status = 500 if isinstance(error, NumericError) else 400
             for job in jobs:
-                self._failed(job, 400, str(error))
+                self._failed(job, status, str(error))
         except Exception as error:
             log.exception("a request failed")
             for job in jobs:

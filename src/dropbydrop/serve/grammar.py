@@ -4,14 +4,16 @@ The package is optional; without it a request for such an answer is refused. Bui
 a tokenizer takes about a second, once.
 
 Some schemas take llguidance for ever ("multipleOf" of a large prime), where nothing can stop it but
-the end of a process. So a grammar is made in a process of its own first, which has `_SECONDS`, and
-here only if that went well. One is tried at a time, a few wait, and whoever comes then is told to
-come again. The last ones are kept, refused ones too: those answer at once.
+the end of a process. So a grammar is made in a process of its own first, which has `_SECONDS` of a
+processor, and here only if that went well. One is tried at a time, a few wait, and whoever comes
+then is told to come again. The last ones are kept, refused ones too: those answer at once. What a
+busy machine did not get through is not kept.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -30,18 +32,19 @@ from .calls import Form, rules
 from .text import Text
 
 MOST_WAITING = 8  # schemas that nobody has asked for before
-_SECONDS = 5.0
+_SECONDS = 5  # of a processor
+_PATIENCE = 4  # times as long by the clock
 _MOST_KEPT = 64
 _MOST_CHARACTERS = 1 << 20  # of all that are kept; one of 200,000 takes 33 MB
-# Without a model's tokens, which hardly matter to it and take a second to read. The limits are for
-# a process that nobody waits for any more.
+# Without a model's tokens, which hardly matter to it and take a second to read. The limits hold
+# when the server is gone, too.
 _TRIAL = """
 import json, sys
 from contextlib import suppress
 from llguidance import LLMatcher, LLTokenizer
 with suppress(ImportError, ValueError, OSError):
     from resource import RLIMIT_AS, RLIMIT_CPU, setrlimit
-    setrlimit(RLIMIT_CPU, (60, 60))
+    setrlimit(RLIMIT_CPU, (int(sys.argv[1]), 1 + int(sys.argv[1])))
     setrlimit(RLIMIT_AS, (4 << 30, 4 << 30))
 matcher = LLMatcher(LLTokenizer("byte"), json.load(sys.stdin), log_level=0)
 matcher.compute_bitmask()
@@ -200,7 +203,8 @@ class Grammars:
     def _new(self, param: str, made: str, plain: str) -> Grammar | str:
         """A grammar, or why there is none; kept."""
         matcher = self._library(param)
-        found: Grammar | str = self._tried(plain) or matcher.validate_grammar(made, self._tokens)
+        found: Grammar | str = self._tried(param, plain)
+        found = found or matcher.validate_grammar(made, self._tokens)
         if not found:
             found = Grammar(matcher(self._tokens, made, log_level=0), param)
         with self._lock:
@@ -212,13 +216,13 @@ class Grammars:
     def _sizes(self) -> Iterator[int]:
         return (len(made) for _, made in self._kept)
 
-    def _tried(self, grammar: str) -> str:
+    def _tried(self, param: str, grammar: str) -> str:
         """What is wrong with a grammar, found out in a process of its own; nothing: ""."""
         with self._lock:
             if self._closed:
                 raise ApiError(503, "the server is shutting down")
             trial = self._trial = subprocess.Popen(
-                [sys.executable, "-P", "-c", _TRIAL],
+                [sys.executable, "-P", "-c", _TRIAL, str(_SECONDS)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -226,15 +230,18 @@ class Grammars:
             )
         with trial:
             try:
-                told, _ = trial.communicate(json.dumps(grammar), timeout=_SECONDS)
+                told, _ = trial.communicate(json.dumps(grammar), timeout=_PATIENCE * _SECONDS)
             except subprocess.TimeoutExpired:
                 trial.kill()
-                return f"llguidance has not read it after {_SECONDS:g} seconds"
+                wait = {"retry-after": str(_SECONDS)}
+                raise ApiError(503, f"{param}: the server is too busy.", headers=wait) from None
             finally:
                 with self._lock:
                     self._trial = None
         if self._closed:
             raise ApiError(503, "the server is shutting down")
+        if trial.returncode == -getattr(signal, "SIGXCPU", 0) != 0:
+            return f"llguidance has not read it after {_SECONDS} seconds"
         return _first_line(told.strip()) if trial.returncode == 0 else "llguidance fails on it"
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dropbydrop.runtime import fused_decode
+from dropbydrop.runtime.generate import check_logits
 from dropbydrop.runtime.torch_batch import Row, TorchBatch
 
 from .caches import KeptCaches, make_room, new_cache, room_of
@@ -243,6 +244,7 @@ class Job:
         chunk = self._read_first()[self._length : self._length + CHUNK]
         logits = self._forward(model, chunk, 0 if self._scoring else 1)
         if self._scoring:
+            check_logits(logits)
             if self._logits is None:
                 self._scores.append(Score(chunk[0], None, []))
                 before = logits[:-1]
@@ -257,6 +259,7 @@ class Job:
     def _choose(self, kept: KeptCaches) -> None:
         """Take the next token from the logits, and end where that ends the text."""
         assert self._logits is not None
+        check_logits(self._logits)
         allowed = None if self.grammar is None else self.grammar.allowed(self._logits.numel())
         token = self.sampler(self._logits, allowed)
         if token in self.ends:

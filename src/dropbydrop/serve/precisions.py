@@ -29,7 +29,7 @@ from .caches import new_cache
 from .shed import Costs, Meter
 
 log = logging.getLogger("dropbydrop")
-_MOST_AVERAGES = 8
+_MOST_AVERAGES = 24  # more than requests run at once, or their tokens would make views again
 _WARM = 6  # steps at each level before the first request
 _ROWS = 4  # requests of a pass that is measured then
 

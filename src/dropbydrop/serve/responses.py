@@ -48,7 +48,7 @@ def read_response(body: Body, served: Served) -> tuple[Request, Chat]:
     body.done()
     told = {
         "instructions": instructions,
-        "metadata": body.take("metadata") or {},
+        "metadata": body.labels("metadata"),
         "tool_choice": choice,
         "tools": [
             {"type": "function", "strict": False, **tool["function"]} for tool in tools or []

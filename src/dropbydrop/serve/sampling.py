@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _HEAD = 512
+_RULED_OUT = -9999.0
 _COLDEST = 1e-6  # of temperatures but 0; float32 has no quotients by much smaller ones
 _CHOICES = 64  # more than a request has continuations, so that seeds do not meet
 BOUNDS: dict[str, tuple[float, float]] = {  # what a request, or a model's makers, may ask for
@@ -137,8 +138,9 @@ def scores_of(logits: Tensor, token: int, top: int) -> tuple[float, list[tuple[i
     """Log-probability of a token, and the `top` likeliest tokens with theirs.
 
     Of the model itself: before temperature, penalties and biases. logits float32 [vocabulary].
+    JSON has no infinity: what a model rules out has OpenAI's -9999.
     """
-    logs = torch.log_softmax(logits, -1)
+    logs = torch.log_softmax(logits, -1).clamp(min=_RULED_OUT)
     best: list[tuple[int, float]] = []
     if top:
         values, ids = torch.topk(logs, min(top, logs.numel()))

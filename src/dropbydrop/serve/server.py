@@ -28,19 +28,36 @@ _NAMES = ("localhost", "127.0.0.1", "[::1]")  # of a loopback address in request
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1 with a limit on the time until the first request is there."""
+    """HTTP/1.1 with a limit on the time from a request's first byte to the end of its headers.
+
+    A connection on which nothing comes between two requests is closed by uvicorn.
+    """
+
+    _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._late = self.loop.call_later(HEADER_SECONDS, self._close_late)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._late.cancel()
+        self._forget()
         super().connection_lost(exc)
 
-    def _close_late(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
-            self.transport.close()
+    def _watch(self) -> None:
+        """The time runs while no request is worked on; further bytes do not start it again."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._forget()
+        elif self._late is None:
+            self._late = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class Server(uvicorn.Server):

@@ -29,6 +29,10 @@ class CalibrationError(DropError):
     """Calibration text that is missing, empty or too short."""
 
 
+class NumericError(DropError):
+    """A model whose outputs are no numbers."""
+
+
 class KernelError(DropError):
     """A kernel asked for by name that this machine or build does not have."""
 

@@ -155,7 +155,7 @@ def read_log(path: Path) -> dict[str, dict[int, float]]:
             if "module" in record and "rel_error" in record:
                 levels = record["rel_error"].items()
                 found[record["module"]] = {int(p): float(error) for p, error in levels}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path} is not a quantization log ({error}).") from error
     if not found:
         raise FormatError(f"{path} has no errors of matrices; quantize with this version again.")

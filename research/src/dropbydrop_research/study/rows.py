@@ -26,7 +26,9 @@ def read_results(files: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
         try:
             lines = [line for line in file.read_text().splitlines() if line.strip()]
             found = _rows(json.loads(lines[-1]))
-        except (OSError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+        except (
+            OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError
+        ) as error:  # fmt: skip
             raise FormatError(
                 f"{file} does not end with the JSON line of `dropbydrop quantize --json` or "
                 f"`dropbydrop eval --json` ({type(error).__name__}: {error})."
