@@ -373,6 +373,10 @@ def test_damaged_files_are_named(root: Path, tmp_path: Path) -> None:
     block.write_bytes(block.read_bytes()[:100])
     with pytest.raises(FormatError, match=r"block-001.safetensors cannot be read"):
         compare(job(root, "rtn"), tmp_path / "out", progress=False)
+    for damage in ("{", "[1]", "[" * 200_000):
+        (tmp_path / "out" / "compare.json").write_text(damage)
+        with pytest.raises(FormatError, match=r"compare.json is damaged"):
+            compare(job(root, "rtn"), tmp_path / "out", progress=False)
 
 
 def test_records_survive_json() -> None:

@@ -82,6 +82,8 @@ def float8(tensors: Tensors) -> None:
         (lambda t: t[NORM][3:4].fill_(float("inf")), FormatError, f"{NORM} .*not finite"),
         (lambda t: t[UP].view(-1)[7:8].fill_(1e5), FormatError, "too large for float16"),
         (lambda t: t["lm_head.weight"].view(-1)[7:8].fill_(1e8), FormatError, "too large"),
+        (lambda t: t[UP].mul_(1e-5), FormatError, "too small for float16"),
+        (lambda t: t["lm_head.weight"].mul_(1e-4), FormatError, "too small for float16"),
     ],
 )
 def test_refused(
@@ -104,6 +106,8 @@ def test_nan_anywhere(llama: Path, tmp_path: Path, name: str, dtype: torch.dtype
 
 def test_a_head_beyond_float16(llama: Path, tmp_path: Path) -> None:
     large = edited(llama, tmp_path, lambda t: t["lm_head.weight"].view(-1)[7:8].fill_(1e5))
+    check(edited(llama, tmp_path / "rows", lambda t: t["lm_head.weight"][1:].mul_(1e-9)))
+    check(edited(llama, tmp_path / "none", lambda t: t[UP].zero_()))
     check(large, head_bits=8)  # the scale of a row is a 127th of it
     with pytest.raises(FormatError, match="too large"):
         check(large, head_bits=16)

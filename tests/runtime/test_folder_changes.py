@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import dropbydrop
+from dropbydrop.checkpoint import checked_file
 from dropbydrop.system.errors import DropError, FormatError
 from tiny import COUNTS, VOCAB, sign, write_checkpoint
 
@@ -82,6 +84,25 @@ def test_a_file_that_is_exchanged_while_transformers_reads(
         return load(*args, **kwargs)
 
     monkeypatch.setattr(transformers.PreTrainedModel, "_load_pretrained_model", staticmethod(late))
+    with pytest.raises(FormatError, match="was replaced, removed or written to"):
+        dropbydrop.load(out, 2)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "plane-1.safetensors"])
+def test_a_file_that_is_exchanged_while_its_header_is_read(
+    out: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch says of a shorter file that its mapping would not fit, as a RuntimeError."""
+    opened = checked_file.safe_open
+
+    def late(path: Path, **options: Any) -> Any:
+        if path.name == name:
+            save_file({"x": torch.ones(1)}, out / "new")
+            (out / "new").replace(path)
+            raise RuntimeError("size is smaller than the required mapping size")
+        return opened(path, **options)
+
+    monkeypatch.setattr(checked_file, "safe_open", late)
     with pytest.raises(FormatError, match="was replaced, removed or written to"):
         dropbydrop.load(out, 2)
 

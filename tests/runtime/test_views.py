@@ -23,7 +23,15 @@ from dropbydrop.runtime.int8_modules import NestedEmbedding, NestedHead
 from dropbydrop.runtime.modules import NestedLinear
 from dropbydrop.runtime.views import store_of
 from dropbydrop.system.errors import DropError, FormatError, MissingPlaneError, PrecisionError
-from tiny import COUNTS, VOCAB, decoded_reference, save_tiny, tiny_llama, write_checkpoint
+from tiny import (
+    COUNTS,
+    VOCAB,
+    decoded_reference,
+    save_tiny,
+    tiny_llama,
+    tiny_model,
+    write_checkpoint,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IDS = torch.randint(3, VOCAB, (2, 17), generator=torch.Generator().manual_seed(5))
@@ -351,6 +359,7 @@ def test_two_threads_at_two_precisions(out: Path) -> None:
     alone = {bits: view.generate(IDS, **settings) for bits, view in views.items()}
     assert not torch.equal(alone[2], alone[4])
     store_of(base)._derived.clear()  # let the threads build shared values at the same moment
+    store_of(base).groups._found.clear()
     wrong: list[int] = []
     start = threading.Barrier(4)
 
@@ -431,8 +440,41 @@ def test_copies_and_pickles(model: Any, tmp_path: Path) -> None:
     twin = copy.deepcopy(model)  # an ordinary deep copy: own tensors, the same store
     assert torch.equal(logits(twin), logits(model))
     assert store_of(twin) is store_of(model)
+    view, name = dropbydrop.view(twin, 2), "model.layers.0.mlp.up_proj"
+    twin.get_submodule(name).scales.mul_(2)  # whose own they are
+    changed, below = logits(twin), logits(view)
+    assert not torch.equal(changed, logits(model))
+    again = copy.deepcopy(model)
+    again.get_submodule(name).scales.mul_(2)
+    assert torch.equal(logits(again), changed)
+    assert not torch.equal(below, logits(dropbydrop.view(model, 2)))  # as a view shares them
     with pytest.raises(DropError, match="cannot be pickled"):
         torch.save(model, tmp_path / "model.pt")
+
+
+def test_biases_may_change_and_have_any_type(tmp_path: Path, code: str) -> None:
+    out = write_checkpoint(tmp_path / "out", tiny_model("qwen2"), code=code)
+    model, name = dropbydrop.load(out), "model.layers.0.self_attn.q_proj.bias"
+    first = logits(model)
+    bias = model.get_parameter(name)
+    for change in (
+        lambda: bias.data.add_(1),
+        lambda: model.load_state_dict({name: bias + 1}, strict=False, assign=True),
+        lambda: model.load_state_dict({name: bias + 2}, strict=False),
+    ):
+        change()
+        fresh = dropbydrop.load(out)
+        fresh.get_parameter(name).data.copy_(model.get_parameter(name).data)
+        assert torch.equal(logits(model), logits(fresh))
+        assert not torch.equal(logits(model), first)
+        assert torch.equal(tokens_of(model), tokens_of(fresh))
+    wide = dropbydrop.load(out, dtype=torch.float64)
+    torch.testing.assert_close(logits(wide).float(), first, rtol=1e-4, atol=1e-4)
+
+
+def tokens_of(model: Any) -> Tensor:
+    """What the native step says, where there is one."""
+    return model.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
 
 
 def test_only_our_models_have_views() -> None:

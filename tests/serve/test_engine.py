@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dropbydrop.serve import caches, job, precisions
 from dropbydrop.serve.engine import MOST_RUNNING
 from dropbydrop.serve.job import CHUNK
 from dropbydrop.serve.shed import Costs
+from dropbydrop.serve.text import TextStream
 from dropbydrop.system.native_library import library
 
 PROMPTS = [
@@ -423,6 +425,30 @@ def test_outputs_that_are_no_numbers(chat_folder: Path, body: dict[str, Any]) ->
         answer = httpx2.post(url, json={**asked, "prompt": "of"})
         assert answer.status_code == 500
         assert "outputs are no numbers" in answer.json()["error"]["message"]
+
+
+def test_a_panic_ends_one_request(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tokenizers raises where Rust panics is no Exception."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*args: Any) -> Any:
+        raise PanicException
+
+    with running(chat_folder) as server:
+        url, body = server.address + "/v1/completions", {"prompt": "the", "ignore_eos": True}
+        with monkeypatch.context() as patch:
+            patch.setattr(TextStream, "push", panic)
+            assert httpx2.post(url, json=body, timeout=30).status_code == 500
+        with monkeypatch.context() as patch:
+            patch.setattr(type(server.service.text), "encode", panic)
+            assert httpx2.post(url, json=body, timeout=30).status_code == 500
+        assert httpx2.post(url, json=body, timeout=30).is_success
+        server.service.engine._round = panic
+        with suppress(httpx2.HTTPError):
+            assert httpx2.post(url, json=body, timeout=30).status_code == 503
+        assert httpx2.get(server.address + "/health").status_code == 503
 
 
 def test_an_error_within_a_stream(chat_folder: Path) -> None:

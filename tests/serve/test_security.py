@@ -207,6 +207,33 @@ def test_large_prompts_and_bodies(server: Running) -> None:
     assert b" 413 " in found.splitlines()[0]
 
 
+def test_short_texts_do_not_wait_for_long_ones(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, free, begun = server.service.encoded, threading.Event(), threading.Event()
+
+    def slow(text: str, special: bool = True) -> list[int]:
+        if len(text) > 1000:
+            begun.set()
+            assert free.wait(60)
+        return plain(text[:20], special)
+
+    def ask(text: str) -> int:
+        body = {"prompt": text, "max_tokens": 1}
+        return httpx2.post(server.address + "/v1/completions", json=body, timeout=60).status_code
+
+    monkeypatch.setattr(server.service, "encoded", slow)
+    monkeypatch.setattr(routes, "_MOST_HELD", 250_000)
+    with ThreadPoolExecutor(2) as pool:
+        long = [pool.submit(ask, "a" * 100_000) for _ in range(2)]
+        assert begun.wait(60)
+        assert [ask("a b c") for _ in range(5)] == [200] * 5
+        assert ask("a" * 200_000) == 429
+        free.set()
+        assert [one.result() for one in long] == [200, 200]
+    assert ask("a" * 200_000) == 200
+
+
 MANY = {
     "lists": b"[],",
     "deep": b"[" * 90 + b"]" * 90 + b",",

@@ -82,7 +82,8 @@ class CheckedFile:
         try:  # whoever reads the file by its name does so with this library: it must agree
             with safe_open(self.path, framework="pt") as other:
                 names = set(other.keys())
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:  # the last if it is another file
+            self.unchanged()
             raise FormatError(
                 f"{self.path}: the header is damaged ({error}). Fetch it again."
             ) from error

@@ -112,7 +112,9 @@ def choose(
         chosen |= {str(p): Precision(bits=p) for p in parse_bits(bits)}
     if avg_bits is not None:
         chosen |= {str(x): Precision(avg_bits=x) for x in parse_averages(avg_bits)}
-    chosen |= {str(path): Precision(plan=Plan.load(path)) for path in plans or ()}
+    for path in plans or ():  # a file may be called "3"
+        name = f"plan {path}" if str(path) in chosen else str(path)
+        chosen[name] = Precision(plan=Plan.load(path))
     return chosen or None
 
 

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from dropbydrop.system.errors import FormatError, UnsupportedModelError
 
 from .block_runner import BlockRunner
+from .experts import stack_names
 from .key_names import KeyNames
 
 TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _IGNORED = (r"rotary_emb\.inv_freq$", r"\.position_ids$", r"^position_ids$")
 _HALF = 65504.0  # largest float16, the type of row scales
+_STEP = 2.0**-24  # smallest; a scale of so few of them that rounding counts is refused
 
 
 def check_weights(runner: BlockRunner) -> None:
@@ -77,6 +79,7 @@ def check_values(runner: BlockRunner, head_bits: int) -> None:
     """
     keys = KeyNames(runner.model, runner.files)
     linears = {f"{n}.weight" for n, m in runner.model.named_modules() if isinstance(m, nn.Linear)}
+    linears |= set(stack_names(runner.model))
     rows = {f"{name}.weight" for name in (*runner.embedding_modules, *runner.head_modules)}
     for stored in _placed(runner, keys):
         if not stored.floating:
@@ -91,12 +94,21 @@ def check_values(runner: BlockRunner, head_bits: int) -> None:
                     f"{stored.key} in {runner.files.folder} holds values that are not finite (NaN "
                     "or infinity): the model is damaged. Download it again, or ask its author."
                 )
-        most = float("inf")
+        least, most = 0.0, float("inf")
         if stored.name in rows:
             whole = runner.files.dtype(stored.key) == "BF16"
             most = 127 * _HALF if head_bits == 8 else float("inf") if whole else _HALF
+            # tables in planes are rows of eight bits when they are read
+            least = 0.0 if head_bits == 16 and whole else 127 * 128 * _STEP
         elif stored.name in linears:
             most = _HALF / 4  # a row's scale is about its root mean square, with input scales
+            least = 8 * 128 * _STEP
+        if 0 < largest < least:
+            raise FormatError(
+                f"{stored.key} in {runner.files.folder} holds no value beyond {largest:.3g}, too "
+                f"small for float16, in which scales are stored (at least {least:.3g} here). "
+                "Multiply it by a power of two, and divide what follows or goes before by it."
+            )
         if largest > most:
             raise FormatError(
                 f"{stored.key} in {runner.files.folder} holds values up to {largest:.3g}, too "

@@ -195,6 +195,7 @@ class NestedModule(FixedScales):
         scales: float16 [d_out] or [E, d_out], the row scales of every level.
         bias: of the shape of `scales`, or None.
         store, name: where planes, codebooks and rotation are, and the key to them.
+        groups: what the kernels are called with.
     """
 
     bias: nn.Parameter | None
@@ -204,7 +205,7 @@ class NestedModule(FixedScales):
     def __init__(self, store: PlaneStore, name: str, prefix: int, bias: Tensor | None) -> None:
         """Build the module of `name` on the meta device; transformers then loads its tensors."""
         super().__init__()
-        self.store, self.name = store, name
+        self.store, self.name, self.groups = store, name, store.groups
         self._count: Level = prefix
         matrix = store.checkpoint.shapes[name]
         self.out_features, self.in_features = matrix[-2:]
@@ -312,8 +313,7 @@ def books_of(module: NestedModule) -> kernels.Codebooks:
 def prepared(modules: Sequence[NestedLinear]) -> kernels.PreparedGroup:
     """Modules of one input group and precision on one device, ready for the kernel in use there."""
     first = modules[0]
-    codes, store = first.codes, first.store
-    device = codes.device
+    codes, device = first.codes, first.codes.device
     _, kernel = kernels.backend_for(device.type, kind=codes.kind)
 
     def build() -> kernels.PreparedGroup:
@@ -325,6 +325,15 @@ def prepared(modules: Sequence[NestedLinear]) -> kernels.PreparedGroup:
         ]
         return kernels.prepare_group(matrices, books, input_group.rotation, first.prefix)
 
-    names = tuple([module.name for module in modules])
-    key = ("group", names, first.prefix, kernel, device, codes.packed)
-    return cast(kernels.PreparedGroup, store.derived(key, build))
+    names = tuple([(m.name, None if m.bias is None else m.bias.dtype) for m in modules])
+    key = names, first.prefix, kernel, device, codes.packed
+    # biases alone may change after loading, except below compiled code
+    biases = None if torch.compiler.is_compiling() else tuple([_state(m.bias) for m in modules])
+    return first.groups.get(key, biases, build)
+
+
+def _state(tensor: Tensor | None) -> tuple[int, int] | None:
+    """Differs once a tensor was replaced or changed."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version

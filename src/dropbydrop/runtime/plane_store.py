@@ -33,7 +33,7 @@ import torch
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.coding.codebook_set import CodebookSet
 from dropbydrop.coding.rotation import Rotation
-from dropbydrop.kernels import Plane, to_device_layout
+from dropbydrop.kernels import Plane, PreparedGroup, to_device_layout
 from dropbydrop.planning.levels import Level, canonical, each, of_expert
 from dropbydrop.system.errors import DropError
 
@@ -60,6 +60,30 @@ class GroupEntries:
     books: CodebookSet
 
 
+class PreparedGroups:
+    """Input groups as kernels are called with them, of one model and its views: they hold its own
+    tensors, so `copy.deepcopy` of a model, whose tensors are copies, begins with none."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._found: dict[Hashable, tuple[Hashable, PreparedGroup]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedGroups:
+        return PreparedGroups()
+
+    def get(
+        self, key: Hashable, state: Hashable, build: Callable[[], PreparedGroup]
+    ) -> PreparedGroup:
+        """The group of `key`, built again when `state` is not what it was; None is any."""
+        found = self._found.get(key)
+        if found is None or state not in (None, found[0]):
+            with self._lock:
+                found = self._found.get(key)
+                if found is None or state not in (None, found[0]):
+                    found = self._found[key] = state, build()
+        return found[1]
+
+
 class PlaneStore:
     """Codes, codebooks, rotations and derived layouts of one opened checkpoint."""
 
@@ -72,6 +96,7 @@ class PlaneStore:
         self._held: dict[str, Level] = {}  # module -> planes in memory, or those of each expert
         self._derived: dict[Hashable, Any] = {}
         self._shared: WeakValueDictionary[Hashable, Any] = WeakValueDictionary()
+        self.groups = PreparedGroups()  # of the model that was loaded
         self.upgrade: Any = None  # an upgrades.Upgrade, when one was started
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlaneStore:

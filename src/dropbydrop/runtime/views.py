@@ -66,6 +66,8 @@ def view(
         memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach()
+    for groups in {m.groups for m in model.modules() if isinstance(m, NestedModule)}:
+        memo[id(groups)] = groups
     for name in _CACHES:
         if name in model.__dict__:
             memo[id(model.__dict__[name])] = None

@@ -43,6 +43,8 @@ from .service import Service
 T = TypeVar("T")
 MOST_BODY = 8 << 20  # bytes
 BODY_SECONDS = 30.0
+_LONG_BODY = 64 << 10  # bytes; short ones do not wait for longer ones
+_MOST_HELD = 4 * MOST_BODY  # of long bodies that are worked on, or wait for that
 PAGE = Path(__file__).parent / "page"
 
 
@@ -51,20 +53,39 @@ class Routes:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        # bodies are read and cut into tokens here, so that the streams of others go on
-        self._texts = ThreadPoolExecutor(2, thread_name_prefix="dropbydrop-text")
+        # bodies are read and cut into tokens here, so that the streams of others go on; long ones
+        # one after another, so that short ones go on too
+        self._short = ThreadPoolExecutor(2, thread_name_prefix="dropbydrop-text")
+        self._long = ThreadPoolExecutor(1, thread_name_prefix="dropbydrop-text")
+        self._held = 0  # bytes of the long ones
         # a new schema can take seconds, which only others with new ones wait for
         self._schemas = ThreadPoolExecutor(MOST_WAITING + 2, thread_name_prefix="dropbydrop-schema")
 
-    async def aside(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._texts, function, *args)
+    async def aside(self, http: HttpRequest, function: Callable[..., T], *args: Any) -> T:
+        """The result of a function whose time depends on the body of a request.
+
+        Raises:
+            ApiError: others with long bodies wait.
+        """
+        loop, size = asyncio.get_running_loop(), http.state.size
+        if size <= _LONG_BODY:
+            return await loop.run_in_executor(self._short, function, *args)
+        if self._held + size > _MOST_HELD:
+            raise ApiError(429, "too many long texts wait.", headers={"retry-after": "5"})
+        self._held += size
+        try:
+            return await loop.run_in_executor(self._long, function, *args)
+        finally:
+            self._held -= size
 
     async def body(self, http: HttpRequest) -> Body:
-        return Body(await self.aside(parse_json, await read_body(http)))
+        raw = await read_body(http)
+        http.state.size = len(raw)
+        return Body(await self.aside(http, parse_json, raw))
 
     async def read(self, http: HttpRequest, reader: Callable[[Body, Served], T]) -> T:
         """A request, by one of the readers of bodies."""
-        return await self.aside(reader, await self.body(http), self.service.served)
+        return await self.aside(http, reader, await self.body(http), self.service.served)
 
     async def chat(self, http: HttpRequest) -> Response:
         request, chat = await self.read(http, read_chat)
@@ -78,7 +99,7 @@ class Routes:
         self, http: HttpRequest, request: Request, chat: Chat, kind: type[Form]
     ) -> Response:
         service = self.service
-        tokens, prompt = await self.aside(service.chat_tokens, chat)
+        tokens, prompt = await self.aside(http, service.chat_tokens, chat)
         grammar = None
         if chat.must or chat.schema is not None:
             loop = asyncio.get_running_loop()
@@ -92,7 +113,7 @@ class Routes:
 
     async def completions(self, http: HttpRequest) -> Response:
         request, prompts = await self.read(http, read_completion)
-        tokens = await self.aside(self.service.prompt_tokens, prompts)
+        tokens = await self.aside(http, self.service.prompt_tokens, prompts)
         service, run = self.service, Run(self.service.engine, http.receive)
         run.start(service.jobs(request, tokens, run.emit, True))
         head = Head(request, service.fingerprint, service.engine.precisions.bytes_of, tokens)
@@ -127,7 +148,8 @@ class Routes:
         if content is None:
             raise body.error("content", "is missing")
         body.done()
-        return JSONResponse({"tokens": await self.aside(self.service.encoded, content, special)})
+        tokens = await self.aside(http, self.service.encoded, content, special)
+        return JSONResponse({"tokens": tokens})
 
     async def detokenize(self, http: HttpRequest) -> Response:
         body = await self.body(http)
@@ -135,7 +157,7 @@ class Routes:
         if tokens is None or not all(type(x) is int and 0 <= x < size for x in tokens):
             raise body.error("tokens", f"give a list of tokens, 0 to {size - 1}")
         body.done()
-        return JSONResponse({"content": await self.aside(self.service.text.decode, tokens)})
+        return JSONResponse({"content": await self.aside(http, self.service.text.decode, tokens)})
 
     async def index(self, http: HttpRequest) -> Response:
         if not (PAGE / "index.html").is_file():

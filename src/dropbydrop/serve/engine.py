@@ -218,12 +218,12 @@ class Engine:
             with torch.inference_mode(), _current(self._device):
                 while self._admitted():
                     self._round()
-        except Exception:  # of no request: whoever waits must not wait for ever
+        except BaseException:  # of no request: whoever waits must not wait for ever
             log.exception("the worker failed")
         with self._wake:
             self._stopping = True
         for job in [*self._running, *self._waiting]:
-            with suppress(Exception):
+            with suppress(BaseException):
                 job.fail(503, "the server is shutting down")
         self._running.clear()
         self._waiting.clear()
@@ -330,7 +330,7 @@ class Engine:
             return False
         try:
             return advance(models, jobs, batch)
-        except Exception:
+        except BaseException:
             log.exception("a shared pass failed; its requests go on alone")
         if batch is not None:
             for one in ready:
@@ -360,7 +360,7 @@ class Engine:
             status = 500 if isinstance(error, NumericError) else 400
             for job in jobs:
                 self._failed(job, status, str(error))
-        except Exception as error:
+        except BaseException as error:  # a panic of tokenizers is no Exception
             log.exception("a request failed")
             for job in jobs:
                 self._failed(job, 500, f"internal error: {type(error).__name__}")

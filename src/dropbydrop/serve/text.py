@@ -63,6 +63,8 @@ class Text:
         return list(self.backend.encode_batch_fast([text], add_special_tokens=special)[0].ids)
 
     def decode(self, ids: Sequence[int]) -> str:
+        if not ids:  # some decoders fail on a text without characters
+            return ""
         return str(self.backend.decode_batch([list(ids)], skip_special_tokens=True)[0])
 
     def piece(self, token: int) -> str:

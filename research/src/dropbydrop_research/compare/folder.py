@@ -228,7 +228,8 @@ class Folder:
         """The method's evaluation if it was made on the same blocks and text."""
         stored = read_json(self.path / method.name / RESULT)
         wanted = json.loads(json.dumps(key))
-        return stored["result"] if stored is not None and stored["key"] == wanted else None
+        same = stored is not None and stored.get("key") == wanted
+        return stored["result"] if stored is not None and same else None
 
     def write_evaluation(
         self, method: Method, key: Mapping[str, Any], result: Mapping[str, Any]
@@ -236,14 +237,17 @@ class Folder:
         self.write_json(self.path / method.name / RESULT, {"key": key, "result": result})
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; None if there is none.
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no file.
 
     Raises:
-        FormatError: not JSON.
+        FormatError: not JSON, or no object.
     """
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        return found
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:

@@ -126,7 +126,8 @@ class CpuGroup(PreparedGroup):
         super().__init__(matrices, books, rotation, prefix, chosen.name)
         self.job: ops.GroupJob | None = None
         fits = books.kind != "trellis" or self.d_in <= ops.TRELLIS_INPUTS
-        if chosen.native and fits and all(matrix.packed for matrix in matrices):
+        known = all(m.bias is None or m.bias.dtype in TYPES for m in matrices)
+        if chosen.native and fits and known and all(matrix.packed for matrix in matrices):
             self.job = ops.describe_group(self.matrices, books, rotation, prefix, chosen.name)
         self._in_slabs = chosen.native
         books.on(matrices[0].scales.device)  # now, not while a call is traced
