@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from dropbydrop.cli import main as cli
@@ -373,6 +374,16 @@ def test_damaged_files_are_named(root: Path, tmp_path: Path) -> None:
     block.write_bytes(block.read_bytes()[:100])
     with pytest.raises(FormatError, match=r"block-001.safetensors cannot be read"):
         compare(job(root, "rtn"), tmp_path / "out", progress=False)
+    for meta in (
+        {},
+        {"record": "{"},
+        {"record": "[1]"},
+        {"record": "{}"},
+        {"record": "[" * 99_999},
+    ):
+        save_file({"x": torch.ones(1)}, block, meta)
+        with pytest.raises(FormatError, match=r"block-001.safetensors cannot be read"):
+            compare(job(root, "rtn"), tmp_path / "out", progress=False)
     for damage in ("{", "[1]", "[" * 200_000):
         (tmp_path / "out" / "compare.json").write_text(damage)
         with pytest.raises(FormatError, match=r"compare.json is damaged"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -100,6 +101,15 @@ def test_export_compares(out: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"model.safetensors is not what the manifest says"):
         export(out, tmp_path / "dense", progress=False)
     assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("name", ["config.json", "manifest.json", "model.safetensors"])
+def test_a_pipe_is_not_waited_for(out: Path, name: str) -> None:
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    with pytest.raises(FormatError, match=rf"{name}.* cannot be read \(it is no regular file\)"):
+        Checkpoint.open(out).require(2)
 
 
 def test_a_file_that_is_written_to_while_it_is_open(out: Path) -> None:

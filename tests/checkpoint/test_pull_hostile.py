@@ -126,6 +126,23 @@ def test_a_redirect_within_http_is_followed(
     server.http.server_close()
 
 
+@pytest.mark.parametrize("name", ["Content-Length", "Content-Range"])
+def test_numbers_that_no_file_has(raw: Callable[[Script], str], name: str) -> None:
+    """Python reads no integer of 5,000 digits, which a server can send."""
+    digits = "9" * 5000
+    value = digits if name == "Content-Length" else f"bytes {digits}-9/{digits}"
+    status = "200 OK" if name == "Content-Length" else "206 Partial Content"
+
+    def script(connection: socket.socket) -> None:
+        connection.sendall(f"HTTP/1.1 {status}\r\n{name}: {value}\r\n\r\nabc".encode())
+
+    origin = HttpOrigin(raw(script))
+    with suppress(TransferError):
+        origin.read("config.json", 100)
+    with suppress(TransferError):
+        origin.open("plane-1.safetensors", 7, 100)
+
+
 def test_symbolic_links_in_the_destination_are_refused(out: Path, tmp_path: Path) -> None:
     """Nothing is written through them, whichever file they stand for."""
     precious = tmp_path / "precious"

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 from typer.testing import CliRunner
 
 from dropbydrop.cli import main as cli
+from dropbydrop.kernels.registry import VARIABLE, select
 from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.runtime.load import load
 from dropbydrop.runtime.views import view
@@ -92,16 +94,44 @@ def test_switches_of_precision_equal_the_reference(out: Path) -> None:
     assert "".join(alone.answer(PLAN[0][0], 3, 6)) == found[0]
 
 
-def test_a_cut_cache_and_a_new_one_answer_alike(out: Path) -> None:
+@pytest.mark.parametrize("kind", [StaticCache, DynamicCache])
+def test_a_cut_cache_and_a_new_one_answer_alike(
+    out: Path, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind is DynamicCache:
+        monkeypatch.setenv(VARIABLE, "torch")
+    elif not select().native:
+        pytest.skip("no native kernel here")
     talk, fresh = conversation(out), conversation(out)
     first = "".join(talk.answer("the river runs past the mill", 3, 6))
     talk.messages = []  # as if the earlier turn had been another: the shared beginning is kept
     again = "".join(talk.answer("the river runs past the sea", 3, 6))
     assert talk.turn is not None
     assert talk.turn.cached > 0
+    assert type(talk._cache) is kind
     assert again == "".join(fresh.answer("the river runs past the sea", 3, 6))
     talk.reset()
     assert "".join(talk.answer("the river runs past the mill", 3, 6)) == first
+
+
+@pytest.mark.parametrize("call", [1, 5])
+@pytest.mark.parametrize("where", ["lm_head", "model.layers.1.mlp"])
+def test_an_interrupt_within_the_model(out: Path, where: str, call: int) -> None:
+    """What the cache holds then is not known: the next answer is as if it had none."""
+    talk, fresh, calls = conversation(out), conversation(out), []
+
+    def interrupt(module: Any, args: Any) -> None:
+        calls.append(module)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    hook = talk.precisions.model(3).get_submodule(where).register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.answer("the river runs", 3, 6))
+    hook.remove()
+    fresh.messages = list(talk.messages)
+    found, expected = (list(one.answer("the sea", 3, 6)) for one in (talk, fresh))
+    assert found == expected
 
 
 def test_an_interrupted_answer_is_kept(out: Path) -> None:

@@ -7,7 +7,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +53,33 @@ def test_signals_clean_up(
     assert ending(work) == 130
     assert cleaned == [number]
     assert "nothing was left half-written" in capsys.readouterr().err
+
+
+def test_streams_take_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A locale without UTF-8, bytes that are no text, streams that whoever calls has closed."""
+    raw = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(raw, "ascii"))
+    monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(b"\xff\n"), "utf-8"))
+    monkeypatch.setattr(sys, "stderr", None)
+    cli._open_streams()
+    print("ä", file=sys.stderr)
+    sys.stdout.write("ä")
+    sys.stdout.flush()
+    assert raw.getvalue() == rb"\xe4"
+    assert sys.stdin.readline() == "\ufffd\n"
+
+
+def test_an_interrupt_before_a_command_has_begun(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def late(**options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", late)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_nohup_is_respected(ending: Ending) -> None:

@@ -113,6 +113,19 @@ def test_a_head_beyond_float16(llama: Path, tmp_path: Path) -> None:
         check(large, head_bits=16)
 
 
+def test_what_may_be_small(tmp_path: Path) -> None:
+    """A dead expert, and what is not quantized."""
+    folder = tiny.save_tiny(tmp_path / "moe", "qwen2-moe")
+
+    def shrink(tensors: Tensors) -> None:
+        small = [n for n in tensors if "experts.0." in n or "shared_expert_gate" in n]
+        assert len(small) > 3
+        for name in small:
+            tensors[name].mul_(1e-6)
+
+    check(edited(folder, tmp_path / "edited", shrink))
+
+
 def test_more_layers_than_the_config(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"layers\.2.*fewer layers"):
         check(copy_of(llama, tmp_path, num_hidden_layers=2))

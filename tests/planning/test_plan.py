@@ -197,6 +197,8 @@ def test_planes_are_held_once(checkpoint: Checkpoint, out: Path) -> None:
 def test_amounts_of_memory() -> None:
     assert parse_bytes("1.5GiB") == 3 << 29
     assert parse_bytes("900 MB") == 900_000_000
+    with pytest.raises(DropError, match="no amount of memory"):
+        parse_bytes("9" * 400)
     assert parse_bytes(12) == parse_bytes("12") == 12
     for text in ("", "0", "-1GiB", "1.5 GiBs", "1e9"):
         with pytest.raises(DropError, match="no amount of memory"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -459,3 +460,30 @@ def test_measured_losses_of_experts_against_a_naive_computation(out: Path) -> No
     plan = solver.make_plan(checkpoint, 2.6, sensitivity=known)
     assert plan.average_bits(checkpoint) <= 2.6
     assert known.predicted(plan, checkpoint) <= known.kl[2]
+
+
+def test_a_copy_is_not_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases of experts, which may change, are a model's own."""
+    monkeypatch.setattr(jobs, "EFFORTS", dict.fromkeys(jobs.EFFORTS, Effort(2, 1, 0)))
+    source = save_tiny(tmp_path / "source", "gpt-oss", num_hidden_layers=1)
+    (tmp_path / "text.txt").write_text(" ".join(str(i * 7919 % 1000) for i in range(1500)))
+    settings: dict[str, Any] = {"windows": 2, "seq_len": 32, "progress": False}
+    out = quantize(source, tmp_path / "out", calibration=tmp_path / "text.txt", **settings).out
+
+    @torch.no_grad()
+    def token(model: Any) -> Any:
+        return model(IDS[:1, :1]).logits
+
+    first, found = token(dropbydrop.load(out)), []
+    for ran_before in (True, False):
+        base = dropbydrop.load(out)
+        if ran_before:
+            token(base)
+        twin = copy.deepcopy(base)
+        for name, bias in twin.named_parameters():
+            if "experts" in name and name.endswith("bias"):
+                bias.data.add_(1)
+        found.append(token(twin))
+        assert torch.equal(token(base), first)
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], first)

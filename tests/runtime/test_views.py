@@ -472,6 +472,18 @@ def test_biases_may_change_and_have_any_type(tmp_path: Path, code: str) -> None:
     torch.testing.assert_close(logits(wide).float(), first, rtol=1e-4, atol=1e-4)
 
 
+def test_biases_are_trained(tmp_path: Path) -> None:
+    """Kernels have no gradients; those of a bias are the same as below plain linears."""
+    out = write_checkpoint(tmp_path / "out", tiny_model("qwen2"))
+    name, found = "model.layers.0.self_attn.v_proj.bias", []
+    for model in (dropbydrop.load(out), dropbydrop.load(out).dequantize()):
+        bias = model.get_parameter(name).requires_grad_()
+        model(IDS[:1, :9], labels=IDS[:1, :9]).loss.backward()
+        assert bias.grad is not None
+        found.append(bias.grad)
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-4)
+
+
 def tokens_of(model: Any) -> Tensor:
     """What the native step says, where there is one."""
     return model.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)

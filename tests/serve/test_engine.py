@@ -22,8 +22,10 @@ from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.planning.sensitivity import Sensitivity
 from dropbydrop.runtime import fused_decode
 from dropbydrop.serve import caches, job, precisions
+from dropbydrop.serve.body import Body
 from dropbydrop.serve.engine import MOST_RUNNING
 from dropbydrop.serve.job import CHUNK
+from dropbydrop.serve.requests import read_completion
 from dropbydrop.serve.shed import Costs
 from dropbydrop.serve.text import TextStream
 from dropbydrop.system.native_library import library
@@ -234,6 +236,29 @@ def test_who_leaves_frees_the_place(server: Running) -> None:
             next(answer.iter_lines())
     ends(server)
     assert server.engine.counters.cancelled > before
+
+
+def test_who_leaves_the_queue_frees_it(chat_folder: Path) -> None:
+    """Also behind a request that waits on."""
+    with running(chat_folder) as server:
+        engine, service, model = server.engine, server.service, server.engine.precisions.model
+        engine.precisions.model = lambda bits: time.sleep(0.02) or model(bits)
+        engine._room = lambda running, job, costs: not running
+        body = {"prompt": "the", "max_tokens": 150, "ignore_eos": True}
+        request, _ = read_completion(Body(body), service.served)
+        first, second, third = (
+            service.jobs(request, [service.encoded("the")], lambda event: None, True)
+            for _ in range(3)
+        )
+        for jobs in (first, second, third):
+            engine.submit(jobs)
+        engine.cancel(third)
+        while len(engine._waiting) != 1:
+            time.sleep(0.01)
+        assert not first[0].finished
+        assert not second[0].finished
+        assert engine.counters.cancelled == 1
+        engine.cancel([*first, *second])
 
 
 def test_saturation_answers_429(chat_folder: Path) -> None:

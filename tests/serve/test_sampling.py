@@ -19,7 +19,7 @@ from transformers import (
 from dropbydrop.serve import sampling as module
 from dropbydrop.serve.sampling import Sampler, Sampling, candidates, scores_of
 from dropbydrop.serve.service import _own_sampling
-from dropbydrop.system.errors import DropError
+from dropbydrop.system.errors import DropError, NumericError
 
 VOCABULARY = 3000
 
@@ -164,3 +164,19 @@ def test_recommendations_out_of_range_are_refused(said: dict[str, Any]) -> None:
     """At the start, not in every answer, with a message that blames the request."""
     with pytest.raises(DropError, match=r"generation_config\.json says"):
         _own_sampling(SimpleNamespace(**said))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_leave_no_token(temperature: float) -> None:
+    """A model may rule tokens out, and a grammar the others."""
+    sampler, allowed = Sampler(Sampling(temperature=temperature), []), torch.zeros(9).bool()
+    allowed[3:5] = True
+    some = torch.zeros(9).index_fill(0, torch.tensor([3]), -torch.inf)
+    assert sampler(some, allowed) == 4
+    for wrong in (
+        torch.full((9,), -torch.inf),
+        torch.full((9,), torch.nan),
+        some.index_fill(0, torch.tensor([4]), -torch.inf),
+    ):
+        with pytest.raises(NumericError):
+            sampler(wrong, allowed)

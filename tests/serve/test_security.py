@@ -21,6 +21,7 @@ from transformers import StaticCache
 from dropbydrop.models.chat_template import in_chat_template
 from dropbydrop.serve import app as routes
 from dropbydrop.serve import server as process
+from dropbydrop.serve import service as services
 from dropbydrop.serve.body import ApiError, _count_values, parse_json
 from dropbydrop.serve.conversation import Conversation
 from dropbydrop.serve.sampling import Sampling
@@ -251,6 +252,16 @@ def test_many_values_are_not_read(server: Running, kind: str) -> None:
     assert b"524,288 values" in found
 
 
+def test_scores_of_one_answer_are_bounded(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "_MOST_SCORES", 100)
+    body = {"prompt": "a b c d e f", "echo": True, "max_tokens": 1, "logprobs": 5, "n": 2}
+    url = server.address + "/v1/completions"
+    answer = httpx2.post(url, json={**body, "n": 4})
+    assert answer.status_code == 400
+    assert "at most 100" in answer.json()["error"]["message"]
+    assert httpx2.post(url, json={**body, "n": 1, "logprobs": 1}).is_success
+
+
 def test_values_are_counted_outside_of_texts() -> None:
     text = json.dumps({"a,[": [1, 2, {'b"\\': 'x,\\",', "c": "\\"}, []], "d": "{" * 9})
     assert _count_values(text.encode()) == 4 + 5  # opened, and commas
@@ -278,6 +289,43 @@ def test_slow_senders_are_cut_off(server: Running, monkeypatch: pytest.MonkeyPat
                 time.sleep(0.02)
             assert link.recv(1 << 16) == b""
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open sockets")
+def test_who_reads_nothing_is_cut_off(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also at the end of the server, which waits for nobody for long."""
+    monkeypatch.setattr(process, "WRITE_SECONDS", 0.5)
+    monkeypatch.setattr(process, "_ENDING_SECONDS", 1)
+    asked = b"GET /page/vendor/marked.js HTTP/1.1\r\nhost: localhost\r\n\r\n" * 200
+
+    def stuck(address: str) -> socket.socket:
+        link = connect(address)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        link.sendall(asked)
+        return link
+
+    with running(chat_folder) as server:
+        idle = sockets()
+        with stuck(server.address):
+            while sockets() < idle + 2:
+                time.sleep(0.01)
+            while sockets() > idle + 1:  # the server's end of it is gone
+                time.sleep(0.05)
+        monkeypatch.setattr(process, "WRITE_SECONDS", 600)
+        last = stuck(server.address)
+        time.sleep(0.5)
+        started = time.monotonic()
+    assert time.monotonic() - started < 60
+    last.close()
+
+
+def sockets() -> int:
+    """Of this process, in which the server runs."""
+    folder, found = Path("/proc/self/fd"), 0
+    for name in os.listdir(folder):
+        with suppress(FileNotFoundError):
+            found += os.readlink(folder / name).startswith("socket")
+    return found
 
 
 def test_many_idle_connections(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

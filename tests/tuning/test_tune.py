@@ -264,6 +264,17 @@ def test_errors_of_a_block_are_those_of_the_definition(place: Path) -> None:
         torch.testing.assert_close(leaf.grad, naive[name].grad, rtol=1e-3, atol=1e-6)
 
 
+def test_a_block_that_adds_nothing_has_errors_too(place: Path) -> None:
+    """Zeros in its last matrices, as layers have that are to be trained."""
+    student, teacher = student_of(place, "llama-tied"), BlockRunner.open(place / "llama-tied")
+    values, x = student.values(0), teacher.embed(some_ids())
+    got = output_errors(student, 0, values.leaves, x, x.clone(), dict.fromkeys(LEVELS, 1.0))
+    nothing = output_errors(student, 0, values.leaves, 0 * x, 0 * x)
+    assert all(0 < error < 1e12 for error in got.values())
+    assert all(0 <= error < float("inf") for error in nothing.values())
+    assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in values.leaves.values())
+
+
 # ---------------------------------------------------------------------------- the optimizer
 
 

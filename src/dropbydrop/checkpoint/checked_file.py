@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dropbydrop.system.digest import CHUNK, FileEntry, chunk_digest
 from dropbydrop.system.errors import FormatError
+from dropbydrop.system.paths import regular
 
 from .tensor_files import DTYPES, Header, TensorInfo, read_header
 
@@ -50,7 +51,7 @@ class CheckedFile:
         self._checked: set[int] = set()
         self._checking = threading.Lock()
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - as long as the mapping
+            self._file = open(path, "rb", 0, opener=regular)  # noqa: SIM115 - as long as the mapping
             self._seen = os.fstat(self._file.fileno())
             if self._seen.st_size != entry.size:
                 raise FormatError(

@@ -12,6 +12,7 @@ from typing import Any
 from dropbydrop.system.atomic_folder import is_partial
 from dropbydrop.system.digest import CHUNK, FileEntry
 from dropbydrop.system.errors import DropError, FormatError
+from dropbydrop.system.paths import regular
 
 from .config import CONFIG_FILE, FORMAT, MANIFEST_FILE, REST_FILE
 from .fields import FORMAT_VERSION, Fields, check_version, parse_json, plain_name
@@ -47,7 +48,7 @@ def read_small(path: Path) -> bytes:
         FormatError: missing, unreadable, or larger than any that a checkpoint has.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular) as file:
             data = file.read(MAX_JSON + 1)
     except FileNotFoundError:
         raise FormatError(

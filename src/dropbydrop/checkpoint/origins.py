@@ -102,6 +102,11 @@ class FolderOrigin:
         return Stream(start, _file_chunks(path, start))
 
 
+def _number(text: str, other: int) -> int:
+    """A number in a header; `other` if it is none, or one that no file has."""
+    return int(text) if text.isdecimal() and len(text) < 20 else other
+
+
 class HttpOrigin:
     """A folder behind a plain HTTP server; `timeout` seconds without progress end an attempt."""
 
@@ -113,16 +118,15 @@ class HttpOrigin:
         if response is None:
             return None
         where, announced = f"{self.name}/{file}", response.headers.get("Content-Length", "")
-        data = b""
+        data = bytearray()
         with response:
-            if announced.isdecimal():
-                _check_limit(int(announced), limit, where)
+            _check_limit(_number(announced, 0), limit, where)
             for chunk in self._chunks(response, file):
                 data += chunk
                 _check_limit(len(data), limit, where)
         if announced and announced != str(len(data)):
             raise CutError(f"{where} ended after {len(data)} of {announced} bytes. Try again.")
-        return data
+        return bytes(data)
 
     def open(self, file: str, start: int, size: int) -> Stream:
         response = self._request(file, start)
@@ -131,10 +135,9 @@ class HttpOrigin:
         where, headers = f"{self.name}/{file}", response.headers
         part = _RANGE.fullmatch(headers.get("Content-Range", ""))
         if response.status == 206 and part:
-            begin, total = int(part[1]), int(part[2])
-        else:
-            begin, length = 0, headers.get("Content-Length", "")
-            total = int(length) if length.isdecimal() else size  # unannounced: counted later
+            begin, total = (_number(text, -1) for text in part.groups())
+        else:  # unannounced: counted later
+            begin, total = 0, _number(headers.get("Content-Length", ""), size)
         if begin not in (0, start) or total != size:
             response.close()
             _check_announced(total, size, where)

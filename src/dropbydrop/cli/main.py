@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -96,8 +97,23 @@ def _terminated(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+def _open_streams() -> None:
+    """Streams that take any text, whatever the locale, also where one was closed by who calls."""
+    for name, mode, errors in (
+        ("stdin", "r", "replace"),
+        ("stdout", "w", "backslashreplace"),
+        ("stderr", "w", "backslashreplace"),
+    ):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def main() -> None:
     """Run the command that `sys.argv` names."""
+    _open_streams()
     if "RANK" not in os.environ:
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # no SIGHUP on Windows

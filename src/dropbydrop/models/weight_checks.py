@@ -24,6 +24,7 @@ from dropbydrop.system.errors import FormatError, UnsupportedModelError
 
 from .block_runner import BlockRunner
 from .experts import stack_names
+from .input_groups import codable
 from .key_names import KeyNames
 
 TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -79,6 +80,7 @@ def check_values(runner: BlockRunner, head_bits: int) -> None:
     """
     keys = KeyNames(runner.model, runner.files)
     linears = {f"{n}.weight" for n, m in runner.model.named_modules() if isinstance(m, nn.Linear)}
+    coded = {f"{n}.weight" for n in codable(runner.model, "")}  # and no tables, which come first
     linears |= set(stack_names(runner.model))
     rows = {f"{name}.weight" for name in (*runner.embedding_modules, *runner.head_modules)}
     for stored in _placed(runner, keys):
@@ -102,7 +104,8 @@ def check_values(runner: BlockRunner, head_bits: int) -> None:
             least = 0.0 if head_bits == 16 and whole else 127 * 128 * _STEP
         elif stored.name in linears:
             most = _HALF / 4  # a row's scale is about its root mean square, with input scales
-            least = 8 * 128 * _STEP
+            # an expert alone may be dead
+            least = 8 * 128 * _STEP if stored.name in coded else 0.0
         if 0 < largest < least:
             raise FormatError(
                 f"{stored.key} in {runner.files.folder} holds no value beyond {largest:.3g}, too "

@@ -72,6 +72,9 @@ class Memory:
         return asdict(self) | {"weights": self.weights, "total": self.total}
 
 
+_MOST = 1e18  # of what stands before a unit; float64 is exact enough up to it
+
+
 def parse_bytes(text: str | int) -> int:
     """ "1.5GiB" -> 1610612736. Units kB, MB, GB (powers of 1000), KiB, MiB, GiB, or none (bytes).
 
@@ -79,7 +82,7 @@ def parse_bytes(text: str | int) -> int:
         DropError: not an amount of memory.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
-    if not match or match[2].lower() not in _UNITS or float(match[1]) == 0:
+    if not match or match[2].lower() not in _UNITS or not 0 < float(match[1]) < _MOST:
         raise DropError(f"{text!r} is no amount of memory; write 1.5GiB, 900MB, or bytes.")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 

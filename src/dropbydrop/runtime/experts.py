@@ -81,9 +81,9 @@ class NestedStack(NestedModule):
             return build()
         _, kernel = kernels.backend_for(self.codes.device.type, kind=self.codes.kind)
         place = (prefix, kernel, self.codes.device, self.codes.packed)
-        return cast(
-            kernels.PreparedGroup, self.store.derived(("expert", self.name, *hit, *place), build)
-        )
+        kind = None if self.bias is None else self.bias.dtype
+        biases = [] if self.bias is None else [self.bias]
+        return self.groups.get((self.name, *hit, kind, *place), biases, build)
 
     def rotated(self, x: Tensor) -> Tensor:
         """Q x in the dtype of x, for `multiply_rotated`."""

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from dropbydrop import kernels
 
-from .modules import NestedLinear, prepared
+from .modules import NestedLinear, prepared, trains_bias
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -78,6 +78,8 @@ def _plain(linears: Sequence[Any]) -> bool:
         if type(linear) is not NestedLinear or "forward" in linear.__dict__:
             return False
         if linear.prefix != linears[0].prefix or any(getattr(linear, h) for h in _HOOKS):
+            return False
+        if trains_bias(linear):
             return False
     return True
 

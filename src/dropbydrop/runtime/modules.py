@@ -276,7 +276,16 @@ class NestedLinear(NestedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out], in the dtype of x."""
-        return prepared([self])(x)[0]
+        y = prepared([self])(x)[0]
+        if trains_bias(self):  # kernels have no gradients; this adds 0 with the bias's
+            assert self.bias is not None
+            y = y + (self.bias - self.bias.detach()).to(y.dtype)
+        return y
+
+
+def trains_bias(module: NestedLinear) -> bool:
+    """Whether gradients of its bias are wanted."""
+    return module.bias is not None and module.bias.requires_grad and torch.is_grad_enabled()
 
 
 def group_of(modules: Sequence[nn.Module]) -> kernels.PreparedGroup:
@@ -327,13 +336,4 @@ def prepared(modules: Sequence[NestedLinear]) -> kernels.PreparedGroup:
 
     names = tuple([(m.name, None if m.bias is None else m.bias.dtype) for m in modules])
     key = names, first.prefix, kernel, device, codes.packed
-    # biases alone may change after loading, except below compiled code
-    biases = None if torch.compiler.is_compiling() else tuple([_state(m.bias) for m in modules])
-    return first.groups.get(key, biases, build)
-
-
-def _state(tensor: Tensor | None) -> tuple[int, int] | None:
-    """Differs once a tensor was replaced or changed."""
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+    return first.groups.get(key, [m.bias for m in modules if m.bias is not None], build)

@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
+from torch import Tensor
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.coding.codebook_set import CodebookSet
@@ -66,22 +67,42 @@ class PreparedGroups:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._found: dict[Hashable, tuple[Hashable, PreparedGroup]] = {}
+        self._found: dict[Hashable, tuple[_Biases, PreparedGroup]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PreparedGroups:
         return PreparedGroups()
 
     def get(
-        self, key: Hashable, state: Hashable, build: Callable[[], PreparedGroup]
+        self, key: Hashable, biases: Sequence[Tensor], build: Callable[[], PreparedGroup]
     ) -> PreparedGroup:
-        """The group of `key`, built again when `state` is not what it was; None is any."""
+        """The group of `key`, built again when its biases are others, or changed: they alone may
+        after loading."""
         found = self._found.get(key)
-        if found is None or state not in (None, found[0]):
+        if found is None or not found[0].same(biases):
             with self._lock:
                 found = self._found.get(key)
-                if found is None or state not in (None, found[0]):
-                    found = self._found[key] = state, build()
+                if found is None or not found[0].same(biases):
+                    found = self._found[key] = _Biases(biases), build()
         return found[1]
+
+
+class _Biases:
+    """What the biases of a group were when it was prepared."""
+
+    def __init__(self, biases: Sequence[Tensor]) -> None:
+        self._tensors, self._state = tuple(biases), self._read(biases)
+
+    def same(self, biases: Sequence[Tensor]) -> bool:
+        if torch.compiler.is_compiling():  # which knows objects, and neither addresses nor versions
+            return all(a is b for a, b in zip(self._tensors, biases, strict=True))
+        if self._state != self._read(biases):
+            return False
+        self._tensors = tuple(biases)  # a view has objects of its own
+        return True
+
+    @staticmethod
+    def _read(biases: Sequence[Tensor]) -> list[tuple[int, int]]:
+        return [(b.data_ptr(), -1 if b.is_inference() else b._version) for b in biases]
 
 
 class PlaneStore:

@@ -27,6 +27,7 @@ from dropbydrop.data.text_files import check_tokens
 from dropbydrop.models.embeddings import embedded_tokens
 from dropbydrop.models.model_config import context_length
 from dropbydrop.runtime import fused_decode
+from dropbydrop.runtime.generate import check_logits
 from dropbydrop.system.errors import DropError
 
 from .caches import make_room, new_cache
@@ -168,6 +169,8 @@ class Conversation:
 
     def _cut(self, length: int) -> int:
         """Have the cache forget all after so many tokens; how many it holds now."""
+        if self._cache is None:
+            self._seen, length = [], 0
         if length == len(self._seen):
             return length
         cache: Any = self._cache
@@ -175,7 +178,7 @@ class Conversation:
             for layer in cache.layers:
                 layer.cumulative_length.fill_(length)
         elif cache is not None and all(type(layer) is DynamicLayer for layer in cache.layers):
-            cache.crop(length)
+            cache.crop(length - len(self._seen))  # newer releases know how many go, and no length
         else:  # windows forget their beginning, so they cannot be cut
             self._cache, length = None, 0
         self._seen = self._seen[:length]
@@ -183,13 +186,13 @@ class Conversation:
 
     def _forward(self, model: Any, ids: list[int]) -> torch.Tensor:
         """Logits float32 [vocabulary] after more tokens, which the cache then holds."""
-        make_room(self._cache, len(self._seen), len(ids), self.context)
+        cache, self._cache = self._cache, None  # an interrupt leaves a part of it
+        make_room(cache, len(self._seen), len(ids), self.context)
         out = model(
-            input_ids=torch.tensor([ids]),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
+            input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1
         )
         self._seen += ids
+        self._cache = cache
         logits: torch.Tensor = out.logits[0, -1].float()
+        check_logits(logits)
         return logits

@@ -240,13 +240,11 @@ class Engine:
 
     def _admit(self) -> None:
         """Let waiting jobs run while there is room. Called with the lock held."""
-        costs = self._costs()
+        costs, waiting = self._costs(), len(self._waiting)
+        self._waiting = deque(job for job in self._waiting if not job.cancelled)
+        self.counters.cancelled += waiting - len(self._waiting)
         while self._waiting:
             job = self._waiting[0]
-            if job.cancelled:
-                self._waiting.popleft()
-                self.counters.cancelled += 1
-                continue
             crowded = self._running and self._held() + job.room > self._most_tokens
             if crowded or not self._room(self._running, job, costs):
                 break

@@ -259,7 +259,6 @@ class Job:
     def _choose(self, kept: KeptCaches) -> None:
         """Take the next token from the logits, and end where that ends the text."""
         assert self._logits is not None
-        check_logits(self._logits)
         allowed = None if self.grammar is None else self.grammar.allowed(self._logits.numel())
         token = self.sampler(self._logits, allowed)
         if token in self.ends:

@@ -99,7 +99,7 @@ async def answer(run: Run, form: Form) -> Response:
                     raise ApiError(event.status, event.message)
                 choices[event.index].add(event)
             events = await run.next()
-        whole = form.whole(choices)
+        whole = await asyncio.to_thread(form.whole, choices)  # with scores of all tokens, perhaps
         run.close()
         return JSONResponse(whole, headers=_headers(whole["dropbydrop"]["bits"]))
     except BaseException:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dropbydrop.runtime.generate import check_logits
+
 _HEAD = 512
 _RULED_OUT = -9999.0
 _COLDEST = 1e-6  # of temperatures but 0; float32 has no quotients by much smaller ones
@@ -73,10 +75,15 @@ class Sampler:
         self._bias = torch.tensor(list(bias.values()), dtype=torch.float32)
 
     def __call__(self, logits: Tensor, allowed: Tensor | None = None) -> int:
-        """A token for logits float32 [vocabulary], among those that `allowed` bool has."""
+        """A token for logits float32 [vocabulary], among those that `allowed` bool has.
+
+        Raises:
+            NumericError: they are no numbers, or rule out all of these.
+        """
         scores = self._adjusted(logits)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, -torch.inf)
+        check_logits(scores)
         token = self._choose(scores)
         self._counts[token] = self._counts.get(token, 0) + 1
         if self.sampling.repetition_penalty != 1:

@@ -1,8 +1,8 @@
 """The process: uvicorn around the application, from the first line printed to a clean end.
 
 Ctrl-C (or SIGTERM) stops the worker first, so that open streams end with an error that says why,
-and then the connections. A client that is slow with its headers is cut off, which uvicorn leaves
-open.
+and then the connections. A client that is slow with its headers, or does not read, is cut off,
+which uvicorn leaves open.
 """
 
 from __future__ import annotations
@@ -18,46 +18,71 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .app import build
+from .run import WRITE_SECONDS
 from .service import Service
 
 HEADER_SECONDS = 15.0
 _LARGEST_HEADERS = 64 << 10
 MOST_CONNECTIONS = 512
+_ENDING_SECONDS = 4  # which answers are given to end
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _NAMES = ("localhost", "127.0.0.1", "[::1]")  # of a loopback address in requests
 
 
+class _Timer:
+    """Does something once, a while after `start`, unless `stop` comes before."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> None:
+        self._loop, self._action = loop, action
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self, seconds: float) -> None:
+        """No effect if it runs."""
+        if self._handle is None:
+            self._handle = self._loop.call_later(seconds, self._action)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+
 class _Protocol(H11Protocol):
-    """HTTP/1.1 with a limit on the time from a request's first byte to the end of its headers.
+    """HTTP/1.1 with limits on the time from a request's first byte to the end of its headers, and
+    on the time in which a client takes nothing of what waits for it.
 
     A connection on which nothing comes between two requests is closed by uvicorn.
     """
 
-    _late: asyncio.TimerHandle | None = None
-
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # tell `pause_writing` of anything that waits
+        self._late, self._stuck = (_Timer(self.loop, transport.abort) for _ in range(2))
         self._watch()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stuck.start(WRITE_SECONDS)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stuck.stop()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        self._forget()
+        self._late.stop()
+        self._stuck.stop()
         super().connection_lost(exc)
 
     def _watch(self) -> None:
         """The time runs while no request is worked on; further bytes do not start it again."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self._forget()
-        elif self._late is None:
-            self._late = self.loop.call_later(HEADER_SECONDS, self.transport.close)
-
-    def _forget(self) -> None:
-        if self._late is not None:
-            self._late.cancel()
-            self._late = None
+            self._late.stop()
+        else:
+            self._late.start(HEADER_SECONDS)
 
 
 class Server(uvicorn.Server):
@@ -90,7 +115,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 limit_concurrency=MOST_CONNECTIONS,
-                timeout_graceful_shutdown=5,
+                timeout_graceful_shutdown=_ENDING_SECONDS + 1,
                 h11_max_incomplete_event_size=_LARGEST_HEADERS,
             )
         )
@@ -114,6 +139,15 @@ class Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             self._ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        # uvicorn waits for ever for a request whose client reads nothing, cancelled or not
+        asyncio.get_running_loop().call_later(_ENDING_SECONDS, self._abort)
+        await super().shutdown(sockets)
+
+    def _abort(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # a lock may be held where the signal arrives, so the worker is stopped from elsewhere

@@ -27,6 +27,7 @@ from .text import Text, TextStream
 
 _CONTEXT = 4096  # tokens, of models that set no limit
 _SLACK = 4  # times as many characters as a context of the longest tokens has: some are dropped
+_MOST_SCORES = 1 << 18  # log-probabilities of a prompt in an answer, which is made at once
 
 
 class Service:
@@ -158,6 +159,15 @@ class Service:
             raise ApiError(
                 400, f"{count} answers at once; at most {self.engine.queue} may wait.", "n"
             )
+        if request.echo and request.top is not None:
+            scores = (1 + request.top) * request.n * sum(map(len, prompts))
+            if scores > _MOST_SCORES:
+                raise ApiError(
+                    400,
+                    f"echo with logprobs asks for {scores:,} of them; at most {_MOST_SCORES:,} are "
+                    "told in one answer.",
+                    "logprobs",
+                )
         made = []
         for number, prompt in enumerate(prompts):
             room = self.served.context - len(prompt)

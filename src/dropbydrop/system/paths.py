@@ -7,6 +7,7 @@ them in `OUT` but not in `--save=~/plan.json`; a `~` in front of no user's name 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 
@@ -18,3 +19,16 @@ def given(path: str | Path) -> Path:
 def absolute(path: str | Path) -> Path:
     """The same from the root of the file system, without `..`; symbolic links are kept."""
     return Path(os.path.abspath(given(path)))
+
+
+def regular(path: str, flags: int) -> int:
+    """`opener=` of `open` for what must be a file: a pipe would be waited for without end.
+
+    Raises:
+        OSError: it is none.
+    """
+    number = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError("it is no regular file")
+    return number

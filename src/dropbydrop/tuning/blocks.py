@@ -33,6 +33,8 @@ from .optimizer import rate_at
 from .report import Result
 from .student import Student
 
+_LEAST = 1e-8  # of the energy of a block's output, to which an error is related
+
 
 def output_errors(
     student: Student,
@@ -48,7 +50,9 @@ def output_errors(
     """
     x, y = x.to(student.device), y.to(student.device)
     clip = token_weights(y.square().sum(-1), CLIP)[..., None]
+    # a block that adds nothing (zeros, for layers to come) is measured against its input
     scale = (clip * (y - x).square()).sum()
+    scale = torch.maximum(scale, (_LEAST * clip * y.square()).sum().clamp_min(1e-30))
     out = {}
     with torch.set_grad_enabled(weights is not None):
         outputs = student.block(i, [x] * len(student.levels), leaves, student.levels)

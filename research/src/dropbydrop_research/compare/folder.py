@@ -260,7 +260,9 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as handle:
             yield handle
-    except (SafetensorError, OSError, KeyError) as error:
+    except (
+        SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError
+    ) as error:  # fmt: skip
         raise FormatError(
             f"{path} cannot be read ({error}); remove it and give the same command again."
         ) from error

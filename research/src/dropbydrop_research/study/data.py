@@ -138,7 +138,7 @@ def _read_group(path: Path) -> GroupGram:
             energies=tensors.get("energies"),
             model=meta.get("model", ""),
         )
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise FormatError(
             f"{path} is not a cached Gram matrix ({error}); delete the folder and collect again."
         ) from error
