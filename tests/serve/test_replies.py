@@ -121,14 +121,24 @@ def test_parts_do_not_depend_on_the_pieces(size: int) -> None:
         '{"name": "x", "arguments": {"a": ' + "[" * 1100 + "]" * 1100 + "}}",
         r'{"name": "x", "arguments": {"a": "\ud83d"}}',
         r'{"name": "\ud83d", "arguments": {}}',
+        '{"name": "x", "arguments": {"a": NaN}}',
+        '{"name": "x", "arguments": {"a": 1e999}}',
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_what_is_no_call_is_content(size: int, broken: str) -> None:
     found = parts(f"hello <tool_call>{broken}</tool_call> and on", size)
     assert {kind for kind, _, _ in found} == {"content"}
     assert broken in "".join(text for _, _, text in found)
     assert "and on" in found[-1][2]
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_broken_call_loses_nothing_before_it(size: int) -> None:
+    """However the text comes: a whole answer is that of its stream."""
+    found = parts(f"<think>the sea</think>hello {CALL}<tool_call>7</tool_call> and on", size)
+    assert [kind for kind, _, _ in found] == ["reasoning", "content", "call", "content"]
+    assert found[-1][2].strip() == "<tool_call>7</tool_call> and on"
 
 
 def test_blanks_do_not_stop_the_world() -> None:

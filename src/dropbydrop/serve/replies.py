@@ -14,8 +14,10 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+_PIECE = 16  # characters for the parser at a time: fewer than the two marks of a call have
 _SEARCH, _IN_ALL = 0.1, 1.0  # seconds for one search, and for all of a reply; common is 10^-5
 
 
@@ -52,19 +54,27 @@ class Reply:
         self.must = must
         self._parser: Any = None
         self._left = _IN_ALL  # seconds for the parser
+        self._closings: dict[str, Any] = {}  # field -> the pattern of the mark behind it
         if template is not None:
-            self._parser = _parser(template, prompt, tools)
+            self._parser, self._closings = _parser(template, prompt, tools)
         self._raw = ""  # all that was fed
         self._at = 0  # how much of it is in parts that are out
         self._body = ""  # of a call that is not complete
         self.calls = 0
 
     def feed(self, text: str) -> list[Part]:
-        """The parts that more text makes certain."""
-        self._raw += text
-        if self._parser is None:
-            return [Part("content", text)] if text and not self.must else []
-        return self._walked(lambda: self._parser.feed(text))
+        """The parts that more text makes certain, the same in whichever pieces it comes: what
+        breaks its marks loses nothing of what was before it."""
+        parts: list[Part] = []
+        for start in range(0, len(text), _PIECE):
+            if self._parser is None:
+                rest = text[start:]
+                self._raw += rest
+                return parts if self.must else [*parts, Part("content", rest)]
+            piece = text[start : start + _PIECE]
+            self._raw += piece
+            parts += self._walked(partial(self._parser.feed, piece))
+        return parts
 
     def end(self) -> list[Part]:
         """What is left when the text has ended."""
@@ -103,6 +113,9 @@ class Reply:
                 value = event["value"]
                 parts += map(_call, value if isinstance(value, list) else [value])
                 at = self._past(body, at)
+                closing = self._closings.get(event["field"])
+                found = closing and closing.search(self._raw, at)
+                at = found.end() if found and not self._raw[at : found.start()].strip() else at
         return parts, at, body
 
     def _past(self, text: str, at: int) -> int:
@@ -126,8 +139,11 @@ class _Timed:
         return self._pattern.finditer(*args, timeout=_SEARCH, **options)
 
 
-def _parser(template: dict[str, Any], prompt: str, tools: list[Any] | None) -> Any:
-    """transformers' parser behind a prompt, or None where the prompt takes it too long.
+def _parser(
+    template: dict[str, Any], prompt: str, tools: list[Any] | None
+) -> tuple[Any, dict[str, Any]]:
+    """transformers' parser behind a prompt, or None where the prompt takes it too long; and the
+    patterns that end its fields.
 
     Raises:
         ValueError, TypeError, KeyError: a template that transformers cannot read.
@@ -143,11 +159,12 @@ def _parser(template: dict[str, Any], prompt: str, tools: list[Any] | None) -> A
         name: replace(part, open_re=timed(part.open_re), close_re=timed(part.close_re))
         for name, part in read.fields.items()
     }
+    closings = {name: part.close_re for name, part in fields.items()}
     read = replace(read, fields=fields, start_anchor_re=timed(read.start_anchor_re))
     try:
-        return ResponseParser(read, prefix=prompt, tools=tools)
+        return ResponseParser(read, prefix=prompt, tools=tools), closings
     except TimeoutError:
-        return None
+        return None, closings
 
 
 def _call(value: Any) -> Part:
@@ -155,10 +172,11 @@ def _call(value: Any) -> Part:
 
     Raises:
         KeyError, TypeError: a call without a name or arguments.
-        ValueError: halves of characters, which JSON can write and UTF-8 cannot.
+        ValueError: halves of characters, which JSON can write and UTF-8 cannot; numbers that JSON
+            cannot write, which Python reads.
     """
     name, arguments = value["function"]["name"], value["function"]["arguments"]
     if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
+        arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     f"{name}{arguments}".encode()
     return Part("call", arguments, str(name))
