@@ -31,6 +31,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dropbydrop.models.cached import continue_cache, wants_positions
 from dropbydrop.models.chat_template import in_chat_template
 from dropbydrop.models.embeddings import embedded_tokens
 from dropbydrop.models.pretrained import read_model
@@ -269,6 +271,7 @@ def _sample(
     advance: Any,
 ) -> Tensor:
     """One batch of texts, int64 [texts, seq_len]."""
+    told = wants_positions(model, partial(cache_with_room, model))
     cache = cache_with_room(model, seq_len)
     out = torch.empty(len(writers), seq_len, dtype=torch.int64)
     drawn = [0] * len(writers)  # ignored: every text begins with a given token
@@ -276,7 +279,7 @@ def _sample(
         out[:, position] = torch.tensor([w.next(d) for w, d in zip(writers, drawn, strict=True)])
         if position + 1 < seq_len:
             step = out[:, position : position + 1].to(model.device)
-            logits = model(step, past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = continue_cache(model, step, cache, position, told)[:, -1]
             drawn = draw(logits, temperature, generator).tolist()
         advance()
     return out

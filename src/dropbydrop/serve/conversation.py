@@ -24,6 +24,7 @@ from transformers import StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from dropbydrop.data.text_files import check_tokens
+from dropbydrop.models.cached import continue_cache
 from dropbydrop.models.embeddings import embedded_tokens
 from dropbydrop.models.model_config import context_length
 from dropbydrop.runtime import fused_decode
@@ -188,11 +189,9 @@ class Conversation:
         """Logits float32 [vocabulary] after more tokens, which the cache then holds."""
         cache, self._cache = self._cache, None  # an interrupt leaves a part of it
         make_room(cache, len(self._seen), len(ids), self.context)
-        out = model(
-            input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        given, told = torch.tensor([ids]), self.precisions.told
+        logits = continue_cache(model, given, cache, len(self._seen), told, 1)[0, -1].float()
         self._seen += ids
         self._cache = cache
-        logits: torch.Tensor = out.logits[0, -1].float()
         check_logits(logits)
         return logits

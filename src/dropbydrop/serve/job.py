@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dropbydrop.models.cached import continue_cache
 from dropbydrop.runtime import fused_decode
 from dropbydrop.runtime.generate import check_logits
 from dropbydrop.runtime.torch_batch import Row, TorchBatch
@@ -108,6 +109,7 @@ class Job:
         fixed_at_start: the precision that it begins with is kept.
         grammar: what the text must be.
         emit: called from the worker's thread; must not block.
+        told: whether the model is told positions (`wants_positions`).
     """
 
     index: int
@@ -122,6 +124,7 @@ class Job:
     score_prompt: bool = False
     fixed_at_start: bool = False  # `auto` with priority: the first precision is kept
     grammar: Grammar | None = None
+    told: bool = False
     cancelled: bool = False
 
     bits: float = 0.0
@@ -226,14 +229,10 @@ class Job:
     def _forward(self, model: Any, ids: list[int], keep: int) -> Tensor:
         """Logits float32 [keep, vocabulary] of the last tokens; 0 keeps all."""
         make_room(self._cache, self._length, len(ids), len(self.prompt) + self.most)
-        out = model(
-            input_ids=torch.tensor([ids], device=model.device),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
+        given = torch.tensor([ids], device=model.device)
+        logits = continue_cache(model, given, self._cache, self._length, self.told, keep)
         self._length += len(ids)
-        return out.logits[0].float().cpu()
+        return logits[0].float().cpu()
 
     def answer(self, kept: KeptCaches) -> None:
         """Take the next token, whose logits `advance` has computed. Emits it."""

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from dropbydrop.checkpoint import Checkpoint
 from dropbydrop.evaluation.bench import read_bytes
+from dropbydrop.models.cached import wants_positions
 from dropbydrop.planning.memory import kv_cache
 from dropbydrop.planning.precision import Precision
 from dropbydrop.planning.solver import levels_here
@@ -47,6 +49,7 @@ class Precisions:
             device: where everything is computed.
 
         Raises:
+            UnsupportedModelError: it does not continue a text from a cache.
             DropError: as `load`.
         """
         checkpoint = Checkpoint.open(folder)
@@ -63,6 +66,9 @@ class Precisions:
         self._meter = Meter()
         self.base = self._views[chosen[-1]]
         self.cache_bytes = _cache_bytes(self.base)
+        self.told = False  # whether models are told positions
+        if not fused_decode.native(self.base):
+            self.told = wants_positions(self.base, partial(_new_cache, self.base))
         self.batched = False  # whether requests share a pass through torch; `warm_up` tries it
         self._turns: tuple[int, ...] = ()
 
@@ -153,6 +159,10 @@ class Precisions:
         if len(models) > 1:
             return lambda: fused_decode.decode_together(models, zeros, caches)
         return lambda: first(input_ids=ids, past_key_values=caches[0], use_cache=True).logits.cpu()
+
+
+def _new_cache(model: Any, tokens: int) -> Any:
+    return new_cache(model.config, False, tokens, tokens)
 
 
 def _seconds(step: Callable[[], Any]) -> float:

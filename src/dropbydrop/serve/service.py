@@ -192,6 +192,7 @@ class Service:
                         load=request.load,
                         emit=emit,
                         top=request.top,
+                        told=self.engine.precisions.told,
                         score_prompt=request.echo and request.top is not None,
                         fixed_at_start=request.fixed_at_start,
                     )
