@@ -227,6 +227,11 @@ def test_responses_that_are_cut(able: Running, say: Say) -> None:
     assert cut.output[0].status == "incomplete"
 
 
+def odd_tool(schema: Any) -> Any:
+    parameters = {"type": "object", "properties": {"anyOf": {"type": "string"}, "a": schema}}
+    return {"type": "function", "name": "x", "parameters": parameters}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -234,6 +239,13 @@ def test_responses_that_are_cut(able: Running, say: Say) -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [odd_tool({"anyOf": 5})]}, "tools[0].parameters"),
+        (
+            {"tools": [odd_tool({"items": {"properties": {"b": {"oneOf": True}}}})]},
+            "tools[0].parameters",
+        ),
+        ({"metadata": {"a": [1]}}, "metadata"),
+        ({"metadata": {str(i): "a" for i in range(17)}}, "metadata"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
         ({"n": 2}, "n"),
     ],

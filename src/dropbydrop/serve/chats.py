@@ -122,10 +122,23 @@ def _tool(given: Any, where: str, flat: bool) -> dict[str, Any]:
         "description": function.text("description", ""),
         "parameters": function.object("parameters") or {"type": "object", "properties": {}},
     }
+    if not _sound(made["parameters"]):
+        raise function.error("parameters", "anyOf, oneOf and allOf are lists")
     function.only("strict", False)
     function.done()
     tool.done()
     return {"type": "function", "function": made}
+
+
+def _sound(schema: Any) -> bool:
+    """Whether the choices in a schema are lists; transformers' parser of calls fails on others."""
+    if not isinstance(schema, dict):
+        return True
+    choices = [schema[key] for key in ("anyOf", "oneOf", "allOf") if key in schema]
+    inner, items = schema.get("properties"), schema.get("items")
+    return all(isinstance(choice, list) and all(map(_sound, choice)) for choice in choices) and all(
+        map(_sound, [*(inner.values() if isinstance(inner, dict) else ()), items])
+    )
 
 
 def read_format(given: dict[str, Any] | None, where: str) -> dict[str, Any] | None:
