@@ -96,6 +96,24 @@ def test_completions_with_the_strict_client(server: Running) -> None:
     assert logprobs.text_offset[0] == 0
 
 
+def test_offsets_in_texts_whose_characters_are_several_tokens(server: Running) -> None:
+    """Those of a stream are those of the whole, and lie in the text."""
+    body = {"prompt": "é日本 the", "echo": True, "logprobs": 0, "max_tokens": 9, "temperature": 0}
+    url = server.address + "/v1/completions"
+    (whole,) = httpx2.post(url, json=body).json()["choices"]
+    lines = httpx2.post(url, json={**body, "stream": True}).text.split("\n")
+    chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    scored = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"]]
+    for name in ("tokens", "text_offset"):
+        assert [x for one in scored for x in one[name]] == whole["logprobs"][name]
+    assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
+    offsets, names = whole["logprobs"]["text_offset"], whole["logprobs"]["tokens"]
+    assert offsets == sorted(offsets)
+    assert offsets[-1] <= len(whole["text"])
+    begun = offsets[names.index(" the")]
+    assert whole["text"][begun : begun + 4] == " the"
+
+
 def test_the_asynchronous_client(server: Running) -> None:
     """Chat, completions and responses, whole and streamed, validated strictly."""
 

@@ -10,6 +10,7 @@ answered, and where it changed) and `timings`, spelled as llama.cpp does.
 
 from __future__ import annotations
 
+import codecs
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -305,6 +306,20 @@ class ChatForm(Form):
         return {"token": self.text.piece(token), "logprob": logprob, "bytes": list(raw)}
 
 
+class _Offsets:
+    """Where the tokens of a text begin, in characters; within one, where that begins."""
+
+    def __init__(self, text: Text) -> None:
+        self._text, self._count = text, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def next(self, token: int) -> int:
+        start = self._count
+        if token not in self._text.special:
+            self._count += len(self._decoder.decode(self._text.bytes_of(token)))
+        return start
+
+
 class CompletionForm(Form):
     """text_completion, whole and in chunks."""
 
@@ -313,7 +328,7 @@ class CompletionForm(Form):
 
     def __init__(self, head: Head, text: Text) -> None:
         super().__init__(head, text)
-        self._offsets: dict[int, int] = {}  # characters so far, of each choice
+        self._offsets: dict[int, _Offsets] = {}  # of each choice
 
     def _echo(self, index: int) -> str:
         if not self.head.request.echo:
@@ -329,33 +344,28 @@ class CompletionForm(Form):
     ) -> list[dict[str, Any]]:
         if not text and not scores:
             return []
-        offset = self._offsets.get(index, 0)
-        logprobs = self._scored(scores, offset) if scores else None
-        self._offsets[index] = offset + len(text)
+        offsets = self._offsets.setdefault(index, _Offsets(self.text))
+        logprobs = self._scored(scores, offsets) if scores else None
         return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}]
 
     def _last(self, end: Finished) -> dict[str, Any]:
         return {"index": end.index, "text": "", "logprobs": None, "finish_reason": end.reason}
 
     def _choice(self, choice: Choice, end: Finished) -> dict[str, Any]:
+        scored = self.head.request.top is not None
         return {
             "index": end.index,
             "text": self._echo(end.index) + choice.text,
-            "logprobs": None if self.head.request.top is None else self._scored(choice.scores, 0),
+            "logprobs": self._scored(choice.scores, _Offsets(self.text)) if scored else None,
             "finish_reason": end.reason,
         }
 
-    def _scored(self, scores: Sequence[Score], offset: int) -> dict[str, Any]:
-        tokens = [self.text.name(score.token) for score in scores]
-        offsets = []
-        for score in scores:
-            offsets.append(offset)
-            offset += len(self.text.piece(score.token))
+    def _scored(self, scores: Sequence[Score], offsets: _Offsets) -> dict[str, Any]:
         return {
-            "tokens": tokens,
+            "tokens": [self.text.name(score.token) for score in scores],
             "token_logprobs": [score.logprob for score in scores],
             "top_logprobs": [self._top(score) for score in scores],
-            "text_offset": offsets,
+            "text_offset": [offsets.next(score.token) for score in scores],
         }
 
     def _top(self, score: Score) -> dict[str, float] | None:
