@@ -175,8 +175,13 @@ def write_windows(
     progress: bool = True,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Sample `n` windows of `seq_len` tokens from the model in `folder`: int64 [n, seq_len]."""
+    """Sample `n` windows of `seq_len` tokens from the model in `folder`: int64 [n, seq_len].
+
+    Raises:
+        UnsupportedModelError: the model cannot continue a text from a cache (`wants_positions`).
+    """
     model = open_model(folder, device)
+    told = wants_positions(model, partial(cache_with_room, model))
     generator = torch.Generator().manual_seed(seed)
     pieces, length = texts_of(seq_len, writing)
     writers = _writers(model, tokenizer, n * pieces, writing, generator)
@@ -184,10 +189,8 @@ def write_windows(
     batches = [writers[low : low + size] for low in range(0, n * pieces, size)]
     with progress_bar(progress) as bar:
         task = bar.add_task("writing calibration text", total=length * len(batches))
-        parts = [
-            _sample(model, batch, length, writing.temperature, generator, lambda: bar.advance(task))
-            for batch in batches
-        ]
+        heat, advance = writing.temperature, partial(bar.advance, task)
+        parts = [_sample(model, batch, length, heat, generator, advance, told) for batch in batches]
     return torch.cat(parts).view(n, pieces * length)[:, :seq_len].contiguous()
 
 
@@ -269,9 +272,9 @@ def _sample(
     temperature: float,
     generator: torch.Generator,
     advance: Any,
+    told: bool,
 ) -> Tensor:
-    """One batch of texts, int64 [texts, seq_len]."""
-    told = wants_positions(model, partial(cache_with_room, model))
+    """One batch of texts, int64 [texts, seq_len]. told: see `continue_cache`."""
     cache = cache_with_room(model, seq_len)
     out = torch.empty(len(writers), seq_len, dtype=torch.int64)
     drawn = [0] * len(writers)  # ignored: every text begins with a given token

@@ -80,7 +80,7 @@ def check_values(runner: BlockRunner, head_bits: int) -> None:
     """
     keys = KeyNames(runner.model, runner.files)
     linears = {f"{n}.weight" for n, m in runner.model.named_modules() if isinstance(m, nn.Linear)}
-    coded = {f"{n}.weight" for n in codable(runner.model, "")}  # and no tables, which come first
+    coded = {f"{n}.weight" for n in codable(runner.model, "")}
     linears |= set(stack_names(runner.model))
     rows = {f"{name}.weight" for name in (*runner.embedding_modules, *runner.head_modules)}
     for stored in _placed(runner, keys):

@@ -133,12 +133,12 @@ class Planes(nn.Module):
                 destination[f"{prefix}{key}"] = codes
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        names = [f"{prefix}{key}" for key in self._forms]
-        held = zip(
-            names, self._parameters.values(), (self._plane(k) for k in self._forms), strict=True
+        held = (  # unpacked one by one, and only those that are given
+            (name, self._parameters[key], self._plane(key).to_stored())
+            for key in self._forms
+            if (name := f"{prefix}{key}") in state_dict
         )
-        stored = ((name, own, plane.to_stored()) for name, own, plane in held)
-        super()._load_from_state_dict(_unchanged(stored, state_dict, args[-1]), prefix, *args)
+        super()._load_from_state_dict(_unchanged(held, state_dict, args[-1]), prefix, *args)
 
 
 def _unchanged(
