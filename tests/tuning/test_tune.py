@@ -217,15 +217,16 @@ def test_gradients_of_distillation_are_those_of_autograd(
     windows = distill.Windows(ids, distill.last_hidden(teacher, ids, False), 1)
     values = student.values()
     weights = {2: 0.5, 3: 1.0, 4: 3.0}
-    found = distill.divergence(student, teacher, values.leaves, windows, [2, 0], levels, weights)
+    own = dict(zip(levels, ([2, 0], [1, 2], [0, 1]), strict=False))  # windows of each level
+    found = distill.divergence(student, teacher, values.leaves, windows, own, weights)
 
     model: Any = AutoModelForCausalLM.from_pretrained(place / family, dtype=torch.float32).eval()
     naive = naive_values(student.checkpoint, student)
-    log_p = torch.log_softmax(model(ids[[2, 0]], use_cache=False).logits, -1).detach()
     total = torch.zeros(())
-    for level, value in zip(levels, found, strict=True):
+    for level, value in found.items():
+        log_p = torch.log_softmax(model(ids[own[level]], use_cache=False).logits, -1).detach()
         quantized = naive_model(student.checkpoint, student, naive, model, level)
-        log_q = torch.log_softmax(quantized(ids[[2, 0]]), -1)
+        log_q = torch.log_softmax(quantized(ids[own[level]]), -1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
         assert value == pytest.approx(float(kl.detach()), rel=1e-3)
         total = total + weights[level] * kl

@@ -5,7 +5,7 @@ forward and backward, the head. The rest is counted (distill.py):
 
     original   all windows once through all blocks
     loss       before and after: the windows set apart, at all levels
-    steps      each part of the schedule: forward, head and its gradient, forward and backward again
+    steps      forward at all levels side by side, heads and gradients, forward and backward again
 
 Memory is that of the trial and what it has less of than the run: codes of the other blocks, their
 trained values, inputs of the blocks, the original's last states.
@@ -144,17 +144,17 @@ def cost(
     step = _seconds(runner.device, lambda: values.step(1, 1e-6))
     seconds = blocks * (loading + original * n / BATCH)
     seconds += 2 * held * (blocks * _loss_seconds(student, values, x[:1]) + count * plain / BATCH)
-    each = {level: _part_seconds(student, values, x, level) for level in student.levels}
     plan = schedule(n - held, config.passes, student.levels, config.together, config.seed)
-    for parts in plan:
-        seconds += blocks * step
-        for chosen, at in parts:
-            for level in at:
-                seconds += len(chosen) / BATCH * (blocks * each[level] + gradient)
+    sizes = [{level: len(own) for own, at in parts for level in at} for parts in plan]
+    each = {at: _step_seconds(student, values, x, at) for at in set(map(tuple, sizes))}
+    for counts in sizes:  # all batches are whole but for the last one
+        batches = sum(counts.values()) / BATCH
+        seconds += blocks * (step + each[tuple(counts)] * batches / len(counts))
+        seconds += gradient * batches
     codes = sum(plane.numel() for g in student.groups_of(0) for m in g.codes for plane in m)
     state = x.element_size() * length * x.shape[-1]  # of a window
     others = max(0.0, blocks - 1)
-    missing = others * (codes + 7 * 4 * values.count + BATCH * state) + n * state
+    missing = others * (codes + 7 * 4 * values.count + count * BATCH * state) + n * state
     return Cost(seconds, int(missing), int(n * state + blocks * 3 * 4 * values.count))
 
 
@@ -182,15 +182,16 @@ def _loss_seconds(student: Student, values: Values, x: Tensor) -> float:
     return _seconds(x.device, run)
 
 
-def _part_seconds(student: Student, values: Values, x: Tensor, level: int) -> float:
-    """Block 0 on a batch of windows at one level: forward, and forward and backward again."""
+def _step_seconds(student: Student, values: Values, x: Tensor, levels: tuple[int, ...]) -> float:
+    """Block 0 on a batch of windows a level: forward, and forward and backward again."""
 
     def run() -> None:
         with torch.no_grad():
-            student.block(0, [x], values.leaves, (level,))
+            student.block(0, [x] * len(levels), values.leaves, levels)
+        own = [x.detach().requires_grad_() for _ in levels]
         with torch.enable_grad():
-            outputs = student.block(0, [x.detach().requires_grad_()], values.leaves, (level,))
-        torch.autograd.backward(outputs, [torch.ones_like(x)])
+            outputs = student.block(0, own, values.leaves, levels)
+        torch.autograd.backward(outputs, [torch.ones_like(x)] * len(levels))
 
     return _seconds(x.device, run)
 

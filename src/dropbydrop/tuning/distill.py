@@ -8,13 +8,13 @@ Steps:
            L = mean over P of  KL_P / KL_P(before),
 
        so that 2 bits, ten times as far away as 4, do not take all of the gradient.
-    3. a step runs `BATCH` windows at every level, a level after the other: forward through the
-       blocks, keeping the inputs of each; KL and its gradient by slabs of tokens; backward block
-       by block, each run again with gradients (gradient checkpointing). Then Adam (optimizer.py).
+    3. a step runs `BATCH` windows at every level: forward through the blocks, keeping the inputs of
+       each; KL and its gradient by slabs of tokens; backward block by block, each run again with
+       gradients (gradient checkpointing). Then Adam (optimizer.py). The levels go through a block
+       side by side: decoding it is half of the work on a CPU, and is done once for all.
     4. values are rounded to what is stored, and the KL of every level is measured again.
 
-The windows of a step are others at every level; `together`, they are the same ones, run through a
-block side by side, which decodes its weights once and sees fewer windows in the same time.
+The windows of a step are others at every level; `together`, they are the same ones.
 
 The order of windows and levels follows from the seed alone: with `state` of optimizer.py and the
 number of the step, a run goes on as if it had never stopped.
@@ -40,8 +40,8 @@ from .student import Student
 
 KEEP = 4  # steps between two states that are kept for `resume`
 _WINDOWS = "windows.safetensors"
-Part = tuple[list[int], tuple[int, ...]]  # windows that run together, and at which levels
-BATCH = 2  # windows that run together
+Part = tuple[list[int], tuple[int, ...]]  # windows of a step, and at which levels they run
+BATCH = 2  # windows that a level runs in a step
 LOGIT_VALUES = 1 << 23  # float32 logits in memory at a time
 _SMALL = 1e-12  # a KL that is not divided by
 
@@ -104,29 +104,28 @@ def divergence(
     teacher: BlockRunner,
     leaves: Mapping[str, Tensor],
     windows: Windows,
-    chosen: Sequence[int],
-    levels: Sequence[int],
+    chosen: Mapping[int, Sequence[int]],
     weights: Mapping[int, float] | None = None,
-) -> list[float]:
-    """Mean KL(original || level) in nats a token over some windows, at each of `levels`.
+) -> dict[int, float]:
+    """Mean KL(original || level) in nats a token of each level over windows of its own.
 
-    With `weights`, the gradient of the sum over levels of weights[P] * KL_P is added to the
-    `.grad` of `leaves`.
+    Args:
+        chosen: level, ascending -> numbers of its windows.
+        weights: the gradient of the sum over levels of weights[P] * KL_P is added to the `.grad` of
+            `leaves`. None: no gradients.
     """
-    target = windows.hidden[list(chosen)]
-    x = student.runner.embed(windows.ids[list(chosen)].to(student.device))
+    levels, numbers = list(chosen), [list(own) for own in chosen.values()]
+    hidden = [student.runner.embed(windows.ids[own].to(student.device)) for own in numbers]
     inputs: list[list[Tensor]] = []
-    hidden = [x] * len(levels)
     with torch.no_grad():
         for i in range(student.runner.num_blocks):
             if weights is not None:
                 inputs.append(hidden)
             hidden = student.block(i, hidden, leaves, levels)
-    found, grads = [], []
-    for last, level in zip(hidden, levels, strict=True):
+    found, grads = {}, []
+    for last, level, own in zip(hidden, levels, numbers, strict=True):
         weight = None if weights is None else weights[level]
-        value, grad = head_loss(student, teacher, leaves, last, target, weight)
-        found.append(value)
+        found[level], grad = head_loss(student, teacher, leaves, last, windows.hidden[own], weight)
         grads.append(grad)
     for i in reversed(range(len(inputs))):
         block_inputs = [x.detach().requires_grad_() for x in inputs.pop()]
@@ -176,9 +175,9 @@ def measure(
     """Mean KL of every level over the windows set apart, in nats a token."""
     sums = dict.fromkeys(student.levels, 0.0)
     for window in range(windows.training, windows.ids.shape[0]):
-        values = divergence(student, teacher, leaves, windows, [window], student.levels)
-        for level, value in zip(student.levels, values, strict=True):
-            sums[level] += value / windows.held
+        chosen = {level: [window] for level in student.levels}
+        for level, kl in divergence(student, teacher, leaves, windows, chosen).items():
+            sums[level] += kl / windows.held
     return sums
 
 
@@ -191,13 +190,11 @@ def _add_gradients(
     step: Sequence[Part],
 ) -> dict[int, float]:
     """Gradients of a step's parts; level -> KL of its windows relative to `before`, as at first."""
-    runs = sum(len(chosen) * len(levels) for chosen, levels in step)
-    seen: dict[int, float] = {}
-    for chosen, levels in step:
-        weights = {p: len(chosen) / (max(before[p], _SMALL) * runs) for p in levels}
-        found = divergence(student, teacher, values.leaves, windows, chosen, levels, weights)
-        seen |= {p: kl / max(before[p], _SMALL) for p, kl in zip(levels, found, strict=True)}
-    return seen
+    chosen = {level: own for own, levels in step for level in levels}
+    runs = sum(len(own) for own in chosen.values())
+    weights = {p: len(own) / (max(before[p], _SMALL) * runs) for p, own in chosen.items()}
+    found = divergence(student, teacher, values.leaves, windows, chosen, weights)
+    return {p: kl / max(before[p], _SMALL) for p, kl in found.items()}
 
 
 def run(job: Job, student: Student, journal: Journal | None, progress: bool) -> Result:
