@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from dropbydrop.system.errors import CalibrationError, FormatError
 from dropbydrop_research.study import cache, encode, gaussian, paper
 from dropbydrop_research.study.cache import GramOptions, find_grams, grams_for
 from dropbydrop_research.study.checkpoint import reconstruction
-from dropbydrop_research.study.data import fingerprint, read_weight
+from dropbydrop_research.study.data import read_weight
 from dropbydrop_research.study.rows import read_results
 from dropbydrop_research.theory import weighted_distortion
 from tiny import save_tiny
@@ -342,5 +343,16 @@ def test_wrong_use_says_what(
     assert says in error.replace("\n", " ")
 
 
-def test_fingerprints_tell_models_apart(root: Path) -> None:
-    assert fingerprint(root / "llama") != fingerprint(root / "out")
+@pytest.mark.parametrize("file", ["tokenizer.json", "model.safetensors", "config.json"])
+def test_statistics_of_another_model_are_not_taken_from_the_cache(
+    root: Path, tmp_path: Path, file: str
+) -> None:
+    """Each file that decides them is compared as a whole: one changed byte is another model."""
+    folder = tmp_path / "model"
+    shutil.copytree(root / "llama", folder)
+    options = GramOptions(str(root / "text.txt"), None, 8, 64, 0)
+    grams_for(Source("tiny", folder), options, tmp_path / "cache")
+    assert find_grams(folder, tmp_path / "cache") is not None
+    raw = (folder / file).read_bytes()
+    (folder / file).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    assert find_grams(folder, tmp_path / "cache") is None

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from dropbydrop.cli import main as cli
@@ -283,7 +282,8 @@ def test_statistics_that_were_interrupted(
         patch.setattr(Folder, "write_grams", stopping)
         with pytest.raises(KeyboardInterrupt):
             compare(job(root, "gptq"), out, progress=False)
-    assert [p.name for p in (out / "grams").iterdir()] == ["block-000.safetensors"]
+    kept = sorted(p.name for p in (out / "grams").iterdir())
+    assert kept == ["block-000.safetensors", "block-000.safetensors.sha256"]
     result = compare(job(root, "gptq"), out, progress=False)
     assert without_times(result) == without_times(undisturbed)
 
@@ -369,25 +369,36 @@ def test_a_folder_of_something_else_is_refused(root: Path, tmp_path: Path) -> No
 
 
 def test_damaged_files_are_named(root: Path, tmp_path: Path) -> None:
-    compare(job(root, "rtn"), tmp_path / "out", progress=False)
-    block = tmp_path / "out" / "rtn" / "block-001.safetensors"
-    block.write_bytes(block.read_bytes()[:100])
-    with pytest.raises(FormatError, match=r"block-001.safetensors cannot be read"):
-        compare(job(root, "rtn"), tmp_path / "out", progress=False)
-    for meta in (
-        {},
-        {"record": "{"},
-        {"record": "[1]"},
-        {"record": "{}"},
-        {"record": "[" * 99_999},
-    ):
-        save_file({"x": torch.ones(1)}, block, meta)
-        with pytest.raises(FormatError, match=r"block-001.safetensors cannot be read"):
-            compare(job(root, "rtn"), tmp_path / "out", progress=False)
+    out = tmp_path / "out"
+    undisturbed = compare(job(root, "rtn"), out, progress=False)
+    block = out / "rtn" / "block-001.safetensors"
+    grams, result = out / "grams" / "block-000.safetensors", out / "rtn" / "result.json"
+    whole = {path: path.read_bytes() for path in (block, grams, result)}
+    flipped = {path: raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:] for path, raw in whole.items()}
+    other = (out / "rtn" / "block-000.safetensors").read_bytes()
+    for path, raw in [(block, whole[block][:100]), (block, other), *flipped.items()]:
+        path.write_bytes(raw)
+        with pytest.raises(FormatError, match=rf"{path.name} is not what was written.*Remove it"):
+            compare(job(root, "rtn"), out, progress=False)
+        path.write_bytes(whole[path])
+    seal = block.with_name(f"{block.name}.sha256")  # a block in the place of another, hash and all
+    kept = seal.read_bytes()
+    seal.write_bytes((out / "rtn" / "block-000.safetensors.sha256").read_bytes())
+    block.write_bytes(other)
+    with pytest.raises(FormatError, match=r"block-001.safetensors is not what was written"):
+        compare(job(root, "rtn"), out, progress=False)
+    block.write_bytes(whole[block])
+    seal.write_bytes(kept)
+    for path in (block, seal):  # not finished: made again
+        path.unlink()
+        again = compare(job(root, "rtn"), out, progress=False)
+        assert without_times(again) == without_times(undisturbed)
+        assert block.is_file()
+        assert seal.is_file()
     for damage in ("{", "[1]", "[" * 200_000):
-        (tmp_path / "out" / "compare.json").write_text(damage)
+        (out / "compare.json").write_text(damage)
         with pytest.raises(FormatError, match=r"compare.json is damaged"):
-            compare(job(root, "rtn"), tmp_path / "out", progress=False)
+            compare(job(root, "rtn"), out, progress=False)
 
 
 def test_records_survive_json() -> None:

@@ -2,7 +2,10 @@
 
 import json
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,12 +69,41 @@ def test_collected_statistics_are_those_of_the_inputs(model: Path, grams: GramFo
     assert down.tokens == ids.numel()
 
 
-def test_damaged_cache_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "group-00000.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(FormatError, match="collect again"):
-        list(GramFolder(tmp_path))
-    save_file({"H": torch.eye(8)}, tmp_path / "group-00000.safetensors")  # no metadata
-    with pytest.raises(FormatError, match="collect again"):
+def _store(folder: Path) -> GramFolder:
+    """Two input groups in a cache."""
+    store = GramFolder(folder)
+    for i in range(2):
+        store.write(i, GroupGram(f"g{i}", (f"m{i}",), 9, 20.0, (i + 1) * torch.eye(8), None, None))
+    return store
+
+
+def _flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: _flip(folder / "group-00001.safetensors"),
+        lambda folder: (folder / "group-00001.safetensors").unlink(),
+        lambda folder: (folder / "group-00001.safetensors").write_bytes(b"not safetensors"),
+        lambda folder: shutil.copy(
+            folder / "group-00000.safetensors", folder / "group-00001.safetensors"
+        ),
+        lambda folder: save_file({"H": torch.eye(8)}, folder / "group-00001.safetensors"),
+        lambda folder: (folder / "files.json").write_text("{"),
+        lambda folder: (folder / "files.json").write_text("[]"),
+        lambda folder: (folder / "files.json").write_text('{"../x": ""}'),
+    ],
+)
+def test_damaged_cache_is_refused(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+    store = _store(tmp_path)
+    assert len(store) == 2
+    assert [group.name for group in store] == ["g0", "g1"]
+    damage(tmp_path)
+    with pytest.raises(FormatError, match="collected anew"):
         list(GramFolder(tmp_path))
 
 

@@ -38,6 +38,7 @@ REFUSED: Mapping[str, str] = {  # by model_type of the config or of its text par
     "longcat_flash": _TWO,
     "llama4": _LLAMA4,
     "llama4_text": _LLAMA4,
+    "moshi": "its own mask is wrong once its cache drops tokens",
     "rwkv": "it divides the weights of its layers whenever it runs (rescale_every)",
 }
 

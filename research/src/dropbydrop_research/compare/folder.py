@@ -7,9 +7,12 @@
     <method>/block-000.safetensors  decoded weights, float16, "<level>/<module>"; a `Record` in the
                                     metadata
     <method>/result.json            the method's evaluation, with what it was evaluated on
+    *.sha256                        of each of these three: SHA-256 of its path and content
     result.json, *.png, *.svg       the comparison, written by the command
 
-Every file appears by a rename, whole or not at all. A method whose code has changed since is made
+Every file appears by a rename, whole or not at all. Kept work is finished when its SHA-256 is
+there, which is written last, and compared before it is used: what was damaged or exchanged since is
+refused, not tabulated. A method whose code has changed since is made
 again, the others stay; more blocks may be asked for later, and other texts evaluated. Weights are
 kept in float16, which is what the runtimes of these methods decode to.
 
@@ -19,6 +22,7 @@ A lock on the folder keeps two runs apart.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -34,7 +38,7 @@ from torch import Tensor
 
 from dropbydrop.checkpoint.journal import differences
 from dropbydrop.system.atomic_folder import replacing
-from dropbydrop.system.digest import digest
+from dropbydrop.system.digest import digest, file_digest
 from dropbydrop.system.errors import DropError, FormatError
 from dropbydrop.system.file_errors import file_errors
 from dropbydrop.system.locks import lock
@@ -93,6 +97,7 @@ class Folder:
     def __init__(self, path: Path, common: Mapping[str, Any]) -> None:
         self.path = path
         self.common = json.loads(json.dumps(common))
+        self._intact: set[Path] = set()  # compared, or written, in this run
 
     def __enter__(self) -> Folder:
         busy = f"another process is comparing in {self.path}; wait for it, or name another --out."
@@ -146,13 +151,53 @@ class Folder:
         with self._replacing(path) as partial:
             partial.write_text(json.dumps(value) + "\n")
 
+    @contextlib.contextmanager
+    def _sealing(self, path: Path) -> Iterator[Path]:
+        """`_replacing`, and the SHA-256 beside it."""
+        _seal(path).unlink(missing_ok=True)
+        with self._replacing(path) as partial:
+            yield partial
+        with self._replacing(_seal(path)) as partial:
+            partial.write_text(self._digest(path) + "\n")
+        self._intact.add(path)
+
+    def _digest(self, path: Path) -> str:
+        """Of content and place: the file of another block or method is another one."""
+        place = path.relative_to(self.path).as_posix()
+        return hashlib.sha256(f"{place} {file_digest(path)}".encode()).hexdigest()
+
+    def _finished(self, path: Path) -> bool:
+        return path.is_file() and _seal(path).is_file()
+
+    def _compare(self, path: Path) -> None:
+        """Raises FormatError when a finished file is not what was written."""
+        if path in self._intact:
+            return
+        with file_errors(path):
+            same = self._finished(path) and _seal(path).read_bytes().strip() == (
+                self._digest(path).encode()
+            )
+        if not same:
+            raise FormatError(
+                f"{path} is not what was written (its SHA-256 is another): damaged. Remove it and "
+                "give the same command again."
+            )
+        self._intact.add(path)
+
     def _write_tensors(
         self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> None:
-        with self._replacing(path) as partial:
+        with self._sealing(path) as partial:
             save_file(
                 {k: v.contiguous().cpu() for k, v in tensors.items()}, partial, dict(metadata)
             )
+
+    @contextlib.contextmanager
+    def _opened(self, path: Path) -> Iterator[Any]:
+        """A finished safetensors file, compared, whose tensors the caller may keep."""
+        self._compare(path)
+        with _opened(path) as handle:
+            yield handle
 
     # ---- Gram matrices ---------------------------------------------------------------------
 
@@ -160,7 +205,7 @@ class Folder:
         return self.path / "grams" / f"block-{i:03d}.safetensors"
 
     def has_grams(self, i: int) -> bool:
-        return self._grams(i).is_file()
+        return self._finished(self._grams(i))
 
     def write_grams(self, i: int, grams: BlockGrams, note: Mapping[str, Any]) -> None:
         """Keep the Gram matrices of a block with a JSON-able note."""
@@ -170,12 +215,12 @@ class Folder:
         self._write_tensors(self._grams(i), tensors, metadata)
 
     def grams(self, i: int) -> BlockGrams:
-        with _opened(self._grams(i)) as handle:
+        with self._opened(self._grams(i)) as handle:
             groups = json.loads(handle.metadata()["input_groups"])
             return [(tuple(m), handle.get_tensor(str(k)).clone()) for k, m in enumerate(groups)]
 
     def gram_note(self, i: int) -> dict[str, Any]:
-        with _opened(self._grams(i)) as handle:
+        with self._opened(self._grams(i)) as handle:
             return json.loads(handle.metadata()["note"])
 
     # ---- methods ---------------------------------------------------------------------------
@@ -198,7 +243,7 @@ class Folder:
         return self.path / method.name / f"block-{i:03d}.safetensors"
 
     def has_block(self, method: Method, i: int) -> bool:
-        return self._block(method, i).is_file()
+        return self._finished(self._block(method, i))
 
     def write_block(
         self, method: Method, i: int, weights: Mapping[int, Mapping[str, Tensor]], record: Record
@@ -210,7 +255,7 @@ class Folder:
         self._write_tensors(self._block(method, i), tensors, {"record": record.to_json()})
 
     def record(self, method: Method, i: int) -> Record:
-        with _opened(self._block(method, i)) as handle:
+        with self._opened(self._block(method, i)) as handle:
             return Record.from_json(handle.metadata()["record"])
 
     def weights(self, method: Method, level: int, blocks: int) -> dict[str, Tensor]:
@@ -218,7 +263,7 @@ class Folder:
         found: dict[str, Tensor] = {}
         start = f"{level}/"
         for i in range(blocks):
-            with _opened(self._block(method, i)) as handle:
+            with self._opened(self._block(method, i)) as handle:
                 for key in handle.keys():  # noqa: SIM118 (no mapping)
                     if key.startswith(start):
                         found[key.removeprefix(start)] = handle.get_tensor(key)
@@ -226,7 +271,11 @@ class Folder:
 
     def evaluation(self, method: Method, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """The method's evaluation if it was made on the same blocks and text."""
-        stored = read_json(self.path / method.name / RESULT)
+        path = self.path / method.name / RESULT
+        if not self._finished(path):
+            return None
+        self._compare(path)
+        stored = read_json(path)
         wanted = json.loads(json.dumps(key))
         same = stored is not None and stored.get("key") == wanted
         return stored["result"] if stored is not None and same else None
@@ -234,7 +283,12 @@ class Folder:
     def write_evaluation(
         self, method: Method, key: Mapping[str, Any], result: Mapping[str, Any]
     ) -> None:
-        self.write_json(self.path / method.name / RESULT, {"key": key, "result": result})
+        with self._sealing(self.path / method.name / RESULT) as partial:
+            partial.write_text(json.dumps({"key": key, "result": result}) + "\n")
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from dropbydrop.models.block_runner import BlockRunner
+from dropbydrop.system.digest import model_digest
 from dropbydrop.system.errors import FormatError
 from dropbydrop_research.theory import (
     E8_SECOND_MOMENT,
@@ -43,7 +44,7 @@ from dropbydrop_research.theory import (
     weighted_distortion,
 )
 
-from .data import GramFolder, GroupGram, Progress, fingerprint, finite, read_weight
+from .data import GramFolder, GroupGram, Progress, finite, read_weight
 
 STRUCTURAL = {
     "dedicated": {1: 0.3244, 2: 0.0945, 3: 0.0274, 4: 0.0079},
@@ -96,7 +97,7 @@ def run(
     """
     if not len(grams):
         raise FormatError(f"{grams.folder} holds no cached Gram matrices; collect them first.")
-    runner, model = BlockRunner.open(folder), fingerprint(folder)
+    runner, model = BlockRunner.open(folder), model_digest(folder)
     matrices: list[dict[str, Any]] = []
     skipped: list[str] = []
     for i, group in enumerate(grams):

@@ -3,9 +3,9 @@
     grams_for(source, options)   cached statistics, collected when they are not there
     find_grams(folder)           what is cached for a model, whatever its calibration; or None
 
-A cache folder is named by the model's fingerprint and a hash of everything that decides the
-statistics: text (its content's hash, or "self"), windows, their length, seed, held-out text. Naming
-it takes no tokenizing, so a second run starts at once.
+A cache folder is named by the digest of the model's files, tokenizer included, and a hash of
+everything else that decides the statistics: text (its content's hash, or "self"), windows, their
+length, seed, held-out text. Naming it takes no tokenizing, so a second run starts at once.
 
 Held-out tokens come from a text of their own, or else from the same source: windows of the same
 file that calibration does not use, or text that the model writes with the next seed. Calibration
@@ -28,11 +28,11 @@ from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source
 from dropbydrop.models.statistics import CLIP
 from dropbydrop.system.cache import cache_dir
-from dropbydrop.system.digest import file_digest
+from dropbydrop.system.digest import file_digest, model_digest
 from dropbydrop.system.errors import CalibrationError
 from dropbydrop.system.paths import given
 
-from .data import GramFolder, Progress, collect, fingerprint
+from .data import GramFolder, Progress, collect
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def grams_for(
         CalibrationError: a text that is missing or too short.
         FormatError, UnsupportedModelError: as `data.collect`.
     """
-    name = f"{fingerprint(source.folder)[:16]}-{_key(options)[:16]}"
+    name = f"{model_digest(source.folder)[:16]}-{_key(options)[:16]}"
     folder = (cache or _default()) / name
     if not len(GramFolder(folder)):
         ids, held = _tokens(source, options)
@@ -81,7 +81,7 @@ def grams_for(
 
 def find_grams(folder: Path, cache: Path | None = None) -> GramFolder | None:
     """The newest cached statistics of the model in `folder`, or None."""
-    candidates = (cache or _default()).glob(f"{fingerprint(folder)[:16]}-*")
+    candidates = (cache or _default()).glob(f"{model_digest(folder)[:16]}-*")
     filled = [path for path in candidates if len(GramFolder(path))]
     newest = max(filled, key=lambda path: path.stat().st_mtime, default=None)
     return None if newest is None else GramFolder(newest)
@@ -92,7 +92,7 @@ def _default() -> Path:
 
 
 def _key(options: GramOptions) -> str:
-    described: dict[str, Any] = asdict(options) | {"clip": CLIP, "version": 2}
+    described: dict[str, Any] = asdict(options) | {"clip": CLIP, "version": 3}
     for name in ("calibration", "held_out"):
         if described[name] not in (None, SELF):
             described[name] = _file_hash(given(described[name]))

@@ -8,14 +8,14 @@ collecting and reading take the memory of one block, whatever the model. Tensors
     held      float32 [d_in, d_in]   the same over held-out tokens; may be absent
     energies  float32 [n, T]         ||x||^2 of the calibration tokens, unclipped; may be absent
 
-Metadata: `input_group` (name), `modules` (JSON list), `tokens`, `clip`, `model` (`fingerprint` of
-the folder they were collected from). Nothing is damped. `collect` fills a folder aside and renames
-it, so a cache is either whole or absent.
+Metadata: `input_group` (name), `modules` (JSON list), `tokens`, `clip`, `model` (`model_digest` of
+the folder they were collected from). Nothing is damped. `files.json` has the SHA-256 of every file:
+one that is missing, exchanged or damaged is refused. `collect` fills a folder aside and renames it,
+so a cache is either whole or absent.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -31,8 +31,10 @@ from torch import Tensor, nn
 from dropbydrop.models.block_runner import BlockRunner
 from dropbydrop.models.statistics import CLIP
 from dropbydrop.system.atomic_folder import replacing
+from dropbydrop.system.digest import file_digest, model_digest
 from dropbydrop.system.errors import FormatError
 
+INDEX = "files.json"
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what is next)."""
 
@@ -92,12 +94,27 @@ class GramFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def _digests(self) -> dict[str, str]:
+        """SHA-256 of every file by its name; empty where there is no cache."""
+        index = self.folder / INDEX
+        try:
+            found = json.loads(index.read_text())
+            if not isinstance(found, dict):
+                raise ValueError(f"it holds a {type(found).__name__}")
+            if foreign := [name for name in found if Path(name).name != name]:
+                raise ValueError(f"it names {foreign[0]!r}")
+        except FileNotFoundError:
+            return {}
+        except (ValueError, RecursionError) as error:
+            raise _damaged(index, error) from error
+        return found
+
     @property
     def files(self) -> list[Path]:
-        return sorted(self.folder.glob("group-*.safetensors"))
+        return [self.folder / name for name in sorted(self._digests())]
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self._digests())
 
     def write(self, index: int, group: GroupGram) -> None:
         """Store the statistics of the input group number `index`."""
@@ -117,9 +134,18 @@ class GramFolder:
         }
         present = {k: v.to(torch.float32).contiguous() for k, v in tensors.items() if v is not None}
         save_file(present, path, metadata)
+        digests = self._digests() | {path.name: file_digest(path)}
+        (self.folder / INDEX).write_text(json.dumps(digests, indent=1) + "\n")
 
     def __iter__(self) -> Iterator[GroupGram]:
-        for path in self.files:
+        for name, expected in sorted(self._digests().items()):
+            path = self.folder / name
+            try:
+                found = file_digest(path)
+            except OSError as error:
+                raise _damaged(path, error.strerror) from error
+            if found != expected:
+                raise _damaged(path, "its SHA-256 is another than when it was written")
             yield _read_group(path)
 
 
@@ -139,25 +165,14 @@ def _read_group(path: Path) -> GroupGram:
             model=meta.get("model", ""),
         )
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise FormatError(
-            f"{path} is not a cached Gram matrix ({error}); delete the folder and collect again."
-        ) from error
+        raise _damaged(path, error) from error
 
 
-def fingerprint(folder: Path) -> str:
-    """SHA-256 that tells models apart by their config and samples of their weights.
-
-    Reads the config and 16 pieces of 64 KiB of each safetensors file, not whole files.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as handle:
-            for i in range(16):
-                handle.seek(size * i // 16)
-                digest.update(handle.read(1 << 16))
-    return digest.hexdigest()
+def _damaged(path: Path, reason: object) -> FormatError:
+    return FormatError(
+        f"{path} is not the cached Gram matrices that were written ({reason}). Remove the folder "
+        "and give the command again; they are collected anew."
+    )
 
 
 def collect(
@@ -179,7 +194,8 @@ def collect(
         FormatError: `folder` holds something else than a cache.
         UnsupportedModelError, CalibrationError: as `BlockRunner.collect_statistics`.
     """
-    if folder.exists() and any(p not in GramFolder(folder).files for p in folder.iterdir()):
+    own = {INDEX, *(path.name for path in GramFolder(folder).files)}
+    if folder.exists() and any(path.name not in own for path in folder.iterdir()):
         raise FormatError(f"{folder} holds other files than cached statistics; name a new folder.")
     with replacing(folder, folder=True) as partial:
         _collect(runner, ids, held_ids, clip, GramFolder(partial), progress)
@@ -196,7 +212,7 @@ def _collect(
     store: GramFolder,
     progress: Progress | None,
 ) -> None:
-    index, model = 0, fingerprint(runner.files.folder)
+    index, model = 0, model_digest(runner.files.folder)
     hidden = runner.embed(ids)
     held_hidden = None if held_ids is None else runner.embed(held_ids)
     for i in range(runner.num_blocks):
