@@ -215,26 +215,21 @@ def labels(codes: Tensor, taps: Tensor, bits: int, d_out: int) -> Tensor:
 
     codes uint8 [bytes of a stream, d_in]; taps uint8 [L], L at most 17; bits: k.
     """
-    size, rows = codes.shape[1], 8 // bits
-    index = codes.to(torch.int32).flatten()
+    size, rows, index = codes.shape[1], 8 // bits, codes.to(torch.int32).flatten()
     found = torch.zeros((), dtype=torch.int32 if rows == 4 else torch.int64, device=codes.device)
-    for back, table in enumerate(_byte_labels(taps, bits)):
-        word = table.view(found.dtype)[:, 0]  # the labels of a byte's rows
-        found = found ^ word.index_select(0, index).view(-1, size).roll(back, 0)
+    for back, table in enumerate(_byte_labels(taps, bits).view(found.dtype)):
+        found = found ^ table[:, 0].index_select(0, index).view(-1, size).roll(back, 0)
     by_row = found.view(torch.uint8).view(-1, size, rows).transpose(1, 2)  # [bytes, rows, d_in]
     return by_row.reshape(-1, size)[:d_out]
 
 
 def _byte_labels(taps: Tensor, bits: int) -> Tensor:
     """What byte b - back adds to the labels of the rows of byte b: uint8 [back, value, row]."""
-    device = taps.device
-    row = torch.arange(8 // bits, device=device)
-    back = torch.arange(3, device=device)[:, None, None]
-    bit = torch.arange(8, device=device)[:, None]
-    age = bits * row + bits - 1 + 8 * back - bit  # [back, bit, row]
+    back, bit, row = torch.meshgrid(*map(torch.arange, (3, 8, 8 // bits)), indexing="ij")
+    age = (bits * row + bits - 1 + 8 * back - bit).to(taps.device)
     known = (age >= 0) & (age < len(taps))
     added = torch.where(known, taps[age.clamp(0, len(taps) - 1)], torch.zeros_like(taps[0]))
-    found = torch.zeros(3, 1, 8 // bits, dtype=torch.uint8, device=device)
+    found = torch.zeros(3, 1, 8 // bits, dtype=torch.uint8, device=taps.device)
     for i in range(8):  # bytes below 2^i, then those with bit i
         found = torch.cat([found, found ^ added[:, i : i + 1]], 1)
     return found
