@@ -292,6 +292,46 @@ def test_notices_what_changes_in_the_model():
     assert (got - want).norm() / want.norm() < 1e-3
 
 
+CHANGES = {
+    "frequencies in place": lambda m: m.rotary_emb.inv_freq.mul_(0.3),
+    "other frequencies": lambda m: setattr(m.rotary_emb, "inv_freq", m.rotary_emb.inv_freq * 0.3),
+    "rotary scale": lambda m: setattr(m.rotary_emb, "attention_scaling", 1.7),
+    "attention": lambda m: setattr(m.layers[1].self_attn, "scaling", 0.9),
+    "norm": lambda m: setattr(m.layers[1].input_layernorm, "variance_epsilon", 0.5),
+    "activation": lambda m: setattr(m.layers[1].mlp, "act_fn", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("before", [True, False], ids=["running", "before the first token"])
+def test_notices_numbers_and_buffers(change, before):
+    model = build("llama")
+    ids = torch.randint(1, 100, (1, 12))
+    with native(model):
+        first = hidden_states(copy.deepcopy(model), ids, 6, [6])
+        if before:
+            hidden_states(model, ids, 6, [6])
+        with torch.no_grad():
+            change(model.model)
+        got = hidden_states(model, ids, 6, [6])
+    want = hidden_states(model, ids, 6, [6])
+    assert (got - want).norm() / want.norm() < 1e-3
+    assert (got - first).norm() / want.norm() > 1e-2
+
+
+def test_notices_hooks_on_all_modules():
+    model = build("llama")
+    ids = torch.randint(1, 100, (1, 12))
+    with native(model) as calls:
+        hidden_states(model, ids, 6, [6])
+        handle = nn.modules.module.register_module_forward_hook(lambda *a: None)
+        hidden_states(model, ids, 6, [6])
+        handle.remove()
+        assert len(calls) == 1
+        hidden_states(model, ids, 6, [6])
+        assert len(calls) == 2
+
+
 def test_every_copy_has_its_own_step():
     model = build("llama")
     ids = torch.randint(1, 100, (1, 12))

@@ -472,6 +472,20 @@ def test_biases_may_change_and_have_any_type(tmp_path: Path, code: str) -> None:
     torch.testing.assert_close(logits(wide).float(), first, rtol=1e-4, atol=1e-4)
 
 
+def test_scales_may_be_replaced(tmp_path: Path, code: str) -> None:
+    out = write_checkpoint(tmp_path / "out", tiny_model("qwen2"), code=code)
+    model, other = dropbydrop.load(out), dropbydrop.load(out)
+    first, said = logits(model), tokens_of(model)
+    for name in ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.up_proj"):
+        linear = model.get_submodule(name)
+        linear.scales = linear.scales * 20
+        other.get_submodule(name).scales.mul_(20)
+    assert torch.equal(logits(model), logits(other))
+    assert not torch.equal(logits(model), first)
+    assert torch.equal(tokens_of(model), tokens_of(other))
+    assert not torch.equal(tokens_of(model), said)
+
+
 def test_biases_are_trained(tmp_path: Path) -> None:
     """Kernels have no gradients; those of a bias are the same as below plain linears."""
     out = write_checkpoint(tmp_path / "out", tiny_model("qwen2"))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx2
 import openai
 import pytest
 from running import NAME, Running, running
+
+from dropbydrop.serve.answers import _Offsets
+from dropbydrop.serve.text import Text
 
 CHAT = [{"role": "user", "content": "the old mill"}]
 
@@ -112,6 +116,17 @@ def test_offsets_in_texts_whose_characters_are_several_tokens(server: Running) -
     assert offsets[-1] <= len(whole["text"])
     begun = offsets[names.index(" the")]
     assert whole["text"][begun : begun + 4] == " the"
+
+
+def test_offsets_behind_characters_that_nothing_ends() -> None:
+    """A broken character is one U+FFFD, and what follows it begins after that."""
+    pieces = [b"a", b"\xe2\x82", b"b", b"\xe2", b"\x82", b"\xac", b"c", b"\xf0\x9f"]
+    pieces += ["\u20ac".encode(), b"z"]
+    known = SimpleNamespace(special=set(), bytes_of=pieces.__getitem__)
+    offsets = _Offsets(cast(Text, known))
+    text = b"".join(pieces).decode("utf-8", "replace")
+    found = [offsets.next(token) for token in range(len(pieces))]
+    assert [text[i] for i in found] == list("a\ufffdb\u20ac\u20ac\u20acc\ufffd\u20acz")
 
 
 def test_the_asynchronous_client(server: Running) -> None:

@@ -11,7 +11,8 @@ another thread.
 
 What the step knows about the model is worked out at the first call that could use it and holds as
 long as the modules stay what they were: a replaced module (an adapter), a hook, a patched forward,
-norms that changed are noticed at the next call, which builds a new step or runs through torch. The
+norms, rotary frequencies or scales that changed are noticed at the next call, which builds a new
+step or runs through torch. The
 reason is logged once. Not noticed is what torch does not count either: values of norms in 16 bits
 that are changed through `.data`, or in place after loading in inference mode.
 

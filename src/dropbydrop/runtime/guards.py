@@ -3,6 +3,10 @@
 `same` and `plain` are asked at every token, for hundreds of modules whose objects the caches have
 lost since the last one. So what is compared lies in flat lists, the loops are those of `map`, and
 hooks are looked at only after any module of the process was given one.
+
+Beside modules and norms a step reads numbers (scales of attention and of rotary positions, what
+norms add to a mean) and buffers (frequencies; scales of rows, which are read where they are, so
+that changes in place need no notice).
 """
 
 from __future__ import annotations
@@ -13,31 +17,40 @@ from operator import attrgetter, getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as of_torch
 from torch.utils.hooks import RemovableHandle
 
 _version: Callable[[Tensor], int] = attrgetter("_version")
+_NUMBERS = ("scaling", "attention_scaling", "variance_epsilon")
 
 
 class Guards:
-    """The modules of a decoder down to the linears of a block, and the weights of its norms."""
+    """The modules of a decoder down to the linears of a block, and what a step reads of them."""
 
     def __init__(self, inner: nn.Module) -> None:
         self._owners: list[dict[str, Any]] = []
         self._names: list[str] = []
-        self._parts: list[Any] = []  # modules, then norms
+        self._parts: list[Any] = []  # modules, then tensors and numbers
         self._add(inner, depth=4)
         modules: list[nn.Module] = self._parts[:]
         self._members = [m.__dict__ for m in modules]
         self._hooks: list[dict[int, Any]] = [m._forward_hooks for m in modules]
+        self._hooks += [of_torch._global_forward_hooks, of_torch._global_forward_pre_hooks]
         self._hooks += [m._forward_pre_hooks for m in modules]
         self._hooks_seen = -1  # how many hooks this process had registered when all did nothing
-        self._norms: list[Tensor] = []
+        self._copied: list[Tensor] = []  # norms, frequencies
         for module in modules:
-            for name, p in module._parameters.items():
-                if p is not None and p.dim() == 1:
-                    self._keep(module._parameters, name, p)
-                    self._norms.append(p)
-        self._counted = [p for p in self._norms if not p.is_inference()]
+            in_place = hasattr(module, "codes")
+            for held in (module._parameters, module._buffers):
+                for name, x in held.items():
+                    if x is not None and x.dim() == 1:
+                        self._keep(held, name, x)
+                        if not in_place:
+                            self._copied.append(x)
+            for name in _NUMBERS:
+                if name in module.__dict__:
+                    self._keep(module.__dict__, name, module.__dict__[name])
+        self._counted = [x for x in self._copied if not x.is_inference()]
         self._versions = self._read_versions()
 
     def _keep(self, owner: dict[str, Any], name: str, part: Any) -> None:
@@ -54,10 +67,10 @@ class Guards:
 
     def _read_versions(self) -> list[int]:
         # In-place changes count in `_version`, new data show in the address.
-        return [*map(_version, self._counted), *map(Tensor.data_ptr, self._norms)]
+        return [*map(_version, self._counted), *map(Tensor.data_ptr, self._copied)]
 
     def same(self) -> bool:
-        """Whether all modules and norms are the same objects, and the norms unchanged."""
+        """Whether all is the same objects, and what was copied unchanged."""
         try:
             found = map(getitem, self._owners, self._names)
             return all(map(is_, found, self._parts)) and self._read_versions() == self._versions

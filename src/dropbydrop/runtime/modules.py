@@ -336,4 +336,5 @@ def prepared(modules: Sequence[NestedLinear]) -> kernels.PreparedGroup:
 
     names = tuple([(m.name, None if m.bias is None else m.bias.dtype) for m in modules])
     key = names, first.prefix, kernel, device, codes.packed
-    return first.groups.get(key, [m.bias for m in modules if m.bias is not None], build)
+    small = [x for m in modules for x in (m.scales, m.bias) if x is not None]
+    return first.groups.get(key, small, build)

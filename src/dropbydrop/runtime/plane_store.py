@@ -67,42 +67,42 @@ class PreparedGroups:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._found: dict[Hashable, tuple[_Biases, PreparedGroup]] = {}
+        self._found: dict[Hashable, tuple[_Small, PreparedGroup]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PreparedGroups:
         return PreparedGroups()
 
     def get(
-        self, key: Hashable, biases: Sequence[Tensor], build: Callable[[], PreparedGroup]
+        self, key: Hashable, small: Sequence[Tensor], build: Callable[[], PreparedGroup]
     ) -> PreparedGroup:
-        """The group of `key`, built again when its biases are others, or changed: they alone may
-        after loading."""
+        """The group of `key`, built again when its biases or scales are others, or changed: they
+        alone may after loading."""
         found = self._found.get(key)
-        if found is None or not found[0].same(biases):
+        if found is None or not found[0].same(small):
             with self._lock:
                 found = self._found.get(key)
-                if found is None or not found[0].same(biases):
-                    found = self._found[key] = _Biases(biases), build()
+                if found is None or not found[0].same(small):
+                    found = self._found[key] = _Small(small), build()
         return found[1]
 
 
-class _Biases:
-    """What the biases of a group were when it was prepared."""
+class _Small:
+    """What the small tensors of a group were when it was prepared."""
 
-    def __init__(self, biases: Sequence[Tensor]) -> None:
-        self._tensors, self._state = tuple(biases), self._read(biases)
+    def __init__(self, small: Sequence[Tensor]) -> None:
+        self._tensors, self._state = tuple(small), self._read(small)
 
-    def same(self, biases: Sequence[Tensor]) -> bool:
+    def same(self, small: Sequence[Tensor]) -> bool:
         if torch.compiler.is_compiling():  # which knows objects, and neither addresses nor versions
-            return all(a is b for a, b in zip(self._tensors, biases, strict=True))
-        if self._state != self._read(biases):
+            return all(a is b for a, b in zip(self._tensors, small, strict=True))
+        if self._state != self._read(small):
             return False
-        self._tensors = tuple(biases)  # a view has objects of its own
+        self._tensors = tuple(small)  # a view has objects of its own
         return True
 
     @staticmethod
-    def _read(biases: Sequence[Tensor]) -> list[tuple[int, int]]:
-        return [(b.data_ptr(), -1 if b.is_inference() else b._version) for b in biases]
+    def _read(small: Sequence[Tensor]) -> list[tuple[int, int]]:
+        return [(x.data_ptr(), -1 if x.is_inference() else x._version) for x in small]
 
 
 class PlaneStore:

@@ -316,7 +316,10 @@ class _Offsets:
     def next(self, token: int) -> int:
         start = self._count
         if token not in self._text.special:
-            self._count += len(self._decoder.decode(self._text.bytes_of(token)))
+            piece, (begun, _) = self._text.bytes_of(token), self._decoder.getstate()
+            self._count += len(self._decoder.decode(piece))
+            if begun and piece and piece[0] & 0xC0 != 0x80:  # a character that nothing ends
+                start += 1
         return start
 
 

@@ -38,6 +38,7 @@ from . import ops
 from .cpu_group import CpuGroup
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # config.model_type
+_SILU = ("SiLU", "SiLUActivation")
 _NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 _MAGIC = 0x7265646F63656464  # DROP_DECODER_MAGIC
 _MIXED = -2  # drop_step: decoders of different codes
@@ -286,6 +287,10 @@ def _check(config: Any, inner: Any) -> None:
         for norm in norms:
             if type(norm).__name__ not in _NORMS or norm.variance_epsilon != config.rms_norm_eps:
                 raise _refuse(f"norms of type {type(norm).__name__}")
+        if type(layer.mlp.act_fn).__name__ not in _SILU:
+            raise _refuse(f"the activation {type(layer.mlp.act_fn).__name__}")
+        if attention.scaling != inner.layers[0].self_attn.scaling:
+            raise _refuse("attention that layers scale differently")
         if attention.head_dim % 8 or attention.head_dim > 256 or config.hidden_size % 8:
             raise _refuse(f"heads of {attention.head_dim}")
         if not getattr(attention, "use_rope", True):
