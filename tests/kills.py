@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from typing import Any
 
+# Processes of their own, forked from one that has all that is slow to import. (Names of tests would
+# not do: a server of Python 3.11 looks for them without this process's path, and says nothing.)
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        "transformers",
+        "transformers.models.qwen2.modeling_qwen2",
+        "transformers.generation",
+        "dropbydrop.quantization.pipeline",
+        "dropbydrop.tuning.pipeline",
+        "dropbydrop.runtime.load",
+        "pytest",
+        "hypothesis",
+    ]
+)
 OPERATIONS = ("fsync", "rename", "mkdir", "unlink", "rmdir")  # of os
 
 

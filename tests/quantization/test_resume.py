@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -33,12 +32,10 @@ from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system import atomic_folder as folder_module
 from dropbydrop.system.errors import DropError
 from dropbydrop.system.file_errors import file_errors
-from kills import OPERATIONS, die_at, die_at_operation
+from kills import OPERATIONS, SERVER, die_at, die_at_operation
 from tiny import save_tiny
 
 BLOCKS = 3
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["test_resume"])
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import shutil
 import signal
 import sys
@@ -29,11 +28,9 @@ from dropbydrop.system.errors import CalibrationError, DropError, UnsupportedMod
 from dropbydrop.tuning import distill
 from dropbydrop.tuning.config import EPOCHS
 from dropbydrop.tuning.pipeline import tune
-from kills import die_at, die_at_operation
+from kills import SERVER, die_at, die_at_operation
 from tiny import save_tiny
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["test_tuned"])
 SETTINGS: dict[str, Any] = {"windows": 3, "seq_len": 32, "device": "cpu", "progress": False}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -21,11 +20,9 @@ from dropbydrop.system.errors import DropError
 from dropbydrop.tuning import distill, job, pipeline
 from dropbydrop.tuning.pipeline import tune
 from dropbydrop.tuning.report import TuneReport
-from kills import die_at_operation
+from kills import SERVER, die_at_operation
 from tiny import save_tiny
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["test_tune_resume"])
 METHODS = ["blocks", "distill"]
 
 
