@@ -111,6 +111,37 @@ def test_redirects_stay_within_http(raw: Callable[[Script], str], tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+NO_ADDRESSES = ["http://[::1/x", "http://a..b/x", f"http://{'a' * 70}.invalid/", "http://%zz%ff/x",
+                "http://127.0.0.1:99999999/x", "http://[abc]/", "http://\ud800/"]  # fmt: skip
+
+
+@pytest.mark.parametrize("to", NO_ADDRESSES)
+def test_what_is_no_address_is_told(raw: Callable[[Script], str], tmp_path: Path, to: str) -> None:
+    """Given, or redirected to."""
+    with pytest.raises(DropError):
+        pull(to, tmp_path / "copy", progress=False, attempts=1)
+    found = f"HTTP/1.1 302 Found\r\nLocation: {to}\r\n\r\n".encode("utf-8", "replace")
+    url = raw(lambda c: c.sendall(found))
+    with pytest.raises(TransferError, match="could not be read from"):
+        pull(url, tmp_path / "copy", progress=False, attempts=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_addresses_with_other_letters_than_those_of_ascii(
+    raw: Callable[[Script], str], tmp_path: Path
+) -> None:
+    """Given, or redirected to: headers are bytes, which browsers pass on as they are."""
+    server = Server(tmp_path)
+    server.body["caf%C3%A9%20au%20lait"] = b"{}"  # as it is asked for
+    url = server.url + "café au lait"
+    moved = b"HTTP/1.1 302 Found\r\nLocation: " + url.encode() + b"\r\nContent-Length: 0\r\n\r\n"
+    for asked in (url, raw(lambda c: c.sendall(moved))):
+        with http_client.request(asked, {}, 5.0) as response:
+            assert response.read1(9) == b"{}"
+    server.http.shutdown()
+    server.http.server_close()
+
+
 def test_a_redirect_within_http_is_followed(
     raw: Callable[[Script], str], out: Path, tmp_path: Path
 ) -> None:

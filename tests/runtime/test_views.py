@@ -484,6 +484,13 @@ def test_scales_may_be_replaced(tmp_path: Path, code: str) -> None:
     assert not torch.equal(logits(model), first)
     assert torch.equal(tokens_of(model), tokens_of(other))
     assert not torch.equal(tokens_of(model), said)
+    linear = model.get_submodule("model.layers.1.mlp.down_proj")  # the same object, elsewhere
+    linear.scales.data = linear.scales * 30
+    other.get_submodule("model.layers.1.mlp.down_proj").scales.mul_(30)
+    said = tokens_of(model)
+    assert torch.equal(said, tokens_of(other))
+    model.get_submodule("model.layers.0.self_attn.q_proj").share_memory()
+    assert torch.equal(tokens_of(model), said)
 
 
 def test_biases_are_trained(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 SLOWEST = 1024  # bytes a second
 _REDIRECTS, _MOVED = 6, (301, 302, 303, 307, 308)
+_SAFE = "%/:=&?~#+!$,;'@()*[]"  # of an address: all that has a meaning in it
 
 
 class SlowError(OSError):
@@ -103,8 +104,10 @@ def request(url: str, headers: dict[str, str], timeout: float) -> Response:
     """Ask for a page, and for the one that it redirects to.
 
     Raises:
-        HTTPError, OSError, HTTPException: a refusal, no connection, or a server that is too slow.
+        HTTPError, OSError, HTTPException: a refusal, no connection, no address, or a server that
+            is too slow.
     """
+    url = quote(url, safe=_SAFE, errors="replace")
     watchdog = Watchdog(timeout)
     opener = _opener(watchdog)
     watchdog.start()
@@ -119,6 +122,8 @@ def request(url: str, headers: dict[str, str], timeout: float) -> Response:
                     raise
                 error.close()  # its body is not read
                 url = _redirected(url, error)
+            except ValueError as error:  # also half of what is wrong with a name of a host
+                raise OSError(f"{url[:200]} is no address: {error}") from error
         raise OSError(f"more than {_REDIRECTS} redirects")
     except BaseException as error:
         watchdog.stop()
@@ -128,8 +133,13 @@ def request(url: str, headers: dict[str, str], timeout: float) -> Response:
 
 
 def _redirected(url: str, error: urllib.error.HTTPError) -> str:
-    target = str(urljoin(url, error.headers["location"]))
-    before, after = urlsplit(url).scheme, urlsplit(target).scheme
+    # bytes of a header are read as Latin-1
+    location = quote(error.headers["location"], safe=_SAFE, encoding="latin-1", errors="replace")
+    try:
+        target = str(urljoin(url, location))
+        before, after = urlsplit(url).scheme, urlsplit(target).scheme
+    except ValueError as problem:
+        raise OSError(f"a redirect to {location[:200]}, no address: {problem}") from problem
     if after not in ("http", "https") or (before, after) == ("https", "http"):
         text = f"a redirect to {target[:200]}, which is not followed"
         raise urllib.error.HTTPError(url, 403, text, error.headers, None)

@@ -5,8 +5,8 @@ lost since the last one. So what is compared lies in flat lists, the loops are t
 hooks are looked at only after any module of the process was given one.
 
 Beside modules and norms a step reads numbers (scales of attention and of rotary positions, what
-norms add to a mean) and buffers (frequencies; scales of rows, which are read where they are, so
-that changes in place need no notice).
+norms add to a mean) and buffers (frequencies; scales of rows, which are read where they are: for
+them a change in place needs no notice, another place does).
 """
 
 from __future__ import annotations
@@ -38,19 +38,20 @@ class Guards:
         self._hooks += [of_torch._global_forward_hooks, of_torch._global_forward_pre_hooks]
         self._hooks += [m._forward_pre_hooks for m in modules]
         self._hooks_seen = -1  # how many hooks this process had registered when all did nothing
-        self._copied: list[Tensor] = []  # norms, frequencies
+        self._placed: list[Tensor] = []  # norms, biases, frequencies, scales
+        copied: list[Tensor] = []  # all of them but scales
         for module in modules:
-            in_place = hasattr(module, "codes")
             for held in (module._parameters, module._buffers):
-                for name, x in held.items():
-                    if x is not None and x.dim() == 1:
-                        self._keep(held, name, x)
-                        if not in_place:
-                            self._copied.append(x)
+                in_place = held is module._buffers and hasattr(module, "codes")
+                found = {name: x for name, x in held.items() if x is not None and x.dim() == 1}
+                for name, x in found.items():
+                    self._keep(held, name, x)
+                self._placed += found.values()
+                copied += [] if in_place else found.values()
             for name in _NUMBERS:
                 if name in module.__dict__:
                     self._keep(module.__dict__, name, module.__dict__[name])
-        self._counted = [x for x in self._copied if not x.is_inference()]
+        self._counted = [x for x in copied if not x.is_inference()]
         self._versions = self._read_versions()
 
     def _keep(self, owner: dict[str, Any], name: str, part: Any) -> None:
@@ -67,7 +68,7 @@ class Guards:
 
     def _read_versions(self) -> list[int]:
         # In-place changes count in `_version`, new data show in the address.
-        return [*map(_version, self._counted), *map(Tensor.data_ptr, self._copied)]
+        return [*map(_version, self._counted), *map(Tensor.data_ptr, self._placed)]
 
     def same(self) -> bool:
         """Whether all is the same objects, and what was copied unchanged."""

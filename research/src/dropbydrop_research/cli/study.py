@@ -38,12 +38,17 @@ Calibration = Annotated[
 HeldOut = Annotated[str | None, typer.Option(help="Held-out text (default: unused windows).")]
 Windows = Annotated[int | None, typer.Option(help="Number of calibration windows (64).")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens of a window (1024).")]
-Seed = Annotated[int | None, typer.Option(help="Seed of calibration and rotation (0).")]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of calibration and rotation (0).", min=0, max=(1 << 32) - 1)
+]
 Cache = Annotated[Path | None, typer.Option(help="Folder of cached Gram matrices.")]
 Top = Annotated[int, typer.Option(help="Number of rows of ranked tables.")]
 Levels = Annotated[str, typer.Option(help="Supervised levels of the nested code.")]
 Preset = Annotated[str, typer.Option(help="Search effort: fast, balanced or best.")]
-Width = Annotated[int, typer.Option(help="Inputs and rows of the synthetic matrix, d_in = d_out.")]
+Width = Annotated[
+    int,
+    typer.Option(help="Inputs and rows of the synthetic matrix, d_in = d_out.", min=16, max=8192),
+]
 
 
 def register(app: typer.Typer) -> None:
