@@ -5,9 +5,11 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dropbydrop
 from dropbydrop.checkpoint import Checkpoint
@@ -22,14 +24,14 @@ from dropbydrop.models.statistics import CLIP
 from dropbydrop.quantization import job as jobs
 from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.system.cache import cache_dir
-from dropbydrop.system.errors import CalibrationError, FormatError
+from dropbydrop.system.errors import CalibrationError, DropError, FormatError
 from dropbydrop_research.study import cache, encode, gaussian, paper
 from dropbydrop_research.study.cache import GramOptions, find_grams, grams_for
 from dropbydrop_research.study.checkpoint import reconstruction
 from dropbydrop_research.study.data import read_weight
 from dropbydrop_research.study.rows import read_results
 from dropbydrop_research.theory import weighted_distortion
-from tiny import save_tiny
+from tiny import save_tiny, sign
 
 SIZES = ("--windows", "8", "--seq-len", "64")
 
@@ -299,10 +301,55 @@ def test_rows_of_saved_results(tmp_path: Path) -> None:
         ("full precision", None),
         ("Drop-by-Drop", 2.1),
     ]
-    for bad in ("", "no json", "[1]", "{}"):
+    unfit = ('"y"', "NaN", "Infinity", "true", "1" + "0" * 400)
+    for bad in (
+        "",
+        "no json",
+        "[1]",
+        "{}",
+        *(f'{{"bits": {{"2": {{"ppl": {x}}}}}}}' for x in unfit),
+    ):
         one.write_text(bad)
         with pytest.raises(FormatError, match=r"one\.json"):
             read_results([one])
+
+
+def test_two_at_once_do_not_measure_the_same(root: Path, tmp_path: Path) -> None:
+    source, options = (
+        Source("tiny", root / "llama"),
+        GramOptions(str(root / "text.txt"), None, 8, 64),
+    )
+    first = grams_for(source, options, tmp_path)
+    shutil.rmtree(first.folder)
+    with (
+        cache._alone(first.folder),
+        pytest.raises(DropError, match="another process is measuring"),
+    ):
+        grams_for(source, options, tmp_path)
+    assert len(grams_for(source, options, tmp_path)) == len(first)
+    assert [path.name for path in tmp_path.iterdir()] == [first.folder.name]
+
+
+def test_a_matrix_of_one_number_is_left_out(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "llama", tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    tensors[f"{name}.weight"].fill_(0.5)
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    assert gaussian.run(tmp_path / "m")["skipped"] == [name]
+
+
+@pytest.mark.parametrize("recorded", ["x", {"windows": "x"}, {"seq_len": 1.5}, {"seed": [1]}])
+def test_provenance_of_others_is_not_believed(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], recorded: Any
+) -> None:
+    shutil.copytree(root / "out", tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    config["quantization_config"]["provenance"]["calibration"] = recorded
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    sign(tmp_path / "q")
+    assert run("bound", str(tmp_path / "q"), "--model", str(root / "llama")) == 2
+    assert "provenance" in capsys.readouterr().err
 
 
 # ---- wrong use --------------------------------------------------------------------------------
@@ -323,6 +370,9 @@ def test_rows_of_saved_results(tmp_path: Path) -> None:
         (["bound", "{m}", "--calibration", "{r}/text.txt", "--windows", "9999"], "tokens"),
         (["refinement", "--preset", "heroic"], "heroic"),
         (["refinement", "--width", "20"], "multiple of 8"),
+        (["refinement", "--width", str(10**20)], "less than or equal to 8192"),
+        (["refinement", "--seed", str(2**64)], "less than or equal to 4294967295"),
+        (["gaussian", "{m}", "--seed", "-1"], "greater than or equal to 0"),
         (["refinement", "--out", "{r}/text.txt"], "cannot be a folder"),
         (["paper", "{m}", "--results", "{r}/text.txt", "--out", "{r}/page"], "JSON line"),
     ],

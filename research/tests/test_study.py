@@ -96,6 +96,7 @@ def _flip(path: Path) -> None:
         lambda folder: (folder / "files.json").write_text("{"),
         lambda folder: (folder / "files.json").write_text("[]"),
         lambda folder: (folder / "files.json").write_text('{"../x": ""}'),
+        lambda folder: (folder / "files.json").write_text('{"\\u0000": ""}'),
     ],
 )
 def test_damaged_cache_is_refused(tmp_path: Path, damage: Callable[[Path], Any]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dropbydrop.cli.options import Json, console, finish, parse_bits
-from dropbydrop.system.errors import DropError, PrecisionError
+from dropbydrop.system.errors import DropError, FormatError, PrecisionError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -282,14 +282,15 @@ def _statistics(
     """Options of the statistics; what is not given as `recorded` in a checkpoint, or default."""
     from dropbydrop_research.study.cache import GramOptions
 
-    known = recorded or {}
-    given: dict[str, Any] = {
-        "calibration": calibration,
-        "held_out": held_out,
-        "windows": known.get("windows") if windows is None else windows,
-        "seq_len": known.get("seq_len") if seq_len is None else seq_len,
-        "seed": known.get("seed") if seed is None else seed,
-    }
+    given: dict[str, Any] = {"calibration": calibration, "held_out": held_out}
+    for name, value in (("windows", windows), ("seq_len", seq_len), ("seed", seed)):
+        known = value if value is not None else (recorded or {}).get(name)
+        if known is not None and (type(known) is not int or not 0 <= known < 1 << 32):
+            raise FormatError(
+                f"the checkpoint's provenance says {name} {known!r} of its calibration, which is "
+                f"no number of them; give --{name.replace('_', '-')}."
+            )
+        given[name] = known
     return GramOptions(**{key: value for key, value in given.items() if value is not None})
 
 
@@ -322,6 +323,8 @@ def _bound(
         rates = rates_of(checkpoint, levels)
         source = checked_original(checkpoint, original)
         recorded = checkpoint.quantization.provenance.get("calibration", {})
+        if not isinstance(recorded, Mapping):
+            raise FormatError(f"{model}: the calibration in its provenance is no object: damaged.")
         reconstruct = reconstruction(checkpoint.path, list(rates))
         structural = "trellis" if checkpoint.quantization.kind == "trellis" else structural
         name = checkpoint.path.name

@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,9 @@ from dropbydrop.models.sources import Source
 from dropbydrop.models.statistics import CLIP
 from dropbydrop.system.cache import cache_dir
 from dropbydrop.system.digest import file_digest, model_digest
-from dropbydrop.system.errors import CalibrationError
+from dropbydrop.system.errors import CalibrationError, DropError
+from dropbydrop.system.file_errors import file_errors
+from dropbydrop.system.locks import lock
 from dropbydrop.system.paths import given
 
 from .data import GramFolder, Progress, collect
@@ -69,14 +74,35 @@ def grams_for(
 
     Raises:
         CalibrationError: a text that is missing or too short.
+        DropError: another process measures the same.
         FormatError, UnsupportedModelError: as `data.collect`.
     """
     name = f"{model_digest(source.folder)[:16]}-{_key(options)[:16]}"
     folder = (cache or _default()) / name
     if not len(GramFolder(folder)):
-        ids, held = _tokens(source, options)
-        collect(BlockRunner.open(source.folder), ids, folder, held, progress=progress)
+        with _alone(folder):
+            ids, held = _tokens(source, options)
+            collect(BlockRunner.open(source.folder), ids, folder, held, progress=progress)
     return GramFolder(folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process collects into `folder` meanwhile.
+
+    Raises:
+        DropError: one does.
+    """
+    guard = folder.with_name(f".{folder.name}.lock")
+    busy = f"another process is measuring the inputs of this model in {folder}; wait for it."
+    with file_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held = lock(guard, DropError(busy), folder=False)
+    try:
+        yield
+    finally:
+        guard.unlink(missing_ok=True)
+        os.close(held)
 
 
 def find_grams(folder: Path, cache: Path | None = None) -> GramFolder | None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from dropbydrop.system.digest import file_digest, model_digest
 from dropbydrop.system.errors import FormatError
 
 INDEX = "files.json"
+_FILE = re.compile(r"group-\d{5}\.safetensors")
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what is next)."""
 
@@ -101,7 +103,7 @@ class GramFolder:
             found = json.loads(index.read_text())
             if not isinstance(found, dict):
                 raise ValueError(f"it holds a {type(found).__name__}")
-            if foreign := [name for name in found if Path(name).name != name]:
+            if foreign := [name for name in found if not _FILE.fullmatch(name)]:
                 raise ValueError(f"it names {foreign[0]!r}")
         except FileNotFoundError:
             return {}

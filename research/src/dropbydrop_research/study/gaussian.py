@@ -70,7 +70,7 @@ def run(
         if progress:
             progress(i, len(names), name)
         weight = read_weight(runner, name)
-        if not bool(weight.any()):
+        if bool(weight.min() == weight.max()):
             skipped.append(name)
             continue
         turn = Rotation.make(weight.shape[1], seed)
@@ -82,7 +82,9 @@ def run(
     if progress:
         progress(len(names), len(names), "")
     if not matrices:
-        raise FormatError(f"{folder} has no weights to fit: {len(skipped)} matrices are all zero.")
+        raise FormatError(
+            f"{folder} has no weights to fit: {len(skipped)} matrices are one number each."
+        )
     return {
         "model": folder.name,
         "rotation": {"kind": "full", "seed": seed},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def read_results(files: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
             lines = [line for line in file.read_text().splitlines() if line.strip()]
             found = _rows(json.loads(lines[-1]))
         except (
-            OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError
+            OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError,
+            RecursionError,
         ) as error:  # fmt: skip
             raise FormatError(
                 f"{file} does not end with the JSON line of `dropbydrop quantize --json` or "
@@ -42,30 +44,40 @@ def read_results(files: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
+def number(value: Any) -> int | float:
+    """A finite number of a JSON file.
+
+    Raises:
+        ValueError: something else, which a page would carry along.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise ValueError(f"{value!r} is no finite number")
+    return value
+
+
 def _rows(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     method = str(result.get("method", METHOD))
     found: dict[str, list[dict[str, Any]]] = {"perplexity": [], "accuracy": [], "cost": []}
     levels = result.get("bits", {})
     for level, row in levels.items():
         if "ppl" in row:
-            bits = float(row.get("true_bits", level))
-            found["perplexity"].append({"method": method, "bits": bits, "ppl": row["ppl"]})
+            bits, ppl = number(row.get("true_bits", float(level))), number(row["ppl"])
+            found["perplexity"].append({"method": method, "bits": bits, "ppl": ppl})
     if result.get("reference"):
-        ppl = result["reference"]["ppl"]
+        ppl = number(result["reference"]["ppl"])
         found["perplexity"].append({"method": ORIGINAL, "bits": None, "ppl": ppl})
     for name, model in result.get("tasks", {}).get("models", {}).items():
         mean, level = model["mean"], name.isdigit()
         found["accuracy"].append(
             {
                 "method": method if level else ORIGINAL,
-                "bits": float(model.get("true_bits", name)) if level else None,
-                "accuracy": mean["acc"],
-                "stderr": mean["acc_stderr"],
+                "bits": number(model.get("true_bits", float(name))) if level else None,
+                "accuracy": number(mean["acc"]),
+                "stderr": number(mean["acc_stderr"]),
             }
         )
     if isinstance(result.get("seconds"), dict):
-        size = max(row["bytes"] for row in levels.values())
-        found["cost"].append(
-            {"method": method, "seconds": result["seconds"]["total"], "bytes": size}
-        )
+        size = max(number(row["bytes"]) for row in levels.values())
+        seconds = number(result["seconds"]["total"])
+        found["cost"].append({"method": method, "seconds": seconds, "bytes": size})
     return found
