@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 from typer.testing import CliRunner
 
 from dropbydrop.cli import main as cli
+from dropbydrop.cli.chat import answer
 from dropbydrop.kernels.registry import VARIABLE, select
 from dropbydrop.models.sources import load_tokenizer
 from dropbydrop.runtime.load import load
@@ -19,9 +22,9 @@ from dropbydrop.runtime.views import view
 from dropbydrop.serve.conversation import Conversation
 from dropbydrop.serve.precisions import Precisions
 from dropbydrop.serve.sampling import Sampling
-from dropbydrop.serve.text import Text
+from dropbydrop.serve.text import Text, TextStream
 from dropbydrop.system.errors import DropError
-from tiny import write_checkpoint
+from tiny import sign, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +182,24 @@ def test_a_model_without_turns_is_refused(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "out")
     with pytest.raises(DropError, match="no chat template"):
         conversation(folder)
+
+
+def test_a_conversation_of_no_tokens_is_refused(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out, tmp_path / "silent")
+    nothing = "{% if messages|length > 9 %}x{% endif %}"
+    (tmp_path / "silent" / "chat_template.jinja").write_text(nothing)
+    sign(tmp_path / "silent")
+    done, remarks = chat(tmp_path / "silent", "hello\n/bits 2\n")
+    assert done.exit_code == 0
+    assert any("are no tokens" in line for line in remarks)
+    assert "2 bits from now on" in remarks
+
+
+def test_a_terminal_sees_no_control_characters(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TextStream, "push", lambda self, token: "\x1b]0;x\x07é\n")
+    for terminal, shown in ((True, "\\x1b]0;x\\x07é\n"), (False, "\x1b]0;x\x07é\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        answer(conversation(out), "hello", 4, 2, quiet=False)
+        assert capsys.readouterr().out.startswith(shown * 2)

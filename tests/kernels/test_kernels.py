@@ -222,8 +222,9 @@ class TestProduct:
     @pytest.mark.parametrize("groups", [1, 2, 8, 127, 129, 300])
     def test_shapes(self, kernel, kind, groups, symmetric):
         many = groups > 8 and registry.by_name(kernel).gpu and not torch.cuda.is_available()
-        few = (65,) if symmetric else (1,)  # Triton is interpreted
-        for rows in few if many else (1, 63, 64, 65, 192, 300):
+        if many and not symmetric:  # 10 to 30 s each
+            pytest.skip("interpreted: wide matrices with symmetric codebooks alone")
+        for rows in (65,) if many else (1, 63, 64, 65, 192, 300):
             case = Case(rows, groups, 2, symmetric, n=3, kind=kind)
             error = (case.run(kernel, 2) - case.exact(2)).norm()
             # The size an output has on average: a few of them can cancel.

@@ -93,11 +93,13 @@ def converse(talk: Conversation, bits: float, most: int, quiet: bool) -> list[di
 
 def answer(talk: Conversation, message: str, bits: float, most: int, quiet: bool) -> Turn:
     """One answer, written as it comes; Ctrl-C ends it and keeps what there is."""
+    from dropbydrop.system.console import printable
+
     target = sys.stderr if quiet else sys.stdout
     with closing(talk.answer(message, bits, most)) as pieces:  # type: ignore[type-var]
         try:
             for piece in pieces:
-                target.write(piece)
+                target.write(printable(piece) if target.isatty() else piece)
                 target.flush()
         except KeyboardInterrupt:
             pass
@@ -149,6 +151,8 @@ def read_bits(text: str) -> float:
 
 def tell(line: str) -> None:
     """A remark, set off from the answers: faint on a terminal."""
+    from dropbydrop.system.console import printable
+
     faint, plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
-    sys.stderr.write(f"{faint}{line}{plain}\n")
+    sys.stderr.write(f"{faint}{printable(line)}{plain}\n")
     sys.stderr.flush()

@@ -111,13 +111,18 @@ class Conversation:
             most: tokens of the answer at most.
 
         Raises:
-            DropError: a precision that is not there, tokens that the model does not know, or no
-                room in its context. The conversation is then as before.
+            DropError: a precision that is not there, tokens that the model does not know, none at
+                all, or no room in its context. The conversation is then as before.
         """
         model = self.precisions.model(bits)
         asked = [*self.messages, {"role": "user", "content": message}]
         prompt = self.text.encode(self.text.chat(asked), special=False)
         check_tokens(torch.tensor(prompt), embedded_tokens(self.precisions.base))
+        if not prompt:
+            raise DropError(
+                "the message and what surrounds it are no tokens: the chat template writes "
+                "nothing, or the tokenizer has none of these characters. Say something else."
+            )
         room = self.context - len(prompt)
         if room < 1:
             raise DropError(
