@@ -401,6 +401,12 @@ def test_damaged_files_are_named(root: Path, tmp_path: Path) -> None:
             compare(job(root, "rtn"), out, progress=False)
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "mps", "x"])
+def test_devices_that_are_not_there(root: Path, device: str) -> None:
+    with pytest.raises(DropError, match="--device"):
+        job(root, device=device)
+
+
 def test_records_survive_json() -> None:
     record = Record(1.5, 10, {2: 3, 4: 5}, [5], 16, [8], {2: 0.5, 4: 0.25}, 1)
     assert Record.from_json(record.to_json()) == record

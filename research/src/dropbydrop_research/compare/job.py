@@ -19,6 +19,7 @@ from dropbydrop.models.model_config import context_length
 from dropbydrop.models.sources import Source, resolve
 from dropbydrop.quantization.config import SEQ_LEN
 from dropbydrop.quantization.job import check_model
+from dropbydrop.system.accelerator import pick_device
 from dropbydrop.system.digest import digest, model_digest
 from dropbydrop.system.errors import CalibrationError, DropError
 from dropbydrop.system.memory import map_large_allocations
@@ -107,7 +108,7 @@ def prepare(model: str, text: Path, config: CompareConfig | None = None) -> Job:
     map_large_allocations()
     methods = choose(config.methods, config.levels)
     source = resolve(model)
-    runner = BlockRunner.open(source.folder, device=config.device)
+    runner = BlockRunner.open(source.folder, device=pick_device(config.device))
     check_model(runner, 16)
     blocks = runner.num_blocks if config.blocks is None else config.blocks
     if not 1 <= blocks <= runner.num_blocks:
