@@ -4,7 +4,12 @@
 //
 //     J = sum_P lambda_P sum_r weight_r (w_r - q_P,r) H (w_r - q_P,r)^T,   q_P = sum_{m <= P} C_m
 //
-// where C_m[r][j] = values[m][label of the window of row r in the stream of input j]
+// or, with `row_feedback`, sum_P lambda_P tr(H_O E_P H E_P^T) with E_P[r] = w_r - q_P,r, where the
+// outputs have a metric H_O = (I + F) D (I + F)^T of their own: F is `row_feedback`, above its blocks
+// of `row_block` rows, D block diagonal, and row_weights the diagonal of D. (What D couples within a
+// block is left out of the search.)
+//
+// C_m[r][j] = values[m][label of the window of row r in the stream of input j]
 // (coding/codebook_set.py). See trellis_core.h for the steps.
 #pragma once
 
@@ -38,6 +43,8 @@ typedef struct {
   int sweeps;
   uint8_t* codes[DROP_TRELLIS_MAX_PLANES];  // [d_in][max(3, ceil(k d_out / 8))] each, in without `lower`; out
   int64_t* changed;          // [sweeps] number of inputs whose codes changed
+  const float* row_feedback;  // [d_out][d_out] or null: F. With `lower` and without sweeps
+  int64_t row_block;          // rows of its blocks: whole cycles of all planes, two blocks at least
 } DropTrellis;
 
 // Name of the i-th backend that runs on this machine, best first; null past the end.

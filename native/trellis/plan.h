@@ -48,8 +48,8 @@ struct Phase {
 struct Plan {
   explicit Plan(const DropTrellisPlane& plane)
       : k(plane.bits),
-        bits(plane.window + (k == 2 ? plane.window % 2 : 0)),
-        cycle(bits / k),
+        cycle(int(cycle_of(plane))),
+        bits(k * cycle),
         vectors(1 << (bits - kLaneBits)),
         phase(cycle) {
     std::copy(plane.values, plane.values + kLabels, values);
@@ -74,7 +74,7 @@ struct Plan {
   int newest(int step, int state) const { return state >> k * step & ((1 << k) - 1); }
   int64_t groups(const Pass& pass) const { return vectors >> pass.width; }
 
-  int k, bits, cycle;   // bits of a row, bits of a state, rows until each bit is replaced once
+  int k, cycle, bits;   // bits of a row, rows until each bit is replaced once, bits of a state
   int vectors;          // that the metrics fill
   float values[kLabels], reach = 0;  // and the largest in size
   std::vector<Phase> phase;          // of each step

@@ -10,6 +10,12 @@
 // to 2.5 %), and nothing depends on the number of threads. Only if the first segment meets its
 // own path nowhere, which happens in rings of a few bytes, it is searched again from the state that
 // closes the ring.
+//
+// Blocks of rows (`follow`) take turns instead: each starts in the state in which the one before
+// ended, and is decided with a look at the rows behind it, whose targets may still change. The planes
+// of a block follow each other, so that a plane looks kAhead cycles less far than the one before it:
+// what it sees, that one has decided. The first block starts before row 0 in the same way, and the
+// last one ends in the state that closes the ring.
 #pragma once
 
 #include "viterbi.h"
@@ -23,26 +29,34 @@ constexpr float kHeaviest = 16;    // times the mean weight: that of a row in pa
 
 struct Segment {
   int64_t warm, first, last;  // rows: where it starts, and those it decides; whole cycles
+  int64_t kept, seen;         // rows whose back pointers are kept: a block's are more
   float heaviest, unit;       // the most that a row weighs, and from weight to path metric
 };
 
 // The search of one plane in one input after the other.
 class PlaneSearch {
  public:
+  // block: rows that are coded together, how far the first plane sees before row 0, and this one
+  // beyond a block. 0: segments.
   PlaneSearch(const DropTrellisPlane& plane, const float* row_weights, int64_t rows, int64_t bytes,
-              int64_t padded)
+              int64_t padded, int64_t block, int64_t before, int64_t beyond)
       : plan(plane), ring(8 * bytes / plane.bits), weights_(padded, 0), states(padded), values(padded) {
     std::copy(row_weights, row_weights + rows, weights_.begin());
-    const int64_t count = std::max<int64_t>(1, (ring + kSegment / 2) / kSegment);
-    const int64_t cycles = (ring + plan.cycle - 1) / plan.cycle;
+    const int64_t size = block ? block : kSegment, half = block ? 0 : kSegment / 2;
+    const int64_t count = std::max<int64_t>(1, (ring + half) / size);
+    const int64_t cycles = (ring + plan.cycle - 1) / plan.cycle, end = cycles * plan.cycle;
     for (int64_t i = 0; i < count; i++) {
       Segment s;
-      s.first = cycles * i / count * plan.cycle;
-      s.last = cycles * (i + 1) / count * plan.cycle;
-      s.warm = s.first - kWarmUp * plan.cycle;
+      s.first = block ? i * block : cycles * i / count * plan.cycle;
+      s.last = i + 1 == count ? end : block ? s.first + block : cycles * (i + 1) / count * plan.cycle;
+      s.warm = s.first - (block ? beyond : kWarmUp * plan.cycle);
+      s.kept = block && i == 0 ? s.warm : s.first;
+      // Block 0 sees nothing twice: rows before it are the ring's last.
+      const int64_t most = i ? end : (ring - before) / plan.cycle * plan.cycle;
+      s.seen = block ? std::max(s.last, std::min(s.last + beyond, most)) : s.last;
       set_weights(s, rows);
       segments.push_back(s);
-      words_.emplace_back((s.last - s.first + plan.cycle) / plan.cycle * plan.words);
+      words_.emplace_back((s.seen - s.kept + plan.cycle) / plan.cycle * plan.words);
     }
   }
 
@@ -53,6 +67,22 @@ class PlaneSearch {
     start_metrics(plan, -1, metrics);
     run(index, segments[index].warm, x, tables, metrics);
     trace(index, segments[index].last - 1, best_state(plan, metrics), false);
+  }
+
+  // The path of a block after that of the one before; x of the rows that it sees.
+  void follow(size_t index, const float* x, int16_t* tables, int16_t* metrics) {
+    const Segment& s = segments[index];
+    start_metrics(plan, index ? states[s.first - 1] : -1, metrics);
+    run(index, index ? s.first : s.warm, x, tables, metrics);
+    if (index + 1 == segments.size()) return trace(index, ring - 1, end_, false);
+    trace(index, s.seen - 1, best_state(plan, metrics), false);
+    if (index) return;
+    int state = previous(0, 0, states[0]);
+    end_ = turned(state);
+    for (int64_t r = -1; r >= s.warm; r--) {  // values that later planes see before row 0
+      values[ring + r] = plan.values[plan.label(step_of(r), state)];
+      if (r > s.warm) state = previous(0, r, state);
+    }
   }
 
   // Makes one ring of the paths of the segments; x, tables and metrics as for `search`.
@@ -96,7 +126,7 @@ class PlaneSearch {
   void run(size_t index, int64_t from, const float* x, int16_t* tables, int16_t* metrics) {
     const Segment& s = segments[index];
     float weight[32], target[32];
-    for (int64_t r = from; r < s.last; r += plan.cycle) {
+    for (int64_t r = from; r < s.seen; r += plan.cycle) {
       for (int i = 0; i < plan.cycle; i++) {
         const int64_t row = r + i < 0 ? ring - 1 - (-1 - r - i) % ring : r + i;
         target[i] = x[row];
@@ -106,14 +136,17 @@ class PlaneSearch {
     }
   }
 
-  // Back pointers of the cycle of row r; those of the warm-up are not kept.
+  int step_of(int64_t r) const { return int((r % plan.cycle + plan.cycle) % plan.cycle); }
+
+  // Back pointers of the cycle of row r; those of a segment's warm-up are not kept.
   Word* words_of(size_t index, int64_t r) {
-    const int64_t c = r < segments[index].first ? 0 : (r - segments[index].first) / plan.cycle + 1;
+    const int64_t kept = segments[index].kept;
+    const int64_t c = r < kept ? 0 : (r - kept) / plan.cycle + 1;
     return words_[index].data() + c * plan.words;
   }
 
   int previous(size_t index, int64_t r, int state) {
-    const int step = int(r % plan.cycle);
+    const int step = step_of(r);
     const Pass* pass = &plan.passes[0];
     while (step >= pass->first + pass->steps) pass++;
     return before(plan, *pass, words_of(index, r), step, state);
@@ -138,6 +171,7 @@ class PlaneSearch {
     }
   }
 
+  int end_ = 0;                 // the state that closes a ring of blocks
   std::vector<float> weights_;  // of rows
   std::vector<std::vector<Word>> words_;
 

@@ -22,6 +22,18 @@ const TrellisBackend* find_backend(const char* name) {
   return nullptr;
 }
 
+// Blocks of rows: whole cycles, two at least, and the first of them apart from what it sees before it.
+bool blocks_fit(const Problem& p) {
+  if (!p.lower || p.sweeps || p.row_block < 1 || p.d_out < 2 * p.row_block) return false;
+  int64_t before = 0;
+  for (int m = 0; m < p.planes; m++) {
+    const int64_t cycle = cycle_of(p.plane[m]);
+    if (p.row_block % cycle) return false;
+    before += kAhead * cycle;
+  }
+  return p.d_out >= p.row_block + before;
+}
+
 bool in_range(const Problem& p) {
   if (p.planes < 1 || p.planes > kMaxPlanes || p.levels < 1 || p.levels > p.planes) return false;
   for (int m = 0; m < p.planes; m++) {
@@ -31,7 +43,8 @@ bool in_range(const Problem& p) {
   }
   for (int l = 0; l < p.levels; l++)
     if (p.prefix[l] <= (l ? p.prefix[l - 1] : 0)) return false;
-  return p.d_out >= 1 && p.d_in >= 1 && p.prefix[p.levels - 1] == p.planes;
+  if (p.d_out < 1 || p.d_in < 1 || p.prefix[p.levels - 1] != p.planes) return false;
+  return !p.row_feedback || blocks_fit(p);
 }
 
 }  // namespace

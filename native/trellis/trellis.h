@@ -10,7 +10,15 @@ namespace drop {
 constexpr int kMaxPlanes = DROP_TRELLIS_MAX_PLANES;
 constexpr int kLabels = DROP_TRELLIS_LABELS;
 
+constexpr int kAhead = 8;  // cycles that a block of rows sees beyond its end, for each plane
+
 using Problem = DropTrellis;
+
+// Rows until every bit of a plane's state is replaced: the bits of a window, an even number when a row
+// has two, by those of a row.
+inline int64_t cycle_of(const DropTrellisPlane& plane) {
+  return (plane.window + (plane.bits == 2 ? plane.window % 2 : 0)) / plane.bits;
+}
 
 struct TrellisBackend {
   const char* name;

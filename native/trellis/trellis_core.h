@@ -13,6 +13,12 @@
 // finds the exact optimum (segments.h, viterbi.h). A second turn with the later planes known changed
 // not one code under any H that was tried; twice or half the share raised J by .4 to 1.4 %.
 //
+// Outputs with a metric of their own (`row_feedback`, YAQA's output side, arXiv 2505.22988): as the form is
+// H_O (x) H, the targets between inputs are as above, and what H_O couples lies within an input: with
+// e_P = u_P - q_P there, e^T H_O e = sum_b (e_b + sum_{a < b} F_ab^T e_a)^T D_b (...). So blocks of rows
+// are coded one after the other, all planes of a block, for targets that hold the errors of the blocks
+// before it; those of the rows behind it, which a path sees too, know of them at the next block.
+//
 // The sums over i run in blocks of inputs: what the inputs after a block contribute is one product,
 // the rest follows input by input. Rows lie in lanes, and every row's sum runs in the same order
 // whatever the lanes and the number of threads; so results are equal where the compiler may fuse a
@@ -58,14 +64,18 @@ class Search {
         error_(p.levels * p.d_in * padded_),
         base_(p.levels * kBlock * padded_),
         target_(p.levels * padded_),
+        left_(p.row_feedback ? p.levels * padded_ : 0),
         coefficients_(p.d_in * kBlock),
         costs_(2 * padded_ / kTile),
         scratch_(threads) {
-    int64_t metrics = 0, tables = 0;
+    int64_t metrics = 0, tables = 0, before = 0;
+    for (int m = 0; m < p.planes; m++) before += kAhead * cycle_of(p.plane[m]);
+    int64_t beyond = before;
     for (int m = 0; m < p.planes; m++) {
       const int64_t bytes = std::max<int64_t>((p.plane[m].bits * p.d_out + 7) / 8, kShortest);
-      planes_.push_back(
-          std::make_unique<PlaneSearch>(p.plane[m], p.row_weights, p.d_out, bytes, padded_));
+      planes_.push_back(std::make_unique<PlaneSearch>(p.plane[m], p.row_weights, p.d_out, bytes, padded_,
+                                                      p.row_feedback ? p.row_block : 0, before, beyond));
+      beyond -= kAhead * cycle_of(p.plane[m]);
       metrics = std::max(metrics, int64_t(planes_[m]->plan.vectors) * N);
       tables = std::max(tables, planes_[m]->table_size());
       codes_bytes_[m] = bytes;
@@ -82,6 +92,7 @@ class Search {
 
   // Workers that find work: a matrix of one segment is faster alone than with others waiting.
   int workers() const {
+    if (p_.row_feedback) return 1;  // blocks take turns
     size_t most = 1;
     for (const auto& plane : planes_) most = std::max(most, plane->segments.size());
     return int(std::min(most, scratch_.size()));
@@ -133,7 +144,11 @@ class Search {
         set_costs(0, mine);
       }
       worker.barrier();
-      for (int m = 0; m < p_.planes; m++) search_plane(worker, m);
+      if (p_.row_feedback) {
+        for (size_t b = 0; b < planes_[0]->segments.size(); b++) search_rows(b);
+      } else {
+        for (int m = 0; m < p_.planes; m++) search_plane(worker, m);
+      }
       if (descent && !improved(worker, mine)) continue;
       if (descent) ++*changed;
       write_codes(j, mine);
@@ -190,6 +205,39 @@ class Search {
     worker.barrier();
     if (worker.rank == 0) plane.join(mine.x.data(), tables, metrics);
     worker.barrier();
+  }
+
+  // Block b of an input's rows, at all planes.
+  void search_rows(size_t b) {
+    Scratch& mine = scratch_[0];
+    int16_t *tables = (int16_t*)mine.tables.data(), *metrics = (int16_t*)mine.metrics.data();
+    const Segment& widest = planes_[0]->segments[b];
+    const int64_t first = widest.first, last = std::min(widest.last, p_.d_out);
+    if (b == 0) given_ = target_;
+    for (int l = 0; b && l < p_.levels; l++) feed_back(l, first, std::min(widest.seen, p_.d_out));
+    for (int m = 0; m < p_.planes; m++) {
+      PlaneSearch& plane = *planes_[m];
+      const Segment& s = plane.segments[b];
+      set_blend(m, first, s.seen, mine.x.data());
+      if (b == 0) set_blend(m, plane.ring + s.warm, plane.ring, mine.x.data());
+      plane.follow(b, mine.x.data(), tables, metrics);
+    }
+    for (int l = 0; l < p_.levels; l++) {
+      float* e = &left_[l * padded_];
+      std::copy(&given_[l * padded_ + first], &given_[l * padded_ + last], e + first);
+      for (int i = 0; i < p_.prefix[l]; i++)
+        for (int64_t r = first; r < last; r++) e[r] -= value(i)[r];
+    }
+  }
+
+  // target(l) of rows first <= r < last, with the errors of all rows before them.
+  void feed_back(int l, int64_t first, int64_t last) {
+    float* u = target(l);
+    std::copy(&given_[l * padded_ + first], &given_[l * padded_ + last], u + first);
+    for (int64_t i = 0; i < first; i++) {
+      const float e = left_[l * padded_ + i], *row = p_.row_feedback + i * p_.d_out;
+      for (int64_t r = first; r < last; r++) u[r] += e * row[r];
+    }
   }
 
   // Targets of plane m for rows first <= r < last.
@@ -280,7 +328,7 @@ class Search {
 
   const Problem& p_;
   const int64_t padded_;
-  std::vector<float> w_, error_, base_, target_, coefficients_;
+  std::vector<float> w_, error_, base_, target_, given_, left_, coefficients_;
   std::vector<double> costs_;
   std::vector<Scratch> scratch_;
   std::vector<std::unique_ptr<PlaneSearch>> planes_;

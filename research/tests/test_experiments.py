@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from dropbydrop.quantization import pipeline as quantize
 from dropbydrop.quantization.config import QuantizeConfig
 from dropbydrop.system.errors import DropError
 from dropbydrop_research.baselines.additive import Training
+from dropbydrop_research.theory.output_metric import between_rows, bounds, choose, damped, left
 from tiny import save_tiny
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -274,3 +276,49 @@ def test_progressive(out: Path, run: Any) -> None:
     assert [row["bits"] for row in result["levels"]] == [2, 3, 4]
     assert seconds == sorted(seconds)
     assert result["levels"][-1]["token"] == result["all_first"]["token"]
+
+
+# ----------------------------------------------------------------------------- output_side
+
+
+def test_output_side(place: Path, run: Any) -> None:
+    """End to end; whether it gains is measured on a real model (docs/log.md)."""
+    save_tiny(place / "wide", "llama-tied", intermediate_size=352)
+    bench = load("output_side")
+    result, printed = run(
+        bench, place / "wide", "--text", place / "one.txt", "--eval", place / "two.txt",
+        "--windows", 4, "--eval-windows", 1, "--rows", 12, "--gate", 10,
+    )  # fmt: skip
+    without, with_metric = (result["kl"][name]["two.txt"] for name in ("without", "with"))
+    assert without != with_metric
+    for low, high in (*pairwise(without), *pairwise(with_metric)):
+        assert 0 < high < low
+    assert printed.count("two.txt") == 4
+
+
+def test_between_rows_factors_the_metric() -> None:
+    g = torch.randn(90, 40, generator=torch.Generator().manual_seed(0))
+    metric = damped(g.T @ g, 0.1)
+    for block in (1, 12, 40, 64):
+        feedback, weights = between_rows(metric, block)
+        eye = torch.eye(40, dtype=torch.float64)
+        inverse = torch.linalg.inv(eye + feedback)
+        d = inverse @ metric @ inverse.T
+        torch.testing.assert_close(d.diagonal(), weights)
+        edges = bounds(40, block)
+        for first, last in pairwise(edges):
+            assert not feedback[first:, first:last].any()
+            torch.testing.assert_close(d[first:last, last:], 0 * d[first:last, last:])
+
+
+def test_what_is_left_on_other_tokens() -> None:
+    """Rows that err together: feedback that one half teaches helps the other, noise does not."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.eye(64) + 0.7 * torch.randn(64, 64, generator=generator) / 8
+    halves = []
+    for _ in range(2):
+        g = torch.randn(4000, 64, generator=generator) @ mix
+        halves.append(g.T @ g / len(g))
+    assert choose(halves, 8)[1] < 0.9
+    noise = [x.T @ x for x in torch.randn(2, 70, 64, generator=generator)]
+    assert left(*noise, 0.1, 8) > 1

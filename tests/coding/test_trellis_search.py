@@ -159,6 +159,21 @@ def naive_search(w, weights, books, prefixes, lambdas, h):
     )
 
 
+def between_rows(metric, size):
+    """F and the diagonal of D of a metric [d_out, d_out], from Schur complements: what is left of
+    the form when the rows behind a block answer with the least error."""
+    rows = len(metric)
+    bounds = [*range(0, rows // size * size, size), rows]
+    feedback, weights = torch.zeros(rows, rows), torch.zeros(rows)
+    for first, last in itertools.pairwise(bounds):
+        rest = metric[last:, :last]
+        left = metric[:last, :last] - rest.T @ torch.linalg.solve(metric[last:, last:], rest)
+        own = left[first:, first:]
+        feedback[:first, first:last] = torch.linalg.solve(own, left[first:, :first]).T.float()
+        weights[first:last] = own.diagonal().float()
+    return feedback, weights
+
+
 LEVELS = {
     "2 3 4": ([1, 2, 3], [4.0, 3.0, 8.0], (2, 1, 1)),
     "3 4 5": ([2, 3, 4], [4.0, 3.0, 8.0], (2, 1, 1, 1)),
@@ -247,6 +262,27 @@ class TestEveryBackend:
         found = search(w, weights, ours, [1], [1.0], lower=torch.eye(1), backend=backend)
         error = (w - ours.sums(found, 96, [1])[0]).square()
         assert error[weights > 1].mean() < 0.6 * error[weights == 1].mean()
+
+    def test_outputs_with_a_metric(self, backend):
+        """tr(H_O E H E^T) is less with feedback between rows; blocks alone cost nothing."""
+        ours = books(trellis_planes([2, 3], 8), seed=2)
+        h, outputs = torch.eye(1), spectrum(400, seed=1, power=0.7)
+        w, _ = problem(400, 1)
+        feedback, weights = between_rows(outputs, 96)
+        plain = outputs.diagonal().float()
+
+        def costs(row_weights, **more):
+            more |= {"lower": h, "backend": backend}
+            codes = search(w, row_weights, ours, [1, 2], [1.0, 3.0], **more)
+            errors = [w.double() - q.double() for q in ours.sums(codes, 400, [1, 2])]
+            return torch.tensor([float((outputs @ e @ e.T).trace()) for e in errors])
+
+        without = costs(plain)
+        with_metric = costs(weights, row_feedback=feedback, row_block=96)
+        blocks = costs(plain, row_feedback=torch.zeros(400, 400), row_block=96)
+        assert float(weights.sum() / plain.sum()) == pytest.approx(0.8, abs=0.01)  # what is left
+        assert (with_metric < 0.92 * without).all()
+        assert (blocks < 1.06 * without).all()
 
     @pytest.mark.parametrize("rows", [1, 5, 12, 24, 31])
     def test_a_short_ring_is_closed(self, backend, rows):
@@ -371,6 +407,16 @@ def test_bad_arguments_are_refused():
         search(w, weights, ours, [1, 2], [1.0, 1.0], lower=lower, sweeps=1)
     with pytest.raises(ValueError, match="matrix"):
         search(w, weights, ours, [1, 2], [1.0, 1.0], lower=torch.eye(5))
+    apart = {"row_feedback": torch.zeros(16, 16), "row_block": 8}
+    for wrong, reason in (
+        ({"row_feedback": torch.zeros(16, 4)}, "between 16 rows"),
+        ({"row_block": 6}, "whole cycles"),
+        ({"row_block": 0}, "whole cycles"),
+        ({}, "too few"),
+        ({"sweeps": 1, "h": lower}, "without sweeps"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            search(w, weights, ours, [1, 2], [1.0, 1.0], lower=lower, **{**apart, **wrong})
     with pytest.raises(ValueError, match="codes of"):
         search(w, weights, ours, [1, 2], [1.0, 1.0], codes=[torch.zeros(3, 4)] * 2)
     with pytest.raises(KernelError, match="torch"):

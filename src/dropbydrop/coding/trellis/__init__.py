@@ -9,7 +9,8 @@
 
 All minimise J = sum_P lambda_P sum_r weight_r (w_r - q_P,r) H (w_r - q_P,r)^T as stated in
 native/trellis/trellis_core.h: inputs one after the other with exact error feedback, the planes of
-an input one after the other, each by a Viterbi pass over the rows. The native backends keep path
+an input one after the other, each by a Viterbi pass over the rows; or, where outputs have a metric
+of their own, blocks of rows one after the other. The native backends keep path
 metrics in 16 bits, the others in float32; so codes differ between them while J agrees to a part in
 a thousand. The codes of one backend do not depend on the number of threads.
 """
@@ -48,6 +49,8 @@ def search(
     sweeps: int = 0,
     codes: Sequence[Tensor] | None = None,
     backend: str | None = None,
+    row_feedback: Tensor | None = None,
+    row_block: int = 0,
 ) -> list[Tensor]:
     """Find codes by error feedback (when `codes` is None), then improve them by descent.
 
@@ -61,6 +64,10 @@ def search(
         h: float32 [d_in, d_in], H; needed when `sweeps` > 0.
         sweeps: descent over all inputs, last first; an input's codes change only if J falls.
         codes: of every plane as stored, to start from; not modified.
+        row_feedback: float32 [d_out, d_out], F of a metric of the outputs, (I + F) D (I + F)^T with
+            F above its blocks and D block diagonal; row_weights are then the diagonal of D. With
+            `lower`, without sweeps.
+        row_block: rows of its blocks: whole cycles of all planes, two blocks at least.
         backend: one of `backends()`; None takes the first.
 
     Returns:
@@ -70,7 +77,19 @@ def search(
         KernelError: a backend that this machine or build does not have.
         ValueError: prefixes, weights, codes or matrices that contradict each other.
     """
-    problem = Problem(w, row_weights, books, list(prefixes), list(lambdas), lower, h, sweeps, codes)
+    problem = Problem(
+        w,
+        row_weights,
+        books,
+        list(prefixes),
+        list(lambdas),
+        lower,
+        h,
+        sweeps,
+        codes,
+        row_feedback,
+        row_block,
+    )
     names = backends(w.device)
     name = backend or names[0]
     if name not in names:

@@ -15,6 +15,9 @@ from ..planes import TrellisPlane
 
 SEGMENT = 768  # rows of a segment, about; native/trellis/segments.h
 WARM_UP = 8  # cycles of rows before it
+AHEAD = (
+    8  # cycles that a block of rows sees beyond its end, for each plane; native/trellis/trellis.h
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,8 @@ class Problem:
     h: Tensor | None
     sweeps: int
     codes: Sequence[Tensor] | None
+    row_feedback: Tensor | None = None
+    row_block: int = 0
 
     def __post_init__(self) -> None:
         d_out, d_in = self.w.shape
@@ -48,10 +53,24 @@ class Problem:
         for matrix in (self.lower, self.h):
             if matrix is not None and matrix.shape != (d_in, d_in):
                 raise ValueError(f"matrix {list(matrix.shape)} for {d_in} inputs")
+        if self.row_feedback is not None:
+            self._check_rows(self.row_feedback)
         if self.codes is not None:
             shapes = [tuple(code.shape) for code in self.codes]
             if shapes != [plane.shape(d_out, d_in) for plane in planes]:
                 raise ValueError(f"codes of {shapes} for a matrix {[d_out, d_in]}")
+
+    def _check_rows(self, feedback: Tensor) -> None:
+        d_out, block = self.w.shape[0], self.row_block
+        if feedback.shape != (d_out, d_out):
+            raise ValueError(f"feedback {list(feedback.shape)} between {d_out} rows")
+        if self.lower is None or self.sweeps:
+            raise ValueError("feedback between rows is for a start, without sweeps")
+        cycles = [ring_of(plane) // plane.bits for plane in self.books.planes]
+        if block < 1 or any(block % cycle for cycle in cycles):
+            raise ValueError(f"blocks of {block} rows: whole cycles of the planes, {cycles}")
+        if d_out < block + max(block, AHEAD * sum(cycles)):
+            raise ValueError(f"{d_out} rows are too few for blocks of {block}")
 
     @cached_property
     def pulls(self) -> list[list[float]]:
@@ -94,6 +113,34 @@ def segments_of(
     bounds = [cycles * i // count * cycle for i in range(count + 1)]
     bounds[-1] = rows
     return [(first - warm_up * cycle, first, last) for first, last in pairwise(bounds)]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a plane that are coded together: from `first` to `last`, seen until `seen`."""
+
+    first: int
+    last: int
+    seen: int
+
+
+def blocks_of(planes: Sequence[TrellisPlane], m: int, d_out: int, size: int) -> list[Block]:
+    """The blocks of plane m, which sees AHEAD cycles of its own and of every later plane beyond
+    them; the first one begins as many rows before row 0, the ring's last ones, and sees none twice.
+    """
+    beyond, rows = beyond_of(planes, m), ring_rows(planes[m], d_out)
+    bounds = [*range(0, rows // size * size, size), rows]
+    cycle = ring_of(planes[m]) // planes[m].bits
+    most = [(rows - beyond_of(planes, 0)) // cycle * cycle, *[rows] * len(bounds)]
+    return [
+        Block(first, last, max(last, min(last + beyond, end)))
+        for (first, last), end in zip(pairwise(bounds), most, strict=False)
+    ]
+
+
+def beyond_of(planes: Sequence[TrellisPlane], m: int) -> int:
+    """Rows that a block sees beyond its end in plane m."""
+    return AHEAD * sum(ring_of(plane) // plane.bits for plane in planes[m:])
 
 
 def state_labels(plane: TrellisPlane, taps: Tensor) -> Tensor:

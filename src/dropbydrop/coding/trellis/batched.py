@@ -16,7 +16,17 @@ from torch import Tensor
 
 from ..codebook_set import labels, pack_stream
 from ..planes import TrellisPlane
-from .arguments import SEGMENT, WARM_UP, Problem, ring_of, ring_rows, segments_of, state_labels
+from .arguments import (
+    SEGMENT,
+    WARM_UP,
+    Problem,
+    beyond_of,
+    blocks_of,
+    ring_of,
+    ring_rows,
+    segments_of,
+    state_labels,
+)
 
 INFINITY = float("inf")
 
@@ -134,6 +144,39 @@ class Plane:
         return self.viterbi.table[ring], new_bits.flatten().to(torch.uint8)
 
 
+class Blocks:
+    """The ring of one plane, a block of rows after the other; see native/trellis/segments.h."""
+
+    def __init__(self, problem: Problem, m: int, plane: Plane) -> None:
+        planes, d_out = problem.books.planes, problem.w.shape[0]
+        self.viterbi, self.rows, self.shifts = plane.viterbi, plane.rows, plane.shifts
+        self.before = beyond_of(planes, m)
+        self.blocks = blocks_of(planes, m, d_out, problem.row_block)
+        self._weights = torch.nn.functional.pad(problem.row_weights, (0, self.rows - d_out))
+        self._states = torch.zeros(self.rows, dtype=torch.int64, device=problem.w.device)
+        self._end = 0
+
+    def follow(self, b: int, x: Tensor, values: Tensor) -> None:
+        """Block b for targets x [rows]; sets what is decided, or seen, in `values` [rows]."""
+        block = self.blocks[b]
+        start = block.first if b else -self.before
+        index = torch.arange(start, block.seen, device=x.device) % self.rows
+        known = int(self._states[start - 1]) if b else None
+        best = self.viterbi.forward(x[None, index], self._weights[None, index], known)
+        if b + 1 == len(self.blocks):  # the ring closes
+            best = torch.full_like(best, self._end)
+        last = torch.full_like(best, len(index) - 1)
+        states, _ = self.viterbi.trace(last, best, 0)
+        self._states[index] = states[0]
+        values[index] = self.viterbi.table[states[0]]
+        if b == 0:
+            self._end = int(states[0, self.before - 1])
+
+    def stream(self) -> Tensor:
+        """Newest bits of all rows: uint8 [k rows]."""
+        return ((self._states[:, None] >> self.shifts) & 1).flatten().to(torch.uint8)
+
+
 class Search:
     """One problem, input after input: errors of every level, streams of every plane."""
 
@@ -142,6 +185,10 @@ class Search:
         self.planes = [Plane(problem, m, passes) for m in range(len(problem.books.planes))]
         d_out, d_in = problem.w.shape
         device = problem.w.device
+        self.blocks: list[Blocks] = []
+        self.feedback = problem.row_feedback
+        if self.feedback is not None:
+            self.blocks = [Blocks(problem, m, plane) for m, plane in enumerate(self.planes)]
         self.rows = max(plane.rows for plane in self.planes)
         self.w = torch.zeros(d_in, self.rows, device=device)
         self.w[:, :d_out] = problem.w.T
@@ -169,6 +216,8 @@ class Search:
         Returns:
             (bits of each plane's stream, values [rows] of each plane).
         """
+        if self.feedback is not None:
+            return self.visit_blocks(target, self.feedback)
         bits: list[Tensor] = []
         values: list[Tensor] = []
         for plane, pulled in zip(self.planes, self.pulls @ target, strict=True):
@@ -177,6 +226,21 @@ class Search:
             values.append(torch.nn.functional.pad(value, (0, self.rows - plane.rows)))
             bits.append(stream)
         return bits, values
+
+    def visit_blocks(self, target: Tensor, feedback: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """`visit`, a block of rows after the other, with the errors of those before it."""
+        d_out = self.problem.w.shape[0]
+        values = [torch.zeros(self.rows, device=target.device) for _ in self.planes]
+        left = torch.zeros(len(target), d_out, device=target.device)
+        for b, block in enumerate(self.blocks[0].blocks):
+            fed = target.clone()
+            rows, ahead = slice(0, block.first), slice(block.first, min(block.seen, d_out))
+            fed[:, ahead] += left[:, rows] @ feedback[rows, ahead]
+            for m, (part, pulled) in enumerate(zip(self.blocks, self.pulls @ fed, strict=True)):
+                part.follow(b, pulled - sum(values[:m]), values[m])
+            own = slice(block.first, min(block.last, d_out))
+            left[:, own] = (target - self.sums(values))[:, own]
+        return [part.stream() for part in self.blocks], values
 
     def start(self, lower: Tensor) -> None:
         """Error feedback, from the last input to the first."""

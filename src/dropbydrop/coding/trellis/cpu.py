@@ -38,6 +38,8 @@ class _Search(ctypes.Structure):
         ("sweeps", ctypes.c_int),
         ("codes", ctypes.c_void_p * _MAX),
         ("changed", ctypes.c_void_p),
+        ("row_feedback", ctypes.c_void_p),
+        ("row_block", ctypes.c_int64),
     )
 
 
@@ -68,6 +70,8 @@ def search(backend: str, problem: Problem) -> list[torch.Tensor]:
     w = problem.w.T.float().contiguous()
     given = (problem.row_weights, problem.lower, problem.h)
     held = [None if t is None else t.float().contiguous() for t in given]
+    feedback = problem.row_feedback
+    feedback = None if feedback is None else feedback.float().contiguous()
     changed = torch.zeros(max(problem.sweeps, 1), dtype=torch.int64)
     books = [
         _Plane(
@@ -93,6 +97,8 @@ def search(backend: str, problem: Problem) -> list[torch.Tensor]:
         problem.sweeps,
         (ctypes.c_void_p * _MAX)(*(stream.data_ptr() for stream in streams)),
         changed.data_ptr(),
+        None if feedback is None else feedback.data_ptr(),
+        problem.row_block,
     )
     status = lib.drop_trellis_search(backend.encode(), ctypes.byref(task), torch.get_num_threads())
     if status == 3:
