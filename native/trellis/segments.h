@@ -42,8 +42,7 @@ class PlaneSearch {
               int64_t padded, int64_t block, int64_t before, int64_t beyond)
       : plan(plane), ring(8 * bytes / plane.bits), weights_(padded, 0), states(padded), values(padded) {
     std::copy(row_weights, row_weights + rows, weights_.begin());
-    const int64_t size = block ? block : kSegment, half = block ? 0 : kSegment / 2;
-    const int64_t count = std::max<int64_t>(1, (ring + half) / size);
+    const int64_t count = block ? rows / block : std::max<int64_t>(1, (ring + kSegment / 2) / kSegment);
     const int64_t cycles = (ring + plan.cycle - 1) / plan.cycle, end = cycles * plan.cycle;
     for (int64_t i = 0; i < count; i++) {
       Segment s;

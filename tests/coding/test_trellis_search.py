@@ -284,6 +284,20 @@ class TestEveryBackend:
         assert (with_metric < 0.92 * without).all()
         assert (blocks < 1.06 * without).all()
 
+    @pytest.mark.parametrize("rows", [144, 191, 203])
+    def test_blocks_of_any_rows(self, backend, rows):
+        """Planes pad their rings by themselves, and have as many blocks nevertheless."""
+        ours = books(trellis_planes([2, 3], 8), seed=7)
+        w, weights = problem(rows, 1)
+        apart = {"row_feedback": torch.zeros(rows, rows), "row_block": 48}
+        settings = {"lower": torch.eye(1), "backend": backend}
+        found = []
+        for more in (apart, {}):
+            codes = search(w, weights, ours, [1, 2], [1.0, 1.0], **settings, **more)
+            found.append(losses(w, weights, torch.eye(1), codes, ours, [1, 2]))
+        for blocks, whole in zip(*found, strict=True):
+            assert blocks < 1.35 * whole
+
     @pytest.mark.parametrize("rows", [1, 5, 12, 24, 31])
     def test_a_short_ring_is_closed(self, backend, rows):
         ours = books(trellis_planes([2, 3], 8), seed=7)

@@ -10,9 +10,9 @@
 All minimise J = sum_P lambda_P sum_r weight_r (w_r - q_P,r) H (w_r - q_P,r)^T as stated in
 native/trellis/trellis_core.h: inputs one after the other with exact error feedback, the planes of
 an input one after the other, each by a Viterbi pass over the rows; or, where outputs have a metric
-of their own, blocks of rows one after the other. The native backends keep path
-metrics in 16 bits, the others in float32; so codes differ between them while J agrees to a part in
-a thousand. The codes of one backend do not depend on the number of threads.
+of their own, blocks of rows one after the other. The native backends keep path metrics in 16 bits,
+the others in float32; so codes differ between them while J agrees to a part in a thousand. The
+codes of one backend do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -77,19 +77,9 @@ def search(
         KernelError: a backend that this machine or build does not have.
         ValueError: prefixes, weights, codes or matrices that contradict each other.
     """
-    problem = Problem(
-        w,
-        row_weights,
-        books,
-        list(prefixes),
-        list(lambdas),
-        lower,
-        h,
-        sweeps,
-        codes,
-        row_feedback,
-        row_block,
-    )
+    levels = list(prefixes), list(lambdas)
+    rows = row_feedback, row_block
+    problem = Problem(w, row_weights, books, *levels, lower, h, sweeps, codes, *rows)
     names = backends(w.device)
     name = backend or names[0]
     if name not in names:

@@ -15,9 +15,7 @@ from ..planes import TrellisPlane
 
 SEGMENT = 768  # rows of a segment, about; native/trellis/segments.h
 WARM_UP = 8  # cycles of rows before it
-AHEAD = (
-    8  # cycles that a block of rows sees beyond its end, for each plane; native/trellis/trellis.h
-)
+AHEAD = 8  # cycles that a block of rows sees beyond it, for each plane; native/trellis/trellis.h
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +127,7 @@ def blocks_of(planes: Sequence[TrellisPlane], m: int, d_out: int, size: int) -> 
     them; the first one begins as many rows before row 0, the ring's last ones, and sees none twice.
     """
     beyond, rows = beyond_of(planes, m), ring_rows(planes[m], d_out)
-    bounds = [*range(0, rows // size * size, size), rows]
+    bounds = [*range(0, d_out // size * size, size), rows]  # as many in every plane
     cycle = ring_of(planes[m]) // planes[m].bits
     most = [(rows - beyond_of(planes, 0)) // cycle * cycle, *[rows] * len(bounds)]
     return [
