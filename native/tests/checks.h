@@ -15,3 +15,6 @@ inline void check(bool ok, const std::string& what) {
 // test_trellis.cpp
 void check_trellis(int kernel, const std::string& name);
 void check_trellis_refusals();
+
+// test_search.cpp
+void check_search();

@@ -333,6 +333,7 @@ int main() {
   }
   check_packing(random);
   check_trellis_refusals();
+  check_search();
   std::vector<std::vector<float>> exact(problems.size() * 2);
   for (int kernel = 0; kernel < drop_kernel_count(); ++kernel) {
     const std::string name = drop_kernel_name(kernel);

@@ -36,12 +36,12 @@ struct Segment {
 // The search of one plane in one input after the other.
 class PlaneSearch {
  public:
-  // block: rows that are coded together, how far the first plane sees before row 0, and this one
-  // beyond a block. 0: segments.
-  PlaneSearch(const DropTrellisPlane& plane, const float* row_weights, int64_t rows, int64_t bytes,
-              int64_t padded, int64_t block, int64_t before, int64_t beyond)
-      : plan(plane), ring(8 * bytes / plane.bits), weights_(padded, 0), states(padded), values(padded) {
-    std::copy(row_weights, row_weights + rows, weights_.begin());
+  // Plane m of a problem, in segments or in blocks of rows; its ring has `bytes`.
+  PlaneSearch(const Problem& p, int m, int64_t bytes, int64_t padded)
+      : plan(p.plane[m]), ring(8 * bytes / plan.k), weights_(padded, 0), states(padded), values(padded) {
+    const int64_t rows = p.d_out, block = p.row_feedback ? p.row_block : 0;
+    const int64_t before = beyond_of(p, 0), beyond = beyond_of(p, m);
+    std::copy(p.row_weights, p.row_weights + rows, weights_.begin());
     const int64_t count = block ? rows / block : std::max<int64_t>(1, (ring + kSegment / 2) / kSegment);
     const int64_t cycles = (ring + plan.cycle - 1) / plan.cycle, end = cycles * plan.cycle;
     for (int64_t i = 0; i < count; i++) {

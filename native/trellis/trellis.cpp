@@ -25,13 +25,9 @@ const TrellisBackend* find_backend(const char* name) {
 // Blocks of rows: whole cycles, two at least, and the first of them apart from what it sees before it.
 bool blocks_fit(const Problem& p) {
   if (!p.lower || p.sweeps || p.row_block < 1 || p.d_out < 2 * p.row_block) return false;
-  int64_t before = 0;
-  for (int m = 0; m < p.planes; m++) {
-    const int64_t cycle = cycle_of(p.plane[m]);
-    if (p.row_block % cycle) return false;
-    before += kAhead * cycle;
-  }
-  return p.d_out >= p.row_block + before;
+  for (int m = 0; m < p.planes; m++)
+    if (p.row_block % cycle_of(p.plane[m]) || p.d_out < p.row_block + beyond_of(p, m)) return false;
+  return true;
 }
 
 bool in_range(const Problem& p) {

@@ -32,4 +32,13 @@ extern const TrellisBackend portable_trellis;
 extern const TrellisBackend avx2_trellis, avx512_trellis;
 #endif
 
+// Rows that a block sees beyond its end in plane m: whole cycles of it, kAhead for itself and for every
+// later plane. The first block begins as many rows before row 0.
+inline int64_t beyond_of(const Problem& p, int m) {
+  const int64_t cycle = cycle_of(p.plane[m]);
+  int64_t rows = 0;
+  for (int i = m; i < p.planes; i++) rows += kAhead * cycle_of(p.plane[i]);
+  return (rows + cycle - 1) / cycle * cycle;
+}
+
 }  // namespace drop

@@ -68,14 +68,10 @@ class Search {
         coefficients_(p.d_in * kBlock),
         costs_(2 * padded_ / kTile),
         scratch_(threads) {
-    int64_t metrics = 0, tables = 0, before = 0;
-    for (int m = 0; m < p.planes; m++) before += kAhead * cycle_of(p.plane[m]);
-    int64_t beyond = before;
+    int64_t metrics = 0, tables = 0;
     for (int m = 0; m < p.planes; m++) {
       const int64_t bytes = std::max<int64_t>((p.plane[m].bits * p.d_out + 7) / 8, kShortest);
-      planes_.push_back(std::make_unique<PlaneSearch>(p.plane[m], p.row_weights, p.d_out, bytes, padded_,
-                                                      p.row_feedback ? p.row_block : 0, before, beyond));
-      beyond -= kAhead * cycle_of(p.plane[m]);
+      planes_.push_back(std::make_unique<PlaneSearch>(p, m, bytes, padded_));
       metrics = std::max(metrics, int64_t(planes_[m]->plan.vectors) * N);
       tables = std::max(tables, planes_[m]->table_size());
       codes_bytes_[m] = bytes;

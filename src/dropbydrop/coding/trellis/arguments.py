@@ -64,10 +64,11 @@ class Problem:
             raise ValueError(f"feedback {list(feedback.shape)} between {d_out} rows")
         if self.lower is None or self.sweeps:
             raise ValueError("feedback between rows is for a start, without sweeps")
-        cycles = [ring_of(plane) // plane.bits for plane in self.books.planes]
+        planes = self.books.planes
+        cycles = [ring_of(plane) // plane.bits for plane in planes]
         if block < 1 or any(block % cycle for cycle in cycles):
             raise ValueError(f"blocks of {block} rows: whole cycles of the planes, {cycles}")
-        if d_out < block + max(block, AHEAD * sum(cycles)):
+        if d_out < block + max(block, *(beyond_of(planes, m) for m in range(len(planes)))):
             raise ValueError(f"{d_out} rows are too few for blocks of {block}")
 
     @cached_property
@@ -137,8 +138,9 @@ def blocks_of(planes: Sequence[TrellisPlane], m: int, d_out: int, size: int) -> 
 
 
 def beyond_of(planes: Sequence[TrellisPlane], m: int) -> int:
-    """Rows that a block sees beyond its end in plane m."""
-    return AHEAD * sum(ring_of(plane) // plane.bits for plane in planes[m:])
+    """Rows that a block sees beyond its end in plane m: whole cycles of it."""
+    cycles = [ring_of(plane) // plane.bits for plane in planes[m:]]
+    return -(-AHEAD * sum(cycles) // cycles[0]) * cycles[0]
 
 
 def state_labels(plane: TrellisPlane, taps: Tensor) -> Tensor:
