@@ -143,6 +143,8 @@ def contents(path: Path) -> object:
         return {p.relative_to(path).as_posix(): contents(p) for p in path.rglob("*") if p.is_file()}
     if not path.exists():
         return None
+    if path.parent.name == "grams" and path.suffix == ".sha256":
+        return "of the file beside it, whose bytes vary"
     raw = path.read_bytes()
     if path.parent.name == "grams" and path.suffix == ".safetensors":
         # the library that writes these shuffles the keys of their metadata
