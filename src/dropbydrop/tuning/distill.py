@@ -11,7 +11,7 @@ Steps:
     3. a step runs `BATCH` windows at every level: forward through the blocks, keeping the inputs of
        each; KL and its gradient by slabs of tokens; backward block by block, each run again with
        gradients (gradient checkpointing). Then Adam (optimizer.py). The levels go through a block
-       side by side: decoding it is half of the work on a CPU, and is done once for all.
+       side by side, and it is decoded once for all of them.
     4. values are rounded to what is stored, and the KL of every level is measured again.
 
 The windows of a step are others at every level; `together`, they are the same ones.

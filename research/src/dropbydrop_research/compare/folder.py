@@ -12,9 +12,9 @@
 
 Every file appears by a rename, whole or not at all. Kept work is finished when its SHA-256 is
 there, which is written last, and compared before it is used: what was damaged or exchanged since is
-refused, not tabulated. A method whose code has changed since is made
-again, the others stay; more blocks may be asked for later, and other texts evaluated. Weights are
-kept in float16, which is what the runtimes of these methods decode to.
+refused, not tabulated. A method whose code has changed since is made again, the others stay; more
+blocks may be asked for later, and other texts evaluated. Weights are kept in float16, which is what
+the runtimes of these methods decode to.
 
 A lock on the folder keeps two runs apart.
 """
